@@ -1,0 +1,172 @@
+"""Every error this package raises, in one tree.
+
+    PipelineError
+    |-- JobError                  ends the job, in one line
+    |   |-- ConfigError           exit 2: a key or value in the config is wrong
+    |   |-- ManifestError         exit 2: the manifest can't be found, read or understood
+    |   |-- CheckpointError       exit 2: the model can't be loaded
+    |   |-- OutputError           exit 2: the output folder belongs to something else
+    |   |-- ResourceError         exit 2: the cluster is too small for what was asked
+    |   `-- TooManyErrors         exit 3: more error rows than max_error_fraction allows
+    `-- RowError                  becomes a result row; the job goes on
+        |-- MessageError          stage prompt: the row's messages or prompt can't be used
+        |   |-- ReservedTokenError    the text contains a token that only the pipeline may write
+        |   `-- SettingError          a per-row setting is wrong or can't be applied
+        |-- FetchError            stage fetch: the medium's bytes can't be had; trying again may help
+        |   |-- MediaNotFound         no such file or object
+        |   |-- AccessDenied          outside what input.allow permits, or refused by the server
+        |   |-- FetchTimeout          the source was too slow
+        |   `-- MediaTooLarge         more bytes than media.max_bytes
+        |-- MediaError            stage decode: the bytes are not what they should be
+        |   |-- UnsupportedMedia      not an image or video that can be decoded
+        |   |-- TruncatedMedia        the file ends too early
+        |   |-- DecompressionBomb     more pixels, frames, text or seconds than allowed
+        |   |-- AspectRatioError      longer than 200 times its short side
+        |   |-- NoVideoStream         audio only, or only an attached picture
+        |   |-- MediaTimeout          decoding exceeded media.timeout_s and was killed
+        |   |-- DecoderCrash          the decoder process died (a fault in a codec)
+        |   `-- MediaMemoryError      decoding outgrew media.memory_limit_mb
+        `-- GenerateError         stage generate
+            |-- PromptTooLong         the prompt can never fit the cache or the context
+            |-- EngineOutOfMemory     the row does not fit even alone
+            `-- EngineCrash           the engine died on this row, twice
+
+Knows no other module. The class's name is what a result row carries as `error_type`, its message as
+`error_message`, and its `stage` as `error_stage`.
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """Anything this package raises on purpose."""
+
+
+class JobError(PipelineError):
+    """Ends the job. The message is one line that says what was found, expected, and what to change."""
+
+    exit_code = 2
+
+
+class ConfigError(JobError):
+    """A config file or command-line override is wrong; lists every mistake at once."""
+
+
+class ManifestError(JobError):
+    """The manifest can't be found, read or understood."""
+
+
+class CheckpointError(JobError):
+    """The model folder or name can't be loaded."""
+
+
+class OutputError(JobError):
+    """The output folder can't be written, or holds another run."""
+
+
+class ResourceError(JobError):
+    """The cluster has less than the config asks for."""
+
+
+class TooManyErrors(JobError):
+    """More rows failed than `max_error_fraction` allows."""
+
+    exit_code = 3
+
+
+class RowError(PipelineError):
+    """A row that can't be answered. Becomes a result row with status `error`."""
+
+    stage = "row"
+
+
+class MessageError(RowError):
+    """The row's messages, prompt or media columns can't be turned into a prompt."""
+
+    stage = "prompt"
+
+
+class ReservedTokenError(MessageError):
+    """A user's text contains a token that only the pipeline may write."""
+
+
+class SettingError(MessageError):
+    """A per-row setting has a wrong type or value, or can't be applied to this row."""
+
+
+class FetchError(RowError):
+    """The medium's bytes could not be fetched. Transient unless a subclass says otherwise."""
+
+    stage = "fetch"
+
+
+class MediaNotFound(FetchError):
+    """No such file or object."""
+
+
+class AccessDenied(FetchError):
+    """The path or host is outside what `input.allow` permits, or the server refused."""
+
+
+class FetchTimeout(FetchError):
+    """The source did not deliver in time."""
+
+
+class MediaTooLarge(FetchError):
+    """More bytes than `media.max_bytes`."""
+
+
+class MediaError(RowError):
+    """The bytes are not a medium that can be used."""
+
+    stage = "decode"
+
+
+class UnsupportedMedia(MediaError):
+    """Not an image or a video in a format that can be decoded."""
+
+
+class TruncatedMedia(MediaError):
+    """The file ends before its data does."""
+
+
+class DecompressionBomb(MediaError):
+    """More pixels, frames, text or seconds than the limits allow."""
+
+
+class AspectRatioError(MediaError):
+    """The long side is more than 200 times the short side."""
+
+
+class NoVideoStream(MediaError):
+    """A container without a video stream: audio only, or just an attached picture."""
+
+
+class MediaTimeout(MediaError):
+    """Decoding exceeded `media.timeout_s`; its process was killed."""
+
+
+class DecoderCrash(MediaError):
+    """The decoder's process died, most likely of a fault in a codec."""
+
+
+class MediaMemoryError(MediaError):
+    """Decoding outgrew `media.memory_limit_mb`; its process was killed."""
+
+
+class GenerateError(RowError):
+    """The engine could not answer the row."""
+
+    stage = "generate"
+
+
+class PromptTooLong(GenerateError):
+    """The prompt can never fit the cache or the model's context."""
+
+
+class EngineOutOfMemory(GenerateError):
+    """The row does not fit into memory even alone."""
+
+
+class EngineCrash(GenerateError):
+    """The engine died on this row, twice."""
