@@ -1,0 +1,70 @@
+"""What is asked of the model in one row: turns of text and media, in the order in which the model reads them.
+
+Plain data that the steps hand to each other. Knows no tokens, pixels or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+MediumKind: TypeAlias = Literal["image", "video"]
+Role: TypeAlias = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class MediumSettings:
+    """How a medium is to be seen. None means: as the job's config says."""
+
+    min_pixels: int | None = None
+    """Least area in pixels after resizing (for a video: of each frame)."""
+    max_pixels: int | None = None
+    """Largest area in pixels after resizing (for a video: of each frame)."""
+    fps: float | None = None
+    """Frames a second to sample; videos only."""
+    num_frames: int | None = None
+    """Frames to sample in all; videos only, excludes `fps`."""
+    start_s: float | None = None
+    """Second at which the segment begins; videos only."""
+    end_s: float | None = None
+    """Second at which the segment ends; videos only."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text inside a message."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class MediumPart:
+    """An image or a video inside a message: where its bytes are and how they are to be seen."""
+
+    kind: MediumKind
+    source: str | bytes = field(repr=False)
+    """A URI or path, or the encoded file itself."""
+    settings: MediumSettings = MediumSettings()
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: Role
+    parts: tuple[Text | MediumPart, ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row's request, before any of its media has been looked at."""
+
+    messages: tuple[Message, ...]
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """The row's own sampling parameters; they win over the config's."""
+
+    @property
+    def media(self) -> tuple[MediumPart, ...]:
+        """All media, in order of appearance."""
+        return tuple(part for message in self.messages for part in message.parts if isinstance(part, MediumPart))

@@ -1,0 +1,121 @@
+"""Arrow schemas and column names of the rows: manifest, request, result.
+
+    manifest row --messages, preprocess--> request row --generate--> result row
+
+One result schema serves good and bad rows alike. Knows names and types; not how any of them is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.conversation import MediumKind
+
+
+class Status(StrEnum):
+    """Whether a row was answered."""
+
+    OK = "ok"
+    ERROR = "error"
+
+
+# A row's identity is its place: the manifest's file (by number, in the plan's order) and the row in that file.
+MANIFEST_FILE = "manifest_file"
+MANIFEST_ROW = "manifest_row"
+PLACE_SCHEMA = pa.schema([pa.field(MANIFEST_FILE, pa.int32(), False), pa.field(MANIFEST_ROW, pa.int64(), False)])
+
+# Names that a manifest row may use; the config's `input.columns` maps other names to these.
+CONTENT_COLUMNS = ("messages", "image", "images", "video", "videos", "prompt")
+MEDIUM_SETTING_COLUMNS = ("min_pixels", "max_pixels", "fps", "num_frames", "start_s", "end_s")
+SAMPLING_COLUMNS = (
+    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "n", "seed",
+    "stop_strings", "stop_token_ids", "ignore_eos", "logprobs", "stop_on_repetition",
+)  # fmt: skip
+MANIFEST_COLUMNS = ("id", "system", *CONTENT_COLUMNS, *MEDIUM_SETTING_COLUMNS, *SAMPLING_COLUMNS)
+
+
+@dataclass(frozen=True)
+class MediumReceipt:
+    """What the model saw of one medium."""
+
+    kind: MediumKind
+    source: str
+    """The URI, or `bytes` where the manifest carried the file itself."""
+    source_width: int
+    source_height: int
+    resized_width: int
+    resized_height: int
+    grid_thw: tuple[int, int, int]
+    timestamps: tuple[float, ...] | None = None
+    """Seconds of the frames shown; None for an image."""
+    note: str | None = None
+    """What was done otherwise than asked, such as a pixel budget that shrank the medium."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The Arrow form of the receipt: a value of the `media` column."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+
+MEDIUM_TYPE = pa.struct(
+    [
+        ("kind", pa.string()),
+        ("source", pa.string()),
+        ("source_width", pa.int32()),
+        ("source_height", pa.int32()),
+        ("resized_width", pa.int32()),
+        ("resized_height", pa.int32()),
+        ("grid_thw", pa.list_(pa.int32())),
+        ("timestamps", pa.list_(pa.float64())),
+        ("note", pa.string()),
+    ]
+)
+
+# Columns that preprocessing fills and the engine hands on unchanged.
+RECEIPT_FIELDS = [
+    pa.field("num_prompt_tokens", pa.int32()),
+    pa.field("num_visual_tokens", pa.int32()),
+    pa.field("media", pa.list_(MEDIUM_TYPE)),
+    pa.field("prompt_hash", pa.string()),
+]
+STATUS_FIELDS = [
+    pa.field("status", pa.string(), False),
+    pa.field("error_stage", pa.string()),
+    pa.field("error_type", pa.string()),
+    pa.field("error_message", pa.string()),
+    pa.field("attempts", pa.int32(), False),
+]
+
+# Between the actors: what the engine needs. `patches` holds the row's media one after the other, uint8; each one's
+# share follows from its kind and grid. `sampling` is JSON, since rows may set any parameter.
+REQUEST_FIELDS = [
+    pa.field("input_ids", pa.large_list(pa.int32())),
+    pa.field("patches", pa.large_binary()),
+    pa.field("sampling", pa.string()),
+]
+
+ANSWER_FIELDS = [
+    pa.field("text", pa.string()),
+    pa.field("texts", pa.list_(pa.string())),
+    pa.field("finish_reason", pa.string()),
+    pa.field("num_output_tokens", pa.int32()),
+    pa.field("logprobs", pa.list_(pa.float32())),
+]
+
+
+def request_schema(kept: pa.Schema) -> pa.Schema:
+    """Rows between the CPU actors and the engine; `kept` are the user's columns, carried along untouched."""
+    return pa.schema([*PLACE_SCHEMA, pa.field("id", pa.string()), *REQUEST_FIELDS, *RECEIPT_FIELDS, *STATUS_FIELDS, *kept])
+
+
+def result_schema(kept: pa.Schema) -> pa.Schema:
+    """Rows of the fragments and part files: the same for answered rows and error rows."""
+    return pa.schema(
+        [pa.field("id", pa.string()), *ANSWER_FIELDS, *STATUS_FIELDS, *RECEIPT_FIELDS, *kept, *PLACE_SCHEMA]
+    )
+
+
+RESULT_COLUMNS = tuple(result_schema(pa.schema([])).names)
