@@ -151,8 +151,15 @@ def patchify_video(frames: Uint8Array, out: Uint8Array | None = None) -> Uint8Ar
     num_frames, height, width, _ = frames.shape
     steps, grid_h, grid_w = num_frames // TEMPORAL_PATCH_SIZE, height // PATCH_SIZE, width // PATCH_SIZE
     blocks = frames.reshape(
-        steps, TEMPORAL_PATCH_SIZE, grid_h // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE,
-        grid_w // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE, 3,
+        steps,
+        TEMPORAL_PATCH_SIZE,
+        grid_h // MERGE_SIZE,
+        MERGE_SIZE,
+        PATCH_SIZE,
+        grid_w // MERGE_SIZE,
+        MERGE_SIZE,
+        PATCH_SIZE,
+        3,
     )  # t, tp, bh, mh, ph, bw, mw, pw, c
     return _gather(blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7), (steps * grid_h * grid_w, VIDEO_PATCH_BYTES), out)
 

@@ -108,7 +108,9 @@ ANSWER_FIELDS = [
 
 def request_schema(kept: pa.Schema) -> pa.Schema:
     """Rows between the CPU actors and the engine; `kept` are the user's columns, carried along untouched."""
-    return pa.schema([*PLACE_SCHEMA, pa.field("id", pa.string()), *REQUEST_FIELDS, *RECEIPT_FIELDS, *STATUS_FIELDS, *kept])
+    return pa.schema(
+        [*PLACE_SCHEMA, pa.field("id", pa.string()), *REQUEST_FIELDS, *RECEIPT_FIELDS, *STATUS_FIELDS, *kept]
+    )
 
 
 def result_schema(kept: pa.Schema) -> pa.Schema:
