@@ -42,7 +42,7 @@ class SamplingParams:
     max_tokens: int = 128
     """At most this many new tokens; finish reason `length`."""
     min_tokens: int = 0
-    """End tokens and stop tokens can't be chosen before this many new tokens; stop strings don't count."""
+    """End tokens and stop tokens can't be chosen, and stop strings don't end it, before this many tokens."""
     temperature: float = 0.0
     """0 is greedy: the largest logit, the lowest token id where several are equal."""
     top_k: int = 0
@@ -88,9 +88,7 @@ class SamplingParams:
         )
         _check(self.n >= 1, "n", self.n, "1 or more")
         _check(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "None, or 0 to 2**63 - 1")
-        _check(
-            not isinstance(self.stop_strings, str), "stop_strings", self.stop_strings, "a tuple of strings"
-        )
+        _check(not isinstance(self.stop_strings, str), "stop_strings", self.stop_strings, "a tuple of strings")
         _check(all(self.stop_strings), "stop_strings", self.stop_strings, "strings that are not empty")
         _check(
             all(token >= 0 for token in self.stop_token_ids),
@@ -116,9 +114,7 @@ class Medium:
         t, h, w = self.grid_thw
         _check(self.kind in PATCH_BYTES, "medium kind", self.kind, "image, video")
         _check(t >= 1 and h >= 1 and w >= 1, "grid_thw", self.grid_thw, "1 or more on each axis")
-        _check(
-            h % MERGE_SIZE == 0 and w % MERGE_SIZE == 0, "grid_thw", self.grid_thw, "even height and width"
-        )
+        _check(h % MERGE_SIZE == 0 and w % MERGE_SIZE == 0, "grid_thw", self.grid_thw, "even height and width")
         _check(self.kind == "video" or t == 1, "grid_thw of an image", self.grid_thw, "one temporal step")
         _check(self.patches.dtype == np.uint8, "patches", self.patches.dtype, "uint8")
         expected = (t * h * w, PATCH_BYTES[self.kind])

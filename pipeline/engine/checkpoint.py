@@ -1,0 +1,130 @@
+"""Load a Qwen2-VL checkpoint through transformers; every way that can fail is one CheckpointError.
+
+Knows transformers' classes, devices and dtypes. Knows nothing of requests. The checkpoint's own
+sampling defaults are not read: the caller decides how tokens are chosen.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.engine.options import EngineOptions
+from pipeline.errors import CheckpointError
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model on its device, and the few facts about it that both engines need."""
+
+    model: Any
+    """transformers' Qwen2VLForConditionalGeneration."""
+    device: torch.device
+    dtype: torch.dtype
+    eos_token_ids: frozenset[int]
+    image_token_id: int
+    video_token_id: int
+    vocab_size: int
+    max_context: int
+    name: str = "random weights"
+
+
+def pick_device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise CheckpointError(f"engine.device is {wanted!r}; allowed: auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError(f"engine.device is {wanted!r}, but torch sees no GPU here; use auto or cpu")
+    return device
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _read_config(options: EngineOptions) -> Any:
+    from transformers import AutoConfig
+
+    path = options.model_path
+    looks_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1
+    if looks_local and not os.path.isdir(os.path.expanduser(path)):
+        raise CheckpointError(f"{path}: no such checkpoint folder")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise CheckpointError(f"{path}: the checkpoint folder has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(path, revision=options.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: can't read the checkpoint's config: {_one_line(error)}") from error
+    if config.model_type != "qwen2_vl":
+        raise CheckpointError(f"{path}: model_type is {config.model_type!r}; only 'qwen2_vl' is supported")
+    return config
+
+
+def end_token_ids(model: Any) -> frozenset[int]:
+    """End tokens of the generation config, else of the model's config."""
+    config = model.config
+    for source in (model.generation_config, config, config.text_config):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            ids = found if isinstance(found, (list, tuple)) else [found]
+            return frozenset(int(i) for i in ids if int(i) < config.text_config.vocab_size)
+    return frozenset()
+
+
+def from_model(model: Any, *, name: str = "random weights") -> Checkpoint:
+    """Wrap a model that is on its device in its dtype already."""
+    parameter = next(model.parameters())
+    text = model.config.text_config
+    model.eval().requires_grad_(False)
+    return Checkpoint(
+        model=model,
+        device=parameter.device,
+        dtype=parameter.dtype,
+        eos_token_ids=end_token_ids(model),
+        image_token_id=model.config.image_token_id,
+        video_token_id=model.config.video_token_id,
+        vocab_size=text.vocab_size,
+        max_context=text.max_position_embeddings,
+        name=name,
+    )
+
+
+def load_checkpoint(options: EngineOptions) -> Checkpoint:
+    """Read config and weights, check them, and put the model on its device."""
+    from transformers import Qwen2VLForConditionalGeneration
+
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    config = _read_config(options)
+    path = options.model_path
+    try:
+        model, info = Qwen2VLForConditionalGeneration.from_pretrained(
+            path,
+            config=config,
+            revision=options.revision,
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{path}: can't load the weights: {_one_line(error)}") from error
+    except Exception as error:  # safetensors raises its own type for a damaged file
+        raise CheckpointError(f"{path}: damaged weights: {_one_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers only warns and goes on with random numbers, which would caption nonsense.
+        raise CheckpointError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    return from_model(model.to(device), name=path)

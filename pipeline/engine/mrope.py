@@ -1,0 +1,68 @@
+"""Three-axis positions (M-RoPE), by the rule the model was trained with. Numpy only.
+
+    text      v v v v v v   text          a medium of 1 x 2 x 3 visual tokens after two text tokens
+    t  0 1    2 2 2 2 2 2    5 6
+    h  0 1    2 2 2 3 3 3    5 6          text goes on at (largest position so far) + 1
+    w  0 1    2 3 4 2 3 4    5 6
+
+transformers 5.23 goes on at start + max(h, w) instead, which is the same unless a video has more
+temporal steps than that; then its later text runs backwards in time. Positions are therefore ours,
+and both engines get them from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.engine.sequence import MERGE_SIZE, Request
+from pipeline.errors import GenerateError
+
+
+@dataclass(frozen=True, eq=False)
+class PromptLayout:
+    """Where the media of a prompt lie, and the positions of its tokens."""
+
+    positions: npt.NDArray[np.int32]
+    """[3, tokens]: temporal, height, width."""
+    delta: int
+    """Position of an output token is its index plus this, on all three axes."""
+    spans: tuple[tuple[int, int], ...]
+    """Token range [start, stop) of each medium, in order."""
+
+
+def lay_out_prompt(request: Request, *, image_token_id: int, video_token_id: int) -> PromptLayout:
+    """Find the media among the placeholders and number the tokens; GenerateError where they disagree."""
+    ids = np.asarray(request.input_ids)
+    is_visual = (ids == image_token_id) | (ids == video_token_id)
+    if int(is_visual.sum()) != request.num_visual_tokens:
+        raise GenerateError(
+            f"the prompt has {int(is_visual.sum())} visual placeholders, its {len(request.media)} media need "
+            f"{request.num_visual_tokens}; expand one placeholder for each visual token"
+        )
+    visual_indices = np.flatnonzero(is_visual)
+    positions = np.empty((3, len(ids)), dtype=np.int32)
+    spans: list[tuple[int, int]] = []
+    cursor = next_position = num_seen = 0
+    for medium in request.media:
+        start = int(visual_indices[num_seen])
+        stop = start + medium.num_visual_tokens
+        wanted = image_token_id if medium.kind == "image" else video_token_id
+        if not bool((ids[start:stop] == wanted).all()):
+            raise GenerateError(
+                f"the {medium.kind} with grid {medium.grid_thw} needs {medium.num_visual_tokens} of its "
+                f"placeholders in a row from token {start}; they are interrupted or of the other kind"
+            )
+        positions[:, cursor:start] = next_position + np.arange(start - cursor)
+        next_position += start - cursor
+        t, h, w = medium.grid_thw[0], medium.grid_thw[1] // MERGE_SIZE, medium.grid_thw[2] // MERGE_SIZE
+        positions[:, start:stop] = next_position + np.indices((t, h, w), dtype=np.int32).reshape(3, -1)
+        next_position += max(t, h, w)
+        spans.append((start, stop))
+        num_seen += medium.num_visual_tokens
+        cursor = stop
+    positions[:, cursor:] = next_position + np.arange(len(ids) - cursor)
+    next_position += len(ids) - cursor
+    return PromptLayout(positions, next_position - len(ids), tuple(spans))

@@ -1,0 +1,47 @@
+"""uint8 patches -> pixel values on the model's device, bit-equal to transformers' in the model's dtype.
+
+A table lookup: 256 values for each of three channels, computed once in float32 as transformers
+computes them and cast to the model's dtype, so no dtype can round differently.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.engine.sequence import PATCH_BYTES
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_PIXELS = 14 * 14
+
+
+def default_pixel_table() -> npt.NDArray[np.float32]:
+    """[3, 256] by CLIP's mean and deviation, with rescaling folded in as transformers does."""
+    values = torch.arange(256, dtype=torch.float32)
+    mean = torch.tensor(_CLIP_MEAN) * (1.0 / (1 / 255))
+    std = torch.tensor(_CLIP_STD) * (1.0 / (1 / 255))
+    table: npt.NDArray[np.float32] = ((values - mean[:, None]) / std[:, None]).numpy()
+    return table
+
+
+class PixelTable:
+    """The lookup, on one device in one dtype."""
+
+    def __init__(self, table: npt.NDArray[np.float32] | None, *, device: torch.device, dtype: torch.dtype) -> None:
+        table = default_pixel_table() if table is None else table
+        if table.shape != (3, 256):
+            raise ValueError(f"pixel_table has shape {table.shape}; expected (3, 256)")
+        self.values = torch.tensor(table, dtype=torch.float32).to(device=device, dtype=dtype).reshape(-1)
+        self.offsets = (torch.arange(3, dtype=torch.int32) * 256).repeat_interleave(_PIXELS).to(device)
+
+    def __call__(self, patches: torch.Tensor) -> torch.Tensor:  # [N, 588 or 1176] uint8 -> [N, 1176]
+        num_patches, width = patches.shape
+        if width == PATCH_BYTES["image"]:
+            index = patches.to(torch.int32) + self.offsets
+            pixels = self.values.index_select(0, index.reshape(-1)).view(num_patches, 3, 1, _PIXELS)
+            # The two temporal halves of a still image are equal; only one was sent.
+            return pixels.expand(-1, -1, 2, -1).reshape(num_patches, -1)
+        index = patches.to(torch.int32).view(num_patches, 3, 2, _PIXELS) + self.offsets.view(3, 1, _PIXELS)
+        return self.values.index_select(0, index.reshape(-1)).view(num_patches, width)

@@ -1,0 +1,51 @@
+"""When a sample ends. Shared by both engines; plain Python over token ids.
+
+Knows the checkpoint's end tokens and, for stop strings only, a function from token ids to text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from pipeline.engine.sequence import SamplingParams, Sequence, repeats_endlessly
+
+
+@dataclass(frozen=True)
+class StopRules:
+    eos_token_ids: frozenset[int]
+    detokenize: Callable[[SequenceOf[int]], str] | None = None
+
+    def forbidden_ids(self, sampling: SamplingParams, num_output_tokens: int) -> tuple[int, ...]:
+        """Tokens that may not be chosen yet, because `min_tokens` are not reached."""
+        if num_output_tokens >= sampling.min_tokens:
+            return ()
+        ends = frozenset(sampling.stop_token_ids)
+        return tuple(sorted(ends if sampling.ignore_eos else ends | self.eos_token_ids))
+
+    def append(self, sequence: Sequence, token: int, logprob: float | None = None) -> None:
+        """Give the sequence its next token, and finish it if that ends it."""
+        sequence.output_ids.append(token)
+        sampling = sequence.sampling
+        if sampling.logprobs and logprob is not None:
+            sequence.logprobs.append(logprob)
+        if (token in self.eos_token_ids and not sampling.ignore_eos) or token in sampling.stop_token_ids:
+            sequence.finish("stop", token)
+        elif (found := self._find_stop_string(sequence)) is not None:
+            sequence.finish("stop", found)
+        elif sampling.stop_on_repetition and repeats_endlessly(sequence.output_ids):
+            sequence.finish("repetition")
+        elif len(sequence.output_ids) >= sampling.max_tokens:
+            sequence.finish("length")
+
+    def _find_stop_string(self, sequence: Sequence) -> str | None:
+        sampling = sequence.sampling
+        if not sampling.stop_strings or len(sequence.output_ids) < sampling.min_tokens:
+            return None
+        assert self.detokenize is not None, "requests with stop strings are refused without detokenize"
+        # A character takes up to four byte-tokens, so the newest match lies within this tail.
+        tail = 4 * max(map(len, sampling.stop_strings)) + 8
+        text = self.detokenize(sequence.output_ids[-tail:])
+        found = [(text.find(stop), stop) for stop in sampling.stop_strings if stop in text]
+        return min(found)[1] if found else None
