@@ -1,0 +1,391 @@
+"""The job's config: one frozen object that mirrors the YAML exactly, with a docstring under every field.
+
+`load_config` reads a YAML file, lays command-line overrides (`--section.key value`) over it and reports every
+mistake at once. Knows names, types and limits; not what any of them does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import ConfigError
+from pipeline.schema import MANIFEST_COLUMNS, RESULT_COLUMNS
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class InputConfig(Section):
+    """The manifest, and what its rows may reach."""
+
+    path: str
+    """Manifest: a Parquet, JSONL or CSV file, a folder or glob of them, or a folder or bucket prefix of media."""
+    format: Literal["auto", "parquet", "jsonl", "csv", "media"] = "auto"
+    """What the manifest is; `auto` goes by file names."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our column names mapped to the manifest's, as in `image: url`."""
+    keep: list[str] = Field(default_factory=list)
+    """Manifest columns to copy into the results."""
+    limit: Positive | None = None
+    """Take only this many rows from the start of the manifest."""
+    allow: list[str] = Field(default_factory=list)
+    """Further folders, buckets and hosts that rows may name. Always allowed: the manifest's own folder or bucket,
+    and public http(s) hosts. `*` allows everything."""
+    allow_private_hosts: bool = False
+    """Whether http(s) URLs may lead to private networks and this machine."""
+    fetch_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds that a source may stay silent before the fetch is tried again."""
+    fetch_retries: NotNegative = 3
+    """How often a transient fetch error is tried again, with growing pauses."""
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+    """Options for the bucket's file system (fsspec), such as `endpoint_url` or `profile`."""
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_known(cls, columns: dict[str, str]) -> dict[str, str]:
+        unknown = sorted(set(columns) - set(MANIFEST_COLUMNS))
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)} is no column of ours; allowed: {', '.join(MANIFEST_COLUMNS)}")
+        return columns
+
+    @field_validator("keep")
+    @classmethod
+    def _kept_names_are_free(cls, keep: list[str]) -> list[str]:
+        taken = sorted(set(keep) & set(RESULT_COLUMNS))
+        if taken:
+            raise ValueError(f"{', '.join(taken)} would collide with the result column of that name")
+        twice = sorted({name for name in keep if keep.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is named twice")
+        return keep
+
+
+class PromptConfig(Section):
+    """What is asked of rows that bring no messages of their own."""
+
+    template: str | None = None
+    """The user's text: a format string over the manifest's columns, as in `Describe this {category} photo.`"""
+    system: str | None = None
+    """System prompt for rows without one; without it the chat template's own is used."""
+    add_vision_id: bool = False
+    """Whether media are announced as `Picture 1: `, `Video 1: `, so that the text can name them."""
+
+
+class MediaConfig(Section):
+    """How media are decoded and resized. A row's own settings win."""
+
+    resize: Literal["torch", "pil"] = "torch"
+    """Whose bicubic: `torch` equals transformers' torchvision processor bit for bit, `pil` its PIL processor."""
+    min_pixels: Positive | None = None
+    """Least area of an image in pixels after resizing. Default: the checkpoint's."""
+    max_pixels: Positive | None = None
+    """Largest area of an image in pixels after resizing. Default: the checkpoint's."""
+    video_min_pixels: Positive | None = None
+    """Least area of a video frame in pixels. Default: the checkpoint's, or 128 x 28 x 28."""
+    video_max_pixels: Positive | None = None
+    """Largest area of a video frame in pixels. Default: the checkpoint's, or 768 x 28 x 28."""
+    video_total_pixels: Positive = int(128_000 * 28 * 28 * 0.9)
+    """Largest area of all of a video's frames together, counted as transformers does: pixels of frame pairs."""
+    fps: Annotated[float, Field(gt=0)] = 2.0
+    """Frames a second to sample from a video."""
+    num_frames: Positive | None = None
+    """Frames to sample from every video, in place of `fps`."""
+    min_frames: Positive = 4
+    """Fewest frames to sample by `fps`."""
+    max_frames: Positive = 768
+    """Most frames to sample by `fps`."""
+    video_frames: Literal["exact", "keyframes"] = "exact"
+    """`exact`: just the frames that the rule names. `keyframes`: the nearest keyframes, far cheaper; the receipt
+    tells which."""
+    max_visual_tokens: Positive | None = None
+    """Most visual tokens for all of a row's media together; they are shrunk to fit, and the receipt says so."""
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds that decoding one medium may take before it is killed."""
+    memory_limit_mb: Positive = 4096
+    """Memory that the decoder's process may use before it is killed."""
+    max_bytes: Positive = 2 * 1024**3
+    """Largest encoded medium, in bytes."""
+    max_image_pixels: Positive = 178_956_970
+    """Largest decoded image or frame, in pixels; above it a medium counts as a decompression bomb."""
+
+
+class ModelConfig(Section):
+    """The checkpoint and how it is run."""
+
+    path: str
+    """`demo`, a folder with a Qwen2-VL checkpoint, or a hub name such as `Qwen/Qwen2-VL-2B-Instruct`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub checkpoint."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU where the engine's actor has one."""
+    attention: str = "auto"
+    """Attention backend: `auto`, `sdpa`, `flash`. Forcing one that is missing is an error."""
+
+
+class EngineConfig(Section):
+    """The engine in each engine actor."""
+
+    kind: Literal["native", "transformers"] = "native"
+    """`native`: continuous batching. `transformers`: `model.generate` in static batches, the reference."""
+    batch_size: Positive = 16
+    """Rows in a static batch; `transformers` only."""
+    max_running: Positive | None = None
+    """Sequences decoded at once. Default: the engine's choice for the device."""
+    max_batch_tokens: Positive | None = None
+    """Prompt tokens in one prefill pass. Default: the engine's choice for the device."""
+    max_batch_patches: Positive | None = None
+    """Patches in one vision pass. Default: the engine's choice for the device."""
+    cache_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Share of the free GPU memory that the key-value cache takes."""
+    cache_gb: Annotated[float, Field(gt=0)] = 2.0
+    """Size of the key-value cache on a CPU, in GB."""
+
+
+class SamplingConfig(Section):
+    """How tokens are chosen. A row's own columns of the same names win."""
+
+    max_tokens: Positive = 128
+    """Most tokens to generate."""
+    min_tokens: NotNegative = 0
+    """Fewest tokens to generate before an end token counts."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 is greedy: always the likeliest token."""
+    top_k: NotNegative = 0
+    """Sample among this many likeliest tokens; 0: all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample among the likeliest tokens that together have this probability."""
+    min_p: Fraction = 0.0
+    """Sample among tokens at least this likely, relative to the likeliest."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1: tokens seen before become less likely."""
+    n: Positive = 1
+    """Answers for each row; with more than one, `texts` holds them all."""
+    seed: int | None = None
+    """Seed of rows without one; each row draws its own stream, whatever shares its batch."""
+    stop_strings: list[str] = Field(default_factory=list)
+    """Texts that end the answer."""
+    stop_token_ids: list[int] = Field(default_factory=list)
+    """Further token ids that end the answer."""
+    ignore_eos: bool = False
+    """Whether to go on past the checkpoint's end tokens."""
+    logprobs: bool = False
+    """Whether to record each token's log-probability."""
+    stop_on_repetition: bool = False
+    """Whether to end an answer that repeats itself; its finish reason is then `repetition`."""
+
+
+class OutputConfig(Section):
+    """The run folder."""
+
+    path: str
+    """Folder on disk or prefix in a bucket. The same command on the same folder resumes."""
+    rows_per_fragment: Positive = 1000
+    """Finished rows that may wait before they are published: the most that a crash can cost."""
+    seconds_per_fragment: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds that finished rows may wait before they are published."""
+    rows_per_part: Positive = 100_000
+    """Rows in each final part file."""
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+    """Options for the bucket's file system (fsspec)."""
+
+
+class ResourcesConfig(Section):
+    """Ray's share: actors and what each reserves."""
+
+    address: str | None = None
+    """Ray cluster to join: `auto`, `ray://host:port`. Default: the cluster this runs on, or one of its own."""
+    preprocess_actors: Positive | None = None
+    """CPU actors that fetch, decode and patchify. Default: from the cluster's CPUs."""
+    preprocess_cpus: Annotated[float, Field(gt=0)] | None = None
+    """CPUs that each of them reserves; each uses one thread."""
+    engine_actors: Positive | None = None
+    """Engine actors. Default: one for each GPU, or one."""
+    engine_cpus: Annotated[float, Field(gt=0)] | None = None
+    """CPUs that each engine actor reserves."""
+    gpus_per_engine: Annotated[float, Field(ge=0)] | None = None
+    """GPUs that each engine actor reserves. Default: one where the cluster has any."""
+    rows_per_call: Positive = 8
+    """Rows handed to the engine together; many such calls are under way at once."""
+    rows_in_flight: Positive | None = None
+    """Rows inside each engine actor, waiting or running. Default: twice what the engine runs at once."""
+    max_rows_per_unit: Positive = 2048
+    """Rows of the manifest read by one task, at most; units shrink towards the end of the job."""
+
+
+class RunConfig(Section):
+    """The conduct of the run."""
+
+    max_error_fraction: Fraction = 1.0
+    """Share of error rows above which the job stops (looked at after the first 100 rows, and at the end)."""
+    on_change: Literal["error", "new-rows"] = "error"
+    """What to do when manifest or settings differ from the folder's run: refuse, or take up appended rows."""
+    retry_failed: str | None = None
+    """Run error rows again: `all`, or error types separated by commas."""
+    verbose: bool = False
+    """Whether Ray's own messages are shown; they always go to the run folder's log."""
+
+
+class CaptionConfig(Section):
+    """Everything the caption job needs to know."""
+
+    input: InputConfig
+    prompt: PromptConfig = PromptConfig()
+    media: MediaConfig = MediaConfig()
+    model: ModelConfig
+    engine: EngineConfig = EngineConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    output: OutputConfig
+    resources: ResourcesConfig = ResourcesConfig()
+    run: RunConfig = RunConfig()
+
+
+ConfigType = TypeVar("ConfigType", bound=Section)
+
+
+def load_config(model: type[ConfigType], path: str | None, overrides: Mapping[str, str]) -> ConfigType:
+    """The config of a YAML file with overrides (`section.key` to text) laid over it.
+
+    Raises ConfigError that lists every unknown key and wrong value with its full name.
+    """
+    values = _read_yaml(path) if path else {}
+    mistakes: list[str] = []
+    for name, field in model.model_fields.items():
+        if _section_type(field.annotation) and values.get(name) is None:
+            values[name] = {}  # so that a missing key is reported by its own name, not by its section's
+    keys = dict(fields_of(model))
+    for name, text in overrides.items():
+        if name not in keys and not _inside_mapping(name, keys):
+            mistakes.append(_unknown_key(name, keys))
+            continue
+        _set(values, name, _override_value(text, keys.get(name)))
+    try:
+        config = model.model_validate(values)
+    except ValidationError as error:
+        mistakes += [_mistake(dict(detail), keys) for detail in error.errors()]
+        raise ConfigError(_report(path, mistakes)) from error
+    if mistakes:
+        raise ConfigError(_report(path, mistakes))
+    return config
+
+
+def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every (full name, pydantic field) of a config, in order of definition."""
+    for name, field in model.model_fields.items():
+        section = _section_type(field.annotation)
+        if section:
+            yield from fields_of(section, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    candidates = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"can't read the config {path}: {error.strerror or error}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; expected sections such as `input:` and `model:`")
+    return values
+
+
+def _inside_mapping(name: str, keys: Mapping[str, Any]) -> bool:
+    """Whether a name is a key of a field that takes any, as `input.columns.image` is."""
+    parent = name.rpartition(".")[0]
+    return parent in keys and typing.get_origin(keys[parent].annotation) is dict
+
+
+def _set(values: dict[str, Any], name: str, value: Any) -> None:
+    *sections, key = name.split(".")
+    for section in sections:
+        inner = values.get(section)
+        if not isinstance(inner, dict):
+            inner = values[section] = {}
+        values = inner
+    values[key] = value
+
+
+def _override_value(text: str, field: Any) -> Any:
+    """A command-line word as YAML would read it in the field's place; text fields take it as it stands."""
+    annotation = field.annotation if field is not None else Any
+    kinds = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    if text in ("null", "none", "None") and type(None) in kinds:
+        return None
+    origins = {typing.get_origin(kind) or kind for kind in kinds}
+    if origins & {list, dict}:
+        if text[:1] not in "[{":
+            return [item.strip() for item in text.split(",") if item.strip()] if list in origins else text
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text
+    return text
+
+
+def _mistake(detail: dict[str, Any], keys: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return _unknown_key(name, keys)
+    if detail["type"] == "missing":
+        return f"{name}: missing; {_describe(keys.get(name))}".rstrip("; ")
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{name}: {message}"
+    allowed = message.removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{name}: found {detail['input']!r}; allowed: {allowed}"
+
+
+def _describe(field: Any) -> str:
+    return " ".join(field.description.split()) if field is not None and field.description else ""
+
+
+def _unknown_key(name: str, keys: Mapping[str, Any]) -> str:
+    section = name.rpartition(".")[0]
+    siblings = [key for key in keys if key.rpartition(".")[0] == section]
+    close = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]}?" if close else ""
+    allowed = ", ".join(key.rpartition(".")[2] for key in siblings) or ", ".join(
+        dict.fromkeys(key.partition(".")[0] for key in keys)
+    )
+    return f"{name}: unknown key; {hint or f'allowed here: {allowed}'}"
+
+
+def _report(path: str | None, mistakes: Sequence[str]) -> str:
+    where = path or "the command line"
+    if len(mistakes) == 1:
+        return f"{where}: {mistakes[0]}"
+    return f"{where} has {len(mistakes)} mistakes:\n" + "\n".join(f"  {mistake}" for mistake in mistakes)

@@ -1,0 +1,93 @@
+"""What a checkpoint's small files say: where it is, and which pixels its processor lets the model see.
+
+Knows folders, hub names and `preprocessor_config.json`; not weights, tokenizers or arrays.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import CheckpointError
+
+DEMO = "demo"
+_EXPECTED = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+
+
+@dataclass(frozen=True)
+class ProcessorFacts:
+    """Bounds in pixels of area after resizing, and the normalisation, as the checkpoint was published with."""
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    video_min_pixels: int = 128 * 28 * 28
+    video_max_pixels: int = 768 * 28 * 28
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+def resolve_model(path: str) -> str:
+    """The folder or hub name that the config's `model.path` stands for."""
+    if path == DEMO:
+        from pipeline.demo import CHECKPOINT
+
+        return str(CHECKPOINT)
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
+        raise CheckpointError(f"no model folder at {path}: set model.path to a checkpoint folder or a hub name")
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def read_processor_facts(model_path: str, *, revision: str | None = None) -> ProcessorFacts:
+    """Facts from `preprocessor_config.json` (images) and `video_preprocessor_config.json` (videos, if there is one).
+
+    Raises CheckpointError when the first is missing, or describes another family's patches.
+    """
+    image = _read_json(model_path, "preprocessor_config.json", revision)
+    if image is None:
+        raise CheckpointError(
+            f"can't find preprocessor_config.json in {model_path!r}: "
+            "set model.path to a folder with a Qwen2-VL checkpoint or to a hub name"
+        )
+    for name, expected in _EXPECTED.items():
+        if image.get(name, expected) != expected:
+            raise CheckpointError(f"{model_path!r} has {name} {image[name]}; Qwen2-VL has {expected}")
+    video = _read_json(model_path, "video_preprocessor_config.json", revision) or {}
+    default = ProcessorFacts()
+    min_pixels, max_pixels = _bounds(image, default.min_pixels, default.max_pixels)
+    video_min_pixels, video_max_pixels = _bounds(video, default.video_min_pixels, default.video_max_pixels)
+    return ProcessorFacts(
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        video_min_pixels=video_min_pixels,
+        video_max_pixels=video_max_pixels,
+        image_mean=tuple(image.get("image_mean", default.image_mean)),
+        image_std=tuple(image.get("image_std", default.image_std)),
+    )
+
+
+def _bounds(config: dict[str, Any], min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(least, largest) area, in either spelling; the explicit pixels win, as they do in transformers."""
+    size = config.get("size") or {}
+    low = config.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or min_pixels
+    high = config.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or max_pixels
+    return int(low), int(high)
+
+
+def _read_json(model_path: str, name: str, revision: str | None) -> dict[str, Any] | None:
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        model_path,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if not found:
+        return None
+    values = json.loads(Path(found).read_text(encoding="utf-8"))
+    assert isinstance(values, dict)
+    return values
