@@ -28,6 +28,15 @@ MANIFEST_FILE = "manifest_file"
 MANIFEST_ROW = "manifest_row"
 PLACE_SCHEMA = pa.schema([pa.field(MANIFEST_FILE, pa.int32(), False), pa.field(MANIFEST_ROW, pa.int64(), False)])
 
+
+class UnitColumn(StrEnum):
+    """Columns that the reader adds to a unit's manifest rows; named so that no manifest's own are in the way."""
+
+    FILE = "__manifest_file"
+    ROW = "__manifest_row"
+    ATTEMPTS = "__attempts"
+
+
 # Names that a manifest row may use; the config's `input.columns` maps other names to these.
 CONTENT_COLUMNS = ("messages", "image", "images", "video", "videos", "prompt")
 MEDIUM_SETTING_COLUMNS = ("min_pixels", "max_pixels", "fps", "num_frames", "start_s", "end_s")
@@ -80,6 +89,7 @@ RECEIPT_FIELDS = [
     pa.field("num_visual_tokens", pa.int32()),
     pa.field("media", pa.list_(MEDIUM_TYPE)),
     pa.field("prompt_hash", pa.string()),
+    pa.field("preprocess_s", pa.float32()),
 ]
 STATUS_FIELDS = [
     pa.field("status", pa.string(), False),
@@ -103,6 +113,7 @@ ANSWER_FIELDS = [
     pa.field("finish_reason", pa.string()),
     pa.field("num_output_tokens", pa.int32()),
     pa.field("logprobs", pa.list_(pa.float32())),
+    pa.field("generate_s", pa.float32()),
 ]
 
 

@@ -1,0 +1,285 @@
+"""Request rows in, result rows out: the engine stage.
+
+One `GenerateStage` lives in each engine actor. Ray calls it from many threads at once; all of them hand their rows
+to the one thread that owns the engine and wait for the answers, so rows of many calls share a batch.
+Knows the request and result schemas, text and the engine's interface; not Ray, nor how an engine works inside.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.engine import Completion, Engine, EngineOptions, Medium, Request, SamplingParams, load_engine
+from pipeline.errors import EngineCrash, RowError, SettingError
+from pipeline.patches import IMAGE_PATCH_BYTES, VIDEO_PATCH_BYTES, Resize, pixel_table
+from pipeline.prompt import ChatTokenizer
+from pipeline.schema import ANSWER_FIELDS, Status, result_schema
+
+log = logging.getLogger(__name__)
+
+_PATCH_BYTES = {"image": IMAGE_PATCH_BYTES, "video": VIDEO_PATCH_BYTES}
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What the engine stage needs to know; plain data, so that it travels to the actors."""
+
+    engine: EngineOptions
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    resize: Resize
+    kept: pa.Schema
+    """The user's columns that go through to the results."""
+
+
+@dataclass
+class _Job:
+    """A request inside the engine thread: its samples so far, and who waits for them."""
+
+    request: Request
+    answers: list[Completion] = field(default_factory=list)
+    future: Future[list[Completion]] = field(default_factory=Future)
+
+
+class EngineThread:
+    """Owns an engine: takes requests from any thread, steps, and hands back each request's completions.
+
+    An exception out of a step would take every row in the engine with it. The rows are run again one at a time
+    instead; one that fails alone too is answered with EngineCrash, and the others never notice.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: dict[int, _Job] = {}
+        self._next_id = 0
+        self._id_lock = threading.Lock()
+        self.busy_s = 0.0
+        self.idle_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, input_ids: npt.NDArray[np.int32], media: tuple[Medium, ...], sampling: SamplingParams
+    ) -> Future[list[Completion]]:
+        """Queue a request; the future gives its `n` completions in order of their index."""
+        with self._id_lock:
+            request_id = self._next_id
+            self._next_id += 1
+        job = _Job(Request(request_id, input_ids, media, sampling))
+        self._inbox.put(job)
+        return job.future
+
+    def close(self) -> None:
+        """Let the thread end once it has finished what it holds."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        open_ = True
+        while open_ or self._jobs:
+            open_ = self._take_new() and open_
+            if not self._jobs:
+                continue
+            started = time.perf_counter()
+            try:
+                completions = self._engine.step()
+            except Exception:
+                log.exception("engine step failed with %d rows; running them one at a time", len(self._jobs))
+                self._run_alone(list(self._jobs.values()))
+            else:
+                self._deliver(completions)
+            self.busy_s += time.perf_counter() - started
+
+    def _take_new(self) -> bool:
+        """Move new requests into the engine; wait for one when it has nothing else to do. False: closed."""
+        open_ = True
+        while True:
+            started = time.perf_counter()
+            try:
+                job = self._inbox.get(block=not self._jobs)
+            except queue.Empty:
+                return open_
+            if not self._jobs:
+                self.idle_s += time.perf_counter() - started
+            if job is None:
+                return False
+            self._jobs[self._key(job)] = job
+            self._engine.add(job.request)
+
+    @staticmethod
+    def _key(job: _Job) -> int:
+        assert isinstance(job.request.request_id, int)
+        return job.request.request_id
+
+    def _deliver(self, completions: Sequence[Completion]) -> None:
+        for completion in completions:
+            assert isinstance(completion.request_id, int)
+            job = self._jobs[completion.request_id]
+            job.answers.append(completion)
+            if len(job.answers) == job.request.sampling.n:
+                del self._jobs[completion.request_id]
+                job.future.set_result(sorted(job.answers, key=lambda answer: answer.index))
+
+    def _run_alone(self, suspects: Sequence[_Job]) -> None:
+        for job in suspects:
+            self._engine.abort(job.request.request_id)
+            job.answers.clear()
+        for job in suspects:
+            try:
+                self._engine.add(job.request)
+                while self._key(job) in self._jobs:
+                    self._deliver(self._engine.step())
+            except Exception as error:
+                log.exception("the engine failed on a row alone")
+                self._engine.abort(job.request.request_id)
+                del self._jobs[self._key(job)]
+                crash = EngineCrash(f"the engine failed on this row, alone too: {type(error).__name__}: {error}")
+                job.future.set_result(
+                    [
+                        Completion(job.request.request_id, index, (), "error", error=crash)
+                        for index in range(job.request.sampling.n)
+                    ]
+                )
+
+
+@dataclass
+class _Answer:
+    """A row's answer, or why there is none."""
+
+    error: RowError | None = None
+    completions: Sequence[Completion] = ()
+    seconds: float = 0.0
+
+
+class GenerateStage:
+    """The engine stage of one actor. Thread-safe: call it from as many threads as there are batches under way."""
+
+    def __init__(self, options: GenerateOptions) -> None:
+        self._options = options
+        self._tokenizer = ChatTokenizer(options.engine.model_path, revision=options.engine.revision)
+        table = pixel_table(options.image_mean, options.image_std, resize=options.resize)
+        self._engine = load_engine(options.engine, pixel_table=table, detokenize=self._tokenizer.decode)
+        self._thread = EngineThread(self._engine)
+        self._schema = result_schema(options.kept)
+
+    def describe(self) -> dict[str, Any]:
+        """What the engine picked; for run.json."""
+        return self._engine.describe()
+
+    def stats(self) -> dict[str, float]:
+        """The engine's counters, and the seconds it was busy and starved."""
+        return {**self._engine.stats(), "busy_s": self._thread.busy_s, "idle_s": self._thread.idle_s}
+
+    def close(self) -> None:
+        """Finish what the engine holds and stop its thread."""
+        self._thread.close()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Result rows (schema.result_schema) for request rows (schema.request_schema), in the same order."""
+        waiting = [self._submit(row) for row in _request_rows(table)]
+        answers = [self._wait(one) for one in waiting]
+        return self._result_table(answers, table)
+
+    def _submit(self, row: dict[str, Any]) -> _Answer | tuple[float, Future[list[Completion]]]:
+        if row["status"] != Status.OK:
+            return _Answer()
+        try:
+            sampling = _sampling(row["sampling"])
+        except ValueError as error:
+            return _Answer(error=SettingError(f"sampling: {error}"))
+        return time.perf_counter(), self._thread.submit(row["input_ids"], _media(row), sampling)
+
+    @staticmethod
+    def _wait(pending: _Answer | tuple[float, Future[list[Completion]]]) -> _Answer:
+        if isinstance(pending, _Answer):
+            return pending
+        started, future = pending
+        completions = future.result()
+        error = next((one.error for one in completions if one.error is not None), None)
+        return _Answer(error, completions, time.perf_counter() - started)
+
+    def _result_table(self, answers: Sequence[_Answer], table: pa.Table) -> pa.Table:
+        columns = {name: table.column(name) for name in self._schema.names if name in table.column_names}
+        written = [self._written(answer) for answer in answers]
+        for answer_field in ANSWER_FIELDS:
+            values = [row.get(answer_field.name) for row in written]
+            columns[answer_field.name] = pa.array(values, answer_field.type)
+        if any(answer.error for answer in answers):
+            columns.update(_with_errors(answers, table))
+        return pa.table([columns[name] for name in self._schema.names], schema=self._schema)
+
+    def _written(self, answer: _Answer) -> dict[str, Any]:
+        """The answer's columns; empty for an error row."""
+        if answer.error is not None or not answer.completions:
+            return {}
+        texts = [self._tokenizer.decode(one.token_ids) for one in answer.completions]
+        first = answer.completions[0]
+        return {
+            "text": texts[0],
+            "texts": texts if len(texts) > 1 else None,
+            "finish_reason": first.finish_reason,
+            "num_output_tokens": sum(len(one.token_ids) for one in answer.completions),
+            "logprobs": first.logprobs,
+            "generate_s": answer.seconds,
+        }
+
+
+def _with_errors(answers: Sequence[_Answer], table: pa.Table) -> dict[str, pa.Array]:
+    """The status columns, with the errors of this stage written over what preprocessing left."""
+    columns = {
+        name: table.column(name).to_pylist() for name in ("status", "error_stage", "error_type", "error_message")
+    }
+    for index, answer in enumerate(answers):
+        if answer.error is not None:
+            columns["status"][index] = Status.ERROR.value
+            columns["error_stage"][index] = "generate"
+            columns["error_type"][index] = type(answer.error).__name__
+            columns["error_message"][index] = str(answer.error)
+    return {name: pa.array(values, pa.string()) for name, values in columns.items()}
+
+
+def _request_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """What the engine needs of each row; token ids and patches are views of the table's own memory."""
+    small = table.select(["status", "sampling", "media"]).to_pylist()
+    ids = [scalar for chunk in table.column("input_ids").chunks for scalar in chunk]
+    patches = [scalar for chunk in table.column("patches").chunks for scalar in chunk]
+    for row, ids_scalar, patches_scalar in zip(small, ids, patches, strict=True):
+        if row["status"] == Status.OK:
+            row["input_ids"] = ids_scalar.values.to_numpy(zero_copy_only=True)
+            row["patches"] = np.frombuffer(patches_scalar.as_buffer(), dtype=np.uint8)
+    return small
+
+
+def _media(row: dict[str, Any]) -> tuple[Medium, ...]:
+    """The row's media, cut from its one run of patches: each one's share follows from its kind and grid."""
+    media: list[Medium] = []
+    position = 0
+    for receipt in row["media"]:
+        t, grid_h, grid_w = receipt["grid_thw"]
+        shape = (t * grid_h * grid_w, _PATCH_BYTES[receipt["kind"]])
+        size = shape[0] * shape[1]
+        patches = row["patches"][position : position + size].reshape(shape)
+        media.append(Medium(receipt["kind"], (t, grid_h, grid_w), patches))
+        position += size
+    assert position == len(row["patches"]), (position, len(row["patches"]))
+    return tuple(media)
+
+
+def _sampling(text: str) -> SamplingParams:
+    values = json.loads(text)
+    for name in ("stop_strings", "stop_token_ids"):
+        values[name] = tuple(values.get(name) or ())
+    return SamplingParams(**values)

@@ -1,0 +1,215 @@
+"""Manifest rows in, request rows out: the CPU stage.
+
+For each row: messages, fetch, decode, resize, patchify, tokenize; one pass, one thread of computing, with fetches
+running ahead. A row that fails becomes a request row with its error in it and goes on beside the others.
+Knows the steps it joins and the two row schemas; not Ray, nor what the engine does with a request.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.conversation import Conversation, MediumPart
+from pipeline.errors import RowError
+from pipeline.media.decode import MediaWorker, SeenMedium
+from pipeline.media.fetch import Fetcher
+from pipeline.media.limits import FetchOptions, MediaOptions
+from pipeline.messages import MessageOptions, conversation, row_id
+from pipeline.patches import num_visual_tokens
+from pipeline.prompt import ChatTokenizer, prompt_hash
+from pipeline.schema import MEDIUM_TYPE, Status, UnitColumn, request_schema
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """What the CPU stage needs to know; plain data, so that it travels to the actors."""
+
+    model_path: str
+    revision: str | None
+    messages: MessageOptions
+    add_vision_id: bool
+    media: MediaOptions
+    fetch: FetchOptions
+    sampling: Mapping[str, Any]
+    """The job's sampling parameters; a row's own win."""
+    kept: pa.Schema
+    """The user's columns that go through to the results."""
+    read_ahead: int = 16
+    """Media that may be fetched before their turn to be decoded."""
+
+
+@dataclass
+class _Row:
+    """A row on its way through the stage."""
+
+    id: str
+    attempts: int
+    file: int
+    row: int
+    seconds: float = 0.0
+    conversation: Conversation | None = None
+    fetches: list[Future[bytes]] = field(default_factory=list)
+    input_ids: npt.NDArray[np.int32] | None = None
+    seen: list[SeenMedium] = field(default_factory=list)
+    prompt_hash: str | None = None
+    sampling: str | None = None
+    error: RowError | None = None
+
+
+class PreprocessStage:
+    """The CPU stage of one actor: a decoder process, a few fetching threads and a tokenizer."""
+
+    def __init__(self, options: PreprocessOptions) -> None:
+        self._options = options
+        self._tokenizer = ChatTokenizer(options.model_path, revision=options.revision)
+        self._fetcher = Fetcher(options.fetch)
+        self._worker = MediaWorker(options.media)
+        self._pool = ThreadPoolExecutor(max_workers=min(16, options.read_ahead), thread_name_prefix="fetch")
+        self._schema = request_schema(options.kept)
+
+    def close(self) -> None:
+        """Stop the decoder process and the fetching threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._worker.close()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Request rows (schema.request_schema) for manifest rows with their places (schema.UnitColumn)."""
+        rows = [self._finish(row) for row in self._read_ahead(table)]
+        return self._request_table(rows, table)
+
+    def _read_ahead(self, table: pa.Table) -> Iterator[_Row]:
+        """Rows in order, their media being fetched while earlier rows are decoded."""
+        waiting: deque[_Row] = deque()
+        under_way = 0
+        for values in _python_rows(table):
+            row = self._begin(values)
+            waiting.append(row)
+            under_way += len(row.fetches)
+            while waiting and under_way > self._options.read_ahead:
+                under_way -= len(waiting[0].fetches)
+                yield waiting.popleft()
+        yield from waiting
+
+    def _begin(self, values: dict[str, Any]) -> _Row:
+        place = (int(values.pop(UnitColumn.FILE)), int(values.pop(UnitColumn.ROW)))
+        row = _Row(id="", attempts=int(values.pop(UnitColumn.ATTEMPTS)), file=place[0], row=place[1])
+        started = time.perf_counter()
+        row.id = row_id(values, self._options.messages, place)
+        try:
+            row.conversation = conversation(values, self._options.messages)
+            row.sampling = json.dumps({**self._options.sampling, **row.conversation.sampling}, sort_keys=True)
+            row.fetches = [self._pool.submit(self._fetcher.fetch, part.source) for part in row.conversation.media]
+        except RowError as error:
+            row.error = error
+        row.seconds = time.perf_counter() - started
+        return row
+
+    def _finish(self, row: _Row) -> _Row:
+        started = time.perf_counter()
+        try:
+            if row.error is None and row.conversation is not None:
+                self._see(row, row.conversation)
+        except RowError as error:
+            row.error = error
+        for fetch in row.fetches:
+            fetch.cancel()
+        row.fetches = []
+        row.seconds += time.perf_counter() - started
+        return row
+
+    def _see(self, row: _Row, asked: Conversation) -> None:
+        """Decode the row's media and write its prompt. Raises the first RowError met."""
+        # Rendering comes first: it is cheap, and a prompt that is refused spares the decoding.
+        rendered = self._tokenizer.render(asked.messages, add_vision_id=self._options.add_vision_id)
+        parts: Sequence[MediumPart] = asked.media
+        data = [fetch.result() for fetch in row.fetches]
+        items = [
+            (part.kind, encoded, part.settings, part.source if isinstance(part.source, str) else "bytes")
+            for part, encoded in zip(parts, data, strict=True)
+        ]
+        seen: list[SeenMedium] = []
+        for result in self._worker.see_media(items) if items else []:
+            if isinstance(result, RowError):
+                raise result
+            seen.append(result)
+        row.input_ids = self._tokenizer.encode(rendered, [num_visual_tokens(one.receipt.grid_thw) for one in seen])
+        row.prompt_hash = prompt_hash(rendered)
+        row.seen = seen
+
+    def _request_table(self, rows: Sequence[_Row], table: pa.Table) -> pa.Table:
+        columns: dict[str, pa.Array | pa.ChunkedArray] = {
+            "manifest_file": pa.array([row.file for row in rows], pa.int32()),
+            "manifest_row": pa.array([row.row for row in rows], pa.int64()),
+            "id": pa.array([row.id for row in rows], pa.string()),
+            "input_ids": _lists([row.input_ids for row in rows]),
+            "patches": _binaries(
+                [None if row.input_ids is None else [one.patches for one in row.seen] for row in rows]
+            ),
+            "sampling": pa.array([row.sampling for row in rows], pa.string()),
+            "num_prompt_tokens": pa.array([_length(row.input_ids) for row in rows], pa.int32()),
+            "num_visual_tokens": pa.array(
+                [
+                    None if row.input_ids is None else sum(num_visual_tokens(one.receipt.grid_thw) for one in row.seen)
+                    for row in rows
+                ],
+                pa.int32(),
+            ),
+            "media": pa.array(
+                [None if row.input_ids is None else [one.receipt.as_dict() for one in row.seen] for row in rows],
+                pa.list_(MEDIUM_TYPE),
+            ),
+            "prompt_hash": pa.array([row.prompt_hash for row in rows], pa.string()),
+            "preprocess_s": pa.array([row.seconds for row in rows], pa.float32()),
+            "status": pa.array([Status.OK if row.error is None else Status.ERROR for row in rows], pa.string()),
+            "error_stage": pa.array([row.error and row.error.stage for row in rows], pa.string()),
+            "error_type": pa.array([row.error and type(row.error).__name__ for row in rows], pa.string()),
+            "error_message": pa.array([row.error and str(row.error) for row in rows], pa.string()),
+            "attempts": pa.array([row.attempts for row in rows], pa.int32()),
+        }
+        columns.update({name: table.column(name) for name in self._options.kept.names})
+        return pa.table([columns[name] for name in self._schema.names], schema=self._schema)
+
+
+def _python_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Rows as dicts, a few at a time, so that embedded files are not all copied at once."""
+    for batch in table.to_batches(max_chunksize=16):
+        yield from batch.to_pylist()
+
+
+def _length(ids: npt.NDArray[np.int32] | None) -> int | None:
+    return None if ids is None else len(ids)
+
+
+def _lists(values: Sequence[npt.NDArray[np.int32] | None]) -> pa.Array:
+    """A large_list<int32> column over one buffer."""
+    offsets = np.zeros(len(values) + 1, dtype=np.int64)
+    np.cumsum([0 if value is None else len(value) for value in values], out=offsets[1:])
+    present = [value for value in values if value is not None]
+    flat = np.concatenate(present) if present else np.empty(0, dtype=np.int32)
+    missing = pa.array([value is None for value in values], pa.bool_())
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.int32()), mask=missing)
+
+
+def _binaries(values: Sequence[Sequence[npt.NDArray[np.uint8]] | None]) -> pa.Array:
+    """A large_binary column over one buffer: each row's arrays one after the other."""
+    offsets = np.zeros(len(values) + 1, dtype=np.int64)
+    np.cumsum([sum(array.nbytes for array in value or ()) for value in values], out=offsets[1:])
+    buffer = np.empty(int(offsets[-1]), dtype=np.uint8)
+    for start, value in zip(offsets, values, strict=False):
+        position = int(start)
+        for array in value or ():
+            buffer[position : position + array.nbytes] = array.reshape(-1)
+            position += array.nbytes
+    valid = np.packbits([value is not None for value in values], bitorder="little")
+    buffers = [pa.py_buffer(valid), pa.py_buffer(offsets), pa.py_buffer(buffer)]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(values), buffers)
