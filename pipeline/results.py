@@ -1,0 +1,315 @@
+"""The run folder: fragments while rows finish, part files in manifest order at the end, every row exactly once.
+
+    out/run/  run.json             settings, manifest fingerprint, versions, counts
+              manifest.parquet     the listing, where the input was a folder of media
+              fragments/*.parquet  finished rows, published whole as they come; gone once the parts stand
+              part-00000.parquet   final: manifest order, every manifest row once
+              _SUCCESS             the parts are complete, their rows counted
+
+A row that stands in several fragments (a crash between publishing and bookkeeping, or a retry) counts once: the
+latest attempt wins, and an answer wins over an error. Order of the last steps: parts, count, `_SUCCESS`, and only
+then do the fragments go; so a crash anywhere leaves either fragments that hold every row, or `_SUCCESS`.
+Knows result rows and files; not how a row was answered.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import OutputError
+from pipeline.row_set import Indices, RowNumbering, RowSet
+from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, PLACE_SCHEMA, Status
+
+_COMPRESSION = "zstd"
+_ROWS_PER_GROUP = 20_000
+_RANGE_KEY = b"qwen2_vl_batch.range"
+_STATE_COLUMNS = [MANIFEST_FILE, MANIFEST_ROW, "status", "error_type", "attempts"]
+
+
+class RunFolder:
+    """Names and small files of one run's folder, on disk or in a bucket."""
+
+    def __init__(self, path: str, storage_options: storage.StorageOptions = None) -> None:
+        self.path = path.rstrip("/") or path
+        self.storage_options = storage_options
+
+    def file(self, *names: str) -> str:
+        """The path of a file in the folder."""
+        return storage.join(self.path, *names)
+
+    def prepare(self) -> None:
+        """Make the folder. Raises OutputError when it can't be written or holds something else."""
+        try:
+            if storage.exists(self.path, self.storage_options) and self.read_run() is None:
+                strangers = [storage.name(info.path) for info in self._top_level()]
+                if strangers:
+                    raise OutputError(
+                        f"{self.path} holds files but no run.json ({', '.join(strangers[:3])}): "
+                        "choose an empty or new folder as output.path"
+                    )
+            storage.make_dir(self.file("fragments"), self.storage_options)
+        except OSError as error:
+            raise OutputError(f"can't write to output.path {self.path}: {error}") from error
+
+    def _top_level(self) -> list[storage.FileInfo]:
+        return storage.list_files(self.path, self.storage_options, recursive=False)
+
+    def read_run(self) -> dict[str, Any] | None:
+        """The content of run.json, or None where there is none."""
+        try:
+            values = json.loads(storage.read_bytes(self.file("run.json"), self.storage_options))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise OutputError(f"{self.file('run.json')} is not JSON: {error}") from error
+        assert isinstance(values, dict)
+        return values
+
+    def write_run(self, values: dict[str, Any]) -> None:
+        """Publish run.json."""
+        text = json.dumps(values, indent=2, default=str)
+        storage.publish(self.file("run.json"), text.encode(), self.storage_options)
+
+    def is_finished(self) -> bool:
+        """Whether the parts are complete."""
+        return storage.exists(self.file("_SUCCESS"), self.storage_options)
+
+    def fragments(self) -> list[str]:
+        """Paths of all fragments, oldest first."""
+        found = storage.list_files(self.file("fragments"), self.storage_options)
+        return [info.path for info in found if info.path.endswith(".parquet")]
+
+    def parts(self) -> list[str]:
+        """Paths of all part files, in order."""
+        names = [info.path for info in self._top_level()]
+        return [path for path in names if storage.name(path).startswith("part-") and path.endswith(".parquet")]
+
+    def reopen(self) -> None:
+        """Turn a finished folder's parts back into fragments, so that rows can be run again or added.
+
+        The copies come first and `_SUCCESS` goes before the parts do: at no moment is a row only half there.
+        """
+        for part in self.parts():
+            data = storage.read_bytes(part, self.storage_options)
+            storage.publish(self.file("fragments", f"0-{storage.name(part)}"), data, self.storage_options)
+        storage.delete(self.file("_SUCCESS"), self.storage_options)
+        for part in self.parts():
+            storage.delete(part, self.storage_options)
+
+    def discard_fragments(self) -> None:
+        """Remove the fragments' folder; the parts hold their rows."""
+        storage.delete(self.file("fragments"), self.storage_options, recursive=True)
+
+    def read(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A fragment's or part's rows."""
+        with storage.open_input(path, self.storage_options) as file:
+            return pq.read_table(file, columns=None if columns is None else list(columns))
+
+    def metadata(self, path: str) -> pq.FileMetaData:
+        """A fragment's or part's footer."""
+        with storage.open_input(path, self.storage_options, random_access=True) as file:
+            return pq.read_metadata(file)
+
+
+@dataclass
+class FinishedRows:
+    """Which rows the folder already answers, and which of them are errors."""
+
+    done: RowSet
+    failed: Indices
+    """Indices of error rows, ascending; the latest attempt of each."""
+    failed_types: npt.NDArray[np.object_]
+    failed_attempts: npt.NDArray[np.int32]
+
+    @property
+    def num_ok(self) -> int:
+        """Rows with an answer."""
+        return len(self.done) - len(self.failed)
+
+    def take_failed(self, error_types: Sequence[str] | None) -> tuple[Indices, npt.NDArray[np.int32]]:
+        """Indices and attempts so far of the error rows of these types (None: all); they are no longer done."""
+        wanted = np.ones(len(self.failed), dtype=bool)
+        if error_types is not None:
+            wanted = np.isin(self.failed_types.astype(str), list(error_types))
+        taken, attempts = self.failed[wanted], self.failed_attempts[wanted]
+        self.done.discard(taken)
+        self.failed, self.failed_types = self.failed[~wanted], self.failed_types[~wanted]
+        self.failed_attempts = self.failed_attempts[~wanted]
+        return taken, attempts
+
+
+def read_finished(folder: RunFolder, numbering: RowNumbering) -> FinishedRows:
+    """The rows that the folder's fragments (or its parts, once finished) hold; one bit each, and the failed ones."""
+    done, answered = RowSet(numbering.num_rows), RowSet(numbering.num_rows)
+    failed: list[tuple[Indices, npt.NDArray[np.object_], npt.NDArray[np.int32]]] = []
+    for path in folder.parts() if folder.is_finished() else folder.fragments():
+        table = folder.read(path, _STATE_COLUMNS)
+        indices = _indices(table, numbering)
+        ok = pc.equal(table.column("status"), Status.OK.value).to_numpy(zero_copy_only=False)
+        done.add(indices)
+        answered.add(indices[ok])
+        if not ok.all():
+            types = table.column("error_type").to_numpy(zero_copy_only=False)
+            failed.append((indices[~ok], types[~ok], table.column("attempts").to_numpy()[~ok]))
+    if not failed:
+        return FinishedRows(done, *_no_failed())
+    indices, types, attempts = (np.concatenate(column) for column in zip(*failed, strict=True))
+    latest = _latest(indices, attempts)
+    latest = latest[~answered.has(indices[latest])]
+    return FinishedRows(done, indices[latest], types[latest], attempts[latest])
+
+
+def _no_failed() -> tuple[Indices, npt.NDArray[np.object_], npt.NDArray[np.int32]]:
+    return np.empty(0, np.int64), np.empty(0, object), np.empty(0, np.int32)
+
+
+def _latest(indices: Indices, rank: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Positions of the highest-ranked record of each index, in order of index."""
+    order = np.lexsort((rank, indices))
+    last = np.append(np.diff(indices[order]) != 0, True)
+    positions: npt.NDArray[np.int64] = order[last]
+    return positions
+
+
+def _indices(table: pa.Table, numbering: RowNumbering) -> Indices:
+    return numbering.indices(table.column(MANIFEST_FILE).to_numpy(), table.column(MANIFEST_ROW).to_numpy())
+
+
+@dataclass
+class FragmentWriter:
+    """Collects finished rows and publishes them as fragments, by number of rows and by age."""
+
+    folder: RunFolder
+    numbering: RowNumbering
+    schema: pa.Schema
+    rows_per_fragment: int
+    seconds_per_fragment: float
+    _waiting: list[pa.Table] = field(default_factory=list)
+    _num_waiting: int = 0
+    _oldest: float = 0.0
+    _run: str = field(default_factory=lambda: f"{time.time_ns() // 1_000_000}-{secrets.token_hex(3)}")
+    _next: int = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Take finished rows; publish when there are enough of them."""
+        if not table.num_rows:
+            return
+        if not self._waiting:
+            self._oldest = time.monotonic()
+        self._waiting.append(table.select(self.schema.names).cast(self.schema))
+        self._num_waiting += table.num_rows
+        if self._num_waiting >= self.rows_per_fragment:
+            self.flush()
+
+    def flush_if_old(self) -> None:
+        """Publish when the oldest row has waited long enough."""
+        if self._waiting and time.monotonic() - self._oldest >= self.seconds_per_fragment:
+            self.flush()
+
+    def flush(self) -> None:
+        """Publish what waits. Raises OutputError when the folder can't be written."""
+        if not self._waiting:
+            return
+        table = pa.concat_tables(self._waiting)
+        indices = _indices(table, self.numbering)
+        order = np.argsort(indices, kind="stable")
+        span = json.dumps([int(indices[order[0]]), int(indices[order[-1]])]).encode()
+        table = table.take(pa.array(order)).replace_schema_metadata({_RANGE_KEY: span})
+        path = self.folder.file("fragments", f"{self._run}-{self._next:06d}.parquet")
+        _publish_table(self.folder, path, table)
+        self._next += 1
+        self._waiting, self._num_waiting = [], 0
+
+
+def _publish_table(folder: RunFolder, path: str, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    # Pages of small row groups with statistics: a reader who wants some rows or columns skips the rest.
+    pq.write_table(table, sink, compression=_COMPRESSION, row_group_size=_ROWS_PER_GROUP)
+    try:
+        storage.publish(path, sink.getvalue().to_pybytes(), folder.storage_options)
+    except OSError as error:
+        raise OutputError(f"can't write {path}: {error}; free or mend the storage and run the same command") from error
+
+
+def finalise(folder: RunFolder, numbering: RowNumbering, schema: pa.Schema, *, rows_per_part: int) -> int:
+    """Write the part files from the fragments, check their count, mark success, remove the fragments.
+
+    Memory holds one part and the fragments that overlap it, one at a time. Returns the number of parts.
+    Raises OutputError when a row is missing.
+    """
+    sources = [(path, *_range(folder, path, numbering)) for path in folder.fragments()]
+    names: list[str] = []
+    for number, start in enumerate(range(0, max(numbering.num_rows, 1), rows_per_part)):
+        stop = min(start + rows_per_part, numbering.num_rows)
+        table = _part(folder, sources, numbering, schema, start, stop)
+        if table.num_rows != stop - start:
+            raise OutputError(
+                f"{folder.path}: rows {start} to {stop - 1} of the manifest have {table.num_rows} results, expected "
+                f"{stop - start}: run the same command again"
+            )
+        names.append(f"part-{number:05d}.parquet")
+        _publish_table(folder, folder.file(names[-1]), table)
+    for path in folder.parts():
+        if storage.name(path) not in names:
+            storage.delete(path, folder.storage_options)
+    counted = sum(folder.metadata(path).num_rows for path in folder.parts())
+    if counted != numbering.num_rows:
+        raise OutputError(f"{folder.path}: the parts hold {counted} rows, the manifest {numbering.num_rows}")
+    storage.publish(folder.file("_SUCCESS"), b"", folder.storage_options)
+    folder.discard_fragments()
+    return len(names)
+
+
+def _range(folder: RunFolder, path: str, numbering: RowNumbering) -> tuple[int, int]:
+    """First and last index in a fragment, from its footer, or from its rows where an older part became one."""
+    metadata = folder.metadata(path).metadata or {}
+    if _RANGE_KEY in metadata:
+        first, last = json.loads(metadata[_RANGE_KEY])
+        return first, last
+    indices = _indices(folder.read(path, PLACE_SCHEMA.names), numbering)
+    return (int(indices.min()), int(indices.max())) if len(indices) else (0, -1)
+
+
+def _part(
+    folder: RunFolder,
+    sources: Sequence[tuple[str, int, int]],
+    numbering: RowNumbering,
+    schema: pa.Schema,
+    start: int,
+    stop: int,
+) -> pa.Table:
+    """Rows [start, stop) in order, one result each."""
+    pieces: list[pa.Table] = []
+    for path, first, last in sources:
+        if last >= start and first < stop:
+            table = folder.read(path)
+            indices = _indices(table, numbering)
+            pieces.append(
+                table.filter(pa.array((indices >= start) & (indices < stop))).select(schema.names).cast(schema)
+            )
+    if not pieces:
+        return schema.empty_table()
+    table = pa.concat_tables(pieces)
+    ok = pc.equal(table.column("status"), Status.OK.value).to_numpy(zero_copy_only=False)
+    rank = table.column("attempts").to_numpy().astype(np.int64) * 2 + ok
+    # An answer is never given up for a later error: rank it above any number of attempts.
+    rank[ok] += np.int64(1) << 40
+    return table.take(pa.array(_latest(_indices(table, numbering), rank)))
+
+
+def iter_results(folder: RunFolder, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """A run's rows, file by file: the parts of a finished run, the fragments of one under way."""
+    for path in folder.parts() if folder.is_finished() else folder.fragments():
+        yield folder.read(path, columns)
