@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.engine.mrope import PromptLayout, lay_out_prompt
-from pipeline.engine.sequence import Request
+from pipeline.engine.mrope import lay_out_prompt
+from pipeline.engine.sequence import PromptLayout, Request
 from pipeline.errors import GenerateError, PromptTooLong
 
 

@@ -12,25 +12,10 @@ and both engines get them from here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
 
-from pipeline.engine.sequence import MERGE_SIZE, Request
+from pipeline.engine.sequence import MERGE_SIZE, PromptLayout, Request
 from pipeline.errors import GenerateError
-
-
-@dataclass(frozen=True, eq=False)
-class PromptLayout:
-    """Where the media of a prompt lie, and the positions of its tokens."""
-
-    positions: npt.NDArray[np.int32]
-    """[3, tokens]: temporal, height, width."""
-    delta: int
-    """Position of an output token is its index plus this, on all three axes."""
-    spans: tuple[tuple[int, int], ...]
-    """Token range [start, stop) of each medium, in order."""
 
 
 def lay_out_prompt(request: Request, *, image_token_id: int, video_token_id: int) -> PromptLayout:

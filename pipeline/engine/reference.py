@@ -21,11 +21,10 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from pipeline.engine.admission import AdmissionRules
 from pipeline.engine.checkpoint import Checkpoint
-from pipeline.engine.mrope import PromptLayout
 from pipeline.engine.options import Detokenize, EngineOptions
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sampler import SampleRow, sample
-from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, error_completions
+from pipeline.engine.sequence import Completion, PromptLayout, Request, RequestId, Sequence, error_completions
 from pipeline.engine.stopping import StopRules
 from pipeline.errors import EngineOutOfMemory, RowError
 

@@ -167,6 +167,18 @@ class Completion:
     """With `stop`: the end token, or the stop string, that ended it."""
 
 
+@dataclass(frozen=True, eq=False)
+class PromptLayout:
+    """Where the media of a prompt lie, and the positions of its tokens (see mrope.py)."""
+
+    positions: npt.NDArray[np.int32]
+    """[3, tokens]: temporal, height, width."""
+    delta: int
+    """Position of an output token is its index plus this, on all three axes."""
+    spans: tuple[tuple[int, int], ...]
+    """Token range [start, stop) of each medium, in order."""
+
+
 class SequenceStatus(Enum):
     WAITING = "waiting"
     """In the queue: never run, or preempted and to be computed again."""
@@ -208,12 +220,15 @@ class Sequence:
     request: Request
     index: int
     seed: int
+    layout: PromptLayout | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     num_computed: int = 0
     num_in_flight: int = 0
     block_table: list[int] = field(default_factory=list)
+    row: int = -1
+    """Its place in the runner's per-sequence tensors while it owns blocks."""
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -249,6 +264,16 @@ class Sequence:
     def has_budget(self) -> bool:
         """Whether another token may be asked for, counting those in flight."""
         return len(self.output_ids) + self.num_in_flight < self.sampling.max_tokens
+
+    def positions(self, start: int, stop: int) -> npt.NDArray[np.int32]:
+        """Three-axis positions [3, stop - start]; output tokens continue where the prompt ended."""
+        assert self.layout is not None
+        prompt = self.layout.positions[:, start:stop]
+        if stop <= self.num_prompt_tokens:
+            return prompt
+        first = max(start, self.num_prompt_tokens)
+        output = np.arange(first, stop, dtype=np.int32) + np.int32(self.layout.delta)
+        return np.concatenate([prompt, np.broadcast_to(output, (3, len(output)))], axis=1)
 
     def draw(self, step: int) -> float:
         return uniform_draw(self.seed, self.index, step)

@@ -1,0 +1,311 @@
+"""Which sequences run in the next pass: the whole policy of continuous batching, in plain Python.
+
+    waiting --admit--> prefilling --last chunk--> running --end--> finished
+       ^                   |                        |
+       `------preempt------+------------------------'
+
+A pass is either a prefill (prompts packed one after another, up to a token and a patch budget) or a
+decode (one token for every running sequence); never both, so that decode passes keep one shape.
+Prefill goes first, except that a few newcomers wait some decode passes for company. Knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from pipeline.engine.block_manager import BlockManager
+from pipeline.engine.media_ledger import MediaLedger
+from pipeline.engine.sequence import Medium, RequestId, Sequence, SequenceStatus
+
+MIN_BATCH_TOKENS = 32
+"""Halving after out-of-memory stops here."""
+
+
+@dataclass
+class PrefillChunk:
+    """Tokens [start, stop) of one sequence."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    forks: list[Sequence] = field(default_factory=list)
+    """Further samples of the same request, which share the prompt's blocks from here on."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop == self.sequence.num_tokens
+
+
+@dataclass
+class PrefillPlan:
+    chunks: list[PrefillChunk]
+    media: list[Medium]
+    """To be encoded first; each content once."""
+    copies: list[tuple[int, int]]
+    """Blocks to copy (from, to) after the pass: a fork's own copy of a half-filled block."""
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Everyone this pass touches."""
+        return [s for chunk in self.chunks for s in (chunk.sequence, *chunk.forks)]
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """Those that get a token from this pass."""
+        return [s for chunk in self.chunks if chunk.is_last for s in (chunk.sequence, *chunk.forks)]
+
+
+@dataclass
+class DecodePlan:
+    sequences: list[Sequence]
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        return self.sequences
+
+
+Plan = PrefillPlan | DecodePlan
+
+
+class Scheduler:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        ledger: MediaLedger,
+        *,
+        max_running: int,
+        max_batch_tokens: int,
+        max_batch_patches: int,
+        patience: int = 8,
+    ) -> None:
+        self.blocks = blocks
+        self.ledger = ledger
+        self.max_running = max_running
+        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_patches = max_batch_patches
+        self.patience = patience
+        self.waiting: deque[Sequence] = deque()
+        self.prefilling: Sequence | None = None
+        self.running: dict[Sequence, None] = {}  # ordered by admission
+        self.num_preemptions = 0
+        self._free_rows = list(range(max_running - 1, -1, -1))
+        self._decodes_since_prefill = 0
+
+    # ---- queues
+
+    def add(self, sequence: Sequence) -> None:
+        self.ledger.retain(sequence)
+        self.waiting.append(sequence)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting or self.prefilling or self.running)
+
+    def retire(self, sequence: Sequence) -> None:
+        """The sequence has finished: give back all it holds."""
+        assert sequence.is_finished
+        if sequence in self.running:
+            del self.running[sequence]
+        elif sequence is self.prefilling:
+            self.prefilling = None
+            self.ledger.release(sequence)
+        else:
+            self.waiting.remove(sequence)
+            self.ledger.release(sequence)
+        self._release_cache(sequence)
+
+    def find(self, request_id: RequestId) -> list[Sequence]:
+        """The unfinished samples of a request."""
+        everyone = [*self.waiting, *self.running, *([self.prefilling] if self.prefilling else [])]
+        return [sequence for sequence in everyone if sequence.request.request_id == request_id]
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take the sequence's blocks; it goes to the front of the queue and is computed again."""
+        if sequence is self.prefilling:
+            self.prefilling = None
+        else:
+            del self.running[sequence]
+            self.ledger.retain(sequence)
+        self._release_cache(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_computed = 0
+        sequence.num_in_flight = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def halve_budgets(self) -> None:
+        """After out-of-memory: smaller passes from now on."""
+        self.max_batch_tokens = max(MIN_BATCH_TOKENS, self.max_batch_tokens // 2)
+        self.max_batch_patches = max(4 * MIN_BATCH_TOKENS, self.max_batch_patches // 2)
+
+    # ---- planning
+
+    def schedule(self) -> Plan | None:
+        """The next pass, with all it needs allocated; None while only results in flight can help."""
+        if self._prefill_is_due() and (prefill := self._plan_prefill()):
+            return prefill
+        if decode := self._plan_decode():
+            return decode
+        # A decode that could get no blocks waits for results in flight: admitting more would starve it.
+        if any(sequence.num_in_flight for sequence in self.running):
+            return None
+        return self._plan_prefill()
+
+    def _prefill_is_due(self) -> bool:
+        if self.prefilling or not self.running:
+            return True
+        room = self.max_running - len(self.running)
+        if not self.waiting or room <= 0:
+            return False
+        if self._decodes_since_prefill >= self.patience:
+            return True
+        # A pass worth its weight: a quarter of a budget, or as much as there is room for.
+        tokens = patches = 0
+        for count, sequence in enumerate(self.waiting, start=1):
+            tokens += sequence.num_tokens
+            patches += sum(medium.num_patches for medium in sequence.request.media)
+            if 4 * tokens >= self.max_batch_tokens or 4 * patches >= self.max_batch_patches:
+                return True
+            if 4 * count >= self.max_running:
+                return True
+        return False
+
+    def _plan_prefill(self) -> PrefillPlan | None:
+        plan = PrefillPlan([], [], [])
+        budget = self.max_batch_tokens
+        if self.prefilling:
+            budget -= self._advance(plan, self.prefilling, budget)
+        reserve = self._growth_reserve()
+        planned: set[bytes] = set()
+        num_patches = 0
+        while self.waiting and budget > 0 and not self.prefilling and self._free_rows:
+            sequence = self.waiting[0]
+            media = self.ledger.new_media(sequence, planned)
+            patches = sum(medium.num_patches for medium in media)
+            too_much = sequence.num_tokens > budget or num_patches + patches > self.max_batch_patches
+            if plan.chunks and too_much:
+                break  # alone in a pass it may be cut into chunks, or have its media encoded in parts
+            needed = self.blocks.blocks_for(sequence.num_tokens)
+            alone = not self.running and not plan.chunks
+            if self.blocks.num_free < needed + (0 if alone else reserve):
+                break
+            self.waiting.popleft()
+            sequence.block_table = self.blocks.allocate(needed)
+            sequence.row = self._free_rows.pop()
+            sequence.status = SequenceStatus.PREFILLING
+            self.prefilling = sequence
+            plan.media.extend(media)
+            planned.update(medium.content_key for medium in media)
+            num_patches += patches
+            budget -= self._advance(plan, sequence, budget)
+            reserve += 1
+        if not plan.chunks:
+            return None
+        self._decodes_since_prefill = 0
+        return plan
+
+    def _advance(self, plan: PrefillPlan, sequence: Sequence, budget: int) -> int:
+        """Plan as much of the sequence as the budget allows; after its last chunk it is running."""
+        stop = min(sequence.num_tokens, sequence.num_computed + budget)
+        chunk = PrefillChunk(sequence, sequence.num_computed, stop)
+        plan.chunks.append(chunk)
+        sequence.num_computed = stop
+        if chunk.is_last:
+            self.prefilling = None
+            self._start_running(sequence)
+            self._fork(plan, chunk)
+        return chunk.num_tokens
+
+    def _start_running(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.RUNNING
+        sequence.num_in_flight = 1
+        self.running[sequence] = None
+        self.ledger.release(sequence)
+
+    def _fork(self, plan: PrefillPlan, chunk: PrefillChunk) -> None:
+        """Start the request's other samples on the prompt just computed, while there is room for them.
+
+        Full blocks are shared; a half-filled last block is copied, since each sample writes to its own.
+        A sample that finds no room stays in the queue and computes the prompt again later.
+        """
+        leader = chunk.sequence
+        if leader.output_ids:
+            return
+        num_full, rest = divmod(leader.num_prompt_tokens, self.blocks.block_size)
+        while self.waiting and self.waiting[0].request is leader.request and not self.waiting[0].output_ids:
+            if not self._free_rows or self.blocks.num_free < bool(rest) + self._growth_reserve():
+                return
+            fork = self.waiting.popleft()
+            shared = leader.block_table[:num_full]
+            self.blocks.share(shared)
+            own = self.blocks.allocate(1) if rest else []
+            if own:
+                plan.copies.append((leader.block_table[num_full], own[0]))
+            fork.block_table = [*shared, *own]
+            fork.row = self._free_rows.pop()
+            fork.num_computed = leader.num_prompt_tokens
+            chunk.forks.append(fork)
+            self._start_running(fork)
+
+    def _growth_reserve(self) -> int:
+        """A block for each running sequence that may still grow: keeps preemptions rare."""
+        return sum(
+            self.blocks.blocks_for(sequence.max_num_tokens) > len(sequence.block_table) for sequence in self.running
+        )
+
+    def _plan_decode(self) -> DecodePlan | None:
+        planned: list[Sequence] = []
+        for sequence in list(self.running):
+            if sequence not in self.running or not sequence.has_budget:
+                continue  # preempted by an older one just now, or all its tokens are on their way
+            if self.blocks.blocks_for(sequence.num_computed + 1) > len(sequence.block_table):
+                if not self._make_room_for(sequence):
+                    break
+                sequence.block_table += self.blocks.allocate(1)
+            planned.append(sequence)
+        if not planned:
+            return None
+        for sequence in planned:
+            sequence.num_computed += 1
+            sequence.num_in_flight += 1
+        self._decodes_since_prefill += 1
+        return DecodePlan(planned)
+
+    def _make_room_for(self, sequence: Sequence) -> bool:
+        """Free a block by preempting whoever came last; False where that must wait or hit itself."""
+        while self.blocks.num_free == 0:
+            victim = self.prefilling or next(reversed(self.running))
+            if victim.num_in_flight:
+                return False  # its tokens are not known yet, so it can't be computed again
+            self.preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _release_cache(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.block_table)
+        sequence.block_table = []
+        if sequence.row >= 0:
+            self._free_rows.append(sequence.row)
+            sequence.row = -1
+
+    # ---- for tests and for whoever hunts a fault
+
+    def check_integrity(self) -> None:
+        """No block lost or shared wrongly, every row owned once, every sequence in one queue."""
+        owners = [*self.running, *([self.prefilling] if self.prefilling else [])]
+        self.blocks.check_integrity(sequence.block_table for sequence in [*owners, *self.waiting])
+        rows = sorted([*(sequence.row for sequence in owners), *self._free_rows])
+        assert rows == list(range(self.max_running)), f"rows lost or owned twice: {rows}"
+        everyone = [*owners, *self.waiting]
+        assert len(set(map(id, everyone))) == len(everyone), "a sequence is in two queues"
+        for sequence in owners:
+            held = len(sequence.block_table) * self.blocks.block_size
+            assert sequence.num_computed <= held, f"{sequence.num_computed} tokens in {held} places"
+        assert all(not sequence.block_table for sequence in self.waiting), "a waiting sequence owns blocks"

@@ -1,0 +1,122 @@
+"""The text half of Qwen2-VL over packed tokens: transformers' weights, our forward pass.
+
+Each operation rounds where transformers' does (norm in float32 and then the weight in the model's
+dtype, rotation in the model's dtype), so that greedy tokens agree. Joined here: q, k and v into one
+product, gate and up into one. Knows tensors only; where keys and values go is the cache's business.
+
+    N packed tokens   H query heads   K kv heads   D head_dim   C hidden size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from pipeline.engine.dense import Dense, dense, joined
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]; writes the cache as well."""
+
+
+@dataclass
+class _Layer:
+    input_norm: torch.Tensor
+    qkv: Dense
+    out: Dense
+    post_norm: torch.Tensor
+    gate_up: Dense
+    down: Dense
+
+
+class TextModel:
+    def __init__(self, model: Any) -> None:
+        """`model` is transformers' Qwen2VLForConditionalGeneration; its weights become views of ours."""
+        config = model.config.text_config
+        language = model.model.language_model
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = config.hidden_size // config.num_attention_heads
+        self.num_layers: int = config.num_hidden_layers
+        self.eps: float = config.rms_norm_eps
+        self.embed_weight: torch.Tensor = language.embed_tokens.weight
+        self.dtype = self.embed_weight.dtype
+        self.final_norm: torch.Tensor = language.norm.weight
+        self.lm_head = dense(model.lm_head)
+        self.layers = [
+            _Layer(
+                layer.input_layernorm.weight,
+                joined([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
+                dense(layer.self_attn.o_proj),
+                layer.post_attention_layernorm.weight,
+                joined([layer.mlp.gate_proj, layer.mlp.up_proj]),
+                dense(layer.mlp.down_proj),
+            )
+            for layer in language.layers
+        ]
+        rotary = language.rotary_emb
+        device = self.embed_weight.device
+        # model.to(bfloat16) would have rounded the buffer; the default rule is recomputed in float32.
+        if rotary.rope_type == "default":
+            inverse, _ = rotary.compute_default_rope_parameters(config)
+            self.inv_freq = inverse.float().to(device)
+        else:
+            self.inv_freq = rotary.inv_freq.float().to(device)
+        self.rope_scaling = float(rotary.attention_scaling)
+        sections = (getattr(config, "rope_parameters", None) or {}).get("mrope_section", [16, 24, 24])
+        axis = [i % 3 for i, size in enumerate(sections) for _ in range(size)]
+        self.axis_of_frequency = torch.tensor(axis, device=device)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:  # [N] -> [N, C]
+        return F.embedding(ids, self.embed_weight)
+
+    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [N, 1, D] in the model's dtype, for positions [3, N] or [N] (same on all axes)."""
+        if positions.ndim == 2:
+            # Each frequency follows one axis: [3, N] -> [N, D / 2].
+            angles = positions.float().index_select(0, self.axis_of_frequency).T * self.inv_freq
+        else:
+            angles = positions.float()[:, None] * self.inv_freq
+        angles = torch.cat([angles, angles], dim=-1)
+        cos = (angles.cos() * self.rope_scaling).to(self.dtype)
+        sin = (angles.sin() * self.rope_scaling).to(self.dtype)
+        return cos[:, None], sin[:, None]
+
+    def forward(
+        self,
+        hidden: torch.Tensor,  # [N, C]
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        attend: Attend,
+    ) -> torch.Tensor:
+        """All layers; the last norm is left to `logits`, which few rows need."""
+        cos, sin = rotation
+        num_tokens = hidden.shape[0]
+        num_rotated = self.num_heads + self.num_kv_heads
+        for index, layer in enumerate(self.layers):
+            qkv = layer.qkv(rms_norm(hidden, layer.input_norm, self.eps))
+            qkv = qkv.view(num_tokens, -1, self.head_dim)
+            rotated = rotate(qkv[:, :num_rotated], cos, sin)
+            q, k = rotated.split([self.num_heads, self.num_kv_heads], dim=1)
+            attended = attend(index, q, k, qkv[:, num_rotated:])
+            hidden = hidden + layer.out(attended.reshape(num_tokens, -1))
+            gate, up = layer.gate_up(rms_norm(hidden, layer.post_norm, self.eps)).chunk(2, dim=-1)
+            hidden = hidden + layer.down(F.silu(gate) * up)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [R, C] -> [R, vocabulary]
+        return self.lm_head(rms_norm(hidden, self.final_norm, self.eps))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the two halves of each head of x [N, heads, D] by the angles in cos and sin [N, 1, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
