@@ -1,0 +1,92 @@
+"""VQA accuracy: the answer of a crowd of ten, after the official normalisation.
+
+Antol et al. 2015, https://arxiv.org/abs/1505.00468, section 3; Goyal et al. 2017 (VQA v2). The normalisation is that
+of the evaluation code at https://github.com/GT-Vision-Lab/VQA: punctuation, number words, articles, contractions.
+Knows strings only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+
+_NUMBER_WORDS = {
+    word: str(value)
+    for value, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
+} | {"none": "0"}
+_ARTICLES = frozenset({"a", "an", "the"})
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_FULL_STOP = re.compile(r"\.(?!\d)")
+_THOUSANDS = re.compile(r"\d,\d")
+_AFFECTED = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!.]")
+
+# Words that annotators wrote without one of their apostrophes; each loses one apostrophe in turn to give the keys.
+_WITH_APOSTROPHES = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+    o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+    someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+    there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+    when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+    wouldn't've y'all y'all'll you'd you'd've you'll you're you've
+"""
+
+
+def _without_one_apostrophe(word: str) -> list[str]:
+    return [word[:index] + word[index + 1 :] for index, letter in enumerate(word) if letter == "'"]
+
+
+_CONTRACTIONS = {key: word for word in _WITH_APOSTROPHES.split() for key in _without_one_apostrophe(word)}
+# The official table's irregular entries.
+_CONTRACTIONS |= {
+    "somebody'd": "somebodyd",
+    "ow's'at": "'ow's'at",
+    "'ows'at": "'ow's'at",
+    "'ow'sat": "'ow's'at",
+    "yall'd've": "y'all'd've",
+    "y'alld've": "y'all'd've",
+    "y'all'dve": "y'all'd've",
+}
+
+
+@lru_cache(maxsize=65_536)  # a few thousand answers make up most of every VQA set
+def normalise_vqa(text: str) -> str:
+    """The official normal form of an answer."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    words = []
+    for word in (_without_punctuation(text) if _AFFECTED.search(text) else text).lower().split():
+        word = _NUMBER_WORDS.get(word, word)
+        if word not in _ARTICLES:
+            words.append(_CONTRACTIONS.get(word, word))
+    return " ".join(words)
+
+
+def _without_punctuation(text: str) -> str:
+    """Drops a sign that stands beside a space, turns one between letters into a space; "1,000" drops them all."""
+    cleaned = text
+    has_thousands = _THOUSANDS.search(text) is not None
+    for sign in _PUNCTUATION:
+        if sign in text:
+            beside_space = has_thousands or f"{sign} " in text or f" {sign}" in text
+            cleaned = cleaned.replace(sign, "" if beside_space else " ")
+    return _FULL_STOP.sub("", cleaned)
+
+
+def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
+    """Mean over every choice of nine of the ten people of min(1, people who agree / 3).
+
+    Both sides are normalised, as in the TextVQA challenge's evaluator; the VQA code normalises references only in
+    part, which is the same for its published answers. A single reference counts as if all ten people had given it.
+    """
+    answer = normalise_vqa(prediction)
+    if len(references) == 1:
+        return float(normalise_vqa(references[0]) == answer)
+    people = len(references)
+    agree = Counter(map(normalise_vqa, references))[answer]
+    # Leaving out one who agrees leaves agree - 1, leaving out another leaves all of them.
+    total = agree * min(1.0, (agree - 1) / 3) + (people - agree) * min(1.0, agree / 3)
+    return total / people if people else 0.0
