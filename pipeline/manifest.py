@@ -747,6 +747,11 @@ def plan_units(
                 yield WorkUnit(number, file.path, start, stop, _seek(manifest, number, start))
 
 
+def unit_of(manifest: Manifest, number: int, start: int, stop: int) -> WorkUnit:
+    """The unit of rows [start, stop) of file `number`."""
+    return WorkUnit(number, manifest.files[number].path, start, stop, _seek(manifest, number, start))
+
+
 def _unfinished(done: npt.NDArray[Any], count: int) -> list[tuple[int, int]]:
     """Runs [begin, end) of unfinished rows among the first `count`."""
     bits = done if done.dtype == np.bool_ else np.unpackbits(done, bitorder="little").view(np.bool_)
