@@ -122,6 +122,8 @@ class MediaConfig(Section):
     """Largest encoded medium, in bytes."""
     max_image_pixels: Positive = 178_956_970
     """Largest decoded image or frame, in pixels; above it a medium counts as a decompression bomb."""
+    max_video_s: Annotated[float, Field(gt=0)] = 6 * 3600.0
+    """Longest video, in seconds."""
 
 
 class ModelConfig(Section):
@@ -196,7 +198,7 @@ class OutputConfig(Section):
 
     path: str
     """Folder on disk or prefix in a bucket. The same command on the same folder resumes."""
-    rows_per_fragment: Positive = 1000
+    rows_per_fragment: Positive = 10_000
     """Finished rows that may wait before they are published: the most that a crash can cost."""
     seconds_per_fragment: Annotated[float, Field(gt=0)] = 30.0
     """Seconds that finished rows may wait before they are published."""
@@ -211,6 +213,8 @@ class ResourcesConfig(Section):
 
     address: str | None = None
     """Ray cluster to join: `auto`, `ray://host:port`. Default: the cluster this runs on, or one of its own."""
+    num_cpus: Positive | None = None
+    """CPUs of the Ray that the job starts for itself. Default: this machine's."""
     preprocess_actors: Positive | None = None
     """CPU actors that fetch, decode and patchify. Default: from the cluster's CPUs."""
     preprocess_cpus: Annotated[float, Field(gt=0)] | None = None
@@ -221,12 +225,14 @@ class ResourcesConfig(Section):
     """CPUs that each engine actor reserves."""
     gpus_per_engine: Annotated[float, Field(ge=0)] | None = None
     """GPUs that each engine actor reserves. Default: one where the cluster has any."""
-    rows_per_call: Positive = 8
-    """Rows handed to the engine together; many such calls are under way at once."""
-    rows_in_flight: Positive | None = None
-    """Rows inside each engine actor, waiting or running. Default: twice what the engine runs at once."""
+    block_mb: Annotated[float, Field(gt=0)] = 8.0
+    """Patches in one table between preprocessing and the engine, in MB."""
+    blocks_in_flight: Positive | None = None
+    """Tables inside each engine actor at once. Default: 16 on a CPU, 128 on a GPU."""
+    min_rows_per_unit: Positive = 8
+    """Rows of the manifest read by one task at the end of the job, when units are smallest."""
     max_rows_per_unit: Positive = 2048
-    """Rows of the manifest read by one task, at most; units shrink towards the end of the job."""
+    """Rows read by one task while there is much to do (a job of over 16 million rows takes more)."""
 
 
 class RunConfig(Section):

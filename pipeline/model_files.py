@@ -39,6 +39,22 @@ def resolve_model(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
+def check_model(model_path: str, *, revision: str | None = None) -> None:
+    """Raise CheckpointError unless there is a Qwen2-VL checkpoint, weights and all, at the folder or hub name."""
+    config = _read_json(model_path, "config.json", revision)
+    if config is None:
+        raise CheckpointError(
+            f"can't find config.json in {model_path!r}: "
+            "set model.path to a folder with a Qwen2-VL checkpoint or to a hub name that this machine can reach"
+        )
+    if config.get("model_type") != "qwen2_vl":
+        raise CheckpointError(
+            f"{model_path!r} is a checkpoint of model type {config.get('model_type')!r}; this pipeline runs qwen2_vl"
+        )
+    if Path(model_path).is_dir() and not any(Path(model_path).glob("*.safetensors")):
+        raise CheckpointError(f"{model_path!r} has a config.json but no *.safetensors: the weights are missing")
+
+
 def read_processor_facts(model_path: str, *, revision: str | None = None) -> ProcessorFacts:
     """Facts from `preprocessor_config.json` (images) and `video_preprocessor_config.json` (videos, if there is one).
 

@@ -84,8 +84,20 @@ class PreprocessStage:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Request rows (schema.request_schema) for manifest rows with their places (schema.UnitColumn)."""
-        rows = [self._finish(row) for row in self._read_ahead(table)]
-        return self._request_table(rows, table)
+        return pa.concat_tables(list(self.tables(table, 1 << 62)) or [self._schema.empty_table()])
+
+    def tables(self, table: pa.Table, block_bytes: int) -> Iterator[pa.Table]:
+        """The same, a table each time that so many bytes of patches have come together."""
+        rows: list[_Row] = []
+        first, size = 0, 0
+        for row in self._read_ahead(table):
+            rows.append(self._finish(row))
+            size += sum(one.patches.nbytes for one in row.seen)
+            if size >= block_bytes:
+                yield self._request_table(rows, table.slice(first, len(rows)))
+                first, size, rows = first + len(rows), 0, []
+        if rows:
+            yield self._request_table(rows, table.slice(first, len(rows)))
 
     def _read_ahead(self, table: pa.Table) -> Iterator[_Row]:
         """Rows in order, their media being fetched while earlier rows are decoded."""

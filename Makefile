@@ -1,0 +1,51 @@
+# Every target sets up what it needs; `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+CONFIG ?= configs/caption.yaml
+ARGS ?=
+PYTEST := $(PY) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu check format benchmark caption
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## virtual environment in .venv with the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "needs Python 3.11 or newer, found " + sys.version.split()[0] + ": set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
+	@touch $@
+
+demo: $(STAMP)  ## draw the demo world, caption it, compare with the truth (out/demo)
+	@$(PY) -m pipeline.demo.manifest --output out/demo-world
+	@$(PY) -m jobs.caption --config configs/demo.yaml $(ARGS)
+	@$(PY) -m pipeline.demo.check out/demo
+
+test: $(STAMP)  ## all tests that take seconds
+	$(PYTEST) -m 'not slow and not gpu' $(ARGS)
+
+test-slow: $(STAMP)  ## the tests that take minutes
+	$(PYTEST) -m 'slow and not gpu' --timeout=1800 $(ARGS)
+
+test-gpu: $(STAMP)  ## the tests that need an NVIDIA GPU
+	$(PYTEST) -m gpu $(ARGS)
+
+check: $(STAMP)  ## formatting, lint and types
+	$(PY) -m ruff format --check pipeline jobs tests
+	$(PY) -m ruff check pipeline jobs tests
+	$(PY) -m mypy --strict pipeline jobs
+
+format: $(STAMP)  ## put the code into its format
+	$(PY) -m ruff format pipeline jobs tests
+	$(PY) -m ruff check --fix pipeline jobs tests
+
+benchmark: $(STAMP)  ## time it: make benchmark ARGS='preprocess' or ARGS='engine --shape small'
+	$(PY) -m jobs.benchmark $(or $(ARGS),preprocess)
+
+caption: $(STAMP)  ## caption a manifest: make caption CONFIG=configs/caption.yaml ARGS='--input.path ...'
+	$(PY) -m jobs.caption --config $(CONFIG) $(ARGS)

@@ -1,0 +1,348 @@
+"""Caption, tag or question every row of a manifest; the same command resumes.
+
+    manifest --> what is still to do --> preprocess --> generate --> fragments --> part files, every row once
+
+This file is the whole run in order; each step lives in a module of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+
+from jobs.cluster import quiet_output, ray_cluster
+from jobs.command_line import EXIT_INTERRUPTED, run_job
+from jobs.progress import Progress, Tally, bottleneck, print_samples, print_summary, run_pace
+from jobs.run_record import check_unchanged, identity, new_record, now
+from pipeline import storage
+from pipeline.config import CaptionConfig
+from pipeline.errors import ConfigError, TooManyErrors
+from pipeline.lease import Lease
+from pipeline.manifest import ERROR_COLUMN, Manifest, open_manifest
+from pipeline.messages import MessageOptions, check_columns, needed_columns
+from pipeline.model_files import check_model, read_processor_facts, resolve_model
+from pipeline.placement import Placement, place
+from pipeline.results import FinishedRows, FragmentWriter, RunFolder, finalise, iter_results, read_finished
+from pipeline.row_set import RowNumbering
+from pipeline.schema import result_schema
+from pipeline.work import Retries, Work, plan_work
+
+_ERRORS_JUDGED_FROM = 100
+_SAMPLE_ROWS = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_job(CaptionConfig, run, argv, name="caption", about=__doc__ or "")
+
+
+@dataclass
+class Run:
+    """A run that has been checked and may begin."""
+
+    config: CaptionConfig
+    model_path: str
+    folder: RunFolder
+    manifest: Manifest
+    numbering: RowNumbering
+    finished: FinishedRows
+    retries: Retries | None
+    kept: pa.Schema
+    record: dict[str, Any]
+
+
+def run(config: CaptionConfig) -> int:
+    """Do what is left to do in the output folder. Raises JobError; returns the exit code."""
+    folder = RunFolder(config.output.path, config.output.storage_options)
+    folder.prepare()
+    with Lease(folder.file(".lease"), folder.storage_options):
+        ready = _prepare(config, folder)
+        if ready is None:
+            return 0
+        log_path = _log_path(folder)
+        with quiet_output(log_path, verbose=config.run.verbose) as console:
+            code = _run(ready, console)
+    if storage.is_remote(folder.path) and os.path.exists(log_path):
+        storage.publish_file(log_path, folder.file("log.txt"), folder.storage_options)
+    return code
+
+
+def _prepare(config: CaptionConfig, folder: RunFolder) -> Run | None:
+    """Check everything that can be checked before Ray starts; None when the folder is finished already."""
+    model_path = resolve_model(config.model.path)
+    manifest = open_manifest(
+        config.input.path,
+        format=config.input.format,
+        storage_options=config.input.storage_options,
+        listing_path=folder.file("manifest.parquet"),
+        listing_options=folder.storage_options,
+    )
+    asked = identity(config, model_path)
+    record = folder.read_run()
+    if record is not None:
+        manifest = check_unchanged(record, config, asked, manifest, folder=folder.path)
+    numbering = _number(manifest, config.input.limit)
+    done_before = folder.is_finished()
+    grown = record is not None and record["manifest"].get("num_rows") != numbering.num_rows
+    if done_before and not grown and not config.run.retry_failed:
+        folder.discard_fragments()  # what a crash between success and tidying may have left
+        failed = (record or {}).get("counts", {}).get("failed", 0)
+        hint = "; --retry-failed runs the error rows again" if failed else ""
+        print(f"{folder.path} is finished: {numbering.num_rows:,} rows, {failed:,} errors{hint}")
+        return None
+    _check_settings(config, manifest, model_path)
+    if done_before:
+        folder.reopen()
+    finished = read_finished(folder, numbering)
+    retries = None
+    if config.run.retry_failed:
+        types = None if config.run.retry_failed == "all" else config.run.retry_failed.split(",")
+        retries = Retries(*finished.take_failed(types))
+    fresh = new_record(config, asked, manifest)
+    fresh["manifest"]["num_rows"] = numbering.num_rows
+    fresh["num_runs"] = (record or {}).get("num_runs", 0) + 1
+    fresh["first_started"] = (record or fresh).get("first_started", fresh["started"])
+    kept = pa.schema([manifest.schema.field(name) for name in config.input.keep])
+    return Run(config, model_path, folder, manifest, numbering, finished, retries, kept, fresh)
+
+
+def _number(manifest: Manifest, limit: int | None) -> RowNumbering:
+    left = manifest.num_rows if limit is None else limit
+    counts: list[int] = []
+    for file in manifest.files:
+        counts.append(min(file.num_rows, left))
+        left -= counts[-1]
+    return RowNumbering(counts)
+
+
+def _check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -> None:
+    """Refuse now what every actor would otherwise refuse later: columns, model, settings."""
+    from pipeline.prompt import ChatTokenizer
+
+    missing = [name for name in config.input.keep if name not in manifest.schema.names]
+    if missing:
+        raise ConfigError(
+            f"input.keep: the manifest has no column {', '.join(missing)}; found: {', '.join(manifest.schema.names)}"
+        )
+    check_columns(manifest.schema.names, _message_options(config))
+    check_model(model_path, revision=config.model.revision)
+    read_processor_facts(model_path, revision=config.model.revision)
+    ChatTokenizer(model_path, revision=config.model.revision)
+    try:
+        _engine_options(config, model_path)
+    except ValueError as error:
+        raise ConfigError(f"model, engine: {error}") from error
+
+
+def _run(ready: Run, console: Console) -> int:
+    from jobs import flow
+
+    config, folder = ready.config, ready.folder
+    with ray_cluster(config.resources) as cluster:
+        placement = place(config.resources, cpus=cluster.get("CPU", 0), gpus=cluster.get("GPU", 0))
+        work = list(
+            plan_work(
+                ready.manifest,
+                ready.numbering,
+                ready.finished.done,
+                actors=placement.preprocess_actors,
+                min_rows=config.resources.min_rows_per_unit,
+                max_rows=config.resources.max_rows_per_unit,
+                retries=ready.retries,
+            )
+        )
+        ready.record["placement"] = vars(placement)
+        folder.write_run(ready.record)
+        tally = Tally(ready.numbering.num_rows, len(ready.finished.done), len(ready.finished.failed))
+        writer = FragmentWriter(
+            folder,
+            ready.numbering,
+            result_schema(ready.kept),
+            config.output.rows_per_fragment,
+            config.output.seconds_per_fragment,
+        )
+        monitor = flow.start_monitor()
+        try:
+            if work:
+                _generate(ready, placement, work, tally, writer, monitor, console)
+        except KeyboardInterrupt:
+            writer.flush()
+            _close_record(ready, tally, "interrupted", flow.reports(monitor))
+            console.print(f"stopped: {tally.done:,} of {tally.total:,} rows are done; the same command goes on")
+            return EXIT_INTERRUPTED
+        except BaseException:
+            writer.flush()
+            _close_record(ready, tally, "failed", [])
+            raise
+        reports = flow.reports(monitor)
+    _check_errors(tally, config.run.max_error_fraction, at_end=True)
+    finalise(folder, ready.numbering, result_schema(ready.kept), rows_per_part=config.output.rows_per_part)
+    _close_record(ready, tally, "finished", reports)
+    hint = bottleneck(reports, placement.preprocess_actors) if work else None
+    print_summary(console, tally, folder.path, ready.record["errors"], hint)
+    _print_samples(console, folder, config.input.keep)
+    return 0
+
+
+def _generate(
+    ready: Run,
+    placement: Placement,
+    work: Sequence[Work],
+    tally: Tally,
+    writer: FragmentWriter,
+    monitor: Any,
+    console: Console,
+) -> None:
+    """Run the units and publish their rows as they finish."""
+    from jobs import flow
+
+    tables = flow.run_flow(_flow(ready, placement), ready.manifest.spec, work, monitor)
+    with Progress(console, tally) as progress:
+        for table in flow.with_ticks(tables, seconds=1.0):
+            if table is not None:
+                tally.add(table)
+                writer.add(table)
+                _check_errors(tally, ready.config.run.max_error_fraction)
+            writer.flush_if_old()
+            progress.tick()
+    writer.flush()
+
+
+def _check_errors(tally: Tally, allowed: float, *, at_end: bool = False) -> None:
+    rows, failed = tally.done, tally.failed
+    if (at_end or tally.rows >= _ERRORS_JUDGED_FROM) and failed > allowed * max(rows, 1):
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in tally.errors.most_common(3))
+        raise TooManyErrors(
+            f"{failed:,} of {rows:,} rows failed ({failed / rows:.0%}), more than run.max_error_fraction {allowed:g}: "
+            f"{kinds}; the folder keeps what is done"
+        )
+
+
+def _close_record(ready: Run, tally: Tally, state: str, reports: Sequence[dict[str, Any]]) -> None:
+    """Write run.json with what is known at the end of the run, however it ended."""
+    counts: Counter[str] = Counter()
+    if state == "finished":
+        for table in iter_results(ready.folder, ["error_type"]):
+            counts.update(kind for kind in table.column("error_type").to_pylist() if kind is not None)
+    else:
+        counts = tally.errors
+    rows_s, tokens_s = run_pace(tally)
+    engines = [report for report in reports if report.get("kind") == "engine"]
+    ready.record.update(
+        state=state,
+        finished=now(),
+        counts={"rows": tally.total, "done": tally.done, "failed": tally.failed, "this_run": tally.rows},
+        errors=dict(counts),
+        throughput={
+            "rows_per_s": rows_s,
+            "output_tokens_per_s": tokens_s,
+            "seconds": tally.elapsed,
+            "prompt_tokens": tally.prompt_tokens,
+            "visual_tokens": tally.visual_tokens,
+            "output_tokens": tally.output_tokens,
+        },
+        engine=engines[0]["describe"] if engines else None,
+        stages=[{key: value for key, value in report.items() if key != "describe"} for report in reports],
+    )
+    ready.folder.write_run(ready.record)
+
+
+def _print_samples(console: Console, folder: RunFolder, keep: Sequence[str]) -> None:
+    """Some answers beside their references, where the manifest has any: one of each task."""
+    if "reference" not in keep:
+        return
+    columns = ["text", "status", "reference", *(["task"] if "task" in keep else [])]
+    rows: dict[Any, dict[str, Any]] = {}
+    for table in iter_results(folder, columns):
+        for row in table.slice(0, 10_000).to_pylist():
+            if row["status"] == "ok":
+                rows.setdefault(row.get("task", len(rows)), row)
+        break
+    print_samples(console, list(rows.values())[:_SAMPLE_ROWS])
+
+
+def _message_options(config: CaptionConfig) -> MessageOptions:
+    return MessageOptions(columns=config.input.columns, template=config.prompt.template, system=config.prompt.system)
+
+
+def _engine_options(config: CaptionConfig, model_path: str) -> Any:
+    from pipeline.engine import EngineOptions
+
+    chosen = {
+        name: value
+        for name, value in config.engine.model_dump().items()
+        if value is not None  # what is left open is the engine's to choose
+    }
+    model = config.model
+    return EngineOptions(
+        model_path=model_path,
+        revision=model.revision,
+        dtype=model.dtype,
+        device=model.device,
+        attention=model.attention,
+        **chosen,
+    )
+
+
+def _flow(ready: Run, placement: Placement) -> Any:
+    """The stages' options, from the config."""
+    from jobs.flow import Flow
+    from pipeline.generate import GenerateOptions
+    from pipeline.media.limits import FetchOptions, MediaOptions
+    from pipeline.preprocess import PreprocessOptions
+
+    config = ready.config
+    facts = read_processor_facts(ready.model_path, revision=config.model.revision)
+    media = config.media.model_dump()
+    for name in ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"):
+        media[name] = media[name] or getattr(facts, name)
+    messages = _message_options(config)
+    preprocess = PreprocessOptions(
+        model_path=ready.model_path,
+        revision=config.model.revision,
+        messages=messages,
+        add_vision_id=config.prompt.add_vision_id,
+        media=MediaOptions(**media),
+        fetch=FetchOptions(
+            base=ready.manifest.base,
+            allow=tuple(config.input.allow),
+            allow_private_hosts=config.input.allow_private_hosts,
+            storage_options=config.input.storage_options,
+            timeout_s=config.input.fetch_timeout_s,
+            max_bytes=config.media.max_bytes,
+            retries=config.input.fetch_retries,
+        ),
+        sampling=config.sampling.model_dump(),
+        kept=ready.kept,
+    )
+    generate = GenerateOptions(
+        engine=_engine_options(config, ready.model_path),
+        image_mean=facts.image_mean,
+        image_std=facts.image_std,
+        resize=config.media.resize,
+        kept=ready.kept,
+    )
+    columns = list(dict.fromkeys([*needed_columns(ready.manifest.schema.names, messages), *config.input.keep]))
+    if ready.manifest.format in ("jsonl", "csv"):
+        columns.append(ERROR_COLUMN)
+    in_flight = config.resources.blocks_in_flight or (128 if placement.gpus_per_engine else 16)
+    return Flow(preprocess, generate, placement, columns, config.resources.block_mb, in_flight)
+
+
+def _log_path(folder: RunFolder) -> str:
+    """Where Ray's messages go: the run folder, or a temporary file that is copied there at the end."""
+    if storage.is_remote(folder.path):
+        return os.path.join(tempfile.mkdtemp(prefix="qwen2-vl-batch-"), "log.txt")
+    return storage.local_path(folder.file("log.txt"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Joining or starting Ray, and keeping its chatter out of a person's sight.
+
+Ray, its workers and the libraries below write to the process's own output. While a job runs, that goes to a log
+file, and a copy of the real output is kept for the job's own lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.config import ResourcesConfig
+from pipeline.errors import ResourceError
+
+
+@contextlib.contextmanager
+def quiet_output(log_path: str, *, verbose: bool) -> Iterator[Console]:
+    """A console on the real output, while everything else that is written goes to the log (or both show)."""
+    if verbose:
+        yield Console(highlight=False)
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = (os.dup(1), os.dup(2))
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    width = None if os.isatty(kept[0]) else 110
+    screen = os.fdopen(os.dup(kept[0]), "w", encoding="utf-8", errors="replace")
+    try:
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        yield Console(file=screen, highlight=False, width=width)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        screen.close()
+        for number, copy in enumerate(kept, start=1):
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(log)
+
+
+@contextlib.contextmanager
+def ray_cluster(resources: ResourcesConfig) -> Iterator[dict[str, float]]:
+    """Join the cluster this runs on or start one here; gives its resources, such as `CPU` and `GPU`.
+
+    A Ray that the caller has started already is used and left running. Raises ResourceError when it can't be reached.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's default hides the GPUs from actors that ask for none; that is what is wanted, and its warning is not.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    started_here = not ray.is_initialized()
+    if started_here:
+        options: dict[str, Any] = {"address": resources.address}
+        if resources.address is None and not os.environ.get("RAY_ADDRESS"):
+            options = {"num_cpus": resources.num_cpus, "include_dashboard": False}
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ResourceError(f"can't reach or start Ray ({resources.address or 'here'}): {first}") from error
+    try:
+        yield {name: float(value) for name, value in ray.cluster_resources().items()}
+    finally:
+        if started_here:
+            ray.shutdown()

@@ -1,0 +1,119 @@
+"""`python -m jobs.NAME --config FILE [--section.key value ...]`: words to overrides, help from the config's docstrings.
+
+Knows the config's shape; not what any job does with it.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic_core import PydanticUndefined
+from rich.console import Console
+
+from pipeline.config import Section, fields_of, load_config
+from pipeline.errors import ConfigError, JobError
+
+ConfigType = TypeVar("ConfigType", bound=Section)
+
+FLAGS: Mapping[str, tuple[str, str | None]] = {
+    "--verbose": ("run.verbose", "true"),
+    "--retry-failed": ("run.retry_failed", "all"),
+    "--on-change": ("run.on_change", None),
+}
+"""Short spellings: the key each stands for, and its value when none is given."""
+
+EXIT_INTERRUPTED = 130
+
+
+def run_job(
+    model: type[ConfigType], run: Callable[[ConfigType], int], argv: Sequence[str] | None, *, name: str, about: str
+) -> int:
+    """Load the config, run the job, and turn its errors into one line and an exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if any(word in ("-h", "--help") for word in words):
+        print_help(model, name, about)
+        return 0
+    # A cluster stops a job with SIGTERM; it is to leave as clean a folder as Ctrl-C does.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        path, overrides = parse_words(words)
+        return run(load_config(model, path, overrides))
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _interrupt(number: int, frame: types.FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def parse_words(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """The config's path and the overrides: `--a.b value` and `--a.b=value` alike. Raises ConfigError."""
+    path: str | None = None
+    overrides: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.partition("=")
+        if not key.startswith("--"):
+            raise ConfigError(f"found {word!r} on the command line; expected --config FILE or --section.key value")
+        if key in FLAGS:
+            name, default = FLAGS[key]
+            if equals or default is None:
+                overrides[name] = value if equals else _next(rest, key)
+            else:
+                overrides[name] = default
+        elif key == "--config":
+            path = value if equals else _next(rest, key)
+        else:
+            overrides[key[2:]] = value if equals else _next(rest, key)
+    return path, overrides
+
+
+def _next(rest: list[str], key: str) -> str:
+    if not rest:
+        raise ConfigError(f"{key} needs a value")
+    return rest.pop(0)
+
+
+def print_help(model: type[Section], name: str, about: str) -> None:
+    """Every key of the config with its kind, default and docstring."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(about.strip(), markup=False)
+    console.print(f"\npython -m jobs.{name} --config configs/{name}.yaml [--section.key value ...]\n", markup=False)
+    section = ""
+    for key, field in fields_of(model):
+        if key.partition(".")[0] != section:
+            section = key.partition(".")[0]
+            console.print(f"{section}:", markup=False)
+        default = "required" if field.is_required() else f"default {_default(field)}"
+        console.print(f"  --{key} ({_kind(field.annotation)}; {default})", markup=False)
+        if field.description:
+            console.print(f"      {' '.join(field.description.split())}", markup=False)
+    console.print("\nshort forms: " + ", ".join(f"{flag} for {key}" for flag, (key, _) in FLAGS.items()), markup=False)
+
+
+def _default(field: Any) -> str:
+    value = field.default_factory() if field.default is PydanticUndefined else field.default
+    return "none" if value is None else repr(value)
+
+
+def _kind(annotation: Any) -> str:
+    arguments = typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    if origin is typing.Literal:
+        return " | ".join(str(value) for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_kind(kind) for kind in arguments if kind is not type(None))
+    if origin is typing.Annotated:
+        return _kind(arguments[0])
+    if origin in (list, dict):
+        return f"{origin.__name__} of {_kind(arguments[-1])}"
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}.get(
+        getattr(annotation, "__name__", ""), str(annotation)
+    )

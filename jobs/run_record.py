@@ -1,0 +1,132 @@
+"""run.json: what a run was asked to do, on what, by which versions, and how it went.
+
+Also tells whether a folder's run may be continued: whatever changes the outputs must be as it was.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import CaptionConfig
+from pipeline.errors import OutputError
+from pipeline.manifest import Manifest, difference, keep_file_numbers, only_appended
+
+_PACKAGES = ("torch", "transformers", "ray", "pyarrow", "pandas", "pillow", "av", "numpy", "fsspec", "flash-attn")
+# Settings under these sections alter the rows' answers; the others alter only how the work is done.
+_IDENTITY_SECTIONS = ("prompt", "media", "sampling")
+_NO_IDENTITY = {"media.timeout_s", "media.memory_limit_mb"}
+
+
+def identity(config: CaptionConfig, model_path: str) -> dict[str, Any]:
+    """Every setting that alters outputs, by full name."""
+    values: dict[str, Any] = {
+        "model.path": model_path,
+        "model.revision": config.model.revision,
+        "model.dtype": config.model.dtype,
+        "input.columns": dict(sorted(config.input.columns.items())),
+        "input.keep": config.input.keep,
+        "input.limit": config.input.limit,
+    }
+    for section in _IDENTITY_SECTIONS:
+        for key, value in getattr(config, section).model_dump(mode="json").items():
+            if f"{section}.{key}" not in _NO_IDENTITY:
+                values[f"{section}.{key}"] = value
+    return values
+
+
+def check_unchanged(
+    record: Mapping[str, Any], config: CaptionConfig, asked: Mapping[str, Any], manifest: Manifest, *, folder: str
+) -> Manifest:
+    """The manifest to go on with, its old files first. Raises OutputError that shows what changed."""
+    settings = [
+        f"{name}: was {old!r}, is {asked.get(name)!r}"
+        for name, old in record.get("identity", {}).items()
+        if asked.get(name) != old
+    ]
+    old, new = record["manifest"]["fingerprint"], manifest.fingerprint()
+    rows = difference(old, new)
+    if config.run.on_change == "new-rows":
+        grown = [line for line in settings if line.startswith("input.limit") and _limit_grew(record, asked)]
+        settings = [line for line in settings if line not in grown]
+        if only_appended(old, new):
+            rows = []
+    if settings or rows:
+        way_out = "choose another output.path, or go back to the old settings"
+        if rows and not settings and only_appended(old, new):
+            way_out = "--on-change=new-rows takes up the new files; or choose another output.path"
+        lines = "\n".join(f"  {line}" for line in [*settings, *rows])
+        raise OutputError(f"{folder} holds a run with other settings or rows:\n{lines}\n{way_out}")
+    return keep_file_numbers(manifest, old)
+
+
+def _limit_grew(record: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    old, new = record["identity"].get("input.limit"), asked.get("input.limit")
+    return old is not None and (new is None or new > old)
+
+
+def new_record(config: CaptionConfig, asked: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """run.json as it stands when a run begins."""
+    return {
+        "state": "running",
+        "config": config.model_dump(mode="json"),
+        "identity": dict(asked),
+        "manifest": {"path": manifest.path, "fingerprint": manifest.fingerprint()},
+        "model": {"path": asked["model.path"], "revision": config.model.revision},
+        "versions": versions(),
+        "hardware": hardware(),
+        "started": now(),
+        "finished": None,
+    }
+
+
+def now() -> str:
+    """This moment, in ISO form."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what may change an answer."""
+    found = {"python": platform.python_version()}
+    for name in (*_PACKAGES, "qwen2-vl-batch"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = _git_commit()
+    return {**found, "commit": commit} if commit else found
+
+
+def _git_commit() -> str | None:
+    """The code's commit, read from the checkout's files; None outside a checkout."""
+    git = Path(__file__).resolve().parent.parent / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        return (git / head.removeprefix("ref: ")).read_text().strip()
+    except OSError:
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    """The driver's machine."""
+    return {
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "system": platform.system(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
