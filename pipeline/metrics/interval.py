@@ -115,7 +115,8 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     share, spread = successes / trials, _Z95**2 / trials
     centre = (share + spread / 2) / (1 + spread)
     half = _Z95 * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding must not leave 0.9999999999999999 where all succeeded.
+    return (0.0 if successes <= 0 else centre - half), (1.0 if successes >= trials else centre + half)
 
 
 @dataclass(frozen=True)
