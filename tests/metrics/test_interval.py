@@ -11,8 +11,8 @@ import pytest
 from pipeline.metrics.interval import NUM_BUCKETS, Tally, compare, permutation_p_value, sign_p_value, wilson_interval
 
 
-def _tally(scores: object, **settings: int) -> Tally:
-    tally = Tally(**settings)
+def _tally(scores: object) -> Tally:
+    tally = Tally()
     tally.add(np.asarray(scores))
     return tally
 
