@@ -110,8 +110,12 @@ def _prepare(config: CaptionConfig, folder: RunFolder) -> Run | None:
     fresh["manifest"]["num_rows"] = numbering.num_rows
     fresh["num_runs"] = (record or {}).get("num_runs", 0) + 1
     fresh["first_started"] = (record or fresh).get("first_started", fresh["started"])
-    kept = pa.schema([manifest.schema.field(name) for name in config.input.keep])
+    kept = pa.schema([manifest.schema.field(name) for name in _kept(config, manifest)])
     return Run(config, model_path, folder, manifest, numbering, finished, retries, kept, fresh)
+
+
+def _kept(config: CaptionConfig, manifest: Manifest) -> list[str]:
+    return [name for name in config.input.keep if name in manifest.schema.names]
 
 
 def _number(manifest: Manifest, limit: int | None) -> RowNumbering:
@@ -128,7 +132,7 @@ def _check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) 
     from pipeline.prompt import ChatTokenizer
 
     missing = [name for name in config.input.keep if name not in manifest.schema.names]
-    if missing:
+    if missing and manifest.format != "media":  # a bare folder has no columns to keep, whatever the config says
         raise ConfigError(
             f"input.keep: the manifest has no column {', '.join(missing)}; found: {', '.join(manifest.schema.names)}"
         )
@@ -188,7 +192,7 @@ def _run(ready: Run, console: Console) -> int:
     _close_record(ready, tally, "finished", reports)
     hint = bottleneck(reports, placement.preprocess_actors) if work else None
     print_summary(console, tally, folder.path, ready.record["errors"], hint)
-    _print_samples(console, folder, config.input.keep)
+    _print_samples(console, folder, ready.kept.names)
     return 0
 
 
@@ -330,7 +334,7 @@ def _flow(ready: Run, placement: Placement) -> Any:
         resize=config.media.resize,
         kept=ready.kept,
     )
-    columns = list(dict.fromkeys([*needed_columns(ready.manifest.schema.names, messages), *config.input.keep]))
+    columns = list(dict.fromkeys([*needed_columns(ready.manifest.schema.names, messages), *_kept(config, ready.manifest)]))
     if ready.manifest.format in ("jsonl", "csv"):
         columns.append(ERROR_COLUMN)
     in_flight = config.resources.blocks_in_flight or (128 if placement.gpus_per_engine else 16)

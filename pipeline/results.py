@@ -101,6 +101,7 @@ class RunFolder:
 
         The copies come first and `_SUCCESS` goes before the parts do: at no moment is a row only half there.
         """
+        storage.make_dir(self.file("fragments"), self.storage_options)
         for part in self.parts():
             data = storage.read_bytes(part, self.storage_options)
             storage.publish(self.file("fragments", f"0-{storage.name(part)}"), data, self.storage_options)

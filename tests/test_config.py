@@ -1,0 +1,104 @@
+"""The config: every mistake at once, by full name; YAML and command line alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.command_line import parse_words
+from pipeline.config import CaptionConfig, fields_of, load_config
+from pipeline.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIRED = {"input.path": "in", "model.path": "demo", "output.path": "out"}
+
+
+def load(**overrides: str) -> CaptionConfig:
+    return load_config(CaptionConfig, None, {**REQUIRED, **{k.replace("__", "."): v for k, v in overrides.items()}})
+
+
+def test_command_line_wins_over_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("input: {path: a}\nmodel: {path: demo}\noutput: {path: o}\nsampling: {max_tokens: 5, top_k: 3}\n")
+    config = load_config(CaptionConfig, str(path), {"sampling.max_tokens": "9"})
+    assert (config.sampling.max_tokens, config.sampling.top_k, config.input.path) == (9, 3, "a")
+
+
+def test_all_mistakes_are_reported_at_once_with_full_names() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(
+            CaptionConfig,
+            None,
+            {"inptu.path": "x", "sampling.top_p": "3", "model.dtype": "int4", "input.keep": "text", "output.path": "o"},
+        )
+    message = str(caught.value)
+    for expected in (
+        "inptu.path: unknown key; did you mean input.path?",
+        "sampling.top_p: found '3'",
+        "model.dtype: found 'int4'; allowed: 'auto', 'bfloat16', 'float16' or 'float32'",
+        "input.keep: text would collide",
+        "input.path: missing",
+        "model.path: missing",
+        "6 mistakes",
+    ):
+        assert expected in message
+
+
+def test_text_fields_take_the_word_as_it_stands() -> None:
+    config = load(prompt__template="What: {name}? 5", input__path="123")
+    assert config.prompt.template == "What: {name}? 5"
+    assert config.input.path == "123"
+
+
+def test_lists_mappings_and_null_are_understood() -> None:
+    config = load(input__keep="a, b", input__columns='{"image": "url"}', media__max_visual_tokens="null")
+    assert config.input.keep == ["a", "b"]
+    assert config.input.columns == {"image": "url"}
+    assert config.media.max_visual_tokens is None
+
+
+def test_one_column_can_be_mapped_on_the_command_line() -> None:
+    config = load_config(CaptionConfig, None, {**REQUIRED, "input.columns.image": "url"})
+    assert config.input.columns == {"image": "url"}
+
+
+def test_the_config_is_frozen() -> None:
+    config = load()
+    with pytest.raises(Exception, match="frozen"):
+        config.sampling.max_tokens = 3  # type: ignore[misc]
+
+
+def test_every_field_has_a_docstring() -> None:
+    assert [name for name, field in fields_of(CaptionConfig) if not field.description] == []
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1,\n", "just text"])
+def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(CaptionConfig, str(path), {})
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_words_may_be_joined_by_an_equals_sign_and_flags_have_short_forms() -> None:
+    path, overrides = parse_words(["--config=a.yaml", "--sampling.seed=3", "--retry-failed=FetchError", "--verbose"])
+    assert path == "a.yaml"
+    assert overrides == {"sampling.seed": "3", "run.retry_failed": "FetchError", "run.verbose": "true"}
+
+
+@pytest.mark.parametrize("words", [["--sampling.seed"], ["stray"], ["--config"]])
+def test_words_that_make_no_sense_are_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        parse_words(words)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_shipped_config_loads_and_opens_with_its_command(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("#")
+    assert any("python -m jobs." in line for line in lines[:3])
+    if path.name in ("demo.yaml", "caption.yaml"):
+        load_config(CaptionConfig, str(path), {})

@@ -1,0 +1,226 @@
+"""Fragments to part files: manifest order, every row once, whatever order and overlap they came in."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import lease as lease_module
+from pipeline.errors import OutputError
+from pipeline.lease import Lease
+from pipeline.results import FragmentWriter, RunFolder, finalise, read_finished
+from pipeline.row_set import RowNumbering, RowSet
+from pipeline.schema import result_schema
+
+SCHEMA = result_schema(pa.schema([("tag", pa.string())]))
+
+
+def rows(places: list[tuple[int, int]], *, status: str = "ok", attempts: int = 1, text: str = "t") -> pa.Table:
+    values = [
+        {
+            **dict.fromkeys(SCHEMA.names),
+            "id": f"{file}/{row}",
+            "text": text if status == "ok" else None,
+            "status": status,
+            "error_type": None if status == "ok" else text,
+            "attempts": attempts,
+            "tag": f"tag {file}/{row}",
+            "manifest_file": file,
+            "manifest_row": row,
+        }
+        for file, row in places
+    ]
+    return pa.Table.from_pylist(values, schema=SCHEMA)
+
+
+def new_folder(path: Path) -> RunFolder:
+    folder = RunFolder(str(path / "run"))
+    folder.prepare()
+    return folder
+
+
+def writer(folder: RunFolder, numbering: RowNumbering, rows_per_fragment: int = 3) -> FragmentWriter:
+    return FragmentWriter(folder, numbering, SCHEMA, rows_per_fragment, 60.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.randoms(), st.integers(1, 9), st.integers(1, 7))
+def test_parts_hold_every_row_once_in_manifest_order(
+    counts: list[int], random, per_part: int, per_fragment: int
+) -> None:  # type: ignore[no-untyped-def]
+    with tempfile.TemporaryDirectory() as path:
+        folder, numbering = new_folder(Path(path)), RowNumbering(counts)
+        places = [(file, row) for file, count in enumerate(counts) for row in range(count)]
+        again = [place for place in places if random.random() < 0.3]  # a crash makes rows come twice
+        arriving = places + again
+        random.shuffle(arriving)
+        out = writer(folder, numbering, per_fragment)
+        for place in arriving:
+            out.add(rows([place]))
+        out.flush()
+        finalise(folder, numbering, SCHEMA, rows_per_part=per_part)
+        parts = [pq.read_table(part) for part in folder.parts()]
+        table = pa.concat_tables(parts)
+        assert table.column("id").to_pylist() == [f"{file}/{row}" for file, row in places]
+        assert table.column("tag").to_pylist() == [f"tag {file}/{row}" for file, row in places]
+        assert all(part.num_rows == per_part for part in parts[:-1])
+        assert folder.is_finished()
+        assert not os.path.exists(folder.file("fragments"))
+
+
+def test_a_missing_row_is_refused_and_nothing_is_marked_finished(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([3])
+    out = writer(folder, numbering)
+    out.add(rows([(0, 0), (0, 2)]))
+    out.flush()
+    with pytest.raises(OutputError, match="rows 0 to 2 of the manifest have 2 results, expected 3"):
+        finalise(folder, numbering, SCHEMA, rows_per_part=10)
+    assert not folder.is_finished()
+    assert folder.fragments()
+
+
+def test_an_answer_wins_over_errors_and_a_later_error_over_an_earlier(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([3])
+    out = writer(folder, numbering, 1)
+    out.add(rows([(0, 0)], status="error", text="Old"))
+    out.add(rows([(0, 0)], text="answer", attempts=1))
+    out.add(rows([(0, 0)], status="error", text="New", attempts=2))
+    out.add(rows([(0, 1)], status="error", text="New", attempts=2))
+    out.add(rows([(0, 1)], status="error", text="Old", attempts=1))
+    out.add(rows([(0, 2)]))
+    finished = read_finished(folder, numbering)
+    assert finished.failed.tolist() == [1]
+    assert finished.failed_types.tolist() == ["New"]
+    assert finished.failed_attempts.tolist() == [2]
+    finalise(folder, numbering, SCHEMA, rows_per_part=10)
+    table = pq.read_table(folder.parts()[0])
+    assert table.column("text").to_pylist() == ["answer", None, "t"]
+    assert table.column("error_type").to_pylist() == [None, "New", None]
+
+
+def test_failed_rows_are_taken_by_type(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([4])
+    out = writer(folder, numbering)
+    out.add(rows([(0, 0)], status="error", text="FetchError"))
+    out.add(rows([(0, 1)], status="error", text="MediaTimeout", attempts=3))
+    out.add(rows([(0, 2)]))
+    out.flush()
+    finished = read_finished(folder, numbering)
+    taken, attempts = finished.take_failed(["MediaTimeout"])
+    assert (taken.tolist(), attempts.tolist()) == ([1], [3])
+    assert finished.done.mask(0, 4).tolist() == [True, False, True, False]
+    assert finished.failed.tolist() == [0]
+
+
+def test_reopening_a_finished_folder_loses_no_row(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([5])
+    out = writer(folder, numbering)
+    out.add(rows([(0, row) for row in range(5)]))
+    finalise(folder, numbering, SCHEMA, rows_per_part=2)
+    before = pa.concat_tables([pq.read_table(part) for part in folder.parts()])
+    folder.reopen()
+    assert not folder.is_finished()
+    assert folder.parts() == []
+    assert len(read_finished(folder, numbering).done) == 5
+    finalise(folder, numbering, SCHEMA, rows_per_part=4)
+    assert pa.concat_tables([pq.read_table(part) for part in folder.parts()]).equals(before)
+
+
+def test_stale_parts_of_an_interrupted_finalise_are_removed(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([4])
+    out = writer(folder, numbering)
+    out.add(rows([(0, row) for row in range(4)]))
+    out.flush()
+    Path(folder.file("part-00007.parquet")).write_bytes(b"half")
+    finalise(folder, numbering, SCHEMA, rows_per_part=2)
+    assert [Path(part).name for part in folder.parts()] == ["part-00000.parquet", "part-00001.parquet"]
+
+
+def test_an_empty_manifest_finishes_with_one_empty_part(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([])
+    assert finalise(folder, numbering, SCHEMA, rows_per_part=10) == 1
+    assert pq.read_table(folder.parts()[0]).schema.equals(SCHEMA)
+
+
+def test_parts_are_readable_by_pandas(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([2])
+    out = writer(folder, numbering)
+    out.add(rows([(0, 0)]))
+    out.add(rows([(0, 1)], status="error", text="FetchError"))
+    out.flush()
+    finalise(folder, numbering, SCHEMA, rows_per_part=10)
+    frame = pd.concat(pd.read_parquet(part) for part in folder.parts())
+    assert frame["status"].tolist() == ["ok", "error"]
+    assert list(frame.columns) == SCHEMA.names
+
+
+def test_rows_that_wait_too_long_are_published(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([2])
+    out = FragmentWriter(folder, numbering, SCHEMA, 100, 0.05)
+    out.add(rows([(0, 0)]))
+    out.flush_if_old()
+    assert folder.fragments() == []
+    time.sleep(0.06)
+    out.flush_if_old()
+    assert len(folder.fragments()) == 1
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.docx").write_text("x")
+    with pytest.raises(OutputError, match=r"thesis\.docx"):
+        RunFolder(str(tmp_path)).prepare()
+
+
+def test_only_one_run_holds_the_lease(tmp_path: Path) -> None:
+    path = str(tmp_path / ".lease")
+    with Lease(path), pytest.raises(OutputError, match="another run is writing"):
+        Lease(path).acquire()
+    with Lease(path):
+        assert os.path.exists(path)
+    assert not os.path.exists(path)
+
+
+def test_a_dead_process_does_not_hold_the_lease(tmp_path: Path) -> None:
+    path = tmp_path / ".lease"
+    with Lease(str(path)):
+        held = json.loads(path.read_text())
+    held["pid"] = 2**22 + 1  # above Linux's largest process id
+    path.write_text(json.dumps(held))
+    with Lease(str(path)):
+        pass
+
+
+def test_a_lease_of_another_machine_ends_when_it_is_not_renewed(tmp_path: Path) -> None:
+    path = tmp_path / ".lease"
+    held = {"token": "x", "host": "elsewhere", "pid": 1, "renewed": time.time()}
+    path.write_text(json.dumps(held))
+    with pytest.raises(OutputError, match="elsewhere"):
+        Lease(str(path)).acquire()
+    path.write_text(json.dumps({**held, "renewed": time.time() - lease_module.STALE_S - 1}))
+    with Lease(str(path)):
+        pass
+
+
+@given(st.integers(0, 200), st.lists(st.integers(0, 199), max_size=60), st.lists(st.integers(0, 199), max_size=30))
+def test_a_row_set_is_a_set(size: int, added: list[int], dropped: list[int]) -> None:
+    added, dropped = [i for i in added if i < size], [i for i in dropped if i < size]
+    rows_in = RowSet(size)
+    rows_in.add(np.array(added, dtype=np.int64))
+    rows_in.discard(np.array(dropped, dtype=np.int64))
+    expected = set(added) - set(dropped)
+    assert len(rows_in) == len(expected)
+    assert set(np.flatnonzero(rows_in.mask(0, size)).tolist()) == expected
+    low, high = size // 3, size - size // 4
+    assert set((np.flatnonzero(rows_in.mask(low, high)) + low).tolist()) == {i for i in expected if low <= i < high}
+    assert rows_in.has(np.arange(size)).tolist() == [i in expected for i in range(size)]
