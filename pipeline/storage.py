@@ -241,8 +241,9 @@ def _hidden(relative: str) -> bool:
 def _remote_info(path: str, entry: Mapping[str, Any]) -> FileInfo:
     version = None
     for key in ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "updated", "created"):
-        if entry.get(key):
-            version = str(entry[key]).strip('"')
+        if found := entry.get(key):
+            # The same time comes as a number or a datetime, depending on the call.
+            version = str(found.timestamp() if hasattr(found, "timestamp") else found).strip('"')
             break
     return FileInfo(path, int(entry.get("size") or 0), version)
 
