@@ -23,7 +23,7 @@ from pipeline.engine.admission import AdmissionRules
 from pipeline.engine.checkpoint import Checkpoint
 from pipeline.engine.options import Detokenize, EngineOptions
 from pipeline.engine.pixels import PixelTable
-from pipeline.engine.sampler import SampleRow, sample
+from pipeline.engine.sampler import sample, sample_row
 from pipeline.engine.sequence import Completion, PromptLayout, Request, RequestId, Sequence, error_completions
 from pipeline.engine.stopping import StopRules
 from pipeline.errors import EngineOutOfMemory, RowError
@@ -224,19 +224,7 @@ class _Choose(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         rules, sequences = self.follow.rules, self.follow.sequences
-        tokens, logprobs = sample(scores, [sample_row(sequence, rules) for sequence in sequences])
+        rows = [sample_row(sequence, rules, len(sequence.output_ids)) for sequence in sequences]
+        tokens, logprobs = sample(scores, rows)
         self.follow.logprobs = None if logprobs is None else logprobs.tolist()
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
-
-
-def sample_row(sequence: Sequence, rules: StopRules) -> SampleRow:
-    """What the sampler needs for the sequence's next token."""
-    sampling = sequence.sampling
-    step = len(sequence.output_ids) + sequence.num_in_flight
-    seen = sequence.known_ids(0, sequence.num_tokens) if sampling.repetition_penalty != 1.0 else None
-    return SampleRow(
-        sampling,
-        sequence.draw(step) if sampling.temperature > 0 else 0.0,
-        rules.forbidden_ids(sampling, step),
-        seen,
-    )

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.engine.sequence import SamplingParams
+from pipeline.engine.sequence import SamplingParams, Sequence
+from pipeline.engine.stopping import StopRules
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,17 @@ class SampleRow:
     forbidden: tuple[int, ...] = ()
     seen_ids: npt.NDArray[np.int32] | None = None
     """Prompt and output so far; only with a repetition penalty."""
+
+
+def sample_row(sequence: Sequence, rules: StopRules, step: int) -> SampleRow:
+    """What the sampler needs for the sequence's output token number `step`."""
+    sampling = sequence.sampling
+    seen = None
+    if sampling.repetition_penalty != 1.0:
+        assert len(sequence.output_ids) == step, "a penalty needs every earlier token on the host"
+        seen = sequence.known_ids(0, sequence.num_tokens)
+    draw = sequence.draw(step) if sampling.temperature > 0 else 0.0
+    return SampleRow(sampling, draw, rules.forbidden_ids(sampling, step), seen)
 
 
 @torch.no_grad()

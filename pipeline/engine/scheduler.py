@@ -64,10 +64,6 @@ class PrefillPlan:
 class DecodePlan:
     sequences: list[Sequence]
 
-    @property
-    def sampled(self) -> list[Sequence]:
-        return self.sequences
-
 
 Plan = PrefillPlan | DecodePlan
 
@@ -86,6 +82,8 @@ class Scheduler:
         self.blocks = blocks
         self.ledger = ledger
         self.max_running = max_running
+        self.max_decoding = max_running
+        """Below max_running only after a decode pass ran out of memory."""
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_patches = max_batch_patches
         self.patience = patience
@@ -160,7 +158,7 @@ class Scheduler:
     def _prefill_is_due(self) -> bool:
         if self.prefilling or not self.running:
             return True
-        room = self.max_running - len(self.running)
+        room = self.max_decoding - len(self.running)
         if not self.waiting or room <= 0:
             return False
         if self._decodes_since_prefill >= self.patience:
@@ -184,7 +182,7 @@ class Scheduler:
         reserve = self._growth_reserve()
         planned: set[bytes] = set()
         num_patches = 0
-        while self.waiting and budget > 0 and not self.prefilling and self._free_rows:
+        while self.waiting and budget > 0 and not self.prefilling and self._has_room():
             sequence = self.waiting[0]
             media = self.ledger.new_media(sequence, planned)
             patches = sum(medium.num_patches for medium in media)
@@ -239,7 +237,7 @@ class Scheduler:
             return
         num_full, rest = divmod(leader.num_prompt_tokens, self.blocks.block_size)
         while self.waiting and self.waiting[0].request is leader.request and not self.waiting[0].output_ids:
-            if not self._free_rows or self.blocks.num_free < bool(rest) + self._growth_reserve():
+            if not self._has_room() or self.blocks.num_free < bool(rest) + self._growth_reserve():
                 return
             fork = self.waiting.popleft()
             shared = leader.block_table[:num_full]
@@ -253,6 +251,9 @@ class Scheduler:
             chunk.forks.append(fork)
             self._start_running(fork)
 
+    def _has_room(self) -> bool:
+        return bool(self._free_rows) and len(self.running) < self.max_decoding
+
     def _growth_reserve(self) -> int:
         """A block for each running sequence that may still grow: keeps preemptions rare."""
         return sum(
@@ -264,6 +265,8 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence not in self.running or not sequence.has_budget:
                 continue  # preempted by an older one just now, or all its tokens are on their way
+            if len(planned) == self.max_decoding:
+                break
             if self.blocks.blocks_for(sequence.num_computed + 1) > len(sequence.block_table):
                 if not self._make_room_for(sequence):
                     break

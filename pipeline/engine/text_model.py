@@ -99,7 +99,7 @@ class TextModel:
             qkv = layer.qkv(rms_norm(hidden, layer.input_norm, self.eps))
             qkv = qkv.view(num_tokens, -1, self.head_dim)
             rotated = rotate(qkv[:, :num_rotated], cos, sin)
-            q, k = rotated.split([self.num_heads, self.num_kv_heads], dim=1)
+            q, k = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
             attended = attend(index, q, k, qkv[:, num_rotated:])
             hidden = hidden + layer.out(attended.reshape(num_tokens, -1))
             gate, up = layer.gate_up(rms_norm(hidden, layer.post_norm, self.eps)).chunk(2, dim=-1)

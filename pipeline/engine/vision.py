@@ -117,7 +117,7 @@ class VisionModel:
         for frames in plan_passes(media, max_patches):
             merged = self._run(frames)
             tokens = [part.num_patches // MERGE_SIZE**2 for part in frames]
-            for part, embedding in zip(frames, merged.split(tokens), strict=True):
+            for part, embedding in zip(frames, torch.split(merged, tokens), strict=True):
                 mine = parts.setdefault(id(part.medium), [])
                 mine.append(embedding)
                 if part.stop == part.medium.grid_thw[0]:

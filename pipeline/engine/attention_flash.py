@@ -1,0 +1,117 @@
+"""Attention by the flash-attn package, for NVIDIA GPUs in bfloat16 or float16.
+
+Decode uses `flash_attn_with_kvcache`, one query a row: the varlen kernel over a paged cache with split keys
+gives wrong results in flash-attn 2, so it is never called that way here. A chunk's past is gathered instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.engine.attention import AttentionBackend, DecodeInfo, PrefillInfo, cumulative, gather_context
+from pipeline.engine.kv_cache import KVCache
+
+
+class PackedAttention(AttentionBackend):
+    """What flash backends share: packed queries with cumulative lengths. A subclass brings the kernels."""
+
+    allows_graphs = True
+
+    def varlen(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        ends_q: torch.Tensor,
+        ends_k: torch.Tensor,
+        longest_q: int,
+        longest_k: int,
+        *,
+        causal: bool,
+    ) -> torch.Tensor:
+        """Packed q [N, H, D], k and v [M, K, D]; causal is aligned at the ends, so a past may precede."""
+        raise NotImplementedError
+
+    def begin_vision(self, frame_lengths: Sequence[int], device: torch.device) -> None:
+        self._ends = _upload(frame_lengths, device)
+        self._longest = max(frame_lengths)
+
+    def vision(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self.varlen(q, k, v, self._ends, self._ends, self._longest, self._longest, causal=False)
+
+    def begin_prefill(self, info: PrefillInfo, cache: KVCache) -> None:
+        device = info.slots.device
+        totals = [start + length for start, length in zip(info.starts, info.lengths, strict=True)]
+        self._ends_q, self._ends_k = _upload(info.lengths, device), _upload(totals, device)
+        self._longest_q, self._longest_k = max(info.lengths), max(totals)
+        self._lengths = info.lengths
+        self._pasts = [
+            (total, torch.tensor(table, dtype=torch.int32).to(device)) if start else None
+            for total, start, table in zip(totals, info.starts, info.tables, strict=True)
+        ]
+
+    def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
+        if any(past is not None for past in self._pasts):
+            k, v = self._with_past(k, v, cache, layer)
+        return self.varlen(q, k, v, self._ends_q, self._ends_k, self._longest_q, self._longest_k, causal=True)
+
+    def _with_past(
+        self, k: torch.Tensor, v: torch.Tensor, cache: KVCache, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed keys and values in which later chunks are preceded by what the cache holds of them."""
+        keys, values, first = [], [], 0
+        for length, past in zip(self._lengths, self._pasts, strict=True):
+            part = (k[first : first + length], v[first : first + length])
+            if past is not None:
+                part = gather_context(cache, layer, past[1], past[0])
+            keys.append(part[0])
+            values.append(part[1])
+            first += length
+        return torch.cat(keys), torch.cat(values)
+
+    def begin_decode(self, info: DecodeInfo, cache: KVCache) -> None:
+        self._decode = info
+
+
+class FlashAttention(PackedAttention):
+    name = "flash"
+    block_size = 256  # flash-attn 2 pages are multiples of 256
+
+    def __init__(self) -> None:
+        from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+
+        self._varlen_func = flash_attn_varlen_func
+        self._with_kvcache = flash_attn_with_kvcache
+
+    def varlen(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        ends_q: torch.Tensor,
+        ends_k: torch.Tensor,
+        longest_q: int,
+        longest_k: int,
+        *,
+        causal: bool,
+    ) -> torch.Tensor:
+        out: torch.Tensor = self._varlen_func(q, k, v, ends_q, ends_k, longest_q, longest_k, causal=causal)
+        return out
+
+    def decode(self, q: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
+        out: torch.Tensor = self._with_kvcache(
+            q[:, None],
+            cache.keys[layer],
+            cache.values[layer],
+            cache_seqlens=self._decode.lengths,
+            block_table=self._decode.tables,
+            causal=True,
+        )
+        return out[:, 0]
+
+
+def _upload(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    ends = torch.from_numpy(cumulative(lengths))
+    return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends

@@ -1,0 +1,245 @@
+"""Turns a plan into tensors, runs the two halves of the model, and samples. The only file that knows both
+sequences and tensors.
+
+Nothing here waits for the device: a pass's tokens stay there (`last_tokens` feeds the next decode) and are
+copied out behind it; `PassResult.read` waits for that copy, which the engine does a pass later on a GPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.engine.attention import AttentionBackend, DecodeInfo, PrefillInfo
+from pipeline.engine.cuda_graph import DecodeGraphs
+from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.media_ledger import MediaLedger
+from pipeline.engine.sampler import sample, sample_row
+from pipeline.engine.scheduler import DecodePlan, Plan, PrefillChunk, PrefillPlan
+from pipeline.engine.sequence import Sequence
+from pipeline.engine.stopping import StopRules
+from pipeline.engine.text_model import TextModel
+from pipeline.engine.vision import VisionModel
+
+
+@dataclass
+class PassResult:
+    """Tokens on their way to the host, and whose they are."""
+
+    sequences: list[Sequence]
+    tokens: torch.Tensor | None = None
+    logprobs: torch.Tensor | None = None
+    copied: Any = None
+    """CUDA event after the copies; None on a CPU."""
+    epochs: list[int] = field(default_factory=list)
+    """num_preemptions at launch: a sequence that was preempted since has no use for its token."""
+
+    def read(self) -> list[tuple[Sequence, int, float | None]]:
+        if self.tokens is None:
+            return []
+        if self.copied is not None:
+            self.copied.synchronize()
+        logprobs = [None] * len(self.sequences) if self.logprobs is None else self.logprobs.tolist()
+        return [
+            (sequence, token, logprob)
+            for sequence, token, logprob, epoch in zip(
+                self.sequences, self.tokens.tolist(), logprobs, self.epochs, strict=True
+            )
+            if not sequence.is_finished and sequence.num_preemptions == epoch
+        ]
+
+
+class ModelRunner:
+    def __init__(
+        self,
+        text: TextModel,
+        vision: VisionModel,
+        attention: AttentionBackend,
+        cache: KVCache,
+        ledger: MediaLedger,
+        rules: StopRules,
+        *,
+        device: torch.device,
+        max_running: int,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        self.text = text
+        self.vision = vision
+        self.attention = attention
+        self.cache = cache
+        self.ledger = ledger
+        self.rules = rules
+        self.device = device
+        self.graphs = graphs
+        self.visual_tokens: dict[bytes, torch.Tensor] = {}
+        self.last_tokens = torch.zeros(max_running, dtype=torch.int64, device=device)
+        self.seconds = {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
+        """Host time; on a GPU that is the time to launch the work, not to do it."""
+        self.counts = {"prefill_tokens": 0, "decode_tokens": 0, "patches": 0, "passes": 0}
+
+    @torch.inference_mode()
+    def run(self, plan: Plan, *, max_batch_patches: int) -> PassResult:
+        if isinstance(plan, DecodePlan):
+            # Neighbours of like length are padded together by backends that pad.
+            sequences = sorted(plan.sequences, key=lambda sequence: sequence.num_computed)
+            with self._timed("decode"):
+                logits = self._decode(sequences)
+                result = self._sample(logits, sequences)
+            self.counts["decode_tokens"] += len(sequences)
+        else:
+            if plan.media:
+                with self._timed("vision"):
+                    self._encode(plan, max_batch_patches)
+            with self._timed("prefill"):
+                result = self._prefill(plan)
+            self.counts["prefill_tokens"] += sum(chunk.num_tokens for chunk in plan.chunks)
+        self.counts["passes"] += 1
+        return result
+
+    def forget_media(self, keys: SequenceOf[bytes]) -> None:
+        for key in keys:
+            del self.visual_tokens[key]
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - started
+
+    def _upload(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
+
+    # ---- prefill
+
+    def _encode(self, plan: PrefillPlan, max_batch_patches: int) -> None:
+        for medium, tokens in self.vision.encode(plan.media, max_batch_patches):
+            self.visual_tokens[medium.content_key] = tokens
+            self.ledger.mark_encoded(medium)
+            self.counts["patches"] += medium.num_patches
+
+    def _prefill(self, plan: PrefillPlan) -> PassResult:
+        chunks = plan.chunks
+        ids = np.concatenate([c.sequence.known_ids(c.start, c.stop) for c in chunks]).astype(np.int64)
+        positions = np.concatenate([c.sequence.positions(c.start, c.stop) for c in chunks], axis=1)
+        slots = np.concatenate([self._slots(c.sequence, c.start, c.stop) for c in chunks])
+        info = PrefillInfo(
+            lengths=[c.num_tokens for c in chunks],
+            starts=[c.start for c in chunks],
+            tables=[c.sequence.block_table for c in chunks],
+            slots=self._upload(slots),
+        )
+        hidden = self.text.embed(self._upload(ids))
+        self._place_visual_tokens(hidden, chunks)
+        self.attention.begin_prefill(info, self.cache)
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            self.cache.write(layer, k, v, info.slots)
+            return self.attention.prefill(q, k, v, self.cache, layer)
+
+        hidden = self.text.forward(hidden, self.text.rotation(self._upload(positions)), attend)
+        self.cache.copy_blocks(plan.copies)
+        ends = np.cumsum(info.lengths) - 1
+        last = [end for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last]
+        if not last:
+            return PassResult([])
+        logits = self.text.logits(hidden.index_select(0, self._upload(np.asarray(last, dtype=np.int64))))
+        samples = [1 + len(chunk.forks) for chunk in chunks if chunk.is_last]
+        if max(samples) > 1:
+            rows = np.repeat(np.arange(len(last)), samples)
+            logits = logits.index_select(0, self._upload(rows))
+        return self._sample(logits, plan.sampled)
+
+    def _slots(self, sequence: Sequence, start: int, stop: int) -> npt.NDArray[np.int64]:
+        size = self.cache.block_size
+        index = np.arange(start, stop)
+        return np.asarray(sequence.block_table, dtype=np.int64)[index // size] * size + index % size
+
+    def _place_visual_tokens(self, hidden: torch.Tensor, chunks: SequenceOf[PrefillChunk]) -> None:
+        """Overwrite placeholder rows of hidden [N, C] with what the vision tower made of the media."""
+        offset = 0
+        for chunk in chunks:
+            assert chunk.sequence.layout is not None
+            media = zip(chunk.sequence.request.media, chunk.sequence.layout.spans, strict=True)
+            for medium, (first, end) in media:
+                start, stop = max(first, chunk.start), min(end, chunk.stop)
+                if start < stop:
+                    tokens = self.visual_tokens[medium.content_key]
+                    here = offset + start - chunk.start
+                    hidden[here : here + stop - start] = tokens[start - first : stop - first]
+            offset += chunk.num_tokens
+
+    # ---- decode
+
+    def _decode(self, sequences: SequenceOf[Sequence]) -> torch.Tensor:
+        """Feed each sequence its newest token, number num_computed - 1, wherever that is known by now."""
+        size = self.cache.block_size
+        places = np.fromiter((s.num_computed - 1 for s in sequences), dtype=np.int64)
+        deltas = np.fromiter((s.layout.delta if s.layout else 0 for s in sequences), dtype=np.int64)
+        rows = np.fromiter((s.row for s in sequences), dtype=np.int64)
+        widest = max(len(sequence.block_table) for sequence in sequences)
+        tables = np.zeros((len(sequences), widest), dtype=np.int32)
+        for row, sequence in enumerate(sequences):
+            tables[row, : len(sequence.block_table)] = sequence.block_table
+        slots = tables[np.arange(len(sequences)), places // size].astype(np.int64) * size + places % size
+        if self.graphs is not None and self.graphs.fits(len(sequences), widest):
+            return self.graphs.replay(rows, places + deltas, slots, (places + 1).astype(np.int32), tables)
+        info = DecodeInfo(
+            slots=self._upload(slots),
+            lengths=self._upload((places + 1).astype(np.int32)),
+            tables=self._upload(tables),
+            host_lengths=(places + 1).tolist(),
+        )
+        tokens = self.last_tokens.index_select(0, self._upload(rows))
+        return decode_forward(self.text, self.attention, self.cache, tokens, self._upload(places + deltas), info)
+
+    # ---- sampling
+
+    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> PassResult:
+        # This pass's own token is counted as in flight already.
+        steps = [len(s.output_ids) + s.num_in_flight - 1 for s in sequences]
+        rows = [sample_row(s, self.rules, step) for s, step in zip(sequences, steps, strict=True)]
+        tokens, logprobs = sample(logits, rows)
+        index = self._upload(np.asarray([sequence.row for sequence in sequences], dtype=np.int64))
+        self.last_tokens.index_copy_(0, index, tokens)
+        epochs = [sequence.num_preemptions for sequence in sequences]
+        if self.device.type != "cuda":
+            return PassResult(sequences, tokens, logprobs, None, epochs)
+        tokens = _copy_out(tokens)
+        logprobs = None if logprobs is None else _copy_out(logprobs)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        return PassResult(sequences, tokens, logprobs, copied, epochs)
+
+
+def decode_forward(
+    text: TextModel,
+    attention: AttentionBackend,
+    cache: KVCache,
+    tokens: torch.Tensor,  # [R]
+    positions: torch.Tensor,  # [R]
+    info: DecodeInfo,
+) -> torch.Tensor:
+    """One token of each row through the text model: logits [R, vocabulary]. Also what a graph captures."""
+    attention.begin_decode(info, cache)
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        cache.write(layer, k, v, info.slots)
+        return attention.decode(q, cache, layer)
+
+    return text.logits(text.forward(text.embed(tokens), text.rotation(positions), attend))
+
+
+def _copy_out(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
