@@ -195,6 +195,8 @@ def pixel_table(
     mean32, std32 = np.array(mean, dtype=np.float32)[:, None], np.array(std, dtype=np.float32)[:, None]
     if resize == "pil":
         rescaled = (byte.astype(np.float64) * (1 / 255)).astype(np.float32)
-        return (rescaled[None] - mean32) / std32
+        table: npt.NDArray[np.float32] = (rescaled[None] - mean32) / std32
+        return table
     scale = np.float32(255.0)
-    return (byte.astype(np.float32)[None] - mean32 * scale) / (std32 * scale)
+    table = (byte.astype(np.float32)[None] - mean32 * scale) / (std32 * scale)
+    return table
