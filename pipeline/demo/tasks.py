@@ -1,0 +1,189 @@
+"""Seven kinds of question about the drawn world, with exactly known answers.
+
+Knows scenes and words; not files, tokens or models. `example(task, split, seed, index)` is a pure function: training
+draws from the split "train", demo manifests and evaluation from "held-out", so that no seed serves both.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from pipeline.demo.scenes import COLOURS, PLACES, SHAPES, Clip, Picture, random_clip, random_names, random_picture
+
+Split: TypeAlias = Literal["train", "held-out"]
+Scene: TypeAlias = Picture | Clip
+Name: TypeAlias = tuple[str, str]
+
+NUMBERS = ("zero", "one", "two", "three", "four")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question: its media first, in order, then its text; and the one right answer."""
+
+    task: str
+    media: tuple[Scene, ...]
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of question: scenes that suit it, and a question about given scenes with its answer."""
+
+    scenes: Callable[[random.Random], tuple[Scene, ...]]
+    ask: Callable[[random.Random, tuple[Scene, ...]], tuple[str, str]]
+
+
+def example(task: str, split: Split, seed: int, index: int) -> Example:
+    """The example number `index` of a task; the same arguments always give the same one."""
+    rng = random.Random(f"{split}/{seed}/{task}/{index}")
+    media = TASKS[task].scenes(rng)
+    return Example(task, media, *TASKS[task].ask(rng, media))
+
+
+def picture_of_different(rng: random.Random) -> tuple[Scene, ...]:
+    """One picture of one to three objects, no two alike."""
+    return (random_picture(rng, random_names(rng, rng.randint(1, 3))),)
+
+
+def picture_of_similar(rng: random.Random) -> tuple[Scene, ...]:
+    """One picture of one to four objects of two colours and two shapes: something to count."""
+    colours, shapes = rng.sample(list(COLOURS), 2), rng.sample(SHAPES, 2)
+    return (random_picture(rng, [(rng.choice(colours), rng.choice(shapes)) for _ in range(rng.randint(1, 4))]),)
+
+
+def clip(rng: random.Random) -> tuple[Scene, ...]:
+    """One clip of a moving object and perhaps one that stays."""
+    return (random_clip(rng, random_names(rng, rng.randint(1, 2))),)
+
+
+def two_pictures(rng: random.Random) -> tuple[Scene, ...]:
+    """Two pictures without an object in common; one of them may hold a single object."""
+    first, second = rng.choice(((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 2)))
+    names = random_names(rng, first + second)
+    return random_picture(rng, names[:first]), random_picture(rng, names[first:])
+
+
+def picture_and_clip(rng: random.Random) -> tuple[Scene, ...]:
+    """A picture and a clip with one object in common; all the others differ in colour from it and from each other."""
+    shared, *others = [(colour, rng.choice(SHAPES)) for colour in rng.sample(list(COLOURS), len(COLOURS))]
+    picture_names, clip_names = [shared, *others[: rng.randint(1, 2)]], [shared, others[2]]
+    rng.shuffle(picture_names)
+    rng.shuffle(clip_names)
+    return random_picture(rng, picture_names), random_clip(rng, clip_names)
+
+
+def nothing(rng: random.Random) -> tuple[Scene, ...]:
+    """No medium."""
+    return ()
+
+
+def describe_image(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
+    """Every object with its colour, shape and place, in reading order."""
+    (picture,) = media
+    answer = ", ".join(f"a {thing.name} at the {PLACES[thing.place]}" for thing in picture.things)
+    return "Describe the image.", _sentence(answer)
+
+
+def describe_video(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
+    """Which object moves from where to where, and which one stays."""
+    (moving,) = media
+    assert isinstance(moving, Clip)
+    mover, *others = moving.things
+    answer = f"a {mover.name} moves from the {PLACES[mover.place]} to the {PLACES[moving.destination]}"
+    answer += "".join(f", a {thing.name} stays at the {PLACES[thing.place]}" for thing in others)
+    return "Describe the video.", _sentence(answer)
+
+
+def count(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
+    """How many objects there are: all of them, those of a colour, or those of a shape."""
+    things = media[0].things
+    kind = rng.choice(("objects", "colour", "shape"))
+    if kind == "objects":
+        what, number = "objects", len(things)
+    elif kind == "colour":
+        colour = rng.choice([*(thing.colour for thing in things), rng.choice(list(COLOURS))])
+        what, number = f"{colour} objects", sum(thing.colour == colour for thing in things)
+    else:
+        shape = rng.choice([*(thing.shape for thing in things), rng.choice(SHAPES)])
+        what, number = _plural(shape), sum(thing.shape == shape for thing in things)
+    return f"How many {what} are there?", _sentence(NUMBERS[number])
+
+
+def yes_no(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
+    """Whether an object is there; half of the missing ones share their colour or their shape with one that is."""
+    names = [(thing.colour, thing.shape) for thing in media[0].things]
+    if rng.random() < 0.5:
+        asked, answer = rng.choice(names), "yes"
+    else:
+        asked, answer = _missing(rng, names), "no"
+    return f"Is there a {asked[0]} {asked[1]}?", _sentence(answer)
+
+
+def compare(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
+    """Two pictures that the question or the answer names by number."""
+    sizes = [len(picture.things) for picture in media]
+    kinds = ["which", *(["what"] if 1 in sizes else []), *(["more"] if sizes[0] != sizes[1] else [])]
+    kind = rng.choice(kinds)
+    if kind == "what":
+        number = rng.choice([number for number in range(2) if sizes[number] == 1])
+        return f"What is in Picture {number + 1}?", _sentence(f"a {media[number].things[0].name}")
+    if kind == "more":
+        return "Which picture has more objects?", _sentence(f"Picture {1 + (sizes[1] > sizes[0])}")
+    number = rng.randrange(2)
+    asked = rng.choice(media[number].things)
+    return f"Which picture shows a {asked.name}?", _sentence(f"Picture {number + 1}")
+
+
+def image_and_video(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
+    """The one object that is in both."""
+    (shared,) = {thing.name for thing in media[0].things} & {thing.name for thing in media[1].things}
+    return "What is in both the image and the video?", _sentence(f"a {shared}")
+
+
+def text(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
+    """Sums, orders of size and orders in space, without any medium."""
+    kind = rng.choice(("sum", "larger", "order"))
+    if kind == "sum":
+        a, b = rng.randint(0, 9), rng.randint(0, 9)
+        return f"What is {a} plus {b}?", _sentence(str(a + b))
+    if kind == "larger":
+        a, b = rng.sample(range(10), 2)
+        return f"Which number is larger, {a} or {b}?", _sentence(str(max(a, b)))
+    left, right = rng.sample(list(COLOURS), 2)
+    asked, answer = rng.choice((("left", left), ("right", right)))
+    said = rng.choice((f"The {left} box is left of the {right} box.", f"The {right} box is right of the {left} box."))
+    return f"{said} Which box is on the {asked}?", _sentence(f"the {answer} box")
+
+
+TASKS: dict[str, Task] = {
+    "describe_image": Task(picture_of_different, describe_image),
+    "describe_video": Task(clip, describe_video),
+    "count": Task(picture_of_similar, count),
+    "yes_no": Task(picture_of_different, yes_no),
+    "compare": Task(two_pictures, compare),
+    "image_and_video": Task(picture_and_clip, image_and_video),
+    "text": Task(nothing, text),
+}
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:] + "."
+
+
+def _plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def _missing(rng: random.Random, names: list[Name]) -> Name:
+    """An object that is not there."""
+    if rng.random() < 0.5:
+        colour, shape = rng.choice(names)
+        near = [(colour, other) for other in SHAPES] + [(other, shape) for other in COLOURS]
+    else:
+        near = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    return rng.choice([name for name in near if name not in names])
