@@ -334,7 +334,9 @@ def _flow(ready: Run, placement: Placement) -> Any:
         resize=config.media.resize,
         kept=ready.kept,
     )
-    columns = list(dict.fromkeys([*needed_columns(ready.manifest.schema.names, messages), *_kept(config, ready.manifest)]))
+    columns = list(
+        dict.fromkeys([*needed_columns(ready.manifest.schema.names, messages), *_kept(config, ready.manifest)])
+    )
     if ready.manifest.format in ("jsonl", "csv"):
         columns.append(ERROR_COLUMN)
     in_flight = config.resources.blocks_in_flight or (128 if placement.gpus_per_engine else 16)

@@ -173,10 +173,15 @@ def print_samples(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         right = row["text"] == row["reference"]
-        table.add_row(
-            Text(str(row.get("task", ""))), Text(str(row["text"])), Text(str(row["reference"])), "✓" if right else "✗"
-        )
+        cells = [_one_line(row.get(name)) for name in ("task", "text", "reference")]
+        table.add_row(*cells, "✓" if right else "✗")
     console.print(table)
+
+
+def _one_line(value: Any) -> Text:
+    """Any text of a row, short and without what a terminal would obey."""
+    words = " ".join("".join(c if c.isprintable() else " " for c in str(value or "")).split())
+    return Text(words if len(words) <= 160 else words[:157] + "...")
 
 
 def _total(table: pa.Table, name: str) -> int:

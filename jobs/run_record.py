@@ -74,7 +74,7 @@ def new_record(config: CaptionConfig, asked: Mapping[str, Any], manifest: Manife
     """run.json as it stands when a run begins."""
     return {
         "state": "running",
-        "config": config.model_dump(mode="json"),
+        "config": _without_secrets(config.model_dump(mode="json")),
         "identity": dict(asked),
         "manifest": {"path": manifest.path, "fingerprint": manifest.fingerprint()},
         "model": {"path": asked["model.path"], "revision": config.model.revision},
@@ -83,6 +83,14 @@ def new_record(config: CaptionConfig, asked: Mapping[str, Any], manifest: Manife
         "started": now(),
         "finished": None,
     }
+
+
+def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """The config without the storage options' values: some are credentials, and run.json is for everybody."""
+    for section in ("input", "output"):
+        options = values[section]["storage_options"]
+        values[section]["storage_options"] = {name: "(not recorded)" for name in options}
+    return values
 
 
 def now() -> str:

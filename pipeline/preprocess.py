@@ -21,9 +21,10 @@ import pyarrow as pa
 
 from pipeline.conversation import Conversation, MediumPart
 from pipeline.errors import RowError
-from pipeline.media.decode import MediaWorker, SeenMedium
+from pipeline.media.decode import SeenMedium
 from pipeline.media.fetch import Fetcher
 from pipeline.media.limits import FetchOptions, MediaOptions
+from pipeline.media.worker import MediaWorker
 from pipeline.messages import MessageOptions, conversation, row_id
 from pipeline.patches import num_visual_tokens
 from pipeline.prompt import ChatTokenizer, prompt_hash
