@@ -129,16 +129,15 @@ def exists(path: str, storage_options: StorageOptions = None) -> bool:
     """Whether there is a file, folder or prefix of this name."""
     if not is_remote(path):
         return os.path.exists(local_path(path))
-    fs, key = _filesystem(path, storage_options)
-    return bool(_retrying(lambda: fs.exists(key), path))
+    return _remote_entry(path, storage_options) is not None
 
 
 def is_dir(path: str, storage_options: StorageOptions = None) -> bool:
     """Whether the path is a folder, or a prefix with objects below it."""
     if not is_remote(path):
         return os.path.isdir(local_path(path))
-    fs, key = _filesystem(path, storage_options)
-    return bool(_retrying(lambda: fs.isdir(key), path))
+    entry = _remote_entry(path, storage_options)
+    return entry is not None and entry["type"] == "directory"
 
 
 def file_info(path: str, storage_options: StorageOptions = None) -> FileInfo:
@@ -186,7 +185,10 @@ def list_files(prefix: str, storage_options: StorageOptions = None, *, recursive
         fs, key = _filesystem(prefix, storage_options)
         found = []
         depth = {} if recursive else {"maxdepth": 1}
-        for entry_key, entry in _retrying(lambda: fs.find(key, detail=True, **depth), prefix).items():
+        entries: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError):
+            entries = _retrying(lambda: fs.find(key, detail=True, **depth), prefix)
+        for entry_key, entry in entries.items():
             relative = entry_key.removeprefix(key).lstrip("/")
             # A bucket's consoles make "folders" by putting empty objects whose names end in a slash.
             if entry.get("type") != "directory" and relative and not relative.endswith("/") and not _hidden(relative):
@@ -236,6 +238,18 @@ def _walk(shown: str, folder: str, recursive: bool, above: tuple[tuple[int, int]
 
 def _hidden(relative: str) -> bool:
     return any(part.startswith(".") for part in relative.split("/"))
+
+
+def _remote_entry(path: str, storage_options: StorageOptions) -> Mapping[str, Any] | None:
+    """What the bucket says of a file or prefix; None where there is none.
+
+    fsspec's own `exists` and `isdir` take a lost connection for a missing file.
+    """
+    fs, key = _filesystem(path, storage_options)
+    try:
+        return cast(Mapping[str, Any], _retrying(lambda: fs.info(key), path))
+    except FileNotFoundError:
+        return None
 
 
 def _remote_info(path: str, entry: Mapping[str, Any]) -> FileInfo:

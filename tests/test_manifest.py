@@ -517,9 +517,7 @@ def test_every_unfinished_row_is_planned_once_and_no_finished_one(data: st.DataO
     places = [(file, row) for file, count in enumerate(counts) for row in range(count)][:limit]
     expected = [(f, r) for f, r in places if f not in masks or r >= len(masks[f]) or not masks[f][r]]
     for finished in (masks, packed):
-        units = list(
-            plan_units(fake(*counts), rows_per_unit=rows_per_unit, limit=limit, finished=finished)  # type: ignore[arg-type]
-        )
+        units = list(plan_units(fake(*counts), rows_per_unit=rows_per_unit, limit=limit, finished=finished))
         assert all(0 < unit.num_rows <= rows_per_unit for unit in units)
         assert [(unit.file, row) for unit in units for row in range(unit.start, unit.stop)] == expected
 
@@ -601,3 +599,35 @@ def test_new_files_are_numbered_behind_the_old_ones(tmp_path: Path, load: Callab
 def test_secrets_in_the_storage_options_are_not_shown(tmp_path: Path, load: Callable[..., Manifest]) -> None:
     found = load(write_jsonl(tmp_path / "m.jsonl", [{"id": 1}]), storage_options={"secret": "hunter2"})
     assert "hunter2" not in repr(found) + repr(found.spec) + json.dumps(found.fingerprint())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real S3 endpoint
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl", "csv", "media"])
+def test_s3_manifests_of_every_format_are_read_through_faults(format: str, tmp_path: Path) -> None:
+    pytest.importorskip("s3fs")
+    from s3_server import Fault, s3_server
+
+    with s3_server() as server:
+        server.make_bucket("bucket")
+        options, root = server.storage_options, f"s3://bucket/{uuid.uuid4().hex}"
+        ids = [f"{number:03d}.jpg" for number in range(300)]
+        if format == "parquet":
+            path = write_parquet(tmp_path / "m.parquet", {"id": ids}, row_group_size=50)
+            storage.publish_file(path, f"{root}/m.parquet", options)
+        elif format == "media":
+            ids = ids[:5]
+            for name in ids:
+                storage.publish(f"{root}/{name}", b"x", options)
+        else:
+            lines = [json.dumps({"id": name}) for name in ids] if format == "jsonl" else ["id", *ids]
+            storage.publish(f"{root}/m.{format}", "\n".join(lines).encode(), options)
+        server.faults += [Fault(503, method="GET"), Fault(cut_after=100, method="GET")]
+        listing = f"{root}-run/listing.parquet"
+        for _ in range(2):  # the second time as a resumed job
+            found = open_manifest(root, listing_path=listing, storage_options=options, listing_options=options)
+            assert (found.format, found.base) == (format, root)
+            server.faults += [Fault(503, method="GET"), Fault(cut_after=100, method="GET")]
+            assert [row["id"] for row in rows_of(found, rows_per_unit=70)] == ids
