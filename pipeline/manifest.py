@@ -26,9 +26,11 @@ Columns per format:
 
 from __future__ import annotations
 
+import bisect
 import csv
 import gzip
 import io
+import itertools
 import json
 import math
 import sys
@@ -74,6 +76,8 @@ _BUFFER_WHOLE_BYTES = 128 << 20
 """Parquet: row groups up to this size are fetched in one go; larger ones are streamed."""
 _STREAM_BUFFER = 4 << 20
 _BATCH_ROWS = 1024
+_BATCH_BYTES = 32 << 20
+"""Parquet is decoded in pieces of about this size: a row may be a number or an hour of video."""
 _JSON_ALWAYS = frozenset({"messages"})
 _MAX_DIFFERENCES = 20
 
@@ -377,26 +381,50 @@ def _unify(known: pa.Schema | None, found: pa.Schema, path: str) -> pa.Schema:
     return pa.schema(list(types.items()))
 
 
-def _read_parquet(spec: ReadSpec, unit: WorkUnit, names: Sequence[str]) -> pa.Table:
-    with _open_parquet_file(unit.path, spec.storage_options) as file:
-        metadata = file.metadata
-        if unit.stop > metadata.num_rows:
-            raise _changed(unit, metadata.num_rows)
+def _read_parquet(spec: ReadSpec, units: Sequence[WorkUnit], names: Sequence[str]) -> Iterator[pa.Table]:
+    with _open_parquet_file(units[0].path, spec.storage_options) as file:
+        if units[-1].stop > file.metadata.num_rows:
+            raise _changed(units[-1], file.metadata.num_rows)
         present = [name for name in names if name in file.schema_arrow.names]
-        groups, group_start = _row_groups(metadata, unit)
-        # Row groups may be far larger than the unit: pass over what comes before it, and stop behind it.
-        batches = []
-        position = group_start
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups, columns=present, use_threads=False):
-            first, last = max(unit.start - position, 0), min(unit.stop - position, batch.num_rows)
-            if first < last:
-                batches.append(batch.slice(first, last - first))
+        if not present:  # a batch of no columns does not know its length
+            yield from (_conform(pa.table({}), spec.schema, names, unit) for unit in units)
+            return
+        left = list(reversed(units))
+        pieces: list[pa.RecordBatch] = []
+        for position, batch in _batches(file, units, present):
+            end = position + batch.num_rows
+            while left and left[-1].start < end:
+                unit = left[-1]
+                first, last = max(unit.start - position, 0), min(unit.stop, end) - position
+                pieces.append(batch.slice(first, last - first))
+                if unit.stop > end:
+                    break
+                yield _conform(pa.Table.from_batches(pieces), spec.schema, names, left.pop())
+                pieces = []
+            if not left:
+                return
+
+
+def _batches(file: pq.ParquetFile, units: Sequence[WorkUnit], names: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The row groups that hold any of the units, piece by piece, each with the number of its first row.
+
+    Groups may be far larger than a unit, and Parquet can't be entered in the middle of one: what comes before the
+    first unit is decoded and passed over, never held.
+    """
+    start = 0
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        position, start = start, start + group.num_rows
+        first = bisect.bisect_right(units, position, key=lambda unit: unit.stop)
+        if first == len(units) or units[first].start >= start:
+            continue
+        wanted = set(names)
+        columns = (group.column(i) for i in range(group.num_columns))
+        size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in wanted)
+        rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES * group.num_rows // max(size, 1)))
+        for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=names, use_threads=False):
+            yield position, batch
             position += batch.num_rows
-            if position >= unit.stop:
-                break
-    if not present:  # a batch of no columns does not know its length
-        return _conform(pa.table({}), spec.schema, names, unit)
-    return _conform(pa.Table.from_batches(batches), spec.schema, names, unit)
 
 
 @contextmanager
@@ -417,20 +445,6 @@ def _open_parquet_file(path: str, options: StorageOptions) -> Iterator[pq.Parque
         raise ManifestError(f"can't read {path}: {_first_line(error)}; is it a whole Parquet file?") from error
     finally:
         source.close()
-
-
-def _row_groups(metadata: pq.FileMetaData, unit: WorkUnit) -> tuple[list[int], int]:
-    """Numbers of the row groups that hold the unit, and the row at which the first of them begins."""
-    groups: list[int] = []
-    first_row = start = 0
-    for number in range(metadata.num_row_groups):
-        stop = start + metadata.row_group(number).num_rows
-        if stop > unit.start and start < unit.stop:
-            if not groups:
-                first_row = start
-            groups.append(number)
-        start = stop
-    return groups, first_row
 
 
 def _conform(table: pa.Table, schema: pa.Schema, names: Sequence[str], unit: WorkUnit) -> pa.Table:
@@ -485,25 +499,29 @@ def _open_text(path: str, base: str, found: list[FileInfo], kind: ManifestFormat
     return Manifest(path, kind, tuple(files), schema, base, options, tuple(offsets))
 
 
-def _read_text(spec: ReadSpec, unit: WorkUnit, names: Sequence[str]) -> pa.Table:
-    row = unit.seek[0]
-    rows: list[dict[str, Any]] = []
-    errors: list[str | None] = []
-    for _, values, error in _records(spec.format, unit.path, spec.storage_options, start=unit.seek[1]):
-        if row >= unit.start:
-            rows.append(values or {})
-            errors.append(error)
-        row += 1
-        if row >= unit.stop:
-            break
-    if row < unit.stop:
-        raise _changed(unit, row)
+def _read_text(spec: ReadSpec, units: Sequence[WorkUnit], names: Sequence[str]) -> Iterator[pa.Table]:
+    records: Iterator[_Record] = iter(())
+    row = -1
+    for unit in units:
+        mark, offset = unit.seek
+        if row < 0 or mark > row:  # jump, rather than read what lies between
+            row, records = mark, _records(spec.format, unit.path, spec.storage_options, start=offset)
+        kept = []
+        for record in itertools.islice(records, unit.stop - row):
+            if row >= unit.start:
+                kept.append(record)
+            row += 1
+        if row < unit.stop:
+            raise _changed(unit, row)
+        yield _text_table(kept, spec.schema, names, unit)
+
+
+def _text_table(records: Sequence[_Record], schema: pa.Schema, names: Sequence[str], unit: WorkUnit) -> pa.Table:
     columns: dict[str, pa.Array] = {}
     for name in names:
-        wanted = spec.schema.field(name).type
-        as_text = pa.types.is_string(wanted)
-        found = [values.get(name) for values in rows]
-        if as_text:
+        wanted = schema.field(name).type
+        found = [None if values is None else values.get(name) for _, values, _ in records]
+        if pa.types.is_string(wanted):
             found = [None if value is None else _as_text(value) for value in found]
         try:
             columns[name] = pa.array(found, type=wanted)
@@ -512,7 +530,7 @@ def _read_text(spec: ReadSpec, unit: WorkUnit, names: Sequence[str]) -> pa.Table
                 f"column {name} of {unit.path} held {wanted} when the job began and does not now "
                 f"({_first_line(error)}): was the file changed meanwhile?"
             ) from error
-    columns[ERROR_COLUMN] = pa.array(errors, type=pa.string())
+    columns[ERROR_COLUMN] = pa.array([error for _, _, error in records], type=pa.string())
     return pa.table(columns)
 
 
@@ -775,6 +793,18 @@ def read_unit(spec: ReadSpec, unit: WorkUnit, *, columns: Sequence[str] | None =
 
     JSONL and CSV rows have `_manifest_error` besides. Raises ManifestError.
     """
+    (table,) = read_units(spec, [unit], columns=columns)
+    return table
+
+
+def read_units(
+    spec: ReadSpec, units: Sequence[WorkUnit], *, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """A table for each of several units, as by `read_unit`, in one pass over each file.
+
+    The units come in manifest order. Neighbours read together cost one look at their row group, where alone each costs
+    one; that tells for large row groups, and for the scattered rows of a retry.
+    """
     names = list(spec.schema.names if columns is None else dict.fromkeys(columns))
     missing = [name for name in names if name not in spec.schema.names and name != ERROR_COLUMN]
     if missing:
@@ -782,16 +812,18 @@ def read_unit(spec: ReadSpec, unit: WorkUnit, *, columns: Sequence[str] | None =
             f"the manifest has no column {', '.join(missing)}; its columns: {', '.join(spec.schema.names) or 'none'}"
         )
     names = [name for name in names if name != ERROR_COLUMN]
-    read: Callable[[ReadSpec, WorkUnit, Sequence[str]], pa.Table]
+    read: Callable[[ReadSpec, Sequence[WorkUnit], Sequence[str]], Iterator[pa.Table]]
     read = _read_text if spec.format in ("jsonl", "csv") else _read_parquet
-    try:
-        table = read(spec, unit, names)
-    except OSError as error:
-        raise ManifestError(
-            f"can't read rows {unit.start} to {unit.stop} of {unit.path}: {_first_line(error)}"
-        ) from error
-    assert not table.num_columns or table.num_rows == unit.num_rows, (table.num_rows, unit)
-    return table
+    for _, group in itertools.groupby(units, key=lambda unit: unit.file):
+        of_file = list(group)
+        assert all(a.stop <= b.start for a, b in itertools.pairwise(of_file)), "units out of order"
+        try:
+            for unit, table in zip(of_file, read(spec, of_file, names), strict=True):
+                assert not table.num_columns or table.num_rows == unit.num_rows, (table.num_rows, unit)
+                yield table
+        except OSError as error:
+            rows = f"{of_file[0].start} to {of_file[-1].stop}"
+            raise ManifestError(f"can't read rows {rows} of {of_file[0].path}: {_first_line(error)}") from error
 
 
 def _changed(unit: WorkUnit, num_rows: int) -> ManifestError:

@@ -32,6 +32,7 @@ from pipeline.manifest import (
     open_manifest,
     plan_units,
     read_unit,
+    read_units,
 )
 
 
@@ -547,6 +548,27 @@ def test_text_units_hold_exactly_their_rows(
         assert read_unit(found.spec, unit, columns=["id"])["id"].to_pylist() == [
             str(number) for number in range(unit.start, unit.stop)
         ]
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl", "csv"])
+def test_scattered_units_of_several_files_are_read_in_one_go(
+    format: str, tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    for number in range(3):
+        path = tmp_path / "d" / f"{number}.{format}"
+        ids = [f"{number}-{row}" for row in range(1000)]
+        if format == "parquet":
+            write_parquet(path, {"id": ids, "data": ["x" * 50] * 1000}, row_group_size=300)
+        else:
+            write(path, "\n".join(["id", *ids] if format == "csv" else [json.dumps({"id": name}) for name in ids]))
+    found = load(tmp_path / "d")
+    wanted = {0: [0, 1, 299, 300, 999], 2: [5, 6, 7, 400, 401, 998]}
+    finished = {number: ~np.isin(np.arange(1000), wanted.get(number, [])) for number in range(3)}
+    units = list(plan_units(found, rows_per_unit=2, finished=finished))
+    tables = list(read_units(found.spec, units, columns=["id"]))
+    assert [table.num_rows for table in tables] == [unit.num_rows for unit in units]
+    read = [name for table in tables for name in table["id"].to_pylist()]
+    assert read == [f"{number}-{row}" for number, rows in wanted.items() for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
