@@ -23,17 +23,25 @@ from pipeline.demo.samples import Sample, make_samples, pixel_values
 from pipeline.demo.tasks import TASKS, Example
 from pipeline.prompt import ChatTokenizer
 
+_PICTURE = ("describe_image", "count", "count", "yes_no", "yes_no")
 # How many groups of questions a batch holds by the task whose scenes they are about, and what is asked of each.
 GROUPS: Mapping[str, tuple[int, tuple[str, ...]]] = {
-    "describe_image": (6, ("describe_image", "count", "count", "yes_no", "yes_no")),
-    "count": (6, ("describe_image", "count", "count", "yes_no", "yes_no")),
+    "describe_image": (6, _PICTURE),
+    "count": (6, _PICTURE),
     "describe_video": (8, ("describe_video",)),
     "compare": (6, ("compare", "compare", "compare")),
     "image_and_video": (6, ("image_and_video",)),
     "text": (4, ("text",) * 4),
 }
-# Real H.264 for one clip in four; the others get its colour conversion alone, or drawing would outlast training.
-_CODEC_SHARE = 0.25
+# At first, descriptions above all: every object's colour, shape and place in words is what teaches the model to see.
+FIRST_GROUPS: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "describe_image": (24, ("describe_image", "yes_no")),
+    "count": (4, _PICTURE),
+    "describe_video": (4, ("describe_video",)),
+    "text": (2, ("text",) * 4),
+}
+# Real H.264 for one clip in eight; the others only lose colour as in H.264, or drawing would outlast training.
+_CODEC_SHARE = 0.125
 _ROW_LENGTH = 256
 
 Ints = npt.NDArray[np.int64]
@@ -62,14 +70,14 @@ class Batch:
 
 
 def training_batches(
-    tokenizer: ChatTokenizer, *, seed: int, first_step: int = 0, part: int = 0, parts: int = 1
+    tokenizer: ChatTokenizer, *, seed: int, first_step: int = 0, easy_steps: int = 0, part: int = 0, parts: int = 1
 ) -> Iterator[Batch]:
     """An endless stream of batches, or of one part in `parts` of each; the same arguments give the same stream."""
     prefix_length = _system_prefix_length(tokenizer)
     step = first_step
     while True:
         groups = []
-        for task, (number, asked) in GROUPS.items():
+        for task, (number, asked) in (FIRST_GROUPS if step < easy_steps else GROUPS).items():
             for index in range(number):
                 if index % parts == part:
                     rng = random.Random(f"train/{seed}/{task}/{step}/{index}")

@@ -42,7 +42,7 @@ def model_config(vocab_size: int, token_ids: dict[str, int]) -> Qwen2VLConfig:
             "pad_token_id": token_ids["<|endoftext|>"],
         },
         vision_config={
-            "depth": 4,
+            "depth": 3,
             "embed_dim": 128,
             "num_heads": 4,
             "mlp_ratio": 4,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.conversation import MediumPart, Message, Text
+from pipeline.conversation import MediumKind, MediumPart, Message, Text
 from pipeline.demo import recipe
 from pipeline.demo.clips import decode_clip, encode_clip, halve_chroma, sampled_frames
 from pipeline.demo.scenes import Clip, Picture, draw_clip, draw_picture
@@ -82,9 +83,8 @@ def make_samples(
     nothing = np.empty((0, VIDEO_PATCH_BYTES), np.uint8)
     samples = []
     for made in examples:
-        message = Message("user", (*(_part(scene) for scene in media), Text(made.question)))
-        rendered = tokenizer.render([message], add_vision_id=vision_id)
-        prompt_ids = tokenizer.encode(rendered, [num_visual_tokens(grid) for grid in grids])
+        kinds: tuple[MediumKind, ...] = tuple("image" if isinstance(scene, Picture) else "video" for scene in media)
+        prompt_ids = _prompt_ids(tokenizer, kinds, made.question, vision_id, tuple(map(num_visual_tokens, grids)))
         answer_ids = tokenizer.encode(made.answer + "<|im_end|>", [])
         is_visual = (prompt_ids == tokenizer.image_pad_id) | (prompt_ids == tokenizer.video_pad_id)
         is_visual = np.concatenate([is_visual, np.zeros(len(answer_ids), dtype=bool)])
@@ -152,5 +152,9 @@ def _see_clip(clip: Clip, *, codec: bool) -> tuple[Uint8Array, Grid]:
     return patchify_video(resize_frames(frames, height, width)), grid_thw(len(frames), height, width)
 
 
-def _part(scene: Picture | Clip) -> MediumPart:
-    return MediumPart("image" if isinstance(scene, Picture) else "video", b"")
+@lru_cache(maxsize=20_000)
+def _prompt_ids(
+    tokenizer: ChatTokenizer, kinds: tuple[MediumKind, ...], question: str, vision_id: bool, sizes: tuple[int, ...]
+) -> npt.NDArray[np.int32]:
+    message = Message("user", (*(MediumPart(kind, b"") for kind in kinds), Text(question)))
+    return tokenizer.encode(tokenizer.render([message], add_vision_id=vision_id), sizes)

@@ -36,6 +36,7 @@ from pipeline.prompt import ChatTokenizer
 
 _WARM_UP_STEPS = 100
 _COOL_DOWN_SHARE = 0.4
+_EASY_SHARE = 0.15
 _AVERAGE_DECAY = 0.995
 
 
@@ -110,6 +111,7 @@ class Training:
             self.tokenizer,
             seed=self.args.seed,
             first_step=self.step,
+            easy_steps=round(self.args.steps * _EASY_SHARE),
             part=self.rank,
             parts=self.args.processes,
         )
