@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import manifest, messages
@@ -537,6 +537,7 @@ _VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.dictionaries(st.sampled_from([*MANIFEST_COLUMNS, "_manifest_error"]), _VALUES, max_size=4))
 def test_any_row_is_a_conversation_or_a_row_error_and_nothing_else(row: dict[str, Any]) -> None:
     row_id(row, PLAIN, (0, 0))
@@ -560,6 +561,7 @@ _PARTS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(_PARTS, st.sampled_from(["openai", "hugging face", "placeholders"]), st.booleans())
 def test_both_chat_forms_give_the_same_conversation(parts: list[Text | MediumPart], form: str, as_json: bool) -> None:
     def spell(part: Text | MediumPart) -> dict[str, Any]:
