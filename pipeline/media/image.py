@@ -36,7 +36,7 @@ from pipeline.media.limits import MediaOptions
 # overrule a larger setting and warn below it.
 Image.MAX_IMAGE_PIXELS = None
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA", "ICO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA", "ICO")
 MAX_ASPECT_RATIO = 200
 
 _ORIENTATION_TAG = 0x0112
