@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -173,20 +174,20 @@ def _run(ready: Run, console: Console) -> int:
             config.output.rows_per_fragment,
             config.output.seconds_per_fragment,
         )
-        monitor = flow.start_monitor()
+        ledger = flow.start_ledger()
         try:
             if work:
-                _generate(ready, placement, work, tally, writer, monitor, console)
+                _generate(ready, placement, work, tally, writer, ledger, console)
         except KeyboardInterrupt:
             writer.flush()
-            _close_record(ready, tally, "interrupted", flow.reports(monitor))
+            _close_record(ready, tally, "interrupted", flow.reports(ledger))
             console.print(f"stopped: {tally.done:,} of {tally.total:,} rows are done; the same command goes on")
             return EXIT_INTERRUPTED
         except BaseException:
             writer.flush()
             _close_record(ready, tally, "failed", [])
             raise
-        reports = flow.reports(monitor)
+        reports = flow.reports(ledger)
     _check_errors(tally, config.run.max_error_fraction, at_end=True)
     finalise(folder, ready.numbering, result_schema(ready.kept), rows_per_part=config.output.rows_per_part)
     _close_record(ready, tally, "finished", reports)
@@ -202,16 +203,23 @@ def _generate(
     work: Sequence[Work],
     tally: Tally,
     writer: FragmentWriter,
-    monitor: Any,
+    ledger: Any,
     console: Console,
 ) -> None:
     """Run the units and publish their rows as they finish."""
     from jobs import flow
 
-    tables = flow.run_flow(_flow(ready, placement), ready.manifest.spec, work, monitor)
+    tables = flow.run_flow(_flow(ready, placement), ready.manifest.spec, work, ledger)
     with Progress(console, tally) as progress:
+        last_row = time.monotonic()
         for table in flow.with_ticks(tables, seconds=1.0):
+            if table is None and time.monotonic() - last_row > ready.config.run.stall_timeout_s:
+                console.print(f"no row has finished for {ready.config.run.stall_timeout_s:.0f} s:", markup=False)
+                for line in flow.break_stall(ledger, ready.config.run.stall_timeout_s):
+                    console.print(f"  {line}", markup=False)
+                last_row = time.monotonic()
             if table is not None:
+                last_row = time.monotonic()
                 tally.add(table)
                 writer.add(table)
                 _check_errors(tally, ready.config.run.max_error_fraction)

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +24,13 @@ from ray.data import ActorPoolStrategy
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from jobs.ledger import MAX_LONE_DEATHS, Company, Ledger, Place
+from pipeline.errors import EngineCrash
 from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.manifest import ManifestSpec
 from pipeline.placement import READ_CPUS, Placement
 from pipeline.preprocess import PreprocessOptions, PreprocessStage
+from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, UnitColumn
 from pipeline.work import Work, read_work
 
 # One thread for each preprocessing actor: more actors, not more threads, use more cores.
@@ -79,51 +81,61 @@ def _read(spec: ManifestSpec, work: Work, columns: Sequence[str]) -> Iterable[pa
     return [read_work(spec, work, columns)]
 
 
-class Monitor:
-    """A small actor that remembers what the stages last said of themselves."""
+class _Desk:
+    """An actor's side of the ledger: who it is, what it has under way, and its figures, told every second."""
 
-    def __init__(self) -> None:
-        self._reports: dict[str, dict[str, Any]] = {}
+    def __init__(self, ledger: Any, kind: str, figures: Callable[[], dict[str, Any]]) -> None:
+        context = ray.get_runtime_context()
+        self._ledger, self._who = ledger, context.get_actor_id()
+        ray.get(ledger.born.remote(self._who, kind, context.current_actor))
+        threading.Thread(target=self._tell, args=(figures,), name="figures", daemon=True).start()
 
-    def report(self, who: str, facts: dict[str, Any]) -> None:
-        """Remember an actor's latest figures."""
-        self._reports[who] = facts
+    def _tell(self, figures: Callable[[], dict[str, Any]]) -> None:
+        while True:
+            self._ledger.report.remote(self._who, figures())
+            time.sleep(1.0)
 
-    def reports(self) -> dict[str, dict[str, Any]]:
-        """The latest figures of every actor."""
-        return self._reports
+    def begin(self, places: Sequence[Place]) -> dict[Place, int]:
+        """Note rows that run together; gives those that must not."""
+        suspects: dict[Place, int] = ray.get(self._ledger.begin.remote(self._who, places))
+        return suspects
 
+    def begin_alone(self, place: Place) -> None:
+        """Note a row that runs alone."""
+        ray.get(self._ledger.begin_alone.remote(self._who, place))
 
-class _Reporter:
-    """Tells the monitor an actor's figures every second, from a thread of its own."""
-
-    def __init__(self, monitor: Any, kind: str) -> None:
-        self._monitor = monitor
-        self._who = f"{kind}-{os.getpid()}@{ray.util.get_node_ip_address()}"
-
-    def start(self, figures: Any) -> None:
-        def tell() -> None:
-            while True:
-                self._monitor.report.remote(self._who, figures())
-                time.sleep(1.0)
-
-        threading.Thread(target=tell, name="reporter", daemon=True).start()
+    def end(self, places: Sequence[Place]) -> None:
+        """Note rows that are done."""
+        self._ledger.end.remote(self._who, places)
 
 
 class PreprocessActor:
     """`PreprocessStage` inside Ray: a block of manifest rows in, tables of requests out as they fill."""
 
-    def __init__(self, options: PreprocessOptions, block_bytes: int, monitor: Any) -> None:
+    def __init__(self, options: PreprocessOptions, block_bytes: int, ledger: Any) -> None:
         import torch
 
         torch.set_num_threads(1)
         self._stage = PreprocessStage(options)
         self._block_bytes = block_bytes
         self._busy_s = 0.0
-        _Reporter(monitor, "preprocess").start(lambda: {"kind": "preprocess", "busy_s": self._busy_s})
+        self._desk = _Desk(ledger, "preprocess", lambda: {"busy_s": self._busy_s})
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        tables = self._stage.tables(table, self._block_bytes)
+        places = _places(table, UnitColumn.FILE, UnitColumn.ROW)
+        suspects = self._desk.begin(places)
+        together, alone = _part_ways(table, places, suspects)
+        yield from self._timed(self._stage.tables(together, self._block_bytes))
+        self._desk.end([place for place in places if place not in suspects])
+        for place, row in alone:
+            if suspects[place] >= MAX_LONE_DEATHS:
+                yield self._stage.crashed(row, _gave_up("preprocessing", suspects[place]))
+                continue
+            self._desk.begin_alone(place)
+            yield from self._timed(self._stage.tables(row, self._block_bytes))
+            self._desk.end([place])
+
+    def _timed(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         while True:
             started = time.perf_counter()
             one = next(tables, None)
@@ -136,17 +148,50 @@ class PreprocessActor:
 class EngineActor:
     """`GenerateStage` inside Ray: many threads each bring a table of requests and wait for its answers."""
 
-    def __init__(self, options: GenerateOptions, monitor: Any) -> None:
+    def __init__(self, options: GenerateOptions, ledger: Any) -> None:
         logging.basicConfig(level=logging.INFO)
         self._stage = GenerateStage(options)
+        self._company = Company()
         description = self._stage.describe()
-        _Reporter(monitor, "engine").start(lambda: {"kind": "engine", "describe": description, **self._stage.stats()})
+        self._desk = _Desk(ledger, "engine", lambda: {"describe": description, **self._stage.stats()})
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return self._stage(table)
+        places = _places(table, MANIFEST_FILE, MANIFEST_ROW)
+        suspects = self._desk.begin(places)
+        together, alone = _part_ways(table, places, suspects)
+        with self._company.together():
+            done = [self._stage(together)]
+        self._desk.end([place for place in places if place not in suspects])
+        for place, row in alone:
+            if suspects[place] >= MAX_LONE_DEATHS:
+                done.append(self._stage.crashed(row, _gave_up("the engine", suspects[place])))
+                continue
+            with self._company.alone():
+                self._desk.begin_alone(place)
+                done.append(self._stage(row))
+                self._desk.end([place])
+        return pa.concat_tables(done)
 
 
-def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], monitor: Any) -> Iterator[pa.Table]:
+def _places(table: pa.Table, file: str, row: str) -> list[Place]:
+    return list(zip(table.column(file).to_pylist(), table.column(row).to_pylist(), strict=True))
+
+
+def _part_ways(
+    table: pa.Table, places: Sequence[Place], suspects: Mapping[Place, int]
+) -> tuple[pa.Table, list[tuple[Place, pa.Table]]]:
+    """The rows that may run together, and the others one by one."""
+    if not suspects:
+        return table, []
+    alone = [(place, table.slice(index, 1)) for index, place in enumerate(places) if place in suspects]
+    return table.filter(pa.array([place not in suspects for place in places])), alone
+
+
+def _gave_up(what: str, deaths: int) -> EngineCrash:
+    return EngineCrash(f"{what} died {deaths} times with nothing but this row under way; look at the row's media")
+
+
+def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) -> Iterator[pa.Table]:
     """Start the actors and give the finished rows (schema.result_schema), table by table, in no order."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -159,7 +204,7 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], monitor: Any)
     )
     dataset = dataset.map_batches(
         PreprocessActor,
-        fn_constructor_args=(flow.preprocess, context.target_max_block_size, monitor),
+        fn_constructor_args=(flow.preprocess, context.target_max_block_size, ledger),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=place.preprocess_actors, max_tasks_in_flight_per_actor=2),
@@ -171,7 +216,7 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], monitor: Any)
         generate = replace(generate, engine=replace(generate.engine, num_threads=place.engine_threads))
     dataset = dataset.map_batches(
         EngineActor,
-        fn_constructor_args=(generate, monitor),
+        fn_constructor_args=(generate, ledger),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
@@ -186,18 +231,30 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], monitor: Any)
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=4)
 
 
-def start_monitor() -> Any:
-    """The monitor actor of this run; it ends with the run."""
-    return ray.remote(Monitor).options(num_cpus=0).remote()
+def start_ledger() -> Any:
+    """The ledger of this run; it ends with the run."""
+    return ray.remote(Ledger).options(num_cpus=0).remote()
 
 
-def reports(monitor: Any) -> list[dict[str, Any]]:
-    """What every actor last said of itself; empty when the monitor does not answer."""
+def reports(ledger: Any) -> list[dict[str, Any]]:
+    """What every actor last said of itself; empty when the ledger does not answer."""
     try:
-        found: dict[str, dict[str, Any]] = ray.get(monitor.reports.remote(), timeout=10)
+        found: list[dict[str, Any]] = ray.get(ledger.reports.remote(), timeout=10)
     except (ray.exceptions.RayError, TimeoutError):
         return []
-    return list(found.values())
+    return found
+
+
+def break_stall(ledger: Any, seconds: float) -> list[str]:
+    """Kill the actors that have held a row for so long; their rows run again, alone. Says what each was doing."""
+    told = []
+    for who, kind, handle, (file, row), age in ray.get(ledger.under_way.remote()):
+        stuck = age >= seconds
+        verb = "killed" if stuck else "left alone"
+        told.append(f"{kind} actor {who[:8]}: row {row} of manifest file {file} for {age:.0f} s; {verb}")
+        if stuck:
+            ray.kill(handle, no_restart=False)
+    return told
 
 
 def with_ticks(tables: Iterator[pa.Table], *, seconds: float) -> Iterator[pa.Table | None]:

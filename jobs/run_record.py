@@ -89,7 +89,7 @@ def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
     """The config without the storage options' values: some are credentials, and run.json is for everybody."""
     for section in ("input", "output"):
         options = values[section]["storage_options"]
-        values[section]["storage_options"] = {name: "(not recorded)" for name in options}
+        values[section]["storage_options"] = dict.fromkeys(options, "(not recorded)")
     return values
 
 

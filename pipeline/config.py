@@ -244,6 +244,9 @@ class RunConfig(Section):
     """What to do when manifest or settings differ from the folder's run: refuse, or take up appended rows."""
     retry_failed: str | None = None
     """Run error rows again: `all`, or error types separated by commas."""
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds without a finished row after which actors that have held a row for as long are killed, and their rows
+    run again, alone."""
     verbose: bool = False
     """Whether Ray's own messages are shown; they always go to the run folder's log."""
 

@@ -68,6 +68,7 @@ class EngineThread:
         self._id_lock = threading.Lock()
         self.busy_s = 0.0
         self.idle_s = 0.0
+        """Seconds without a row, after the first one came."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -112,7 +113,7 @@ class EngineThread:
                 job = self._inbox.get(block=not self._jobs)
             except queue.Empty:
                 return open_
-            if not self._jobs:
+            if not self._jobs and self.busy_s:
                 self.idle_s += time.perf_counter() - started
             if job is None:
                 return False
@@ -193,6 +194,10 @@ class GenerateStage:
         answers = [self._wait(one) for one in waiting]
         return self._result_table(answers, table)
 
+    def crashed(self, table: pa.Table, error: RowError) -> pa.Table:
+        """Result rows that say why these requests were given up."""
+        return self._result_table([_Answer(error=error) for _ in range(table.num_rows)], table)
+
     def _submit(self, row: dict[str, Any]) -> _Answer | tuple[float, Future[list[Completion]]]:
         if row["status"] != Status.OK:
             return _Answer()
@@ -253,7 +258,7 @@ def _with_errors(answers: Sequence[_Answer], table: pa.Table) -> dict[str, pa.Ar
 
 def _request_rows(table: pa.Table) -> list[dict[str, Any]]:
     """What the engine needs of each row; token ids and patches are views of the table's own memory."""
-    small = table.select(["status", "sampling", "media"]).to_pylist()
+    small: list[dict[str, Any]] = table.select(["status", "sampling", "media"]).to_pylist()
     ids = [scalar for chunk in table.column("input_ids").chunks for scalar in chunk]
     patches = [scalar for chunk in table.column("patches").chunks for scalar in chunk]
     for row, ids_scalar, patches_scalar in zip(small, ids, patches, strict=True):

@@ -100,6 +100,15 @@ class PreprocessStage:
         if rows:
             yield self._request_table(rows, table.slice(first, len(rows)))
 
+    def crashed(self, table: pa.Table, error: RowError) -> pa.Table:
+        """Request rows that say why these rows were given up."""
+        rows = []
+        for values in _python_rows(table):
+            place = (int(values.pop(UnitColumn.FILE)), int(values.pop(UnitColumn.ROW)))
+            attempts = int(values.pop(UnitColumn.ATTEMPTS))
+            rows.append(_Row(row_id(values, self._options.messages, place), attempts, *place, error=error))
+        return self._request_table(rows, table)
+
     def _read_ahead(self, table: pa.Table) -> Iterator[_Row]:
         """Rows in order, their media being fetched while earlier rows are decoded."""
         waiting: deque[_Row] = deque()

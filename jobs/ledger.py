@@ -1,0 +1,131 @@
+"""Which rows are inside which actor, so that one that kills its actor is found, run alone, and given up in the end.
+
+Ray restarts a dead actor and runs its tasks again. A row that kills would do so for ever; so each actor tells the
+ledger what it begins and ends, and a restarted actor what it was in the middle of. Rows that were under way when
+their actor died are run again alone; a row that dies alone twice becomes an error row. (Once would do if only rows
+killed actors; but nodes and operators do too, and a good row must not be lost to a second accident.)
+
+Plain bookkeeping in one small actor; knows no rows, only their places.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_LONE_DEATHS = 2
+
+Place = tuple[int, int]
+"""(manifest file, row in it)."""
+
+
+@dataclass
+class _Actor:
+    kind: str
+    handle: Any
+    open: dict[Place, tuple[float, bool]] = field(default_factory=dict)
+    """Rows under way: since when, and whether alone."""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Ledger:
+    """The actor that keeps the book; also remembers what the stages last said of themselves."""
+
+    def __init__(self) -> None:
+        self._actors: dict[str, _Actor] = {}
+        self._deaths: dict[Place, int] = {}
+        self._lone_deaths: dict[Place, int] = {}
+        self._restarts = 0
+
+    def born(self, who: str, kind: str, handle: Any) -> None:
+        """An actor begins its life, or a new one after it died: what it had under way is suspect."""
+        before = self._actors.get(who)
+        if before is not None:
+            self._restarts += 1
+            for place, (_, alone) in before.open.items():
+                self._deaths[place] = self._deaths.get(place, 0) + 1
+                if alone:
+                    self._lone_deaths[place] = self._lone_deaths.get(place, 0) + 1
+        self._actors[who] = _Actor(kind, handle)
+
+    def begin(self, who: str, places: Sequence[Place]) -> dict[Place, int]:
+        """Rows are about to run together. Those that must not (they were there at a death) are given back, with the
+        number of times that they died alone."""
+        suspects = {place: self._lone_deaths.get(place, 0) for place in places if place in self._deaths}
+        now = time.time()
+        self._actors[who].open.update({place: (now, False) for place in places if place not in suspects})
+        return suspects
+
+    def begin_alone(self, who: str, place: Place) -> None:
+        """A suspect is about to run with nothing beside it."""
+        self._actors[who].open[place] = (time.time(), True)
+
+    def end(self, who: str, places: Sequence[Place]) -> None:
+        """Rows are done."""
+        for place in places:
+            self._actors[who].open.pop(place, None)
+
+    def report(self, who: str, facts: dict[str, Any]) -> None:
+        """An actor's latest figures."""
+        if who in self._actors:
+            self._actors[who].facts = facts
+
+    def reports(self) -> list[dict[str, Any]]:
+        """The latest figures of every actor."""
+        return [{"kind": actor.kind, **actor.facts} for actor in self._actors.values()]
+
+    def under_way(self) -> list[tuple[str, str, Any, Place, float]]:
+        """(actor, kind, handle, oldest row, its age in seconds) of every actor that has rows under way."""
+        now = time.time()
+        found = []
+        for who, actor in self._actors.items():
+            if actor.open:
+                place, (since, _) = min(actor.open.items(), key=lambda item: item[1][0])
+                found.append((who, actor.kind, actor.handle, place, now - since))
+        return found
+
+    def num_restarts(self) -> int:
+        """Actors that died and came back."""
+        return self._restarts
+
+
+class Company:
+    """Rows run together, or one runs alone: a lock with many sharers or one owner. The lone one goes first."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._sharers = 0
+        self._lone_waiting = 0
+        self._lone = False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Beside others."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._lone and not self._lone_waiting)
+            self._sharers += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._sharers -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """With nothing beside it."""
+        with self._changed:
+            self._lone_waiting += 1
+            self._changed.wait_for(lambda: not self._lone and not self._sharers)
+            self._lone_waiting -= 1
+            self._lone = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._lone = False
+                self._changed.notify_all()

