@@ -303,9 +303,9 @@ def _read_part(part: Any, where: str, supply: _Supply) -> Text | MediumPart:
     # Arrow gives every part all keys of all parts, null where it had none.
     part = {key: value for key, raw in part.items() if not _absent(value := _plain(raw))}
     kind = part.pop("type", None) or _implied_type(part, where)
-    if kind in _TEXT_TYPES:
+    if isinstance(kind, str) and kind in _TEXT_TYPES:
         return _read_text(part, where)
-    if kind in _MEDIUM_TYPES:
+    if isinstance(kind, str) and kind in _MEDIUM_TYPES:
         return _read_medium(_MEDIUM_TYPES[kind], part, where, supply)
     raise MessageError(f"{where} has the type {_show(kind)}; allowed: {_ALLOWED_TYPES}")
 
@@ -324,49 +324,59 @@ def _read_text(part: Mapping[str, Any], where: str) -> Text:
     if not isinstance(text, str):
         raise MessageError(f"{where} is a text part whose text is {_show(text)}; expected a string")
     for key, value in part.items():
-        if key in _SETTING_NAMES:
+        if key in _SETTING_NAMES and not _empty(value):
             raise SettingError(f"{where} sets {key} to {_show(value)} on a text part; it applies to media only")
-        if key in _MEDIUM_TYPES and value != "":
+        if key in _MEDIUM_TYPES and not _empty(value):
             raise MessageError(f"{where} has the type text but also {key}; write the medium as a part of its own")
     return Text(text)
 
 
-def _read_medium(kind: MediumKind, part: dict[str, Any], where: str, supply: _Supply) -> MediumPart:
-    keys = _SOURCE_KEYS[kind]
-    sources = {key: part[key] for key in keys if key in part and part[key] != "" and part[key] != b""}
-    # `{"image_url": {"url": ..., "detail": ...}}`: the inner keys belong to the part.
-    for key, inner in list(sources.items()):
-        inner = _plain(inner)
-        if isinstance(inner, dict):
-            inner = {name: value for name, raw in inner.items() if (value := _plain(raw)) is not None}
-            del sources[key]
-            part = {name: value for name, value in part.items() if name != key}
-            for name, value in inner.items():
-                if name in keys and value not in ("", b""):
-                    sources[f"{key}.{name}"] = value
-                elif name not in keys:
-                    part[name] = value
+def _read_medium(kind: MediumKind, part: Mapping[str, Any], where: str, supply: _Supply) -> MediumPart:
+    sources, rest = _split_sources(kind, part)
+    settings = _part_settings(rest, where)
+    wrong = [name for name in _VIDEO_SETTINGS if kind == "image" and getattr(settings, name) is not None]
+    if wrong:
+        raise SettingError(f"{where} sets {wrong[0]} on an image; it applies to videos only")
     source = _one_source(kind, sources, where)
-    settings = {}
+    return MediumPart(kind, supply.take(kind) if source is None else source, settings)
+
+
+def _split_sources(kind: MediumKind, part: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where the medium may come from, by key, and what else the part says."""
+    keys = _SOURCE_KEYS[kind]
+    sources: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
     for key, value in part.items():
-        if key in _SETTING_NAMES:
-            name = _SETTING_NAMES[key]
-            if name in settings:
-                raise SettingError(f"{where} sets {name} twice, once as {key}; leave one")
-            settings[name] = value
-        elif key == "detail":
-            if value not in ("auto", ""):
+        if key not in keys:
+            rest[key] = value
+        elif isinstance(value, dict):
+            # `{"image_url": {"url": ..., "detail": ...}}`: what is inside belongs to the part.
+            for name, raw in value.items():
+                (sources if name in keys else rest)[f"{key}.{name}" if name in keys else name] = _plain(raw)
+        else:
+            sources[key] = value
+    return {key: value for key, value in sources.items() if not _empty(value)}, rest
+
+
+def _part_settings(rest: Mapping[str, Any], where: str) -> MediumSettings:
+    """The settings among a part's keys; whatever else is set there is refused."""
+    settings: dict[str, Any] = {}
+    for key, value in rest.items():
+        if _empty(value) or key in _IGNORED_KEYS:
+            continue
+        if key == "detail":
+            if value != "auto":
                 raise SettingError(f"{where} sets detail to {_show(value)}; set min_pixels or max_pixels in its place")
-        elif key not in keys and key not in _IGNORED_KEYS and value not in ("", b"", [], {}):
+        elif key not in _SETTING_NAMES:
             raise SettingError(
                 f"{where} sets {key} to {_show(value)}, which can't be applied; allowed besides the source: "
                 f"{', '.join(_SETTING_NAMES)}"
             )
-    chosen = _settings(settings, f"{where}.")
-    wrong = [name for name in _VIDEO_SETTINGS if kind == "image" and getattr(chosen, name) is not None]
-    if wrong:
-        raise SettingError(f"{where} sets {wrong[0]} on an image; it applies to videos only")
-    return MediumPart(kind, supply.take(kind) if source is None else source, chosen)
+        elif _SETTING_NAMES[key] in settings:
+            raise SettingError(f"{where} sets {_SETTING_NAMES[key]} twice, once as {key}; leave one")
+        else:
+            settings[_SETTING_NAMES[key]] = value
+    return _settings(settings, f"{where}.")
 
 
 def _one_source(kind: MediumKind, sources: Mapping[str, Any], where: str) -> str | bytes | None:
@@ -634,6 +644,11 @@ def _absent(value: Any) -> bool:
     if isinstance(value, dict):
         return all(_absent(_plain(inner)) for inner in value.values())
     return value is None
+
+
+def _empty(value: Any) -> bool:
+    """Null or nothing, as Arrow and other writers pad the parts of a message."""
+    return _absent(value) or (isinstance(value, str | bytes | list) and not value)
 
 
 def _show(value: Any) -> str:

@@ -277,6 +277,8 @@ def test_the_system_prompt_comes_from_the_messages_then_the_row_then_the_config(
         ([{"role": "user", "content": " "}], "user turn without text or media"),
         ([{"role": "user", "content": [7]}], r"messages\[0\].content\[0\] must be text or an object"),
         ([{"role": "user", "content": [{"type": "audio", "audio": "a.mp3"}]}], "type 'audio'; allowed: text, image"),
+        ([{"role": "user", "content": [{"type": ["text"], "text": "x"}]}], r"type \['text'\]; allowed: text, image"),
+        ([{"role": ["user"], "content": "x"}], r"role \['user'\]; expected a role"),
         ([{"role": "user", "content": [{"url": "a.jpg"}]}], "has no type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "text part whose text is null"),
         ([{"role": "user", "content": [{"type": "text", "text": "x", "image": "a.jpg"}]}], "type text but also image"),
