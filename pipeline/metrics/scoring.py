@@ -241,6 +241,11 @@ class Scorer:
             "num_without_reference": self._num_without_reference,
             "errors_score": 0,
             "interval": {"level": 0.95, "num_samples": settings.num_samples, "seed": settings.seed},
+            "columns": {"references": settings.references, "task": settings.task_column, "choices": settings.choices},
+            "definitions": {
+                name: {"title": METRICS[name].title, "what": METRICS[name].what, "maximum": METRICS[name].maximum}
+                for name in self._overall
+            },
             "overall": {name: self._number(tally) for name, tally in self._in_order(self._overall).items()},
             "slices": {
                 name: [

@@ -1,0 +1,143 @@
+"""The page of a run folder: `python -m jobs.report RUN [--baseline RUN2] [--output FILE] [--format html|markdown]`.
+
+Works for finished and unfinished runs. Scores are shown where the run has been evaluated (`jobs.evaluate`); where both
+runs have, they are compared row by row. Reads folders and writes one file; starts nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import JobError, OutputError
+from pipeline.metrics.scoring import compare_runs
+from pipeline.report import Report, ReportOptions, RunReader, gather, render_html, render_markdown
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    options = ReportOptions(
+        thumbnails=not arguments.no_thumbnails,
+        cards=arguments.cards,
+        price_per_gpu_hour=arguments.price_per_gpu_hour,
+        currency=arguments.currency,
+    )
+    try:
+        report = read_report(arguments.run, arguments.baseline, options=options)
+        if arguments.format == "markdown" and arguments.output is None:
+            print(render_markdown(report))
+            return 0
+        text = render_html(report) if arguments.format == "html" else render_markdown(report)
+        path = arguments.output or storage.join(arguments.run, "report.html")
+        write_text(path, text)
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"wrote {path}: {len(text.encode()):,} bytes, {report.collected.num_rows:,} rows")
+    return 0
+
+
+def read_report(
+    run: str,
+    baseline: str | None = None,
+    *,
+    options: ReportOptions | None = None,
+    storage_options: storage.StorageOptions = None,
+) -> Report:
+    """Gathers a run's report, and where both runs were scored compares them. Raises OutputError."""
+    comparison = compare_folders(run, baseline, storage_options=storage_options) if baseline else None
+    return gather(run, comparison=comparison, baseline=baseline, options=options, storage_options=storage_options)
+
+
+def write_report(run: str, *, storage_options: storage.StorageOptions = None, **options: Any) -> str:
+    """Writes report.html into a run folder and returns its path: what a caption run does at its end."""
+    path = storage.join(run, "report.html")
+    report = read_report(run, options=ReportOptions(**options), storage_options=storage_options)
+    write_text(path, render_html(report), storage_options)
+    return path
+
+
+def compare_folders(
+    run: str, baseline: str, *, storage_options: storage.StorageOptions = None, num_samples: int = 1_000, seed: int = 0
+) -> dict[str, Any] | None:
+    """Paired comparison of two scored runs, as plain values for metrics.json; None where either has no scores.
+
+    Rows are paired by their place in the manifest, or by id where the manifests differ.
+    """
+    mine, theirs = RunReader(run, storage_options), RunReader(baseline, storage_options)
+    if not (mine.has_scores and theirs.has_scores):
+        return None
+    by_id = not same_manifest(mine.run, theirs.run)
+    result = compare_runs(mine.score_batches(), theirs.score_batches(), by_id=by_id, num_samples=num_samples, seed=seed)
+    named = {
+        kind: {name: {**asdict(one), "verdict": one.verdict} for name, one in getattr(result, kind).items()}
+        for kind in ("metrics", "tasks")
+    }
+    # In the order of the run's own metrics, whose first is the headline.
+    order = [*((mine.metrics or {}).get("overall") or {}), *named["metrics"]]
+    return {
+        "run": storage.absolute(baseline),
+        "paired_by": "id" if by_id else "place",
+        "metrics": {name: named["metrics"][name] for name in dict.fromkeys(order) if name in named["metrics"]},
+        "tasks": named["tasks"],
+        "only_candidate": result.only_candidate,
+        "only_baseline": result.only_baseline,
+        "won": [list(place) for place in result.won],
+        "lost": [list(place) for place in result.lost],
+    }
+
+
+def same_manifest(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether both runs' places mean the same rows; runs that do not say are taken at their word."""
+    found = [(one.get("manifest") or {}).get("fingerprint") for one in (run, other)]
+    return found[0] == found[1] or None in found
+
+
+def write_text(path: str, text: str, storage_options: storage.StorageOptions = None) -> None:
+    """Publishes a text file. Raises OutputError."""
+    try:
+        storage.make_dir(storage.parent(path), storage_options)
+        storage.publish(path, text.encode(), storage_options)
+    except OSError as error:
+        raise OutputError(f"can't write {path}: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.report", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder, on disk or in a bucket")
+    parser.add_argument("--baseline", metavar="RUN2", help="another run over the same rows, to compare with")
+    parser.add_argument(
+        "--output", metavar="FILE", help="where to write (default: RUN/report.html; markdown: the terminal)"
+    )
+    parser.add_argument("--format", choices=("html", "markdown"), default="html")
+    parser.add_argument("--price-per-gpu-hour", type=_price, metavar="PRICE", help="states the run's cost")
+    parser.add_argument("--currency", default="$", help="put before prices (default: $)")
+    parser.add_argument(
+        "--cards", type=_cards, default=6, metavar="N", help="rows in each section of the gallery (default: 6)"
+    )
+    parser.add_argument("--no-thumbnails", action="store_true", help="leave the pictures out")
+    return parser
+
+
+def _price(text: str) -> float:
+    price = float(text)
+    if not 0 <= price < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no price; expected a number, 0 or more")
+    return price
+
+
+def _cards(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 50:
+        raise argparse.ArgumentTypeError(f"{text} is no number of rows; expected 1 to 50")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
