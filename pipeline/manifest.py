@@ -838,7 +838,10 @@ def _changed(unit: WorkUnit, num_rows: int) -> ManifestError:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed from one fingerprint to another, a line each; empty when nothing did."""
+    """What changed from one fingerprint to another, a line each; empty when nothing did.
+
+    Order is no change: `keep_file_numbers` restores it, and it differs once a job has taken up new files.
+    """
     lines = []
     if old["format"] != new["format"]:
         lines.append(f"the manifest's format was {old['format']} and is {new['format']}")
@@ -852,8 +855,6 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         elif after[name][0] != size:
             lines.append(f"{name} had {size:,} bytes and has {after[name][0]:,}, with as many rows")
     lines.extend(f"{name} is new ({rows:,} rows)" for name, (_, rows) in after.items() if name not in before)
-    if not lines and list(before) != list(after):
-        lines.append("the order of the files changed")
     if len(lines) > _MAX_DIFFERENCES:
         lines[_MAX_DIFFERENCES:] = [f"and {len(lines) - _MAX_DIFFERENCES} more changes"]
     return lines
