@@ -200,7 +200,7 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
     dataset = ray.data.read_datasource(
         ManifestSource(spec, work, flow.columns),
         override_num_blocks=max(1, len(work)),
-        ray_remote_args={"num_cpus": READ_CPUS},
+        num_cpus=READ_CPUS,
     )
     dataset = dataset.map_batches(
         PreprocessActor,

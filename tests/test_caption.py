@@ -245,7 +245,7 @@ def test_too_many_errors_stop_the_job_and_keep_what_is_done(tmp_path: Path, caps
     ("words", "expected"),
     [
         (["--model.path", "./no-such-model"], "no model folder at ./no-such-model"),
-        (["--input.path", "no-such-manifest.parquet"], "no file or folder at no-such-manifest.parquet"),
+        (["--input.path", "no-such-manifest.parquet"], "no-such-manifest.parquet"),
         (["--sampling.top_p", "7"], "sampling.top_p: found '7'"),
         (["--input.keep", "nope"], "no column nope"),
         (["--prompt.template", "{nope}"], "nope"),
