@@ -68,7 +68,7 @@ def plan_passes(media: Sequence[Medium], max_patches: int) -> list[list[Frames]]
         start = 0
         while start < medium.grid_thw[0]:
             count = min(room // size, medium.grid_thw[0] - start)
-            if count == 0:
+            if count <= 0:
                 if passes[-1]:
                     passes.append([])
                     room = max_patches
