@@ -109,11 +109,14 @@ def num_sampled_frames(
 
 
 def even_places(total: int, count: int) -> list[int]:
-    """`count` places spread over `range(total)`, rounded as transformers' `torch.arange(0, total, stride).int()`."""
-    stride = total / count
-    # torch computes each place in float64 and stores it as float32: the cast decides which way 2.9999999 goes.
-    places = np.arange(math.ceil(total / stride)) * stride
-    return [int(place) for place in places.astype(np.float32).astype(np.int32)]
+    """`count` places spread over `range(total)`: transformers' own expression.
+
+    It rounds in float32, so past some ten thousand frames a place may be one off the exact quotient.
+    """
+    import torch
+
+    places: list[int] = torch.arange(0, total, total / count).int().tolist()
+    return places
 
 
 class _Index:

@@ -51,6 +51,8 @@ Medium: TypeAlias = tuple[MediumKind, bytes, MediumSettings, str]
 # Segments that are kept for the next rows, and the size above which their memory is given back in between.
 _MAX_SPARE_OUTPUTS = 4
 _KEPT_BYTES = 64 * MIB
+# Memory that a decoder keeps between media instead of returning it to the system.
+_REUSED_BYTES = 256 * MIB
 # How often a decoder's memory is looked at; ordinary images are done before the first look.
 _WATCH_INTERVAL_S = 0.05
 _START_TIMEOUT_S = 120.0
@@ -345,10 +347,17 @@ def _end_nursery(nursery: subprocess.Popen[bytes], control: socket.socket) -> No
 
 
 def _environment() -> dict[str, str]:
-    """The actor's environment, its import path, and one thread for every library that would take more."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {**os.environ, **threads, "PYTHONPATH": path}
+    """The actor's environment with its import path, one thread for each library, and memory that is kept for reuse.
+
+    By default glibc returns every large buffer to the system, and the kernel clears it page by page for the next
+    image: half the time of a 12-megapixel JPEG.
+    """
+    ours = {
+        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+        **dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(_REUSED_BYTES)),
+    }
+    return {**os.environ, **ours}
 
 
 def _private_bytes(pid: int) -> int:

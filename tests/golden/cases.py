@@ -1,0 +1,151 @@
+"""The inputs of the golden values: images, clips and sampling questions that any machine makes alike, from seeds.
+
+Imported by the script that asks transformers' torchvision processors, and by the test that asks ours.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+MODES = ("RGB", "RGB", "RGB", "L", "RGBA", "LA", "P", "P-transparent", "1")
+
+
+@dataclass(frozen=True)
+class ImageCase:
+    """One image and the bounds it is seen with."""
+
+    seed: int
+    mode: str
+    width: int
+    height: int
+    min_pixels: int
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class VideoCase:
+    """One clip and the bounds it is seen with."""
+
+    seed: int
+    num_frames: int
+    width: int
+    height: int
+    min_pixels: int
+    max_pixels: int
+    max_video_tokens: int
+
+
+@dataclass(frozen=True)
+class SamplingCase:
+    """A question to `sample_frames`."""
+
+    total: int
+    source_fps: float
+    fps: float | None
+    num_frames: int | None
+
+
+def image_cases(count: int = 320) -> list[ImageCase]:
+    """Sizes from 1 pixel to some hundred, all modes, wide and narrow bounds."""
+    dice = random.Random(20)
+    edges = [(1, 1), (1, 200), (200, 1), (27, 27), (28, 28), (14, 42), (13, 520), (640, 480), (644, 476), (1036, 31)]
+    cases = []
+    for seed in range(count):
+        width, height = edges[seed] if seed < len(edges) else (dice.randint(5, 420), dice.randint(5, 420))
+        if max(width, height) > 200 * min(width, height):
+            height = width
+        max_pixels = dice.choice([28 * 28 * 16, 28 * 28 * 100, 28 * 28 * 256, 12_845_056])
+        min_pixels = dice.choice([56 * 56, 28 * 28, 28 * 28 * 16])
+        cases.append(ImageCase(seed, MODES[seed % len(MODES)], width, height, min_pixels, max_pixels))
+    return cases
+
+
+def video_cases(count: int = 30) -> list[VideoCase]:
+    """Short clips, even and odd, some of which the total-pixel cap makes smaller."""
+    dice = random.Random(21)
+    return [
+        VideoCase(
+            seed,
+            num_frames=dice.choice([1, 2, 3, 4, 5, 6, 8]),
+            width=dice.randint(16, 240),
+            height=dice.randint(16, 240),
+            min_pixels=dice.choice([28 * 28 * 4, 28 * 28 * 20]),
+            max_pixels=dice.choice([28 * 28 * 24, 28 * 28 * 64]),
+            max_video_tokens=dice.choice([128_000, 100, 60]),
+        )
+        for seed in range(count)
+    ]
+
+
+def sampling_cases(count: int = 400) -> list[SamplingCase]:
+    """Totals from 2 frames to a minute, ordinary and odd rates.
+
+    Not longer: transformers' places are rounded in float32, in an order that depends on the processor's vector width.
+    """
+    dice = random.Random(22)
+    rates = [24.0, 25.0, 30.0, 60.0, 30000 / 1001, 24000 / 1001, 15.0, 12.5, 10.0, 7.77, 120.0, 1.0]
+    cases = []
+    for number in range(count):
+        total = dice.choice([dice.randint(2, 40), dice.randint(2, 400), dice.randint(2, 1500)])
+        if number % 3 == 0:
+            cases.append(SamplingCase(total, dice.choice(rates), None, dice.randint(2, min(total, 800))))
+        else:
+            fps = dice.choice([2.0, 2.0, 1.0, 0.5, 4.0, 3.7, 30.0, 0.01])
+            cases.append(SamplingCase(total, dice.choice(rates), fps, None))
+    return cases
+
+
+def make_image(case: ImageCase) -> Image.Image:
+    """A picture with smooth parts, edges and noise, in the case's mode."""
+    rgb = _pixels(case.seed, case.height, case.width)
+    image = Image.fromarray(rgb)
+    if case.mode in ("RGBA", "LA"):
+        alpha = np.random.default_rng(case.seed + 7).integers(0, 256, (case.height, case.width), dtype=np.uint8)
+        image.putalpha(Image.fromarray(alpha))
+        return image if case.mode == "RGBA" else image.convert("LA")
+    if case.mode == "P-transparent":
+        image = image.quantize(16, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        image.info["transparency"] = 3
+        return image
+    if case.mode == "P":
+        return image.quantize(64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    return image.convert(case.mode) if case.mode != "RGB" else image
+
+
+def encode(image: Image.Image) -> bytes:
+    """PNG bytes: every mode above survives it unchanged."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def make_video(case: VideoCase) -> npt.NDArray[np.uint8]:
+    """Frames [T, H, W, 3] of a picture that moves and fades."""
+    still = _pixels(case.seed, case.height, case.width).astype(np.int32)
+    frames = [np.roll(still, 3 * number, axis=1) * (20 - number) // 20 for number in range(case.num_frames)]
+    return np.stack(frames).astype(np.uint8)
+
+
+def _pixels(seed: int, height: int, width: int) -> npt.NDArray[np.uint8]:
+    # Integers throughout: floating-point functions differ between machines in their last digit.
+    dice = np.random.default_rng(seed)
+    rows, columns = np.mgrid[0:height, 0:width]
+    planes = []
+    for _ in range(3):
+        slope_y, slope_x, period = (int(value) for value in dice.integers(1, 9, 3))
+        smooth = rows * slope_y + columns * slope_x
+        stripes = 90 * ((rows // (3 * period) + columns // (2 * period)) % 2)
+        planes.append((smooth + stripes + dice.integers(0, 25, (height, width))) % 256)
+    return np.stack(planes, axis=-1).astype(np.uint8)
+
+
+def key(case: Any) -> str:
+    """The case as text, so that a golden value names its question."""
+    return ",".join(f"{name}={value}" for name, value in asdict(case).items())
