@@ -32,7 +32,7 @@ from pipeline.messages import MessageOptions, check_columns, needed_columns
 from pipeline.model_files import check_model, read_processor_facts, resolve_model
 from pipeline.placement import Placement, place
 from pipeline.results import FinishedRows, FragmentWriter, RunFolder, finalise, iter_results, read_finished
-from pipeline.row_set import RowNumbering
+from pipeline.row_set import RowNumbering, RowSet
 from pipeline.schema import result_schema
 from pipeline.work import Retries, Work, plan_work
 
@@ -79,13 +79,7 @@ def run(config: CaptionConfig) -> int:
 def _prepare(config: CaptionConfig, folder: RunFolder) -> Run | None:
     """Check everything that can be checked before Ray starts; None when the folder is finished already."""
     model_path = resolve_model(config.model.path)
-    manifest = open_manifest(
-        config.input.path,
-        format=config.input.format,
-        storage_options=config.input.storage_options,
-        listing_path=folder.file("manifest.parquet"),
-        listing_options=folder.storage_options,
-    )
+    manifest = _open(config, folder)
     asked = identity(config, model_path)
     record = folder.read_run()
     if record is not None:
@@ -111,12 +105,22 @@ def _prepare(config: CaptionConfig, folder: RunFolder) -> Run | None:
     fresh["manifest"]["num_rows"] = numbering.num_rows
     fresh["num_runs"] = (record or {}).get("num_runs", 0) + 1
     fresh["first_started"] = (record or fresh).get("first_started", fresh["started"])
-    kept = pa.schema([manifest.schema.field(name) for name in _kept(config, manifest)])
+    kept = _kept_schema(config, manifest)
     return Run(config, model_path, folder, manifest, numbering, finished, retries, kept, fresh)
 
 
-def _kept(config: CaptionConfig, manifest: Manifest) -> list[str]:
-    return [name for name in config.input.keep if name in manifest.schema.names]
+def _open(config: CaptionConfig, folder: RunFolder) -> Manifest:
+    return open_manifest(
+        config.input.path,
+        format=config.input.format,
+        storage_options=config.input.storage_options,
+        listing_path=folder.file("manifest.parquet"),
+        listing_options=folder.storage_options,
+    )
+
+
+def _kept_schema(config: CaptionConfig, manifest: Manifest) -> pa.Schema:
+    return pa.schema([manifest.schema.field(name) for name in config.input.keep if name in manifest.schema.names])
 
 
 def _number(manifest: Manifest, limit: int | None) -> RowNumbering:
@@ -209,7 +213,9 @@ def _generate(
     """Run the units and publish their rows as they finish."""
     from jobs import flow
 
-    tables = flow.run_flow(_flow(ready, placement), ready.manifest.spec, work, ledger)
+    tables = flow.run_flow(
+        _flow(ready.config, ready.model_path, ready.manifest, placement), ready.manifest.spec, work, ledger
+    )
     with Progress(console, tally) as progress:
         last_row = time.monotonic()
         for table in flow.with_ticks(tables, seconds=1.0):
@@ -304,27 +310,37 @@ def _engine_options(config: CaptionConfig, model_path: str) -> Any:
     )
 
 
-def _flow(ready: Run, placement: Placement) -> Any:
+def prepare_stages(config: CaptionConfig) -> tuple[Any, Any, list[Work]]:
+    """The stages' options, how to read, and the units of a whole manifest: for running the stages without Ray."""
+    folder = RunFolder(config.output.path, config.output.storage_options)
+    model_path, manifest = resolve_model(config.model.path), _open(config, folder)
+    numbering = _number(manifest, config.input.limit)
+    placement = place(config.resources, cpus=os.cpu_count() or 1, gpus=0)
+    work = plan_work(manifest, numbering, RowSet(numbering.num_rows), actors=1, min_rows=32, max_rows=32)
+    return _flow(config, model_path, manifest, placement), manifest.spec, list(work)
+
+
+def _flow(config: CaptionConfig, model_path: str, manifest: Manifest, placement: Placement) -> Any:
     """The stages' options, from the config."""
     from jobs.flow import Flow
     from pipeline.generate import GenerateOptions
     from pipeline.media.limits import FetchOptions, MediaOptions
     from pipeline.preprocess import PreprocessOptions
 
-    config = ready.config
-    facts = read_processor_facts(ready.model_path, revision=config.model.revision)
+    facts = read_processor_facts(model_path, revision=config.model.revision)
     media = config.media.model_dump()
     for name in ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"):
         media[name] = media[name] or getattr(facts, name)
     messages = _message_options(config)
+    kept = _kept_schema(config, manifest)
     preprocess = PreprocessOptions(
-        model_path=ready.model_path,
+        model_path=model_path,
         revision=config.model.revision,
         messages=messages,
         add_vision_id=config.prompt.add_vision_id,
         media=MediaOptions(**media),
         fetch=FetchOptions(
-            base=ready.manifest.base,
+            base=manifest.base,
             allow=tuple(config.input.allow),
             allow_private_hosts=config.input.allow_private_hosts,
             storage_options=config.input.storage_options,
@@ -333,19 +349,17 @@ def _flow(ready: Run, placement: Placement) -> Any:
             retries=config.input.fetch_retries,
         ),
         sampling=config.sampling.model_dump(),
-        kept=ready.kept,
+        kept=kept,
     )
     generate = GenerateOptions(
-        engine=_engine_options(config, ready.model_path),
+        engine=_engine_options(config, model_path),
         image_mean=facts.image_mean,
         image_std=facts.image_std,
         resize=config.media.resize,
-        kept=ready.kept,
+        kept=kept,
     )
-    columns = list(
-        dict.fromkeys([*needed_columns(ready.manifest.schema.names, messages), *_kept(config, ready.manifest)])
-    )
-    if ready.manifest.format in ("jsonl", "csv"):
+    columns = list(dict.fromkeys([*needed_columns(manifest.schema.names, messages), *kept.names]))
+    if manifest.format in ("jsonl", "csv"):
         columns.append(ERROR_COLUMN)
     in_flight = config.resources.blocks_in_flight or (128 if placement.gpus_per_engine else 16)
     return Flow(preprocess, generate, placement, columns, config.resources.block_mb, in_flight)

@@ -34,6 +34,8 @@ from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, PLACE_SCHEMA, Status
 
 _COMPRESSION = "zstd"
 _ROWS_PER_GROUP = 20_000
+_EARLY_FILES = ("manifest.parquet", "log.txt")
+"""What a run that was refused before it began may have left."""
 _RANGE_KEY = b"qwen2_vl_batch.range"
 _STATE_COLUMNS = [MANIFEST_FILE, MANIFEST_ROW, "status", "error_type", "attempts"]
 
@@ -53,7 +55,9 @@ class RunFolder:
         """Make the folder. Raises OutputError when it can't be written or holds something else."""
         try:
             if storage.exists(self.path, self.storage_options) and self.read_run() is None:
-                strangers = [storage.name(info.path) for info in self._top_level()]
+                strangers = [
+                    name for info in self._top_level() if (name := storage.name(info.path)) not in _EARLY_FILES
+                ]
                 if strangers:
                     raise OutputError(
                         f"{self.path} holds files but no run.json ({', '.join(strangers[:3])}): "

@@ -634,7 +634,7 @@ def test_secrets_in_the_storage_options_are_not_shown(tmp_path: Path, load: Call
 @pytest.mark.parametrize("format", ["parquet", "jsonl", "csv", "media"])
 def test_s3_manifests_of_every_format_are_read_through_faults(format: str, tmp_path: Path) -> None:
     pytest.importorskip("s3fs")
-    from s3_server import Fault, s3_server
+    from tests.s3_server import Fault, s3_server
 
     with s3_server() as server:
         server.make_bucket("bucket")

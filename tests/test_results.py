@@ -182,6 +182,12 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
         RunFolder(str(tmp_path)).prepare()
 
 
+def test_a_folder_whose_first_run_was_refused_early_may_be_used_again(tmp_path: Path) -> None:
+    (tmp_path / "manifest.parquet").write_bytes(b"listing")
+    (tmp_path / "log.txt").write_text("")
+    RunFolder(str(tmp_path)).prepare()
+
+
 def test_only_one_run_holds_the_lease(tmp_path: Path) -> None:
     path = str(tmp_path / ".lease")
     with Lease(path), pytest.raises(OutputError, match="another run is writing"):

@@ -349,7 +349,7 @@ def test_options_reach_the_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Any]:
     pytest.importorskip("s3fs")
-    from s3_server import s3_server
+    from tests.s3_server import s3_server
 
     with s3_server() as server:
         server.make_bucket("bucket")
@@ -394,7 +394,7 @@ def test_s3_a_large_file_appears_whole(bucket: tuple[Any, str, dict[str, Any]], 
 
 
 def test_s3_throttling_and_lost_connections_are_survived(bucket: tuple[Any, str, dict[str, Any]]) -> None:
-    from s3_server import Fault
+    from tests.s3_server import Fault
 
     server, root, options = bucket
     content = os.urandom(3_000_000)
@@ -411,7 +411,7 @@ def test_s3_throttling_and_lost_connections_are_survived(bucket: tuple[Any, str,
 
 
 def test_s3_expired_and_refused_credentials_stop_at_once(bucket: tuple[Any, str, dict[str, Any]]) -> None:
-    from s3_server import Fault
+    from tests.s3_server import Fault
 
     server, root, options = bucket
     for fault in (Fault(400, "ExpiredToken"), Fault(403, "AccessDenied")):

@@ -1,0 +1,124 @@
+"""Manifest, media and output in a bucket: the same promises, over a real HTTP endpoint that misbehaves."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.caption import main
+from tests.s3_server import Fault, S3Server, s3_server
+
+pytest.importorskip("s3fs", reason="pip install 'qwen2-vl-batch[s3]' to run these")
+pytestmark = pytest.mark.usefixtures("ray_with_two_cpus")
+
+
+@pytest.fixture
+def bucket() -> Iterator[S3Server]:
+    with s3_server() as server:
+        server.make_bucket("data")
+        yield server
+
+
+def put(server: S3Server, key: str, body: bytes) -> None:
+    server.client().put_object(Bucket="data", Key=key, Body=body)
+
+
+def keys(server: S3Server, prefix: str) -> list[str]:
+    listed = server.client().list_objects_v2(Bucket="data", Prefix=prefix)
+    return [entry["Key"] for entry in listed.get("Contents", [])]
+
+
+def rows_of(server: S3Server, prefix: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for key in sorted(key for key in keys(server, prefix) if "/part-" in key):
+        body = server.client().get_object(Bucket="data", Key=key)["Body"].read()
+        rows += pq.read_table(io.BytesIO(body)).to_pylist()
+    return rows
+
+
+def caption(server: S3Server, *words: str) -> int:
+    options = json.dumps(server.storage_options)
+    return main(
+        [
+            *(
+                "--input.path",
+                "s3://data/in/manifest.parquet",
+                "--output.path",
+                "s3://data/out",
+                "--model.path",
+                "demo",
+            ),
+            *("--input.storage_options", options, "--output.storage_options", options, "--sampling.max_tokens", "4"),
+            *("--output.rows_per_fragment", "3", "--output.rows_per_part", "4", *words),
+        ]
+    )
+
+
+def fill(server: S3Server, photos: Path) -> None:
+    put(server, "in/photos/a.jpg", (photos / "rocket.jpg").read_bytes())
+    put(server, "in/photos/b.png", (photos / "coffee.png").read_bytes())
+    images = [
+        "photos/a.jpg",
+        "s3://data/in/photos/b.png",
+        "photos/missing.jpg",
+        "s3://other/secret.png",
+        None,
+        "photos/a.jpg",
+    ]
+    table = pa.table({"image": images, "prompt": ["?"] * 6})
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    put(server, "in/manifest.parquet", sink.getvalue())
+
+
+def test_a_job_lives_in_a_bucket_that_throttles_delays_and_cuts_connections(bucket: S3Server, photos: Path) -> None:
+    fill(bucket, photos)
+    bucket.faults += [
+        Fault(503, method="GET"),
+        Fault(500, code="InternalError", method="PUT"),
+        Fault(delay_s=1.0, method="GET"),
+        Fault(cut_after=100, method="GET"),
+        Fault(503, method="PUT"),
+    ]
+    assert caption(bucket) == 0
+    assert bucket.faults == [], "every fault was met"
+    rows = rows_of(bucket, "out/")
+    assert [row["manifest_row"] for row in rows] == list(range(6))
+    assert [row["error_type"] for row in rows] == [None, None, "MediaNotFound", "AccessDenied", None, None]
+    found = keys(bucket, "out/")
+    assert sorted(found) == [
+        "out/_SUCCESS",
+        "out/log.txt",
+        "out/part-00000.parquet",
+        "out/part-00001.parquet",
+        "out/run.json",
+    ]
+    record = json.loads(bucket.client().get_object(Bucket="data", Key="out/run.json")["Body"].read())
+    assert "secret" not in record["config"]["input"]["storage_options"].values()
+    assert record["state"] == "finished"
+
+
+def test_credentials_that_expire_half_way_stop_the_job_and_the_next_run_finishes(
+    bucket: S3Server, photos: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fill(bucket, photos)
+
+    # The lease and run.json are written first; let those through and fail from the first fragment on.
+    class FromFragments(Fault):
+        def concerns(self, environ: dict[str, Any]) -> bool:
+            return super().concerns(environ) and "/fragments/" in environ["PATH_INFO"]
+
+    bucket.faults[:] = [FromFragments(403, code="ExpiredToken", method="PUT")] * 200
+    assert caption(bucket) == 2
+    assert "can't write s3://data/out/fragments/" in capfd.readouterr().err
+    assert not any("part-" in key or "_SUCCESS" in key for key in keys(bucket, "out/"))
+    bucket.faults.clear()
+    assert caption(bucket) == 0
+    assert [row["manifest_row"] for row in rows_of(bucket, "out/")] == list(range(6))
