@@ -1,0 +1,338 @@
+"""Measure the engine against its peers: one seeded workload, random weights, one process for each engine.
+
+    python -m jobs.benchmark_engine                                     shape small on this machine
+    python -m jobs.benchmark_engine --shape 2b --side 1024 --tokens 100 --device cuda --images 512
+
+Needs torch, transformers and numpy alone. The media are random patches, made before the clock starts: this
+measures engines, not image decoding. Output lengths are fixed for each row, so every engine does the same work.
+
+    images_per_s          images / seconds from the first request to the last completion
+    mfu                   arithmetic of the workload / seconds / what a large matrix product reaches here
+    share_of_limit        the same against the workload's own bound: on a GPU the decode's memory traffic too
+
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.engine import Completion, Engine, EngineOptions, Medium, Request, SamplingParams
+from pipeline.patches import smart_resize
+
+# Published for the H200: dense bfloat16 as large products reach it, and memory bandwidth.
+GPU_FLOPS, GPU_BYTES_PER_S = 790e12, 4.3e12
+IMAGE_PAD, VISION_START, VISION_END = 4, 5, 6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Qwen2-VL."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocab: int
+    tied: bool
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+
+SHAPES = {
+    "small": Shape(768, 12, 12, 2, 3072, 4096, True, 512, 8, 8),
+    "2b": Shape(1536, 28, 12, 2, 8960, 151936, True, 1280, 32, 16),
+    "7b": Shape(3584, 28, 28, 4, 18944, 152064, False, 1280, 32, 16),
+}
+
+
+def make_model(shape: Shape, device: str, dtype: torch.dtype) -> Any:
+    """Random weights, the same in every process."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    third = shape.head_dim // 8
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": shape.vocab,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.mlp,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [shape.head_dim // 2 - 6 * third // 2, 3 * third // 2, 3 * third // 2],
+            },
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        vision_config={
+            "depth": shape.vision_layers,
+            "embed_dim": shape.vision_width,
+            "num_heads": shape.vision_heads,
+            "hidden_size": shape.hidden,
+        },
+        image_token_id=IMAGE_PAD,
+        video_token_id=7,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=shape.tied,
+    )
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return Qwen2VLForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def make_requests(num_images: int, *, side: int | None, tokens: int | None, max_pixels: int | None) -> list[Request]:
+    """Images of 240 to 640 pixels a side and 16 to 128 output tokens, or the side and tokens asked for."""
+    rng = np.random.default_rng(0)
+    requests = []
+    for request_id in range(num_images):
+        height, width = (side, side) if side else (int(x) for x in rng.integers(240, 641, 2))
+        height, width = smart_resize(height, width, min_pixels=56 * 56, max_pixels=max_pixels or 12_845_056)
+        grid = (1, height // 14, width // 14)
+        patches = rng.integers(0, 256, (grid[1] * grid[2], 588), dtype=np.uint8)
+        medium = Medium("image", grid, patches)
+        text = rng.integers(8, 4000, 25)
+        ids = [*text[:12], VISION_START, *([IMAGE_PAD] * medium.num_visual_tokens), VISION_END, *text[12:]]
+        length = tokens or int(rng.integers(16, 129))
+        sampling = SamplingParams(max_tokens=length, ignore_eos=True)
+        requests.append(Request(request_id, np.asarray(ids, dtype=np.int32), (medium,), sampling))
+    return requests
+
+
+def count_flops(shape: Shape, requests: Sequence[Request]) -> tuple[float, float]:
+    """Arithmetic of the workload: (vision and prefill, decode)."""
+    width, merged = shape.vision_width, 4 * shape.vision_width
+    kv_width = shape.kv_heads * shape.head_dim
+    body = shape.layers * (2 * shape.hidden**2 + 2 * shape.hidden * kv_width + 3 * shape.hidden * shape.mlp)
+    head = shape.hidden * shape.vocab
+    before = decode = 0.0
+    for request in requests:
+        prompt, out = len(request.input_ids), request.sampling.max_tokens
+        for medium in request.media:
+            n, t = medium.num_patches, medium.grid_thw[0]
+            before += 2 * n * (shape.vision_layers * 12 * width**2 + 1176 * width)
+            before += 2 * (n / 4) * (merged**2 + merged * shape.hidden)
+            before += 4 * (n / t) ** 2 * t * width * shape.vision_layers
+        before += 2 * body * prompt + 2 * prompt**2 * shape.hidden * shape.layers + 2 * head
+        decode += (out - 1) * (2 * (body + head) + 4 * shape.hidden * shape.layers * (prompt + out / 2))
+    return before, decode
+
+
+def bound_seconds(shape: Shape, requests: Sequence[Request], flops_per_s: float, *, on_gpu: bool) -> float:
+    """The least time the workload can take: arithmetic, and on a GPU the decode's memory traffic."""
+    before, decode = count_flops(shape, requests)
+    if not on_gpu:
+        return (before + decode) / flops_per_s
+    kv_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2
+    body = shape.layers * (2 * shape.hidden**2 + 3 * shape.hidden * shape.mlp) + shape.hidden * shape.vocab
+    steps = sum(request.sampling.max_tokens for request in requests)
+    traffic = steps * 2 * body / min(256, len(requests))
+    traffic += sum(kv_bytes * r.sampling.max_tokens * (len(r.input_ids) + r.sampling.max_tokens / 2) for r in requests)
+    return before / flops_per_s + max(decode / flops_per_s, traffic / GPU_BYTES_PER_S)
+
+
+def measure_flops(dtype: torch.dtype) -> float:
+    """What a large matrix product reaches on this CPU, in the kernel the engine would use."""
+    from pipeline.engine.dense import needs_float32_matmul
+
+    wide = torch.float32 if needs_float32_matmul(torch.device("cpu"), dtype) else dtype
+    a, b = torch.randn(2048, 1024).to(wide), torch.randn(1024, 1024).to(wide)
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        best = min(best, time.perf_counter() - started)
+    return 2 * 2048 * 1024 * 1024 / best
+
+
+def make_engine(variant: str, model: Any, arguments: argparse.Namespace) -> Engine:
+    from pipeline.engine.checkpoint import from_model
+
+    kind, _, batch_size = variant.partition("-")
+    if kind == "reference":
+        from pipeline.engine.reference import ReferenceEngine
+
+        options = EngineOptions("random", kind="transformers", batch_size=int(batch_size))
+        return ReferenceEngine(from_model(model), options)
+    from pipeline.engine.engine import NativeEngine
+
+    return NativeEngine(from_model(model), EngineOptions("random", attention=arguments.attention))
+
+
+def run_worker(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One engine, one process: load, warm up on one row, run the workload."""
+    started = time.perf_counter()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    shape, dtype = SHAPES[arguments.shape], getattr(torch, arguments.dtype)
+    on_gpu = arguments.device.startswith("cuda")
+    engine = make_engine(arguments.worker, make_model(shape, arguments.device, dtype), arguments)
+    requests = make_requests(
+        arguments.images, side=arguments.side, tokens=arguments.tokens, max_pixels=arguments.max_pixels
+    )
+    warm = make_requests(1, side=224, tokens=3, max_pixels=None)
+    engine.generate(warm)
+    start_up = time.perf_counter() - started
+    before = engine.stats()
+
+    started = time.perf_counter()
+    for request in requests:
+        engine.add(request)
+    done: list[Completion] = []
+    first = None
+    while engine.has_unfinished():
+        done += engine.step()
+        if done and first is None:
+            first = time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    assert all(completion.error is None for completion in done), done[0].error
+
+    flops_per_s = GPU_FLOPS if on_gpu else measure_flops(dtype)
+    flops = sum(count_flops(shape, requests))
+    tokens = {completion.request_id: list(completion.token_ids) for completion in done}
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    return {
+        "variant": arguments.worker,
+        "images_per_s": len(requests) / seconds,
+        "output_tokens_per_s": sum(map(len, tokens.values())) / seconds,
+        "seconds": seconds,
+        "first_completion_s": first,
+        "start_up_s": start_up,
+        "peak_memory_gb": (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9,
+        "mfu": flops / seconds / flops_per_s,
+        "share_of_limit": bound_seconds(shape, requests, flops_per_s, on_gpu=on_gpu) / seconds,
+        "gflop_per_image": flops / len(requests) / 1e9,
+        "stats": {name: value - before.get(name, 0.0) for name, value in engine.stats().items()},
+        "engine": engine.describe(),
+        "tokens": tokens,
+    }
+
+
+def run_in_process(variant: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """A fresh process for each engine, so that none inherits another's memory or threads."""
+    command = [sys.executable, "-m", "jobs.benchmark_engine", "--worker", variant]
+    for name in ("shape", "device", "dtype", "images", "side", "tokens", "max_pixels", "threads", "attention"):
+        if getattr(arguments, name) is not None:
+            command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        print(f"{variant:14} failed with exit code {done.returncode}", flush=True)
+        return None
+    result: dict[str, Any] = json.loads(lines[-1])
+    print(
+        f"{variant:14} {result['images_per_s']:7.2f} images/s {result['output_tokens_per_s']:8.1f} tokens/s   "
+        f"first {result['first_completion_s']:6.1f} s   start-up {result['start_up_s']:5.1f} s   "
+        f"peak {result['peak_memory_gb']:5.2f} GB   MFU {result['mfu']:5.1%}   "
+        f"of limit {result['share_of_limit']:5.1%}",
+        flush=True,
+    )
+    return result
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="jobs.benchmark engine", description=__doc__.split("\n")[0])
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--peers", default="reference,vllm", help="of: reference, vllm; or none")
+    parser.add_argument("--batch-sizes", default="1,8,32", help="of the reference engine")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--side", type=int, help="square images of this side instead of 240 to 640")
+    parser.add_argument("--tokens", type=int, help="output tokens of every row instead of 16 to 128")
+    parser.add_argument("--max-pixels", type=int)
+    parser.add_argument("--threads", type=int, help="torch threads on a CPU")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.max_pixels is None and arguments.side is None:
+        arguments.max_pixels = 256 * 28 * 28
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    if arguments.worker:
+        print(json.dumps(run_worker(arguments)))
+        return 0
+    peers = arguments.peers.split(",")
+    print(
+        f"shape {arguments.shape}, {arguments.dtype}, {arguments.images} images, device {arguments.device}, "
+        f"torch {torch.__version__}",
+        flush=True,
+    )
+    ours = run_in_process("ours", arguments)
+    if ours is None:
+        return 1
+    sizes = arguments.batch_sizes.split(",") if "reference" in peers else []
+    reference = {size: run_in_process(f"reference-{size}", arguments) for size in sizes}
+    finished = {size: result for size, result in reference.items() if result}
+    best = max((result["images_per_s"] for result in finished.values()), default=None)
+    # Greedy tokens of one row alone, where that was run; bfloat16 may differ at near-ties.
+    truth = finished.get("1") or next(iter(finished.values()), None)
+    mismatched = sum(ours["tokens"][i] != truth["tokens"][i] for i in ours["tokens"]) if truth else None
+    if "vllm" in peers:
+        print("vllm           not measured: its input is images through its own processor, not patches")
+    print(
+        json.dumps(
+            {
+                "benchmark": "engine",
+                "shape": arguments.shape,
+                "device": arguments.device,
+                "dtype": arguments.dtype,
+                "images": arguments.images,
+                "ours_images_per_s": ours["images_per_s"],
+                "reference_images_per_s": {
+                    size: result["images_per_s"] if result else None for size, result in reference.items()
+                },
+                "vllm_images_per_s": None,
+                "ratio_to_best_reference": ours["images_per_s"] / best if best else None,
+                "mismatched_rows": mismatched,
+                **{
+                    name: ours[name]
+                    for name in (
+                        "output_tokens_per_s",
+                        "first_completion_s",
+                        "start_up_s",
+                        "peak_memory_gb",
+                        "mfu",
+                        "share_of_limit",
+                        "stats",
+                        "engine",
+                    )
+                },
+            }
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Sampling: each rule by itself, the order they come in, and seeds that no neighbour can disturb."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.engine.sampler import SampleRow, sample
+from pipeline.engine.sequence import SamplingParams, repeats_endlessly, uniform_draw
+
+
+def distribution(logits: list[float], **params: Any) -> dict[int, float]:
+    """The share of each token over evenly spread draws."""
+    draws = (np.arange(2000) + 0.5) / 2000
+    sampling = SamplingParams(**{"temperature": 1.0, **params})
+    tokens, _ = sample(torch.tensor([logits] * len(draws)), [SampleRow(sampling, d) for d in draws])
+    ids, counts = np.unique(tokens.numpy(), return_counts=True)
+    return dict(zip(ids.tolist(), (counts / len(draws)).tolist(), strict=True))
+
+
+def softmax(logits: list[float]) -> list[float]:
+    weights = [math.exp(value) for value in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+LOGITS = [0.0, 2.0, 1.0, -1.0]
+
+
+def test_temperature_one_draws_by_probability() -> None:
+    shares = distribution(LOGITS)
+    assert [shares[i] for i in range(4)] == pytest.approx(softmax(LOGITS), abs=1e-3)
+
+
+def test_temperature_flattens_and_sharpens() -> None:
+    assert distribution(LOGITS, temperature=2.0)[1] == pytest.approx(softmax([x / 2 for x in LOGITS])[1], abs=1e-3)
+    assert distribution(LOGITS, temperature=0.05) == {1: 1.0}
+
+
+def test_greedy_takes_the_lowest_id_of_equal_logits() -> None:
+    tokens, _ = sample(torch.tensor([[1.0, 3.0, 3.0]]), [SampleRow(SamplingParams(), 0.9)])
+    assert tokens.tolist() == [1]
+
+
+def test_top_k_keeps_the_k_largest() -> None:
+    shares = distribution(LOGITS, top_k=2)
+    assert set(shares) == {1, 2}
+    assert shares[1] == pytest.approx(softmax([2.0, 1.0])[0], abs=1e-3)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    assert set(distribution(LOGITS, top_p=0.5)) == {1}
+    assert set(distribution(LOGITS, top_p=0.7)) == {1, 2}
+    assert set(distribution(LOGITS, top_p=0.99)) == {0, 1, 2, 3}
+
+
+def test_top_p_counts_mass_after_top_k() -> None:
+    # Of the two that top-k leaves, the first has 73 %, so 0.7 needs it alone; of all four it would need both.
+    assert set(distribution(LOGITS, top_k=2, top_p=0.7)) == {1}
+
+
+def test_min_p_drops_what_is_improbable_beside_the_best() -> None:
+    best = softmax(LOGITS)[1]
+    assert set(distribution(LOGITS, min_p=softmax(LOGITS)[2] / best - 0.01)) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    "params", [{"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9, "min_p": 0.05}]
+)
+def test_filters_keep_what_transformers_keeps(params: dict[str, Any]) -> None:
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(3)) * 2
+    kept = logits
+    for name, value in params.items():
+        kept = warpers[name](value)(None, kept)
+    assert set(distribution(logits[0].tolist(), **params)) <= set(kept[0].isfinite().nonzero()[:, 0].tolist())
+    expected = kept.softmax(-1)[0]
+    for token, share in distribution(logits[0].tolist(), **params).items():
+        assert share == pytest.approx(float(expected[token]), abs=2e-3)
+
+
+def test_repetition_penalty_is_transformers() -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(1))
+    seen = np.asarray([3, 3, 7, 12, 29], dtype=np.int32)
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.from_numpy(seen).long()[None], logits.clone())
+    row = SampleRow(SamplingParams(repetition_penalty=1.7), 0.0, seen_ids=seen)
+    assert sample(logits, [row])[0].tolist() == expected.argmax(-1).tolist()
+    strong = SampleRow(SamplingParams(repetition_penalty=100.0), 0.0, seen_ids=logits.argmax(-1).numpy())
+    assert sample(logits, [strong])[0] != logits.argmax(-1)
+
+
+def test_forbidden_tokens_are_never_chosen() -> None:
+    rows = [SampleRow(SamplingParams(), 0.0, forbidden=(1,)), SampleRow(SamplingParams(), 0.0)]
+    assert sample(torch.tensor([LOGITS, LOGITS]), rows)[0].tolist() == [2, 1]
+
+
+def test_logprobs_are_of_the_unfiltered_logits() -> None:
+    rows = [
+        SampleRow(SamplingParams(logprobs=True), 0.0),
+        SampleRow(SamplingParams(logprobs=True, temperature=0.3, top_k=1), 0.5),
+        SampleRow(SamplingParams(logprobs=True), 0.0, forbidden=(1,)),
+    ]
+    tokens, logprobs = sample(torch.tensor([LOGITS] * 3), rows)
+    assert logprobs is not None and tokens.tolist() == [1, 1, 2]
+    expected = [math.log(softmax(LOGITS)[token]) for token in (1, 1, 2)]
+    assert logprobs.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_rows_token_does_not_depend_on_its_neighbours() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 50, generator=generator)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.7},
+        {},
+        {"temperature": 1.0, "top_k": 3},
+        {"temperature": 1.3, "top_p": 0.6},
+        {"temperature": 1.0, "min_p": 0.2, "logprobs": True},
+        {"repetition_penalty": 1.5},
+        {"temperature": 2.0, "top_k": 40, "top_p": 0.9},
+        {"temperature": 0.2},
+    ]
+    rows = [
+        SampleRow(
+            SamplingParams(**kind),
+            uniform_draw(1, 0, i),
+            seen_ids=np.asarray([1, 2]) if "repetition_penalty" in kind else None,
+        )
+        for i, kind in enumerate(kinds)
+    ]
+    together = sample(logits, rows)[0].tolist()
+    alone = [int(sample(logits[i : i + 1], [row])[0]) for i, row in enumerate(rows)]
+    backwards = sample(logits.flip(0), rows[::-1])[0].tolist()[::-1]
+    assert together == alone == backwards
+
+
+def test_draws_depend_on_seed_sample_and_step_and_are_spread_evenly() -> None:
+    draws = np.asarray([uniform_draw(s, i, t) for s in range(10) for i in range(10) for t in range(100)])
+    assert len(set(draws.tolist())) == len(draws)
+    assert 0 <= draws.min() and draws.max() < 1
+    counts = np.histogram(draws, bins=10, range=(0, 1))[0]
+    assert counts.min() > 900 and counts.max() < 1100
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (list(range(100)), False),
+        ([1, 2, 3] + [5] * 32, True),
+        ([1, 2, 3] + [5] * 20, False),
+        ([9] + [1, 2, 3, 4, 5] * 8, True),
+        ([9] + [1, 2, 3, 4, 5] * 7, False),
+        ([1, 2, 3, 4, 5] * 8 + [6], False),
+    ],
+)
+def test_repetition_is_one_phrase_many_times_at_the_end(tokens: list[int], expected: bool) -> None:
+    assert repeats_endlessly(tokens) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0),
+        ("min_tokens", 200),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("min_p", 2.0),
+        ("top_k", -1),
+        ("repetition_penalty", 0.0),
+        ("n", 0),
+        ("seed", -1),
+        ("stop_strings", ("",)),
+        ("stop_strings", "word"),
+        ("stop_token_ids", (-5,)),
+    ],
+)
+def test_a_wrong_setting_says_what_was_found_and_what_is_allowed(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} is .*; allowed: "):
+        SamplingParams(**{name: value})
