@@ -3,6 +3,8 @@
     preprocess   JPEG and video bytes to patches, against transformers' processors       (no Ray)
     engine       images/s of the engine, against model.generate and vLLM                 (no Ray)
     pipeline     the whole job on the demo world, against its stages in a plain loop
+    scale        planning and resuming 100 million rows; the flow past a do-nothing engine
+    report       scoring and reporting a million result rows                              (no Ray)
 
 Each prints a table for people, and as its last line JSON. `python -m jobs.benchmark NAME --help` lists its options.
 """
@@ -13,7 +15,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-BENCHMARKS = ("preprocess", "engine", "pipeline")
+BENCHMARKS = ("preprocess", "engine", "pipeline", "scale", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -173,6 +173,10 @@ class EngineActor:
         return pa.concat_tables(done)
 
 
+ENGINE_ACTOR: type = EngineActor
+"""The engine stage's class; the scale benchmark puts one in its place that does nothing."""
+
+
 def _places(table: pa.Table, file: str, row: str) -> list[Place]:
     return list(zip(table.column(file).to_pylist(), table.column(row).to_pylist(), strict=True))
 
@@ -215,7 +219,7 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
     if not place.gpus_per_engine:
         generate = replace(generate, engine=replace(generate.engine, num_threads=place.engine_threads))
     dataset = dataset.map_batches(
-        EngineActor,
+        ENGINE_ACTOR,
         fn_constructor_args=(generate, ledger),
         batch_size=None,
         batch_format="pyarrow",

@@ -1,0 +1,166 @@
+"""What does a large manifest cost: planning and resuming 100 million rows, and the flow of rows past a do-nothing engine?
+
+    python -m jobs.benchmark scale [--rows 100000000] [--flow 2000,20000,200000]
+
+Part one simulates a manifest of 10,000 files whose footers are known, writes real fragments for one half of its rows,
+and times what a resumed job does before its first row: reading which rows are finished, and planning the rest. Part
+two runs the whole job with an engine that answers every row at once, and watches the driver's memory and the object
+store. Last line: JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.manifest import Manifest, ManifestFile
+from pipeline.results import RunFolder, read_finished
+from pipeline.row_set import RowNumbering
+from pipeline.schema import result_schema
+from pipeline.work import plan_work
+
+_FILES = 10_000
+_ROWS_PER_FRAGMENT = 50_000
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.benchmark scale", description=__doc__)
+    parser.add_argument("--rows", type=int, default=100_000_000)
+    parser.add_argument("--flow", default="2000,20000,200000", help="row counts for part two; empty: leave it out")
+    parser.add_argument("--flow-rows", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.flow_rows:
+        print(json.dumps(_flow(args.flow_rows)))
+        return 0
+    plan = _plan(args.rows)
+    print(f"{args.rows:,} rows in {_FILES:,} files, one half finished:")
+    print(f"  read finished rows {plan['read_finished_s']:7.1f} s")
+    print(f"  plan the rest      {plan['plan_s']:7.1f} s, {plan['units']:,} units")
+    print(f"  peak memory        {plan['peak_mb']:7.0f} MB")
+    flows = []
+    for rows in [int(count) for count in args.flow.split(",") if count]:
+        command = [sys.executable, "-m", "jobs.benchmark", "scale", "--flow-rows", str(rows)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        flows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(
+            "  {rows:>8,} rows: {rows_per_s:8.1f} rows/s, driver {driver_mb:6.0f} MB, object store {store_mb:6.1f} MB".format(
+                **flows[-1]
+            )
+        )
+    print(json.dumps({"benchmark": "scale", "plan": plan, "flow": flows}))
+    return 0
+
+
+def _plan(rows: int) -> dict[str, Any]:
+    per_file = rows // _FILES
+    files = tuple(ManifestFile(f"s3://bucket/{n:05d}.parquet", per_file, per_file * 200, None) for n in range(_FILES))
+    manifest = Manifest("s3://bucket", "parquet", files, pa.schema([("image", pa.string())]), "s3://bucket")
+    numbering = RowNumbering([per_file] * _FILES)
+    with tempfile.TemporaryDirectory() as path:
+        folder = RunFolder(path)
+        _write_half(folder, numbering)
+        started = time.perf_counter()
+        finished = read_finished(folder, numbering)
+        read_s = time.perf_counter() - started
+        assert len(finished.done) == numbering.num_rows // 2
+        started = time.perf_counter()
+        units = planned = 0
+        for work in plan_work(manifest, numbering, finished.done, actors=256, min_rows=8, max_rows=2048):
+            units, planned = units + 1, planned + work.num_rows
+        plan_s = time.perf_counter() - started
+        assert planned == numbering.num_rows - numbering.num_rows // 2
+    return {"rows": rows, "read_finished_s": read_s, "plan_s": plan_s, "units": units, "peak_mb": _peak_mb()}
+
+
+def _write_half(folder: RunFolder, numbering: RowNumbering) -> None:
+    """Fragments for the first half of the rows, in the columns that a resumed job looks at."""
+    folder.prepare()
+    half = numbering.num_rows // 2
+    for number, start in enumerate(range(0, half, _ROWS_PER_FRAGMENT)):
+        indices = np.arange(start, min(start + _ROWS_PER_FRAGMENT, half))
+        files = np.searchsorted(numbering.first, indices, side="right") - 1
+        table = pa.table(
+            {
+                "manifest_file": pa.array(files.astype(np.int32)),
+                "manifest_row": pa.array(indices - numbering.first[files]),
+                "status": pa.array(["ok"] * len(indices)),
+                "error_type": pa.nulls(len(indices), pa.string()),
+                "attempts": pa.array(np.ones(len(indices), np.int32)),
+            }
+        )
+        pq.write_table(table, folder.file("fragments", f"{number:06d}.parquet"))
+
+
+def _flow(rows: int) -> dict[str, Any]:
+    """The job over text rows, with an engine actor that answers at once."""
+    from jobs import flow
+    from jobs.caption import main as caption
+    from pipeline.demo import CHECKPOINT
+
+    flow.ENGINE_ACTOR = AnswerAtOnce
+    with tempfile.TemporaryDirectory() as path:
+        manifest = Path(path, "manifest.parquet")
+        pq.write_table(pa.table({"prompt": [f"Say {n}." for n in range(rows)]}), manifest)
+        output = Path(path, "out")
+        words = ["--input.path", str(manifest), "--output.path", str(output), "--model.path", str(CHECKPOINT)]
+        store = _SharedMemory()
+        started = time.perf_counter()
+        code = caption([*words, "--resources.num_cpus", str(os.cpu_count() or 1)])
+        assert code == 0
+        seconds = time.perf_counter() - started
+        record = json.loads((output / "run.json").read_text())
+    return {
+        "rows": rows,
+        "rows_per_s": record["throughput"]["rows_per_s"],
+        "seconds": seconds,
+        "driver_mb": _peak_mb(),
+        "store_mb": store.peak_mb,
+    }
+
+
+class AnswerAtOnce:
+    """In the engine actor's place: every request is answered, none is looked at."""
+
+    def __init__(self, options: Any, ledger: Any) -> None:
+        self._schema = result_schema(options.kept)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        columns = [
+            table.column(field.name) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
+            for field in self._schema
+        ]
+        return pa.table(columns, schema=self._schema)
+
+
+class _SharedMemory:
+    """Watches how much of this machine's shared memory, where the object store lies, comes into use."""
+
+    def __init__(self) -> None:
+        self._before = shutil.disk_usage("/dev/shm").used
+        self.peak_mb = 0.0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.peak_mb = max(self.peak_mb, (shutil.disk_usage("/dev/shm").used - self._before) / 1024**2)
+            time.sleep(0.1)
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
