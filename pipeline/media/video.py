@@ -214,6 +214,14 @@ class OpenVideo:
         """What was done otherwise than asked; complete once the frames have been read."""
         return "; ".join(self._notes) or None
 
+    def wanted_and_needed_packets(self) -> tuple[frozenset[int], frozenset[int]]:
+        """(times of the wanted frames in the stream's unit, places in the file of all packets that lead to them)."""
+        index = self._index
+        needed: set[int] = set()
+        for place in self.places:
+            needed.update(range(index.key_before(place), index.packet_of[place] + 1))
+        return frozenset(index.ticks[place] for place in self.places), frozenset(needed)
+
     def frames(self) -> Iterator[tuple[float, npt.NDArray[np.uint8]]]:
         """The wanted frames in turn: (second, RGB pixels [H, W, 3]), upright and all of one size.
 

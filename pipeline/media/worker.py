@@ -94,6 +94,10 @@ class MediaWorker:
             self._input.trim(_KEPT_BYTES)
             return [[result for result in found if result is not None] for found in results]
 
+    def decoder_cpu_s(self) -> float:
+        """Seconds of processor time that the present decoder has used; 0 where that can't be told."""
+        return _cpu_seconds(self._decoder.pid)
+
     def close(self) -> None:
         """End the decoder process. Patches that were handed out stay valid."""
         with self._lock:
@@ -228,7 +232,8 @@ class _DecoderProcess:
             )
         self._ready = False
         self._socket: socket.socket | None = None
-        self._pid = 0
+        self.pid = 0
+        """The present decoder's process, 0 while there is none."""
         self._idle_bytes = 0
         self._known: set[int] = set()
         self._received = b""
@@ -277,6 +282,9 @@ class _DecoderProcess:
 
     def close(self) -> None:
         """End the decoder and the nursery."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket, self.pid = None, 0
         self._finalizer()
 
     def _check_time(self, timeout_s: float, source: Segment) -> None:
@@ -289,7 +297,7 @@ class _DecoderProcess:
     def _check_memory(self, limit_mb: int | None) -> None:
         if limit_mb is None:
             return
-        used = (_private_bytes(self._pid) - self._idle_bytes) / MIB
+        used = (_private_bytes(self.pid) - self._idle_bytes) / MIB
         if used > limit_mb:
             self._end(KILL)
             raise MediaMemoryError(
@@ -302,8 +310,8 @@ class _DecoderProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self._control, [SPAWN], [theirs.fileno()])
-        self._pid = self._read_number()
-        self._idle_bytes = _private_bytes(self._pid)
+        self.pid = self._read_number()
+        self._idle_bytes = _private_bytes(self.pid)
         self._known, self._received = set(), b""
         return ours
 
@@ -323,7 +331,7 @@ class _DecoderProcess:
         """End the decoder; its exit code, or minus the signal that ended it."""
         assert self._socket is not None
         self._socket.close()
-        self._socket = None
+        self._socket, self.pid = None, 0
         self._control.sendall(how)
         return self._read_number()
 
@@ -368,6 +376,14 @@ def _private_bytes(pid: int) -> int:
     except OSError:
         return 0
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        with open(f"/proc/{pid}/schedstat", "rb") as file:
+            return int(file.read().split()[0]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def _ending(code: int) -> str:

