@@ -8,7 +8,7 @@ ARGS ?=
 PYTEST := $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check format benchmark caption
+.PHONY: help setup demo test test-slow test-faults test-gpu check format benchmark caption
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,10 +27,13 @@ demo: $(STAMP)  ## draw the demo world, caption it, compare with the truth (out/
 	@$(PY) -m pipeline.demo.check out/demo
 
 test: $(STAMP)  ## all tests that take seconds
-	$(PYTEST) -m 'not slow and not gpu' $(ARGS)
+	$(PYTEST) -m 'not slow and not gpu and not faults' $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes
-	$(PYTEST) -m 'slow and not gpu' --timeout=1800 $(ARGS)
+	$(PYTEST) -m 'slow and not gpu and not faults' --timeout=1800 $(ARGS)
+
+test-faults: $(STAMP)  ## runs killed at random moments and resumed: FAULT_RUNS=40
+	$(PYTEST) -m faults -s $(ARGS)
 
 test-gpu: $(STAMP)  ## the tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu $(ARGS)

@@ -1,4 +1,4 @@
-"""What does a large manifest cost: planning and resuming 100 million rows, and the flow of rows past a do-nothing engine?
+"""What does a large manifest cost: planning and resuming 100 million rows, and rows past a do-nothing engine?
 
     python -m jobs.benchmark scale [--rows 100000000] [--flow 2000,20000,200000]
 
@@ -58,11 +58,9 @@ def main(argv: Sequence[str]) -> int:
         command = [sys.executable, "-m", "jobs.benchmark", "scale", "--flow-rows", str(rows)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         flows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(
-            "  {rows:>8,} rows: {rows_per_s:8.1f} rows/s, driver {driver_mb:6.0f} MB, object store {store_mb:6.1f} MB".format(
-                **flows[-1]
-            )
-        )
+        one = flows[-1]
+        print(f"  {rows:>8,} rows: {one['rows_per_s']:8.1f} rows/s, {one['driver_mb']:6.0f} MB in the driver, ", end="")
+        print(f"{one['store_mb']:6.1f} MB in the object store")
     print(json.dumps({"benchmark": "scale", "plan": plan, "flow": flows}))
     return 0
 
