@@ -35,10 +35,10 @@ GROUPS: Mapping[str, tuple[int, tuple[str, ...]]] = {
 }
 # At first, descriptions above all: every object's colour, shape and place in words is what teaches the model to see.
 FIRST_GROUPS: Mapping[str, tuple[int, tuple[str, ...]]] = {
-    "describe_image": (24, ("describe_image", "yes_no")),
-    "count": (4, _PICTURE),
-    "describe_video": (4, ("describe_video",)),
-    "text": (2, ("text",) * 4),
+    "describe_image": (12, ("describe_image", "count", "yes_no")),
+    "count": (2, _PICTURE),
+    "describe_video": (2, ("describe_video",)),
+    "text": (2, ("text",) * 2),
 }
 # Real H.264 for one clip in eight; the others only lose colour as in H.264, or drawing would outlast training.
 _CODEC_SHARE = 0.125

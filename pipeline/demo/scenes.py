@@ -24,7 +24,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "yellow": (255, 225, 0),
     "black": (15, 15, 15),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "cross")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 
 # A clip's object rests, moves between these shares of the clip's length, and rests again: whichever frames are
@@ -78,7 +78,7 @@ class Clip:
 def random_thing(rng: random.Random, name: tuple[str, str], place: int) -> Thing:
     """A (colour, shape) at a place, a little off the middle and a little smaller or larger."""
     shift = (rng.uniform(-0.07, 0.07), rng.uniform(-0.07, 0.07))
-    return Thing(name[0], name[1], place, shift, rng.uniform(0.7, 0.85))
+    return Thing(name[0], name[1], place, shift, rng.uniform(0.72, 0.82))
 
 
 def random_names(rng: random.Random, count: int) -> list[tuple[str, str]]:
@@ -159,13 +159,11 @@ def _draw(width: int, height: int, things: list[tuple[Thing, tuple[float, float]
 def _draw_shape(pen: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: float) -> None:
     fill = COLOURS[thing.colour]
     if thing.shape == "circle":
+        radius *= 0.9
         pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill)
     elif thing.shape == "square":
-        side = radius * 0.88  # about as much paint as the circle
-        pen.rectangle([x - side, y - side, x + side, y + side], fill=fill)
-    elif thing.shape == "triangle":
-        pen.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=fill)
+        pen.rectangle([x - radius, y - radius, x + radius, y + radius], fill=fill)
     else:
-        bar = radius / 3
+        bar = radius / 4
         pen.rectangle([x - radius, y - bar, x + radius, y + bar], fill=fill)
         pen.rectangle([x - bar, y - radius, x + bar, y + radius], fill=fill)

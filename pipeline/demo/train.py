@@ -23,20 +23,21 @@ from typing import Any
 
 import torch
 import torch.distributed
-import torch.multiprocessing
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 
 from pipeline.demo import recipe
 from pipeline.demo.batches import Batch, training_batches
 from pipeline.demo.card import TrainingFacts, model_card
 from pipeline.demo.evaluate import score
+from pipeline.demo.optimiser import Muon
 from pipeline.demo.tasks import TASKS
 from pipeline.demo.tokens import special_token_ids, write_tokenizer
 from pipeline.prompt import ChatTokenizer
 
 _WARM_UP_STEPS = 100
 _COOL_DOWN_SHARE = 0.4
-_EASY_SHARE = 0.15
+_EASY_STEPS = 400
 _AVERAGE_DECAY = 0.995
 
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         Training(args).run()
         return
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_join, (args, f"file://{folder}/meeting"), nprocs=args.processes)
+        spawn(_join, (args, f"file://{folder}/meeting"), nprocs=args.processes)
 
 
 def _join(rank: int, args: argparse.Namespace, meeting: str) -> None:
@@ -98,7 +99,9 @@ class Training:
         self.average: Any = copy.deepcopy(self.model).eval()
         _embed_by_product(self.model)
         self.parameters: list[torch.Tensor] = list(self.model.parameters())
-        self.optimiser = torch.optim.AdamW(_groups(self.parameters), betas=(0.9, 0.95), foreach=True)
+        matrices, others = _split(self.model)
+        self.muon = Muon(matrices, weight_decay=0.03, rank=rank, processes=args.processes)
+        self.adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
         self.step, self.seconds = 0, 0.0
         if args.resume:
             self._load()
@@ -111,7 +114,7 @@ class Training:
             self.tokenizer,
             seed=self.args.seed,
             first_step=self.step,
-            easy_steps=round(self.args.steps * _EASY_SHARE),
+            easy_steps=_EASY_STEPS,
             part=self.rank,
             parts=self.args.processes,
         )
@@ -133,8 +136,6 @@ class Training:
             self._finish()
 
     def _train_step(self, batch: Batch) -> float:
-        for group in self.optimiser.param_groups:
-            group["lr"] = self._learning_rate()
         self.model.train()
         hidden = self.model.model(
             input_ids=batch.input_ids,
@@ -152,8 +153,11 @@ class Training:
         torch.autograd.backward(loss)
         self._add_gradients()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        for group in self.adam.param_groups:
+            group["lr"] = self._learning_rate()
+        self.adam.step()
+        self.muon.step(self._learning_rate())
+        self.model.zero_grad(set_to_none=True)
         decay = min(_AVERAGE_DECAY, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), self.parameters, 1 - decay)
@@ -166,7 +170,7 @@ class Training:
         together = torch.cat([gradient.flatten() for gradient in gradients])
         torch.distributed.all_reduce(together)
         together /= self.args.processes
-        parts = together.split([gradient.numel() for gradient in gradients])
+        parts = torch.split(together, [gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
@@ -189,7 +193,8 @@ class Training:
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "adam": self.adam.state_dict(),
+            "momenta": self.muon.momenta,
             "step": self.step,
             "seconds": self.seconds,
         }
@@ -201,7 +206,8 @@ class Training:
         state = torch.load(self.state_file, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.adam.load_state_dict(state["adam"])
+        self.muon.momenta = state["momenta"]
         self.step, self.seconds = state["step"], state["seconds"]
 
     def _finish(self) -> None:
@@ -247,11 +253,12 @@ def _embed_by_product(model: Any) -> None:
     model.model.visual.patch_embed.forward = forward
 
 
-def _groups(parameters: list[torch.Tensor]) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases do not."""
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    return [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+def _split(model: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The layers' matrices; and word embeddings, norms and biases."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        (others if parameter.ndim < 2 or "embed_tokens" in name else matrices).append(parameter)
+    return matrices, others
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:
