@@ -115,6 +115,7 @@ def _stage(stage: str, folder: Path, num_rows: int, seed: int) -> dict[str, Any]
         write_text(str(folder / "report.html"), render_html(report))
     return {
         "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time(), 1),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
 

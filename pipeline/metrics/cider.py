@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 
 _MAX_ORDER = 4
 _SIGMA = 6.0
@@ -28,12 +29,16 @@ def caption_tokens(text: str) -> list[str]:
     return _WORDS.findall(_CLITICS.sub(r" \1", text.lower().replace("’", "'")))
 
 
-def _ngrams(tokens: Sequence[str]) -> Counter[str]:
-    """Counts of all n-grams of one to four words, keyed by the words joined with single spaces."""
-    counts: Counter[str] = Counter(tokens)
-    for order in range(2, _MAX_ORDER + 1):
-        counts.update(map(" ".join, zip(*(tokens[start:] for start in range(order)), strict=False)))
-    return counts
+def _ngrams_of(tokens: Sequence[str], order: int) -> Counter[str]:
+    """Counts of the n-grams of so many words, keyed by the words joined with single spaces."""
+    if order == 1:
+        return Counter(tokens)
+    return Counter(map(" ".join, zip(*(tokens[start:] for start in range(order)), strict=False)))
+
+
+def _ngrams(tokens: Sequence[str]) -> set[str]:
+    """All n-grams of one to four words."""
+    return set().union(*(_ngrams_of(tokens, order) for order in range(1, _MAX_ORDER + 1)))
 
 
 class DocumentFrequency:
@@ -59,18 +64,29 @@ class DocumentFrequency:
             self.counts = {ngram: count for ngram, count in counts.items() if count > least}
             self.prunings = least
 
-    def weight(self, ngram: str) -> float:
-        """Inverse document frequency: log of all rows over rows that have it (at least one)."""
-        return math.log(max(self.num_rows, 1)) - math.log(max(self.counts.get(ngram, 0), 1))
+    @property
+    def log_rows(self) -> float:
+        """The weight of an n-gram that at most one row has."""
+        return math.log(max(self.num_rows, 1))
+
+
+@lru_cache(maxsize=65_536)
+def _log(count: int) -> float:
+    return math.log(count)
 
 
 class _Vector:
     """Tf-idf of one text: for each order the weights and their norm, and the length."""
 
     def __init__(self, tokens: Sequence[str], frequency: DocumentFrequency) -> None:
-        self.weights: list[dict[str, float]] = [{} for _ in range(_MAX_ORDER)]
-        for ngram, count in _ngrams(tokens).items():
-            self.weights[ngram.count(" ")][ngram] = count * frequency.weight(ngram)
+        self.weights: list[dict[str, float]] = []
+        log_rows, known = frequency.log_rows, frequency.counts
+        for order in range(1, _MAX_ORDER + 1):
+            counts = _ngrams_of(tokens, order)
+            # Inverse document frequency: log of all rows over the rows that have it (at least one).
+            self.weights.append(
+                {ngram: count * (log_rows - _log(known.get(ngram) or 1)) for ngram, count in counts.items()}
+            )
         self.norms = [math.sqrt(sum(weight * weight for weight in order.values())) for order in self.weights]
         # coco-caption measures length in bigrams; with two or more words the differences are the same as in words.
         self.length = max(len(tokens) - 1, 0)

@@ -28,11 +28,14 @@ _SEPARATE = (
     (re.compile(r"([\.,])([^0-9])"), r" \1 \2"),
     (re.compile(r"([0-9])(-)"), r"\1 \2 "),
 )
+_SIGNS = re.compile(r"[!-&(-/:-@\[-`{-~]")
 _ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
 
 
 def tokenize_13a(text: str) -> list[str]:
     """The tokens of WMT's mteval-v13a, sacrebleu's default (Post 2018, https://arxiv.org/abs/1804.08771)."""
+    if _SIGNS.search(text) is None:  # most answers: nothing to separate
+        return text.split()
     line = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     if "&" in line:
         for entity, sign in _ENTITIES:
@@ -44,11 +47,10 @@ def tokenize_13a(text: str) -> list[str]:
 
 
 def _word_ngrams(tokens: Sequence[str], max_order: int = _MAX_ORDER) -> Counter[tuple[str, ...]]:
-    return Counter(
-        tuple(tokens[start : start + order])
-        for order in range(1, max_order + 1)
-        for start in range(len(tokens) - order + 1)
-    )
+    counts: Counter[tuple[str, ...]] = Counter()
+    for order in range(1, max_order + 1):
+        counts.update(zip(*(tokens[start:] for start in range(order)), strict=False))
+    return counts
 
 
 @lru_cache(maxsize=16_384)  # runs are compared over the same references, and image sets repeat theirs
@@ -59,22 +61,17 @@ def _bleu_reference(text: str) -> tuple[Counter[tuple[str, ...]], int]:
 
 def bleu_counts(prediction: str, references: Sequence[str]) -> Counts:
     """What BLEU-4 needs of one row: [length, nearest reference's length, 4 matches, 4 totals]."""
-    counts = np.zeros(2 + 2 * _MAX_ORDER, np.int64)
     tokens = tokenize_13a(prediction)
-    most: Counter[tuple[str, ...]] = Counter()
-    lengths = []
-    for reference in references:
-        ngrams, length = _bleu_reference(reference)
-        most |= ngrams
-        lengths.append(length)
-    counts[0] = len(tokens)
+    known = [_bleu_reference(reference) for reference in references]
     # Of two reference lengths equally near the shorter counts, as in sacrebleu.
-    counts[1] = min(lengths, key=lambda length: (abs(length - len(tokens)), length), default=0)
+    nearest = min((length for _, length in known), key=lambda length: (abs(length - len(tokens)), length), default=0)
+    matches, totals = [0] * _MAX_ORDER, [0] * _MAX_ORDER
     for ngram, count in _word_ngrams(tokens).items():
         order = len(ngram) - 1
-        counts[2 + order] += min(count, most[ngram])
-        counts[2 + _MAX_ORDER + order] += count
-    return counts
+        totals[order] += count
+        # Clipped at the most often that any one reference has it.
+        matches[order] += min(count, max((ngrams.get(ngram, 0) for ngrams, _ in known), default=0))
+    return np.array([len(tokens), nearest, *matches, *totals], np.int64)
 
 
 def bleu_value(counts: npt.NDArray[np.generic], effective_order: bool = False) -> Values:

@@ -23,9 +23,12 @@ class Metric:
     what: str
     """One sentence for the reader of a report."""
     score: RowScore | None = None
-    """None for the two that need more than prediction and references: multiple choice and CIDEr."""
+    """None for the two that need more than prediction and references, multiple choice and CIDEr."""
     counts: Callable[[str, Sequence[str]], overlap.Counts] | None = None
     combine: Combine | None = None
+    """The corpus score of summed counts."""
+    row_value: Combine | None = None
+    """A row's score of its counts, where there are any."""
     num_counts: int = 1
     maximum: float = 1.0
 
@@ -59,6 +62,7 @@ _ALL = (
         overlap.bleu,
         overlap.bleu_counts,
         lambda sums: overlap.bleu_value(sums[..., :10]),
+        lambda counts: overlap.bleu_value(counts, effective_order=True),
         10,
     ),
     Metric(
@@ -68,6 +72,7 @@ _ALL = (
         overlap.chrf,
         overlap.chrf_counts,
         lambda sums: overlap.chrf_value(sums[..., :18]),
+        overlap.chrf_value,
         18,
     ),
     Metric("cider", "CIDEr-D", "Shared n-grams weighted by how telling they are; 10 at most.", maximum=10.0),

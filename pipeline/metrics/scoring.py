@@ -155,6 +155,12 @@ class Scorer:
         answered: npt.NDArray[np.bool_],
     ) -> tuple[Floats, Floats]:
         """Scores of these rows in a column of the batch's length, and what the tallies take of them."""
+        column = np.full(len(texts), np.nan)
+        if metric.counts is not None and metric.row_value is not None:
+            count = metric.counts
+            counts = np.asarray([count(texts[row] if answered[row] else "", references[row]) for row in rows])
+            column[rows] = np.where(answered[rows], metric.row_value(counts.astype(np.float64)), 0.0)
+            return column, counts.astype(np.float64)
         if metric.name == "multiple_choice":
             scores = [multiple_choice(texts[row], references[row], choices[row]) for row in rows]
         elif metric.name == "cider":
@@ -163,12 +169,8 @@ class Scorer:
             assert metric.score is not None, metric.name
             score = metric.score
             scores = [score(texts[row], references[row]) for row in rows]
-        column = np.full(len(texts), np.nan)
         column[rows] = np.where(answered[rows], scores, 0.0)
-        if metric.counts is None:
-            return column, column[rows]
-        counts = [metric.counts(texts[row] if answered[row] else "", references[row]) for row in rows]
-        return column, np.asarray(counts, np.float64)
+        return column, column[rows]
 
     def _add(self, metric: Metric, rows: npt.NDArray[np.int64], statistics: Floats, slices: _Slices) -> None:
         self._overall.setdefault(metric.name, _tally(metric)).add(statistics)
