@@ -53,12 +53,13 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
     """A matrix of the same directions whose singular values are all near one."""
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
+    x: torch.Tensor = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
     for _ in range(_ITERATIONS):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x
+    out: torch.Tensor = x.T if tall else x
+    return out
 
 
 def _work(matrix: torch.Tensor) -> int:

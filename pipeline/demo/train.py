@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         Training(args).run()
         return
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_join, (args, f"file://{folder}/meeting"), nprocs=args.processes)
+        spawn(_join, (args, f"file://{folder}/meeting"), nprocs=args.processes)  # type: ignore[no-untyped-call]
 
 
 def _join(rank: int, args: argparse.Namespace, meeting: str) -> None:
@@ -255,7 +255,8 @@ def _embed_by_product(model: Any) -> None:
 
 def _split(model: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The layers' matrices; and word embeddings, norms and biases."""
-    matrices, others = [], []
+    matrices: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
     for name, parameter in model.named_parameters():
         (others if parameter.ndim < 2 or "embed_tokens" in name else matrices).append(parameter)
     return matrices, others
