@@ -50,8 +50,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     core = _take_one_core()
     cases = []
-    print(f"one core{core}, {args.rounds} rounds, medians; CPU ms of ours in brackets\n")
-    print(f"{'case':24} {'ours ms':>16} {'PIL ms':>8} {'x':>6} {'torchvision ms':>15} {'x':>6} {'bytes':>7}")
+    print(f"one core{core}, {args.rounds} rounds, medians; in brackets the same by processor time\n")
+    print(f"{'case':24} {'ours ms':>16} {'PIL ms':>18} {'speedup':>14} {'torchvision ms':>18} {'speedup':>14}  bytes")
     processors = _Processors(args.torchvision)
     with MediaWorker(MediaOptions()) as worker, MediaWorker(MediaOptions(max_pixels=ONE_MEGAPIXEL)) as small_worker:
         for width, height in SIZES:
@@ -120,36 +120,36 @@ def _image_case(
     def ours() -> SeenMedium:
         return _seen(worker, "image", data, name)
 
-    times: dict[str, list[float]] = {"ours": [], "cpu": [], "pil": [], "torchvision": []}
     theirs_bytes = int(pil(data)["pixel_values"].nbytes)
     num_bytes = ours().patches.nbytes
+    rivals: dict[str, Callable[[], object]] = {"ours": ours, "pil": lambda: pil(data)}
     if torchvision is not None:
         torchvision(data)
+        rivals["torchvision"] = lambda: torchvision(data)
+    wall: dict[str, list[float]] = {rival: [] for rival in rivals}
+    cpu: dict[str, list[float]] = {rival: [] for rival in rivals}
     for _ in range(rounds):
-        cpu = worker.decoder_cpu_s() + time.process_time()
-        times["ours"].append(_milliseconds(ours))
-        times["cpu"].append((worker.decoder_cpu_s() + time.process_time() - cpu) * 1000)
-        times["pil"].append(_milliseconds(lambda: pil(data)))
-        if torchvision is not None:
-            times["torchvision"].append(_milliseconds(lambda: torchvision(data)))
-    median = {key: statistics.median(values) for key, values in times.items() if values}
-    case = {
-        "case": name,
-        "ours_ms": round(median["ours"], 2),
-        "ours_cpu_ms": round(median["cpu"], 2),
-        "transformers_pil_ms": round(median["pil"], 2),
-        "speedup": round(median["pil"] / median["ours"], 2),
-        "transformers_torchvision_ms": round(median["torchvision"], 2) if "torchvision" in median else None,
-        "speedup_torchvision": round(median["torchvision"] / median["ours"], 2) if "torchvision" in median else None,
-        "ours_bytes": num_bytes,
-        "transformers_bytes": theirs_bytes,
-    }
-    torchvision_ms = f"{median['torchvision']:.1f}" if "torchvision" in median else "-"
-    torchvision_x = f"{case['speedup_torchvision']:.2f}" if "torchvision" in median else "-"
-    ours_text, bytes_text = f"{median['ours']:.1f} ({median['cpu']:.1f})", f"1/{theirs_bytes / num_bytes:.1f}"
+        for rival, work in rivals.items():
+            begun = worker.decoder_cpu_s() + time.process_time()
+            wall[rival].append(_milliseconds(work))
+            cpu[rival].append((worker.decoder_cpu_s() + time.process_time() - begun) * 1000)
+    ms = {rival: statistics.median(values) for rival, values in wall.items()}
+    cpu_ms = {rival: statistics.median(values) for rival, values in cpu.items()}
+    case: dict[str, Any] = {"case": name, "ours_ms": round(ms["ours"], 2), "ours_cpu_ms": round(cpu_ms["ours"], 2)}
+    columns = []
+    for rival, suffix in (("pil", ""), ("torchvision", "_torchvision")):
+        known = rival in ms
+        case[f"transformers_{rival}_ms"] = round(ms[rival], 2) if known else None
+        case[f"transformers_{rival}_cpu_ms"] = round(cpu_ms[rival], 2) if known else None
+        case[f"speedup{suffix}"] = round(ms[rival] / ms["ours"], 2) if known else None
+        case[f"speedup_cpu{suffix}"] = round(cpu_ms[rival] / cpu_ms["ours"], 2) if known else None
+        columns.append(f"{ms[rival]:9.1f} ({cpu_ms[rival]:6.1f})" if known else f"{'-':>18}")
+        columns.append(
+            f"{case[f'speedup{suffix}']:6.2f} ({case[f'speedup_cpu{suffix}']:5.2f})" if known else f"{'-':>14}"
+        )
+    case |= {"ours_bytes": num_bytes, "transformers_bytes": theirs_bytes}
     print(
-        f"{name:24} {ours_text:>16} {case['transformers_pil_ms']:8.1f} "
-        f"{case['speedup']:6.2f} {torchvision_ms:>15} {torchvision_x:>6} {bytes_text:>7}",
+        f"{name:24} {ms['ours']:7.1f} ({cpu_ms['ours']:6.1f}) {' '.join(columns)}  1/{theirs_bytes / num_bytes:.1f}",
         flush=True,
     )
     return case
