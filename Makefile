@@ -8,7 +8,7 @@ ARGS ?=
 PYTEST := $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-faults test-gpu check format benchmark caption
+.PHONY: help setup demo test test-slow test-faults test-gpu check format benchmark caption evaluate
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,6 +49,10 @@ format: $(STAMP)  ## put the code into its format
 
 benchmark: $(STAMP)  ## time it: make benchmark ARGS='preprocess' or ARGS='engine --shape small'
 	$(PY) -m jobs.benchmark $(or $(ARGS),preprocess)
+
+evaluate: $(STAMP)  ## draw held-out scenes, answer and score them, write the report (out/evaluate)
+	@$(PY) -m pipeline.demo.manifest --output out/evaluate-world --rows-per-task 72 --seed 1
+	@$(PY) -m jobs.evaluate --config configs/evaluate.yaml $(ARGS)
 
 caption: $(STAMP)  ## caption a manifest: make caption CONFIG=configs/caption.yaml ARGS='--input.path ...'
 	$(PY) -m jobs.caption --config $(CONFIG) $(ARGS)

@@ -7,6 +7,7 @@ This file is the whole run in order; each step lives in a module of its own.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -35,6 +36,8 @@ from pipeline.results import FinishedRows, FragmentWriter, RunFolder, finalise, 
 from pipeline.row_set import RowNumbering, RowSet
 from pipeline.schema import result_schema
 from pipeline.work import Retries, Work, plan_work
+
+log = logging.getLogger(__name__)
 
 _ERRORS_JUDGED_FROM = 100
 _SAMPLE_ROWS = 8
@@ -195,6 +198,7 @@ def _run(ready: Run, console: Console) -> int:
     _check_errors(tally, config.run.max_error_fraction, at_end=True)
     finalise(folder, ready.numbering, result_schema(ready.kept), rows_per_part=config.output.rows_per_part)
     _close_record(ready, tally, "finished", reports)
+    _report(config, folder, console)
     hint = bottleneck(reports, placement.preprocess_actors) if work else None
     print_summary(console, tally, folder.path, ready.record["errors"], hint)
     _print_samples(console, folder, ready.kept.names)
@@ -271,6 +275,21 @@ def _close_record(ready: Run, tally: Tally, state: str, reports: Sequence[dict[s
         stages=[{key: value for key, value in report.items() if key != "describe"} for report in reports],
     )
     ready.folder.write_run(ready.record)
+
+
+def _report(config: CaptionConfig, folder: RunFolder, console: Console) -> None:
+    """Write the run's page. The results are complete by now, so its failure is told and is not the job's."""
+    if not config.output.report:
+        return
+    from jobs.report import write_report
+
+    try:
+        write_report(folder.path, storage_options=folder.storage_options)
+    except Exception as error:
+        log.exception("the report failed")
+        console.print(
+            f"the results are complete, but report.html is not: {type(error).__name__}: {error}", markup=False
+        )
 
 
 def _print_samples(console: Console, folder: RunFolder, keep: Sequence[str]) -> None:

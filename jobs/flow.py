@@ -150,10 +150,14 @@ class EngineActor:
 
     def __init__(self, options: GenerateOptions, ledger: Any) -> None:
         logging.basicConfig(level=logging.INFO)
-        self._stage = GenerateStage(options)
+        self._stage = self.make_stage(options)
         self._company = Company()
         description = self._stage.describe()
         self._desk = _Desk(ledger, "engine", lambda: {"describe": description, **self._stage.stats()})
+
+    def make_stage(self, options: GenerateOptions) -> GenerateStage:
+        """The stage; tests put one in its place that dies or hangs when asked."""
+        return GenerateStage(options)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         places = _places(table, MANIFEST_FILE, MANIFEST_ROW)

@@ -1,0 +1,102 @@
+"""The flow on a real Ray: a row that kills or hangs its actor is found and left out, and no other row notices."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import flow
+from jobs.caption import main
+from pipeline.errors import RowError
+from pipeline.schema import RESULT_COLUMNS, result_schema
+
+pytestmark = pytest.mark.usefixtures("ray_with_two_cpus")
+
+
+class EchoStage:
+    """Answers each row with its id; the ids `kill` and `hang` do just that, every time."""
+
+    def __init__(self, kept: pa.Schema) -> None:
+        self._schema = result_schema(kept)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        ids = table.column("id").to_pylist()
+        if "kill" in ids:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "hang" in ids:
+            time.sleep(600)
+        return self._rows(table, {"text": ids})
+
+    def crashed(self, table: pa.Table, error: RowError) -> pa.Table:
+        values: dict[str, Sequence[Any]] = {
+            "status": ["error"] * table.num_rows,
+            "error_type": [type(error).__name__] * table.num_rows,
+            "error_message": [str(error)] * table.num_rows,
+        }
+        return self._rows(table, values)
+
+    def _rows(self, table: pa.Table, values: dict[str, Sequence[Any]]) -> pa.Table:
+        columns = []
+        for field in self._schema:
+            if field.name in values:
+                columns.append(pa.array(values[field.name], field.type))
+            elif field.name in table.column_names:
+                columns.append(table.column(field.name))
+            else:
+                columns.append(pa.nulls(table.num_rows, field.type))
+        return pa.table(columns, schema=self._schema)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "echo"}
+
+    def stats(self) -> dict[str, float]:
+        return {}
+
+
+class EchoActor(flow.EngineActor):
+    """The real actor around the stage above."""
+
+    def make_stage(self, options: Any) -> Any:
+        return EchoStage(options.kept)
+
+
+def run(tmp_path: Path, ids: list[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, dict[str, Any]]:
+    monkeypatch.setattr(flow, "ENGINE_ACTOR", EchoActor)
+    pq.write_table(pa.table({"id": ids, "prompt": ["?"] * len(ids)}), tmp_path / "m.parquet")
+    output = tmp_path / "out"
+    command = ["--input.path", str(tmp_path / "m.parquet"), "--output.path", str(output), "--model.path", "demo"]
+    assert main([*command, "--output.report", "false", *words]) == 0
+    rows = pq.read_table(output / "part-00000.parquet").to_pylist()
+    assert [row["id"] for row in rows] == ids
+    assert set(RESULT_COLUMNS) == set(rows[0])
+    return {row["id"]: row for row in rows}
+
+
+def test_a_row_that_kills_its_actor_becomes_an_error_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [f"row {number}" for number in range(20)] + ["kill"] + [f"row {number}" for number in range(20, 40)]
+    rows = run(tmp_path, ids, monkeypatch)
+    killer = rows.pop("kill")
+    assert (killer["status"], killer["error_type"]) == ("error", "EngineCrash")
+    assert "died 2 times with nothing but this row under way" in killer["error_message"]
+    assert all(row["status"] == "ok" and row["text"] == name for name, row in rows.items())
+
+
+def test_a_row_that_hangs_is_killed_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ids = [f"row {number}" for number in range(10)] + ["hang"]
+    rows = run(tmp_path, ids, monkeypatch, "--run.stall_timeout_s", "4")
+    assert (rows.pop("hang")["error_type"], {row["status"] for row in rows.values()}) == ("EngineCrash", {"ok"})
+    told = capfd.readouterr().out
+    assert "no row has finished for 4 s" in told
+    assert "engine actor" in told
+    assert "killed" in told
