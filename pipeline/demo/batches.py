@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,22 +25,32 @@ from pipeline.demo.tasks import TASKS, Example
 from pipeline.prompt import ChatTokenizer
 
 _PICTURE = ("describe_image", "count", "count", "yes_no", "yes_no")
-# How many groups of questions a batch holds by the task whose scenes they are about, and what is asked of each.
-GROUPS: Mapping[str, tuple[int, tuple[str, ...]]] = {
-    "describe_image": (6, _PICTURE),
-    "count": (6, _PICTURE),
-    "describe_video": (8, ("describe_video",)),
-    "compare": (6, ("compare", "compare", "compare")),
-    "image_and_video": (6, ("image_and_video",)),
-    "text": (4, ("text",) * 4),
-}
+Groups: TypeAlias = Mapping[str, tuple[int, tuple[str, ...]]]
+"""How many groups of questions a batch holds by the task whose scenes they are about, and what is asked of each."""
+
 # At first, descriptions above all: every object's colour, shape and place in words is what teaches the model to see.
-FIRST_GROUPS: Mapping[str, tuple[int, tuple[str, ...]]] = {
+_SEEING: Groups = {
     "describe_image": (12, ("describe_image", "count", "yes_no")),
     "count": (2, _PICTURE),
     "describe_video": (2, ("describe_video",)),
     "text": (2, ("text",) * 2),
 }
+_ALL_TASKS: Groups = {
+    "describe_image": (6, _PICTURE),
+    "count": (6, _PICTURE),
+    "describe_video": (8, ("describe_video",)),
+    "compare": (6, ("compare",) * 3),
+    "image_and_video": (6, ("image_and_video",)),
+    "text": (4, ("text",) * 4),
+}
+# What is learned late gets more, what is learned early less.
+_LATE_TASKS: Groups = _ALL_TASKS | {
+    "describe_video": (14, ("describe_video",)),
+    "image_and_video": (3, ("image_and_video",)),
+    "text": (6, ("text",) * 4),
+}
+STAGES: Sequence[tuple[int, Groups]] = ((0, _SEEING), (400, _ALL_TASKS), (1200, _LATE_TASKS))
+"""(step, batches from this step on)."""
 # Real H.264 for one clip in eight; the others only lose colour as in H.264, or drawing would outlast training.
 _CODEC_SHARE = 0.125
 _ROW_LENGTH = 256
@@ -70,20 +81,24 @@ class Batch:
 
 
 def training_batches(
-    tokenizer: ChatTokenizer, *, seed: int, first_step: int = 0, easy_steps: int = 0, part: int = 0, parts: int = 1
+    tokenizer: ChatTokenizer, *, seed: int, first_step: int = 0, part: int = 0, parts: int = 1
 ) -> Iterator[Batch]:
     """An endless stream of batches, or of one part in `parts` of each; the same arguments give the same stream."""
     prefix_length = _system_prefix_length(tokenizer)
     step = first_step
     while True:
         groups = []
-        for task, (number, asked) in (FIRST_GROUPS if step < easy_steps else GROUPS).items():
+        for task, (number, asked) in _groups_at(step).items():
             for index in range(number):
                 if index % parts == part:
                     rng = random.Random(f"train/{seed}/{task}/{step}/{index}")
                     groups.append(_group(rng, task, asked, tokenizer))
         yield pack(groups, prefix_length)
         step += 1
+
+
+def _groups_at(step: int) -> Groups:
+    return [groups for start, groups in STAGES if start <= step][-1]
 
 
 def pack(groups: Sequence[Sequence[Sample]], prefix_length: int, row_length: int = _ROW_LENGTH) -> Batch:
