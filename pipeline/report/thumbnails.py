@@ -50,13 +50,14 @@ class Thumbnail:
 class ThumbnailMaker:
     """Makes thumbnails until its time or its bytes are used up. A context manager: it owns a process."""
 
-    def __init__(self, run: Mapping[str, Any], *, max_bytes: int = 2_400_000, max_seconds: float = 60.0) -> None:
+    def __init__(self, run: Mapping[str, Any], *, max_bytes: int = 2_400_000, max_seconds: float = 180.0) -> None:
         self._bytes_left = max_bytes
         self._max_seconds = max_seconds
         self._seconds = 0.0
         self._restarts = 0
         self._process: Any = None
         self._pipe: Any = None
+        self._warm: set[str] = set()
         manifest = run.get("manifest") or {}
         self._manifest_path = str(manifest.get("path") or "")
         files = (manifest.get("fingerprint") or {}).get("files") or []
@@ -154,8 +155,10 @@ class ThumbnailMaker:
             if self._process is None:
                 self._start()
             self._pipe.send((kind, source))
-            if self._pipe.poll(_WAIT_S):
+            # The first of a kind loads its codecs, which takes long on a busy machine.
+            if self._pipe.poll(_WAIT_S if kind in self._warm else _START_S):
                 answer: list[bytes] | str = self._pipe.recv()
+                self._warm.add(kind)
                 return answer
             reason = "decoding took too long"
         except (OSError, EOFError):
@@ -181,6 +184,7 @@ class ThumbnailMaker:
             self._process.join()
             self._pipe.close()
             self._process = None
+            self._warm.clear()
 
 
 def _data_url(url: str) -> bytes:
@@ -240,7 +244,9 @@ def _image(source: bytes | str) -> bytes:
     from PIL import Image, ImageOps
 
     Image.MAX_IMAGE_PIXELS = _MAX_PIXELS
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_IMAGE_FORMATS) as image:
+    Image.init()
+    formats = [name for name in _IMAGE_FORMATS if name in Image.OPEN]
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
         if image.width * image.height > _MAX_PIXELS:
             raise MemoryError
         image.draft("RGB", (2 * _SIDE, 2 * _SIDE))

@@ -19,7 +19,7 @@ from pipeline.schema import result_schema
 
 HOSTILE = (
     "<script>document.title='pwned'</script>",
-    "\"><img src=x onerror=\"document.title='pwned'\">",
+    '"><img src=x onerror="document.title=\'pwned\'">',
     "'><svg/onload=document.title='pwned'>",
     "{{ 7 * 7 }}{% raw %}",
     "</style><style>body{display:none}</style>",
@@ -29,9 +29,7 @@ HOSTILE = (
     "https://example.com/a.png?X-Amz-Signature=deadbeef",
 )
 
-KEPT = pa.schema(
-    [("prompt", pa.string()), ("reference", pa.string()), ("task", pa.string()), ("source", pa.string())]
-)
+KEPT = pa.schema([("prompt", pa.string()), ("reference", pa.string()), ("task", pa.string()), ("source", pa.string())])
 RUN: dict[str, Any] = {
     "state": "finished",
     "config": {
