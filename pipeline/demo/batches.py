@@ -44,7 +44,8 @@ _ALL_TASKS: Groups = {
     "text": (4, ("text",) * 4),
 }
 # What is learned late gets more, what is learned early less.
-_LATE_TASKS: Groups = _ALL_TASKS | {
+_LATE_TASKS: Groups = {
+    **_ALL_TASKS,
     "describe_video": (14, ("describe_video",)),
     "image_and_video": (3, ("image_and_video",)),
     "text": (6, ("text",) * 4),
