@@ -144,7 +144,8 @@ def _check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) 
         raise ConfigError(
             f"input.keep: the manifest has no column {', '.join(missing)}; found: {', '.join(manifest.schema.names)}"
         )
-    check_columns(manifest.schema.names, _message_options(config))
+    if manifest.num_rows:  # an empty JSONL file has no columns to look at, and no rows that would need any
+        check_columns(manifest.schema.names, _message_options(config))
     check_model(model_path, revision=config.model.revision)
     read_processor_facts(model_path, revision=config.model.revision)
     ChatTokenizer(model_path, revision=config.model.revision)

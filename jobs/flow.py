@@ -8,6 +8,7 @@ once it holds `block_mb` of patches, and an engine actor has many of them under 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import queue
@@ -25,7 +26,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from jobs.ledger import MAX_LONE_DEATHS, Company, Ledger, Place
-from pipeline.errors import EngineCrash
+from pipeline.errors import ClusterError, EngineCrash, JobError
 from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.manifest import ManifestSpec
 from pipeline.placement import READ_CPUS, Placement
@@ -236,7 +237,27 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
         num_cpus=place.engine_cpus,
         num_gpus=place.gpus_per_engine or None,
     )
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=4)
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=4)
+    except Exception as error:
+        raise _job_error(error) from error
+
+
+def _job_error(error: BaseException) -> JobError:
+    """What Ray raised, as one line: our own error where an actor raised one, else the innermost cause."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    ours = next((link for link in reversed(chain) if isinstance(link, JobError)), None)
+    if ours is not None:
+        return type(ours)(str(ours))
+    innermost = chain[-1]
+    lines = [line for line in str(innermost).splitlines() if line.strip()] or [""]
+    return ClusterError(
+        f"Ray gave up: {type(innermost).__name__}: {lines[-1].strip()}; log.txt in the run folder has more"
+    )
 
 
 def start_ledger() -> Any:
@@ -266,27 +287,42 @@ def break_stall(ledger: Any, seconds: float) -> list[str]:
 
 
 def with_ticks(tables: Iterator[pa.Table], *, seconds: float) -> Iterator[pa.Table | None]:
-    """The tables, and None whenever so long has passed without one, so that the caller can look after the clock."""
+    """The tables, and None whenever so long has passed without one, so that the caller can look after the clock.
+
+    When the caller stops early, so does the flow, after the table that is on its way.
+    """
     inbox: queue.Queue[Any] = queue.Queue(maxsize=8)
+    stopped = threading.Event()
     end = object()
+
+    def offer(item: Any) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                inbox.put(item, timeout=1.0)
+                return
 
     def pull() -> None:
         try:
             for table in tables:
-                inbox.put(table)
-            inbox.put(end)
+                offer(table)
+                if stopped.is_set():
+                    return
+            offer(end)
         except BaseException as error:
-            inbox.put(error)
+            offer(error)
 
     threading.Thread(target=pull, name="results", daemon=True).start()
-    while True:
-        try:
-            item = inbox.get(timeout=seconds)
-        except queue.Empty:
-            yield None
-            continue
-        if item is end:
-            return
-        if isinstance(item, BaseException):
-            raise item
-        yield item
+    try:
+        while True:
+            try:
+                item = inbox.get(timeout=seconds)
+            except queue.Empty:
+                yield None
+                continue
+            if item is end:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()

@@ -250,7 +250,7 @@ class RunConfig(Section):
     """Seconds without a finished row after which actors that have held a row for as long are killed, and their rows
     run again, alone."""
     verbose: bool = False
-    """Whether Ray's own messages are shown; they always go to the run folder's log."""
+    """Whether Ray's own messages are shown, in place of going to `log.txt` in the run folder."""
 
 
 class CaptionConfig(Section):

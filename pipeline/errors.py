@@ -7,6 +7,7 @@
     |   |-- CheckpointError       exit 2: the model can't be loaded
     |   |-- OutputError           exit 2: the output folder belongs to something else
     |   |-- ResourceError         exit 2: the cluster is too small for what was asked
+    |   |-- ClusterError          exit 1: Ray or one of the actors failed; running the command again may help
     |   `-- TooManyErrors         exit 3: more error rows than max_error_fraction allows
     `-- RowError                  becomes a result row; the job goes on
         |-- MessageError          stage prompt: the row's messages or prompt can't be used
@@ -66,6 +67,12 @@ class OutputError(JobError):
 
 class ResourceError(JobError):
     """The cluster has less than the config asks for."""
+
+
+class ClusterError(JobError):
+    """Ray, or an actor on it, failed in a way that is no row's fault."""
+
+    exit_code = 1
 
 
 class TooManyErrors(JobError):
