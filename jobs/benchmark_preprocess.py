@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def _encode_clip(path: Path, keyframe_distance: int) -> None:
         there_and_back = [*frames, *frames[::-1]]
         for number in range(CLIP_SECONDS * CLIP_RATE):
             frame = there_and_back[number % len(there_and_back)]
-            frame.pts, frame.time_base, frame.pict_type = number, None, 0
+            frame.pts, frame.time_base = number, Fraction(1, CLIP_RATE)
+            frame.pict_type = 0  # the source's kinds of frames are not asked for
             target.mux(stream.encode(frame))
         target.mux(stream.encode(None))
 

@@ -123,8 +123,8 @@ class Fetcher:
 
     def _read_local(self, source: str) -> bytes:
         path = _local_path(source)
-        if "\x00" in path:
-            raise MediaNotFound(f"{_shown(source)} is no path: it holds a zero byte")
+        if "\x00" in path or any("\ud800" <= letter <= "\udfff" for letter in path):
+            raise MediaNotFound(f"{source[:120]!r} is no path: it holds characters that no file name can have")
         if not os.path.isabs(path):
             if self._base_scheme not in ("", "file"):
                 raise AccessDenied(f"{_shown(source)}: the manifest is not on this machine's disk")
@@ -141,10 +141,11 @@ class Fetcher:
             descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise _file_error(error, source) from error
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise AccessDenied(f"{_shown(source)} is not a regular file")
         with open(descriptor, "rb", buffering=0) as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise AccessDenied(f"{_shown(source)} is not a regular file")
             if status.st_size > self._options.max_bytes:
                 raise self._too_large(_shown(source), f"{status.st_size:,} bytes")
             try:
