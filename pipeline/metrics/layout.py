@@ -180,12 +180,12 @@ def _references(layout: Layout, row: Mapping[str, Any], choices: Sequence[str]) 
     if value is None:
         return []
     if layout.answer_is == "index":
-        try:
-            return [LETTERS[int(value)]]
-        except (ValueError, IndexError) as error:
+        text = str(value).strip()
+        if not text.isdecimal() or int(text) >= len(choices):
             raise ManifestError(
-                f"column {layout.answer} holds {value!r}; expected an option's number from 0"
-            ) from error
+                f"column {layout.answer} holds {value!r}; expected the number, from 0, of one of {len(choices)} options"
+            )
+        return [LETTERS[int(text)]]
     if layout.answer_is == "letter" and choices:
         letter = str(value).strip().strip("().").upper()
         if letter not in LETTERS[: len(choices)]:
