@@ -64,8 +64,8 @@ class NativeEngine:
             text = TextModel(checkpoint.model)
             pixels = PixelTable(pixel_table, device=device, dtype=dtype)
             vision = VisionModel(checkpoint.model, attention, pixels)
-        max_batch_tokens = options.max_batch_tokens or (16384 if on_gpu else 2048)
-        self.max_batch_patches = options.max_batch_patches or 4 * max_batch_tokens
+        self.max_batch_tokens = options.max_batch_tokens or (16384 if on_gpu else 2048)
+        self.max_batch_patches = options.max_batch_patches or 4 * self.max_batch_tokens
         self.cache = _make_cache(text, attention, options, device, max_context)
         blocks = BlockManager(self.cache.num_blocks, self.cache.block_size)
         self.ledger = MediaLedger(KEPT_VISUAL_TOKENS)
@@ -73,7 +73,7 @@ class NativeEngine:
             blocks,
             self.ledger,
             max_running=options.max_running,
-            max_batch_tokens=max_batch_tokens,
+            max_batch_tokens=self.max_batch_tokens,
             max_batch_patches=self.max_batch_patches,
         )
         self.runner = ModelRunner(
@@ -165,7 +165,7 @@ class NativeEngine:
             "cuda_graphs": self.runner.graphs is not None,
             "max_context": self.admission.max_context,
             "max_running": self.scheduler.max_running,
-            "max_batch_tokens": self.options.max_batch_tokens or self.scheduler.max_batch_tokens,
+            "max_batch_tokens": self.max_batch_tokens,
             "max_batch_patches": self.max_batch_patches,
             "cache_bytes": self.cache.num_bytes,
             "cache_tokens": self.cache.num_blocks * self.cache.block_size,

@@ -143,7 +143,7 @@ def test_a_rows_token_does_not_depend_on_its_neighbours() -> None:
 def test_draws_depend_on_seed_sample_and_step_and_are_spread_evenly() -> None:
     draws = np.asarray([uniform_draw(s, i, t) for s in range(10) for i in range(10) for t in range(100)])
     assert len(set(draws.tolist())) == len(draws)
-    assert 0 <= draws.min() and draws.max() < 1
+    assert draws.min() >= 0 and draws.max() < 1
     counts = np.histogram(draws, bins=10, range=(0, 1))[0]
     assert counts.min() > 900 and counts.max() < 1100
 

@@ -55,7 +55,14 @@ def make_model(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
         model.model.language_model.embed_tokens.weight.normal_(0.0, 0.3)
     model.generation_config.eos_token_id = [IM_END, ENDOFTEXT]
     model.generation_config.pad_token_id = ENDOFTEXT
-    return model.to(dtype).eval()
+    # A checkpoint loaded in bfloat16 keeps its rotary frequencies in float32; `to` alone would round them.
+    frequencies = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    kept = {name: buffer.clone() for name, buffer in frequencies.items()}
+    model = model.to(dtype).eval()
+    for name, buffer in kept.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, buffer)
+    return model
 
 
 def make_medium(

@@ -1,0 +1,40 @@
+"""Whether two greedy answers in a rounded dtype differ only where rounding explains it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.engine import EngineOptions, Request
+from pipeline.engine.checkpoint import from_model
+from pipeline.engine.reference import ReferenceEngine
+from pipeline.engine.sequence import Sequence
+
+
+def next_logits(model: Any, request: Request, tokens: tuple[int, ...]) -> torch.Tensor:
+    """transformers' logits [vocabulary] after the prompt and these output tokens, in float32."""
+    engine = ReferenceEngine(from_model(model), EngineOptions("tiny"))
+    ids = np.concatenate([request.input_ids, np.asarray(tokens, dtype=np.int32)])
+    request = replace(request, input_ids=ids)
+    inputs = engine._inputs([(Sequence(request, 0, 0), engine.admission.lay_out(request))])
+    with torch.inference_mode():
+        logits: torch.Tensor = model(**inputs).logits[0, -1].float().cpu()
+    return logits
+
+
+def assert_rounding_explains(
+    request: Request, ours: tuple[int, ...], theirs: tuple[int, ...], rounded: Any, exact: Any
+) -> bool:
+    """True where the answers differ. Then, at the first difference, the float32 model (with the same weights) must
+    hold the two tokens closer together than twice what rounding moved any logit of this very place."""
+    if ours == theirs:
+        return False
+    place = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+    truth = next_logits(exact, request, ours[:place])
+    noise = (next_logits(rounded, request, ours[:place]) - truth).abs().max()
+    margin = (truth[ours[place]] - truth[theirs[place]]).abs()
+    assert margin <= 2 * noise, f"token {place}: margin {margin:.4f}, but rounding moved logits by {noise:.4f}"
+    return True

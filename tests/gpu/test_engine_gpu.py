@@ -1,0 +1,174 @@
+"""The parts of the engine that only a GPU runs: flash backends, CUDA graphs, overlap, bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.engine import EngineOptions
+from pipeline.engine.attention import (
+    AttentionBackend,
+    DecodeInfo,
+    PrefillInfo,
+    flash_attn_installed,
+    pick_attention,
+    torch_varlen_available,
+)
+from pipeline.engine.attention_sdpa import SdpaAttention
+from pipeline.engine.checkpoint import from_model
+from pipeline.engine.engine import NativeEngine
+from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.reference import ReferenceEngine
+from tests.engine.rounding import assert_rounding_explains
+from tests.engine.tiny import make_model, mixed_requests, tokens_of
+
+pytestmark = pytest.mark.gpu
+
+BACKENDS = [
+    pytest.param("flash", marks=pytest.mark.skipif(not flash_attn_installed(), reason="flash-attn is not installed")),
+    pytest.param(
+        "torch", marks=pytest.mark.skipif(not torch_varlen_available(), reason="no varlen kernels or no triton")
+    ),
+]
+CLOSE = {"rtol": 2e-2, "atol": 2e-2}
+
+
+def backend_of(name: str) -> AttentionBackend:
+    return pick_attention(name, torch.device("cuda"), torch.bfloat16)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def make_cache(block_size: int, head_dim: int) -> KVCache:
+    cache = KVCache(
+        num_layers=1,
+        num_blocks=64,
+        block_size=block_size,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+    )
+    cache.keys.normal_()
+    cache.values.normal_()
+    return cache
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_vision_equals_sdpa(name: str, head_dim: int) -> None:
+    frames = [300, 300, 17, 64]
+    q, k, v = (random(sum(frames), 4, head_dim) for _ in range(3))
+    results = []
+    for backend in (backend_of(name), SdpaAttention()):
+        backend.begin_vision(frames, q.device)
+        results.append(backend.vision(q, k, v))
+    torch.testing.assert_close(*results, **CLOSE)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_prefill_with_a_past_equals_sdpa(name: str) -> None:
+    backend = backend_of(name)
+    cache = make_cache(backend.block_size, 128)
+    size = backend.block_size
+    lengths, starts, tables = [40, 33, 7], [0, size + 5, 0], [[3], [9, 1, 7], [4]]
+    slots = torch.cat(
+        [
+            torch.tensor([t[i // size] * size + i % size for i in range(s, s + n)])
+            for t, s, n in zip(tables, starts, lengths, strict=True)
+        ]
+    ).cuda()
+    q, k, v = random(80, 12, 128), random(80, 2, 128), random(80, 2, 128)
+    cache.write(0, k, v, slots)
+    results = []
+    for each in (backend, SdpaAttention()):
+        each.begin_prefill(PrefillInfo(lengths, starts, tables, slots), cache)
+        results.append(each.prefill(q, k, v, cache, 0))
+    torch.testing.assert_close(*results, **CLOSE)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("group", [1, 6, 7])
+def test_decode_equals_sdpa(name: str, group: int) -> None:
+    backend = backend_of(name)
+    cache = make_cache(backend.block_size, 128)
+    lengths = [1, backend.block_size, 2 * backend.block_size + 3, 7]
+    tables = torch.tensor([[5, 0, 0], [2, 0, 0], [9, 8, 30], [40, 0, 0]], dtype=torch.int32, device="cuda")
+    q = random(4, 2 * group, 128)
+    info = DecodeInfo(
+        torch.zeros(4, device="cuda").long(), torch.tensor(lengths, dtype=torch.int32).cuda(), tables, lengths
+    )
+    results = []
+    for each in (backend, SdpaAttention()):
+        each.begin_decode(info, cache)
+        results.append(each.decode(q, cache, 0))
+    torch.testing.assert_close(*results, **CLOSE)
+
+
+@pytest.fixture(scope="module")
+def rounded() -> Any:
+    return make_model(dtype=torch.bfloat16).cuda()
+
+
+@pytest.fixture(scope="module")
+def exact(rounded: Any) -> Any:
+    model = make_model().cuda()
+    model.load_state_dict({name: tensor.float() for name, tensor in rounded.state_dict().items()})
+    return model
+
+
+def engine(model: Any, **options: Any) -> NativeEngine:
+    return NativeEngine(from_model(model), EngineOptions("tiny", **{"cache_fraction": 0.05, **options}))
+
+
+def test_float32_on_the_gpu_gives_the_tokens_of_the_cpu() -> None:
+    requests = mixed_requests(40, seed=1)
+    expected = tokens_of(ReferenceEngine(from_model(make_model()), EngineOptions("tiny")).generate(requests))
+    assert tokens_of(engine(make_model().cuda(), attention="sdpa").generate(requests)) == expected
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_bfloat16_parts_from_transformers_only_at_near_ties(rounded: Any, exact: Any, name: str) -> None:
+    requests = mixed_requests(60, seed=7)
+    reference = ReferenceEngine(from_model(rounded), EngineOptions("tiny", batch_size=1, attention="sdpa"))
+    theirs = tokens_of(reference.generate(requests))
+    ours = tokens_of(engine(rounded, attention=name).generate(requests))
+    for request, mine, other in zip(requests, ours, theirs, strict=True):
+        assert_rounding_explains(request, mine, other, rounded, exact)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_graphs_give_the_tokens_of_eager_decoding(rounded: Any, exact: Any, name: str) -> None:
+    requests = mixed_requests(40, seed=3)
+    replayed = engine(rounded, attention=name)
+    assert replayed.runner.graphs is not None
+    eager = tokens_of(engine(rounded, attention=name, cuda_graphs=False).generate(requests))
+    graphed = tokens_of(replayed.generate(requests))
+    assert replayed.runner.graphs._graphs
+    for request, mine, other in zip(requests, graphed, eager, strict=True):
+        # Padding rows may change a product's tiling, so near-ties may part here too.
+        assert_rounding_explains(request, mine, other, rounded, exact)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_decode_pass_never_waits_for_the_device(rounded: Any, name: str) -> None:
+    warm = engine(rounded, attention=name)
+    requests = mixed_requests(8, seed=5)
+    warm.generate(requests)
+    for request in requests:
+        warm.add(request)
+    warm.step()
+    plan = warm.scheduler.schedule()
+    assert plan is not None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = warm.runner.run(plan, max_batch_patches=1000)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    warm._in_flight.append(result)
+    while warm.has_unfinished():
+        warm.step()
