@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.demo.samples import Sample, make_samples, pixel_values
-from pipeline.demo.tasks import TASKS, Example
+from pipeline.demo.tasks import LESSONS, Example
 from pipeline.prompt import ChatTokenizer
 
 _PICTURE = ("describe_image", "count", "count", "yes_no", "yes_no")
@@ -50,7 +50,17 @@ _LATE_TASKS: Groups = {
     "image_and_video": (3, ("image_and_video",)),
     "text": (6, ("text",) * 4),
 }
-STAGES: Sequence[tuple[int, Groups]] = ((0, _SEEING), (400, _ALL_TASKS), (1200, _LATE_TASKS))
+_HARD_PARTS: Groups = {
+    "describe_image": (6, ("describe_image", "count", "yes_no", "bound", "bound")),
+    "bound": (2, ("bound",) * 4),
+    "count": (6, _PICTURE),
+    "describe_video": (12, ("describe_video",)),
+    "compare": (6, ("compare",) * 3),
+    "image_and_video": (2, ("image_and_video",)),
+    "text": (2, ("text",) * 4),
+    "order": (4, ("order",) * 6),
+}
+STAGES: Sequence[tuple[int, Groups]] = ((0, _SEEING), (400, _ALL_TASKS), (1200, _LATE_TASKS), (1600, _HARD_PARTS))
 """(step, batches from this step on)."""
 # Real H.264 for one clip in eight; the others only lose colour as in H.264, or drawing would outlast training.
 _CODEC_SHARE = 0.125
@@ -180,13 +190,13 @@ def _pixels(
 
 def _group(rng: random.Random, task: str, asked: Sequence[str], tokenizer: ChatTokenizer) -> list[Sample]:
     """Samples about the same scenes, no question twice."""
-    media = TASKS[task].scenes(rng)
+    media = LESSONS[task].scenes(rng)
     # Two pictures can only be told apart by their numbers; one medium is asked about with and without.
     vision_id = task == "compare" or rng.random() < 0.6
     codec = rng.random() < _CODEC_SHARE
     made = {}
     for kind in asked:
-        question, answer = TASKS[kind].ask(rng, media)
+        question, answer = LESSONS[kind].ask(rng, media)
         made[question] = Example(kind, media, question, answer)
     return make_samples(list(made.values()), tokenizer, vision_id=vision_id, codec=codec)
 

@@ -147,17 +147,38 @@ def image_and_video(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, 
 
 def text(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
     """Sums, orders of size and orders in space, without any medium."""
-    kind = rng.choice(("sum", "larger", "order"))
-    if kind == "sum":
-        a, b = rng.randint(0, 9), rng.randint(0, 9)
-        return f"What is {a} plus {b}?", _sentence(str(a + b))
-    if kind == "larger":
-        a, b = rng.sample(range(10), 2)
-        return f"Which number is larger, {a} or {b}?", _sentence(str(max(a, b)))
+    return rng.choice((sum_of_two, larger, order))(rng, media)
+
+
+def sum_of_two(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
+    """Two digits added."""
+    a, b = rng.randint(0, 9), rng.randint(0, 9)
+    return f"What is {a} plus {b}?", _sentence(str(a + b))
+
+
+def larger(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
+    """The larger of two digits."""
+    a, b = rng.sample(range(10), 2)
+    return f"Which number is larger, {a} or {b}?", _sentence(str(max(a, b)))
+
+
+def order(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
+    """Which of two boxes is on one side, from what is said of one of them."""
     left, right = rng.sample(list(COLOURS), 2)
     asked, answer = rng.choice((("left", left), ("right", right)))
     said = rng.choice((f"The {left} box is left of the {right} box.", f"The {right} box is right of the {left} box."))
     return f"{said} Which box is on the {asked}?", _sentence(f"the {answer} box")
+
+
+def bound(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
+    """The hard yes/no questions: what is missing has the colour of one object in view and the shape of another."""
+    names = [(thing.colour, thing.shape) for thing in media[0].things]
+    crossed = [(colour, shape) for colour, _ in names for _, shape in names if (colour, shape) not in names]
+    if rng.random() < 0.5:
+        asked, answer = rng.choice(names), "yes"
+    else:
+        asked, answer = rng.choice(crossed) if crossed else _missing(rng, names), "no"
+    return f"Is there a {asked[0]} {asked[1]}?", _sentence(answer)
 
 
 TASKS: dict[str, Task] = {
@@ -168,6 +189,11 @@ TASKS: dict[str, Task] = {
     "compare": Task(two_pictures, compare),
     "image_and_video": Task(picture_and_clip, image_and_video),
     "text": Task(nothing, text),
+}
+# Parts of those tasks that training asks by themselves.
+LESSONS: dict[str, Task] = TASKS | {
+    "order": Task(nothing, order),
+    "bound": Task(picture_of_different, bound),
 }
 
 

@@ -1,6 +1,6 @@
 """Train the demo checkpoint from nothing: transformers' own Qwen2-VL, fed by this package's preprocessing.
 
-    python -m pipeline.demo.train --output FOLDER [--steps 2800] [--processes 2] [--seed 0] [--resume]
+    python -m pipeline.demo.train --output FOLDER [--steps 3200] [--processes 2] [--seed 0] [--resume]
 
 Writes a standard Hugging Face checkpoint into FOLDER (config, weights in bfloat16, tokenizer, chat template,
 preprocessor, generation defaults, model card). The state of the training lies beside it in FOLDER.training/, saved
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)

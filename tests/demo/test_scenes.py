@@ -96,6 +96,18 @@ def test_answers_say_what_the_scene_holds() -> None:
     assert all((answer == "Yes.") == (question[11:-1] in _names(picture)) for question, answer in answers.items())
 
 
+@pytest.mark.parametrize("lesson", ["yes_no", "bound"])
+def test_yes_and_no_are_right_and_about_as_frequent(lesson: str) -> None:
+    rng = random.Random(0)
+    answers = []
+    for _ in range(400):
+        media = tasks.LESSONS[lesson].scenes(rng)
+        question, answer = tasks.LESSONS[lesson].ask(rng, media)
+        assert (answer == "Yes.") == (question[11:-1] in _names(media[0]))
+        answers.append(answer)
+    assert 150 < answers.count("Yes.") < 250
+
+
 def test_comparisons_name_the_right_picture() -> None:
     one = Picture((Thing("green", "square", 2),), 90, 90)
     two = Picture((Thing("red", "circle", 0), Thing("blue", "cross", 1)), 90, 90)
