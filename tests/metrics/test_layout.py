@@ -46,7 +46,8 @@ SETS: dict[str, tuple[dict[str, Any], dict[str, Any], str, list[str], str]] = {
         },
         {
             "question_id": 7, "image": PICTURE, "question": "What colour?", "question_type": "what",
-            "answer_type": "other", "multiple_choice_answer": "red", "answers": [{"answer": "red", "answer_confidence": "yes"}] * 10,
+            "answer_type": "other", "multiple_choice_answer": "red",
+            "answers": [{"answer": "red", "answer_confidence": "yes"}] * 10,
         },
         f"What colour?\n{WORD}",
         ["red"] * 10,
@@ -103,7 +104,8 @@ SETS: dict[str, tuple[dict[str, Any], dict[str, Any], str, list[str], str]] = {
         },
         {
             "id": "validation_Art_1", "question": "Compare <image 1> with <image 2>.",
-            "options": "['same', \"it's not\"]", **dict.fromkeys(_image_columns(7)), "image_1": PICTURE, "image_2": PICTURE,
+            "options": "['same', \"it's not\"]", **dict.fromkeys(_image_columns(7)),
+            "image_1": PICTURE, "image_2": PICTURE,
             "img_type": "['Photo']", "answer": "B", "topic_difficulty": "Easy", "question_type": "multiple-choice",
             "subfield": "Drawing",
         },
