@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -88,17 +88,3 @@ def worker() -> Iterator[MediaWorker]:
     """One decoder process for a module's tests."""
     with MediaWorker(MediaOptions()) as shared:
         yield shared
-
-
-@pytest.fixture
-def make_worker() -> Iterator[Callable[[MediaOptions], MediaWorker]]:
-    """Decoder processes with options of the test's own, ended with the test."""
-    workers: list[MediaWorker] = []
-
-    def make(options: MediaOptions) -> MediaWorker:
-        workers.append(MediaWorker(options))
-        return workers[-1]
-
-    yield make
-    for each in workers:
-        each.close()

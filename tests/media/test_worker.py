@@ -9,8 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -74,12 +73,32 @@ def order(word: bytes) -> Medium:
     return "image", word, SETTINGS, "saboteur"
 
 
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MediaWorker]:
+    """A worker whose decoder does what a file tells it; its start, which takes seconds, is paid for once."""
+    folder = tmp_path_factory.mktemp("sabotage")
+    (folder / "sitecustomize.py").write_text(SABOTAGE)
+    sys.path.insert(0, str(folder))
+    with MediaWorker(MediaOptions()) as worker:
+        sys.path.remove(str(folder))
+        yield worker
+
+
 @pytest.fixture
-def sabotaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_worker: Make) -> Make:
-    """Workers whose decoder does what a file tells it."""
-    (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return make_worker
+def make_worker(one_worker: MediaWorker) -> Make:
+    """That worker, with other options and a new decoder."""
+
+    def make(options: MediaOptions) -> MediaWorker:
+        one_worker.see_media([order(b"EXIT")])
+        one_worker._options = options
+        return one_worker
+
+    return make
+
+
+@pytest.fixture
+def worker(make_worker: Make) -> MediaWorker:
+    return make_worker(MediaOptions())
 
 
 def seen(result: SeenMedium | RowError) -> SeenMedium:
@@ -115,8 +134,8 @@ def test_several_rows_at_once_give_what_each_row_gives(make_worker: Make) -> Non
 
 
 @pytest.mark.parametrize("word", [b"HANG", b"SPIN"])
-def test_a_hang_is_killed_at_its_deadline_and_the_rest_of_the_row_is_seen(sabotaged: Make, word: bytes) -> None:
-    worker = sabotaged(MediaOptions(timeout_s=1.0))
+def test_a_hang_is_killed_at_its_deadline_and_the_rest_of_the_row_is_seen(make_worker: Make, word: bytes) -> None:
+    worker = make_worker(MediaOptions(timeout_s=1.0))
     worker.see_media([image()])  # the start of the process is not measured
     begun = time.monotonic()
     before, hung, after = worker.see_media([image(seed=1), order(word), image(seed=2)])
@@ -127,8 +146,8 @@ def test_a_hang_is_killed_at_its_deadline_and_the_rest_of_the_row_is_seen(sabota
     assert np.array_equal(seen(after).patches, see_medium(*image(seed=2)[:3], MediaOptions(), source="").patches)
 
 
-def test_a_crash_in_a_codec_is_one_error_and_names_the_signal(sabotaged: Make) -> None:
-    worker = sabotaged(MediaOptions())
+def test_a_crash_in_a_codec_is_one_error_and_names_the_signal(make_worker: Make) -> None:
+    worker = make_worker(MediaOptions())
     results = worker.see_rows([[image()], [order(b"CRASH")], [order(b"EXIT"), image()], [order(b"BUG")]])
     crashed, left, mistaken = results[1][0], results[2][0], results[3][0]
     assert isinstance(crashed, DecoderCrash) and "SIGSEGV" in str(crashed)
@@ -137,8 +156,8 @@ def test_a_crash_in_a_codec_is_one_error_and_names_the_signal(sabotaged: Make) -
     assert isinstance(results[0][0], SeenMedium) and isinstance(results[2][1], SeenMedium)
 
 
-def test_a_new_decoder_is_there_in_a_moment(sabotaged: Make) -> None:
-    worker = sabotaged(MediaOptions())
+def test_a_new_decoder_is_there_in_a_moment(make_worker: Make) -> None:
+    worker = make_worker(MediaOptions())
     worker.see_media([image()])
     begun = time.monotonic()
     for _ in range(5):
@@ -147,8 +166,8 @@ def test_a_new_decoder_is_there_in_a_moment(sabotaged: Make) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read from /proc")
-def test_outgrowing_the_memory_limit_is_an_error_with_the_numbers(sabotaged: Make) -> None:
-    worker = sabotaged(MediaOptions(memory_limit_mb=200))
+def test_outgrowing_the_memory_limit_is_an_error_with_the_numbers(make_worker: Make) -> None:
+    worker = make_worker(MediaOptions(memory_limit_mb=200))
     grown, fine = worker.see_media([order(b"GROW"), image()])
     assert isinstance(grown, MediaMemoryError) and isinstance(fine, SeenMedium)
     assert "at most 200 are allowed (media.memory_limit_mb)" in str(grown)
