@@ -82,7 +82,7 @@ def medium(kind: str, source: str, width: int = 320, height: int = 240) -> dict[
 def result_row(number: int, **changes: Any) -> dict[str, Any]:
     """An ordinary row; `changes` make it another."""
     task = TASKS[number % 4]
-    row = {
+    row: dict[str, Any] = {
         "id": f"row-{number:04d}", "text": f"answer {number % 7}", "texts": None, "finish_reason": "stop",
         "num_output_tokens": 5 + number % 23, "logprobs": None, "generate_s": 0.1 + 0.01 * (number % 31),
         "status": "ok", "error_stage": None, "error_type": None, "error_message": None, "attempts": 1,
