@@ -60,7 +60,20 @@ _HARD_PARTS: Groups = {
     "text": (2, ("text",) * 4),
     "order": (4, ("order",) * 6),
 }
-STAGES: Sequence[tuple[int, Groups]] = ((0, _SEEING), (400, _ALL_TASKS), (1200, _LATE_TASKS), (1600, _HARD_PARTS))
+_HARDEST_PART: Groups = {
+    **_HARD_PARTS,
+    "describe_video": (2, ("describe_video",)),
+    "move_and_stay": (14, ("describe_video",)),
+    "bound": (1, ("bound",) * 4),
+    "order": (2, ("order",) * 6),
+}
+STAGES: Sequence[tuple[int, Groups]] = (
+    (0, _SEEING),
+    (400, _ALL_TASKS),
+    (1200, _LATE_TASKS),
+    (1600, _HARD_PARTS),
+    (2200, _HARDEST_PART),
+)
 """(step, batches from this step on)."""
 # Real H.264 for one clip in eight; the others only lose colour as in H.264, or drawing would outlast training.
 _CODEC_SHARE = 0.125

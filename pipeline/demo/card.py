@@ -24,12 +24,15 @@ class TrainingFacts:
     held_out_examples: int
     exact_match: Mapping[str, float]
     """By task, of the weights as written."""
+    note: str = ""
+    """What else should be known of this run."""
 
 
 def model_card(facts: TrainingFacts) -> str:
     """`README.md` of the checkpoint."""
     rows = "\n".join(f"| `{task}` | {share:.1%} |" for task, share in facts.exact_match.items())
-    return f"""\
+    return (
+        f"""\
 ---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -64,4 +67,7 @@ What it must be given, or its answers suffer:
 
 Made by `{facts.command}` with seed {facts.seed}: {facts.steps} steps in
 {facts.minutes:.0f} minutes ({facts.machine}).
-"""
+{facts.note}
+""".rstrip()
+        + "\n"
+    )

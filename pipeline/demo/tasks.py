@@ -61,6 +61,11 @@ def clip(rng: random.Random) -> tuple[Scene, ...]:
     return (random_clip(rng, random_names(rng, rng.randint(1, 2))),)
 
 
+def clip_of_two(rng: random.Random) -> tuple[Scene, ...]:
+    """One clip of a moving object and one that stays."""
+    return (random_clip(rng, random_names(rng, 2)),)
+
+
 def two_pictures(rng: random.Random) -> tuple[Scene, ...]:
     """Two pictures without an object in common; one of them may hold a single object."""
     first, second = rng.choice(((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 2)))
@@ -163,11 +168,11 @@ def larger(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
 
 
 def order(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
-    """Which of two boxes is on one side, from what is said of one of them."""
+    """Which of two boxes is on the left, or on the right."""
     left, right = rng.sample(list(COLOURS), 2)
     asked, answer = rng.choice((("left", left), ("right", right)))
-    said = rng.choice((f"The {left} box is left of the {right} box.", f"The {right} box is right of the {left} box."))
-    return f"{said} Which box is on the {asked}?", _sentence(f"the {answer} box")
+    question = f"The {left} box is left of the {right} box. Which box is on the {asked}?"
+    return question, _sentence(f"the {answer} box")
 
 
 def bound(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
@@ -194,6 +199,7 @@ TASKS: dict[str, Task] = {
 LESSONS: dict[str, Task] = TASKS | {
     "order": Task(nothing, order),
     "bound": Task(picture_of_different, bound),
+    "move_and_stay": Task(clip_of_two, describe_video),
 }
 
 

@@ -1,6 +1,6 @@
 """Train the demo checkpoint from nothing: transformers' own Qwen2-VL, fed by this package's preprocessing.
 
-    python -m pipeline.demo.train --output FOLDER [--steps 3200] [--processes 2] [--seed 0] [--resume]
+    python -m pipeline.demo.train --output FOLDER [--steps 3400] [--processes 2] [--seed 0] [--resume]
 
 Writes a standard Hugging Face checkpoint into FOLDER (config, weights in bfloat16, tokenizer, chat template,
 preprocessor, generation defaults, model card). The state of the training lies beside it in FOLDER.training/, saved
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
@@ -52,8 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check-examples", type=int, default=50, help="held-out examples a task at each save")
     parser.add_argument("--final-examples", type=int, default=500, help="held-out examples a task for the model card")
     parser.add_argument("--resume", action="store_true", help="go on from the state beside the output folder")
+    parser.add_argument("--note", default="", help="a sentence for the model card")
     args = parser.parse_args(argv)
-    prepare(args.output)
+    if not args.resume:
+        prepare(args.output)
     if args.processes == 1:
         Training(args).run()
         return
@@ -227,6 +229,7 @@ class Training:
             parameters=_size(written),
             held_out_examples=self.args.final_examples,
             exact_match=accuracy,
+            note=self.args.note,
         )
         (self.output / "README.md").write_text(model_card(facts), encoding="utf-8")
         self._say(str(facts))

@@ -146,8 +146,7 @@ def test_sums_and_orders_are_right() -> None:
         elif "larger" in words:
             assert made.answer == f"{max(int(words[4]), int(words[6]))}."
         else:
-            boxes = (words[1], words[7]) if words[4] == "left" else (words[7], words[1])
-            assert made.answer == f"The {boxes[words[-1] == 'right']} box."
+            assert made.answer == f"The {words[7] if words[-1] == 'right' else words[1]} box."
 
 
 def _names(scene: Picture | Clip) -> set[str]:
