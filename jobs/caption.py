@@ -22,7 +22,7 @@ from rich.console import Console
 
 from jobs.cluster import quiet_output, ray_cluster
 from jobs.command_line import EXIT_INTERRUPTED, run_job
-from jobs.progress import Progress, Tally, bottleneck, print_samples, print_summary, run_pace
+from jobs.progress import Progress, ProgressLog, Tally, bottleneck, print_samples, print_summary, run_pace
 from jobs.run_record import check_unchanged, identity, new_record, now
 from pipeline import storage
 from pipeline.config import CaptionConfig
@@ -144,6 +144,9 @@ def _check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) 
         raise ConfigError(
             f"input.keep: the manifest has no column {', '.join(missing)}; found: {', '.join(manifest.schema.names)}"
         )
+    by = config.output.partition_by
+    if by is not None and by not in config.input.keep:
+        raise ConfigError(f"output.partition_by: {by} is not a kept column; input.keep: {', '.join(config.input.keep)}")
     if manifest.num_rows:  # an empty JSONL file has no columns to look at, and no rows that would need any
         check_columns(manifest.schema.names, _message_options(config))
     check_model(model_path, revision=config.model.revision)
@@ -197,11 +200,16 @@ def _run(ready: Run, console: Console) -> int:
             raise
         reports = flow.reports(ledger)
     _check_errors(tally, config.run.max_error_fraction, at_end=True)
-    finalise(folder, ready.numbering, result_schema(ready.kept), rows_per_part=config.output.rows_per_part)
+    finalise(
+        folder,
+        ready.numbering,
+        result_schema(ready.kept),
+        rows_per_part=config.output.rows_per_part,
+        partition_by=config.output.partition_by,
+    )
     _close_record(ready, tally, "finished", reports)
     _report(config, folder, console)
-    hint = bottleneck(reports, placement.preprocess_actors) if work else None
-    print_summary(console, tally, folder.path, ready.record["errors"], hint)
+    print_summary(console, tally, folder.path, ready.record["errors"], ready.record["bottleneck"])
     _print_samples(console, folder, ready.kept.names)
     return 0
 
@@ -221,6 +229,7 @@ def _generate(
     tables = flow.run_flow(
         _flow(ready.config, ready.model_path, ready.manifest, placement), ready.manifest.spec, work, ledger
     )
+    noted = ProgressLog(ready.folder)
     with Progress(console, tally) as progress:
         last_row = time.monotonic()
         for table in flow.with_ticks(tables, seconds=1.0):
@@ -236,7 +245,9 @@ def _generate(
                 _check_errors(tally, ready.config.run.max_error_fraction)
             writer.flush_if_old()
             progress.tick()
+            noted.note(tally)
     writer.flush()
+    noted.note(tally, last=True)
 
 
 def _check_errors(tally: Tally, allowed: float, *, at_end: bool = False) -> None:
@@ -273,6 +284,7 @@ def _close_record(ready: Run, tally: Tally, state: str, reports: Sequence[dict[s
             "output_tokens": tally.output_tokens,
         },
         engine=engines[0]["describe"] if engines else None,
+        bottleneck=bottleneck(reports, ready.record["placement"]["preprocess_actors"]),
         stages=[{key: value for key, value in report.items() if key != "describe"} for report in reports],
     )
     ready.folder.write_run(ready.record)

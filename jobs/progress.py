@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import Counter, deque
@@ -15,10 +16,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import storage
+from pipeline.results import RunFolder
 from pipeline.schema import Status
 
 _WINDOW_S = 30.0
 _PLAIN_EVERY_S = 10.0
+_NOTE_EVERY_S = 5.0
+_PUBLISH_EVERY_S = 60.0
 
 
 @dataclass
@@ -119,6 +124,37 @@ class Progress:
         if not self._console.is_terminal and now - self._last >= _PLAIN_EVERY_S:
             self._last = now
             self._console.print(self._tally.line(), markup=False)
+
+
+class ProgressLog:
+    """`progress.jsonl` in the run folder: counts over time, a line every few seconds, for the report's plots.
+
+    It goes on where an earlier run's log ended. The whole file is published each time, since buckets can't append.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._lines: list[str] = []
+        self._tokens_before = 0
+        self._noted = self._published = time.monotonic()
+        try:
+            text = storage.read_bytes(folder.file("progress.jsonl"), folder.storage_options).decode()
+            self._lines = text.splitlines()
+            self._tokens_before = int(json.loads(self._lines[-1])["output_tokens"])
+        except (OSError, ValueError, LookupError, TypeError):
+            self._lines = []  # none yet, or damaged: the plots begin anew
+
+    def note(self, tally: Tally, *, last: bool = False) -> None:
+        """Add a line when it is time for one, and publish now and then."""
+        now = time.monotonic()
+        if last or now - self._noted >= _NOTE_EVERY_S:
+            self._noted = now
+            counts = {"rows": tally.done, "output_tokens": self._tokens_before + tally.output_tokens}
+            self._lines.append(json.dumps({"t": round(time.time(), 1), **counts, "errors": tally.failed}))
+        if last or now - self._published >= _PUBLISH_EVERY_S:
+            self._published = now
+            text = "\n".join(self._lines) + "\n"
+            storage.publish(self._folder.file("progress.jsonl"), text.encode(), self._folder.storage_options)
 
 
 def print_summary(console: Console, tally: Tally, path: str, error_types: Mapping[str, int], hint: str | None) -> None:

@@ -204,6 +204,8 @@ class OutputConfig(Section):
     """Seconds that finished rows may wait before they are published."""
     rows_per_part: Positive = 100_000
     """Rows in each final part file."""
+    partition_by: str | None = None
+    """A kept column by whose values the part files are put into folders, as in `task=count/part-00000.parquet`."""
     report: bool = True
     """Whether to write `report.html`, one page about the run, at its end."""
     storage_options: dict[str, Any] = Field(default_factory=dict)

@@ -3,8 +3,11 @@
     out/run/  run.json             settings, manifest fingerprint, versions, counts
               manifest.parquet     the listing, where the input was a folder of media
               fragments/*.parquet  finished rows, published whole as they come; gone once the parts stand
+              progress.jsonl       counts over time
               part-00000.parquet   final: manifest order, every manifest row once
               _SUCCESS             the parts are complete, their rows counted
+
+    With `partition_by`, parts lie one folder deeper, as in task=count/part-00000.parquet, without that column.
 
 A row that stands in several fragments (a crash between publishing and bookkeeping, or a retry) counts once: the
 latest attempt wins, and an answer wins over an error. Order of the last steps: parts, count, `_SUCCESS`, and only
@@ -15,11 +18,13 @@ Knows result rows and files; not how a row was answered.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +42,9 @@ _ROWS_PER_GROUP = 20_000
 _EARLY_FILES = ("manifest.parquet", "log.txt")
 """What a run that was refused before it began may have left."""
 _RANGE_KEY = b"qwen2_vl_batch.range"
+_PARTITION_KEY = b"qwen2_vl_batch.partition"
+"""In a partitioned part's footer: a table of one row and one column, the value that all its rows share."""
+_PART = re.compile(r"([^/]+=[^/]*/)?part-\d+\.parquet")
 _STATE_COLUMNS = [MANIFEST_FILE, MANIFEST_ROW, "status", "error_type", "attempts"]
 
 
@@ -96,9 +104,11 @@ class RunFolder:
         return [info.path for info in found if info.path.endswith(".parquet")]
 
     def parts(self) -> list[str]:
-        """Paths of all part files, in order."""
-        names = [info.path for info in self._top_level()]
-        return [path for path in names if storage.name(path).startswith("part-") and path.endswith(".parquet")]
+        """Paths of all part files, in manifest order."""
+        found = [info.path for info in storage.list_files(self.path, self.storage_options)]
+        below = len(self.path.rstrip("/")) + 1
+        parts = [path for path in found if _PART.fullmatch(path[below:])]
+        return sorted(parts, key=lambda path: (storage.name(path), path))
 
     def reopen(self) -> None:
         """Turn a finished folder's parts back into fragments, so that rows can be run again or added.
@@ -107,8 +117,8 @@ class RunFolder:
         """
         storage.make_dir(self.file("fragments"), self.storage_options)
         for part in self.parts():
-            data = storage.read_bytes(part, self.storage_options)
-            storage.publish(self.file("fragments", f"0-{storage.name(part)}"), data, self.storage_options)
+            name = part[len(self.path.rstrip("/")) + 1 :].replace("/", "-")
+            _publish_table(self, self.file("fragments", f"0-{name}"), self.read(part))
         storage.delete(self.file("_SUCCESS"), self.storage_options)
         for part in self.parts():
             storage.delete(part, self.storage_options)
@@ -120,7 +130,19 @@ class RunFolder:
     def read(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A fragment's or part's rows."""
         with storage.open_input(path, self.storage_options) as file:
-            return pq.read_table(file, columns=None if columns is None else list(columns))
+            parquet = pq.ParquetFile(file)
+            present = parquet.schema_arrow.names
+            wanted = present if columns is None else [name for name in columns if name in present]
+            table = parquet.read(columns=wanted)
+            metadata = parquet.schema_arrow.metadata or {}
+        if _PARTITION_KEY not in metadata:
+            return table
+        value = pa.ipc.open_stream(metadata[_PARTITION_KEY]).read_all()
+        name = value.column_names[0]
+        if columns is not None and name not in columns:
+            return table
+        table = table.append_column(value.schema.field(0), pa.repeat(value.column(0)[0], table.num_rows))
+        return table.replace_schema_metadata(None)
 
     def metadata(self, path: str) -> pq.FileMetaData:
         """A fragment's or part's footer."""
@@ -248,14 +270,21 @@ def _publish_table(folder: RunFolder, path: str, table: pa.Table) -> None:
         raise OutputError(f"can't write {path}: {error}; free or mend the storage and run the same command") from error
 
 
-def finalise(folder: RunFolder, numbering: RowNumbering, schema: pa.Schema, *, rows_per_part: int) -> int:
+def finalise(
+    folder: RunFolder,
+    numbering: RowNumbering,
+    schema: pa.Schema,
+    *,
+    rows_per_part: int,
+    partition_by: str | None = None,
+) -> int:
     """Write the part files from the fragments, check their count, mark success, remove the fragments.
 
     Memory holds one part and the fragments that overlap it, one at a time. Returns the number of parts.
     Raises OutputError when a row is missing.
     """
     sources = [(path, *_range(folder, path, numbering)) for path in folder.fragments()]
-    names: list[str] = []
+    written: set[str] = set()
     for number, start in enumerate(range(0, max(numbering.num_rows, 1), rows_per_part)):
         stop = min(start + rows_per_part, numbering.num_rows)
         table = _part(folder, sources, numbering, schema, start, stop)
@@ -264,17 +293,46 @@ def finalise(folder: RunFolder, numbering: RowNumbering, schema: pa.Schema, *, r
                 f"{folder.path}: rows {start} to {stop - 1} of the manifest have {table.num_rows} results, expected "
                 f"{stop - start}: run the same command again"
             )
-        names.append(f"part-{number:05d}.parquet")
-        _publish_table(folder, folder.file(names[-1]), table)
+        for place, piece in _partitions(table, partition_by):
+            path = folder.file(*place, f"part-{number:05d}.parquet")
+            storage.make_dir(storage.parent(path), folder.storage_options)
+            _publish_table(folder, path, piece)
+            written.add(path)
     for path in folder.parts():
-        if storage.name(path) not in names:
+        if path not in written:
             storage.delete(path, folder.storage_options)
     counted = sum(folder.metadata(path).num_rows for path in folder.parts())
     if counted != numbering.num_rows:
         raise OutputError(f"{folder.path}: the parts hold {counted} rows, the manifest {numbering.num_rows}")
     storage.publish(folder.file("_SUCCESS"), b"", folder.storage_options)
     folder.discard_fragments()
-    return len(names)
+    return len(written)
+
+
+def _partitions(table: pa.Table, column: str | None) -> Iterator[tuple[list[str], pa.Table]]:
+    """A part's rows by the value of a column, which goes into the folder's name and the footer."""
+    if column is None:
+        yield [], table
+        return
+    values = table.column(column)
+    for value in pc.unique(values):
+        rows = pc.is_null(values) if not value.is_valid else pc.fill_null(pc.equal(values, value), False)
+        field = pa.field(column, values.type)
+        one = pa.table([pa.array([value.as_py()], values.type)], schema=pa.schema([field]))
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, one.schema) as stream:
+            stream.write_table(one)
+        piece = table.filter(rows).drop_columns([column])
+        yield (
+            [_partition_folder(column, value)],
+            piece.replace_schema_metadata({_PARTITION_KEY: sink.getvalue().to_pybytes()}),
+        )
+
+
+def _partition_folder(column: str, value: pa.Scalar) -> str:
+    """Hive's way of naming: readers with hive partitioning find the column again."""
+    text = quote(str(value.as_py()), safe=" ,()") if value.is_valid else "__HIVE_DEFAULT_PARTITION__"
+    return f"{quote(column, safe='')}={text}"
 
 
 def _range(folder: RunFolder, path: str, numbering: RowNumbering) -> tuple[int, int]:

@@ -98,6 +98,8 @@ def test_a_job_lives_in_a_bucket_that_throttles_delays_and_cuts_connections(buck
         "out/log.txt",
         "out/part-00000.parquet",
         "out/part-00001.parquet",
+        "out/progress.jsonl",
+        "out/report.html",
         "out/run.json",
     ]
     record = json.loads(bucket.client().get_object(Bucket="data", Key="out/run.json")["Body"].read())

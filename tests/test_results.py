@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -135,6 +136,33 @@ def test_reopening_a_finished_folder_loses_no_row(tmp_path: Path) -> None:
     assert len(read_finished(folder, numbering).done) == 5
     finalise(folder, numbering, SCHEMA, rows_per_part=4)
     assert pa.concat_tables([pq.read_table(part) for part in folder.parts()]).equals(before)
+
+
+def test_parts_may_be_partitioned_by_a_column_and_reopened_without_loss(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([6])
+    out = writer(folder, numbering)
+    table = rows([(0, row) for row in range(6)])
+    tags = pa.array(["a", "b/c", None, "a", "b/c", "a"])
+    table = table.set_column(table.column_names.index("tag"), "tag", tags)
+    out.add(table)
+    out.flush()
+    finalise(folder, numbering, SCHEMA, rows_per_part=4, partition_by="tag")
+    found = sorted(str(Path(part).relative_to(folder.path)) for part in folder.parts())
+    assert found == [
+        "tag=__HIVE_DEFAULT_PARTITION__/part-00000.parquet",
+        "tag=a/part-00000.parquet",
+        "tag=a/part-00001.parquet",
+        "tag=b%2Fc/part-00000.parquet",
+        "tag=b%2Fc/part-00001.parquet",
+    ]
+    assert len(read_finished(folder, numbering).done) == 6
+    hive = pa.dataset.dataset(folder.parts(), partitioning="hive", partition_base_dir=folder.path).to_table()
+    assert sorted(zip(hive["id"].to_pylist(), hive["tag"].to_pylist(), strict=True)) == [
+        (f"0/{row}", tags[row].as_py()) for row in range(6)
+    ]
+    folder.reopen()
+    finalise(folder, numbering, SCHEMA, rows_per_part=10)
+    assert pq.read_table(folder.parts()[0]).column("tag").to_pylist() == tags.to_pylist()
 
 
 def test_stale_parts_of_an_interrupted_finalise_are_removed(tmp_path: Path) -> None:
