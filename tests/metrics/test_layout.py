@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.evaluate import EvaluateConfig, scoring_settings, with_manifest
+from jobs.layout import Layout, fill, manifest_row, prepare_manifest
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, ManifestError
-from pipeline.metrics.layout import Layout, fill, manifest_row, prepare_manifest
 from pipeline.metrics.scoring import Scorer
 from pipeline.schema import result_schema
 
