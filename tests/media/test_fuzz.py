@@ -44,6 +44,8 @@ def damaged(data: bytes, dice: random.Random) -> bytes:
     """The file with some bytes changed, moved, doubled or gone; headers are hit as often as the rest."""
     out = bytearray(data)
     for _ in range(dice.choice([1, 1, 2, 4, 16])):
+        if len(out) < 16:
+            break
         at = dice.randrange(min(len(out), 200) if dice.random() < 0.5 else len(out))
         match dice.randrange(6):
             case 0:
