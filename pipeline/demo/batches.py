@@ -67,12 +67,18 @@ _HARDEST_PART: Groups = {
     "bound": (1, ("bound",) * 4),
     "order": (2, ("order",) * 6),
 }
+_LAST_PARTS: Groups = {
+    **_HARDEST_PART,
+    "count": (3, _PICTURE),
+    "count_three": (6, ("describe_image", "count", "count", "count", "bound", "bound")),
+}
 STAGES: Sequence[tuple[int, Groups]] = (
     (0, _SEEING),
     (400, _ALL_TASKS),
     (1200, _LATE_TASKS),
     (1600, _HARD_PARTS),
     (2200, _HARDEST_PART),
+    (2400, _LAST_PARTS),
 )
 """(step, batches from this step on)."""
 # Real H.264 for one clip in eight; the others only lose colour as in H.264, or drawing would outlast training.

@@ -17,7 +17,7 @@ Split: TypeAlias = Literal["train", "held-out"]
 Scene: TypeAlias = Picture | Clip
 Name: TypeAlias = tuple[str, str]
 
-NUMBERS = ("zero", "one", "two", "three", "four")
+NUMBERS = ("zero", "one", "two", "three")
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,15 @@ def picture_of_different(rng: random.Random) -> tuple[Scene, ...]:
 
 
 def picture_of_similar(rng: random.Random) -> tuple[Scene, ...]:
-    """One picture of one to four objects of two colours and two shapes: something to count."""
+    """One picture of one to three objects of two colours and two shapes: something to count."""
     colours, shapes = rng.sample(list(COLOURS), 2), rng.sample(SHAPES, 2)
-    return (random_picture(rng, [(rng.choice(colours), rng.choice(shapes)) for _ in range(rng.randint(1, 4))]),)
+    return (random_picture(rng, [(rng.choice(colours), rng.choice(shapes)) for _ in range(rng.randint(1, 3))]),)
+
+
+def picture_of_three(rng: random.Random) -> tuple[Scene, ...]:
+    """One picture of three objects of two colours and two shapes."""
+    colours, shapes = rng.sample(list(COLOURS), 2), rng.sample(SHAPES, 2)
+    return (random_picture(rng, [(rng.choice(colours), rng.choice(shapes)) for _ in range(3)]),)
 
 
 def clip(rng: random.Random) -> tuple[Scene, ...]:
@@ -199,6 +205,7 @@ TASKS: dict[str, Task] = {
 LESSONS: dict[str, Task] = TASKS | {
     "order": Task(nothing, order),
     "bound": Task(picture_of_different, bound),
+    "count_three": Task(picture_of_three, count),
     "move_and_stay": Task(clip_of_two, describe_video),
 }
 
