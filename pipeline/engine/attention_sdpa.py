@@ -44,7 +44,7 @@ class SdpaAttention(AttentionBackend):
             # Neighbouring frames of one size are one batch: [count, H, length, D].
             shape = (count, length, *q.shape[1:])
             parts = (x[start:stop].view(shape).transpose(1, 2) for x in (q, k, v))
-            out[start:stop] = _sdpa(*parts).transpose(1, 2).reshape(stop - start, *q.shape[1:])
+            out[start:stop].view(shape).copy_(_sdpa(*parts).transpose(1, 2))
             start = stop
         return out
 

@@ -161,6 +161,7 @@ class NativeEngine:
             "model": self.checkpoint.name,
             "device": str(self.checkpoint.device),
             "dtype": str(self.checkpoint.dtype).removeprefix("torch."),
+            "matmul_dtype": str(self.runner.text.lm_head.weight.dtype).removeprefix("torch."),
             "attention": self.runner.attention.name,
             "cuda_graphs": self.runner.graphs is not None,
             "max_context": self.admission.max_context,

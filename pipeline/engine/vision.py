@@ -110,6 +110,8 @@ class VisionModel:
         spatial = self.head_dim // 2
         steps = torch.arange(0, spatial, 2, dtype=torch.float32)
         self.inv_freq = (1.0 / (theta ** (steps / spatial))).to(self.device)
+        on_gpu = self.device.type == "cuda"
+        self._copies: Any = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     def encode(self, media: Sequence[Medium], max_patches: int) -> Iterator[tuple[Medium, torch.Tensor]]:
         """Each medium with its visual tokens [tokens, text width], as soon as all its frames are done."""
@@ -155,12 +157,19 @@ class VisionModel:
         return values[0] if len(values) == 1 else torch.cat(values)  # plan_passes puts images first
 
     def _upload(self, parts: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
-        """Into one buffer, pinned for a GPU, from where the copy overlaps with the pass before."""
+        """Into one buffer; for a GPU a pinned one, copied on a stream of its own while earlier passes compute."""
         total = sum(len(part) for part in parts)
         on_gpu = self.device.type == "cuda"
         staging = torch.empty((total, parts[0].shape[1]), dtype=torch.uint8, pin_memory=on_gpu)
         np.concatenate(parts, out=staging.numpy())
-        return staging.to(self.device, non_blocking=True)
+        if not on_gpu:
+            return staging
+        with torch.cuda.stream(self._copies):
+            patches = staging.to(self.device, non_blocking=True)
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_stream(self._copies)
+        patches.record_stream(compute)
+        return patches
 
     def _rotation(self, frames: Sequence[Frames]) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [N, 1, 1, D]: the first half of the angles by patch row, the second by column."""

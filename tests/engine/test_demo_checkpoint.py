@@ -13,8 +13,6 @@ import pytest
 import pipeline.demo
 from pipeline.engine import EngineOptions, Request, load_engine
 from tests.engine.tiny import (
-    IM_END,
-    IM_START,
     IMAGE_PAD,
     VIDEO_PAD,
     VISION_END,
@@ -38,13 +36,13 @@ def rows(count: int) -> list[Request]:
         VIDEO_PAD: config["video_token_id"],
         VISION_START: config["vision_start_token_id"],
         VISION_END: config["vision_end_token_id"],
-        IM_START: 1,
-        IM_END: 2,
     }
+    reserved = {value for name, value in config.items() if name.endswith("token_id")}
+    words = [token for token in range(config["text_config"]["vocab_size"]) if token not in reserved]
     requests = []
     for request in mixed_requests(count, seed=12):
-        ids = np.asarray([special.get(int(i), int(i) % 200) for i in request.input_ids], dtype=np.int32)
-        requests.append(replace(request, input_ids=ids))
+        ids = [special.get(int(i), words[int(i)]) for i in request.input_ids]
+        requests.append(replace(request, input_ids=np.asarray(ids, dtype=np.int32)))
     return requests
 
 

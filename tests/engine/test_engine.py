@@ -290,6 +290,7 @@ def test_a_row_that_fits_no_memory_even_alone_is_one_error_row(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_host_memory_is_flat_over_ten_thousand_requests(tiny_model: Any) -> None:
     import gc
     import resource
