@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -43,6 +44,11 @@ from pipeline.patches import (
 from tests.golden import cases
 
 MAX_PIXELS = 12_845_056
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def test_smart_resize_equals_transformers_for_a_hundred_thousand_sizes() -> None:
@@ -177,8 +183,6 @@ def test_a_jpeg_is_bit_equal_to_the_pil_processor() -> None:
 
 
 def test_both_tables_give_the_same_bfloat16_values() -> None:
-    import torch
-
     torchvision, pil = (torch.from_numpy(pixel_table(resize=resize)).bfloat16() for resize in ("torch", "pil"))
     assert torch.equal(torchvision, pil)
 

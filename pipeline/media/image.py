@@ -58,6 +58,8 @@ _PILLOW_ERRORS = (
     AssertionError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 
+_SIGNATURES = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"RIFF": "WebP or AVI", b"BM": "BMP"}
+
 T = TypeVar("T")
 
 

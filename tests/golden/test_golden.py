@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from pipeline.conversation import MediumSettings
 from pipeline.errors import SettingError
@@ -28,6 +29,11 @@ from tests.golden import cases
 
 GOLDEN: dict[str, Any] = json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))
 TABLE = pixel_table()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def digest(values: npt.NDArray[Any]) -> str:
