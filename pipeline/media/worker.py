@@ -40,17 +40,21 @@ from pipeline.errors import (
     RowError,
 )
 from pipeline.media.child import AWAIT, KILL, LENGTH_BYTES, SPAWN, MediumRequest, Progress, Request
-from pipeline.media.decode import SeenMedium
+from pipeline.media.decode import SeenMedium, shown_source
 from pipeline.media.limits import MIB, MediaOptions
 from pipeline.media.segment import Segment
+from pipeline.patches import Uint8Array
 from pipeline.schema import MediumReceipt
 
 Medium: TypeAlias = tuple[MediumKind, bytes, MediumSettings, str]
 """(kind, encoded bytes, settings, source): the source is what the receipt will say."""
 
-# Segments that are kept for the next rows, and the size above which their memory is given back in between.
-_MAX_SPARE_OUTPUTS = 4
+# A segment is cut to this size between uses, and all that wait to be used again together to the next.
 _KEPT_BYTES = 64 * MIB
+_SPARE_BYTES = 256 * MIB
+# Patches up to this size are copied out rather than handed over, as are all once so many segments are held.
+_COPIED_BYTES = 256 * 1024
+_MAX_HELD = 128
 # Memory that a decoder keeps between media instead of returning it to the system.
 _REUSED_BYTES = 256 * MIB
 # How often a decoder's memory is looked at; ordinary images are done before the first look.
@@ -138,7 +142,8 @@ class MediaWorker:
                 answers += decoder.receive(self._options, self._input)
         except MediaError as error:
             failure = error
-        buffer = self._outputs.hand_out(output)
+        used = [start + rows * columns for start, rows, columns in (a["patches"] for a in answers if "patches" in a)]
+        buffer = self._outputs.hand_out(output, max(used, default=0))
         for (row, place), answer in zip(undone, answers, strict=False):
             results[row][place] = _result(answer, buffer, rows[row][place][3])
         if failure is not None:
@@ -175,12 +180,12 @@ class _Outputs:
 
     def free(self) -> int:
         """Number of a segment that may be written to."""
-        for number in self._free[_MAX_SPARE_OUTPUTS:]:
+        while self._free and sum(self._segments[number].size for number in self._free) > _SPARE_BYTES:
+            number = self._free.pop(0)
             self._segments.pop(number).close()
             self._forgotten.append(number)
-        del self._free[_MAX_SPARE_OUTPUTS:]
         if self._free:
-            number = self._free.pop(0)
+            number = self._free.pop()
             self._segments[number].trim(_KEPT_BYTES)
             return number
         self._count += 1
@@ -196,14 +201,16 @@ class _Outputs:
         given_up, self._forgotten = tuple(self._forgotten), []
         return given_up
 
-    def hand_out(self, number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The segment's bytes. It becomes free when this array, and every one that looks into it, is gone."""
+    def hand_out(self, number: int, used: int) -> Uint8Array:
+        """The segment's first `used` bytes. It becomes free when no array looks at them any more."""
         segment = self._segments[number]
         segment.refresh()
-        if not segment.size:
+        held = len(self._segments) - len(self._free)
+        if used <= _COPIED_BYTES or held > _MAX_HELD:
+            # A segment takes a file descriptor in two processes: rows that are kept must not use them up.
             self._free.append(number)
-            return np.empty(0, dtype=np.uint8)
-        buffer = np.frombuffer(segment.map, dtype=np.uint8)
+            return np.frombuffer(segment.map, dtype=np.uint8, count=used).copy() if used else np.empty(0, np.uint8)
+        buffer = np.frombuffer(segment.map, dtype=np.uint8, count=used)
         # list.append is atomic: this may run in whichever thread lets go of the last array.
         weakref.finalize(buffer, self._free.append, number).atexit = False
         return buffer
@@ -397,7 +404,7 @@ def _ending(code: int) -> str:
     return f"the decoder process was ended by {name}{hint} while decoding"
 
 
-def _result(answer: dict[str, Any], buffer: np.ndarray[Any, np.dtype[np.uint8]], source: str) -> SeenMedium | RowError:
+def _result(answer: dict[str, Any], buffer: Uint8Array, source: str) -> SeenMedium | RowError:
     if "error" in answer:
         name, message = answer["error"]
         kind = getattr(pipeline.errors, name, DecoderCrash)
@@ -408,5 +415,5 @@ def _result(answer: dict[str, Any], buffer: np.ndarray[Any, np.dtype[np.uint8]],
     receipt: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in answer["receipt"].items()
     }
-    receipt["source"] = source
+    receipt["source"] = shown_source(source)
     return SeenMedium(patches, MediumReceipt(**receipt))
