@@ -36,7 +36,6 @@ def model_card(facts: TrainingFacts) -> str:
 ---
 library_name: transformers
 pipeline_tag: image-text-to-text
-license: apache-2.0
 ---
 
 # A tiny Qwen2-VL that knows one drawn world
@@ -58,7 +57,7 @@ What it must be given, or its answers suffer:
 
 | setting | value |
 | --- | --- |
-| `add_vision_id` | true for questions about several pictures; either for the rest |
+| `add_vision_id` | true (what the accuracies above were measured with); questions about several pictures need it |
 | order | media first, then the question |
 | image `min_pixels`, `max_pixels` | {recipe.IMAGE_MIN_PIXELS}, {recipe.IMAGE_MAX_PIXELS} |
 | video `min_pixels`, `max_pixels` a frame | {recipe.VIDEO_MIN_PIXELS}, {recipe.VIDEO_MAX_PIXELS} |

@@ -105,7 +105,9 @@ def random_clip(rng: random.Random, names: list[tuple[str, str]]) -> Clip:
     things = tuple(random_thing(rng, name, place) for name, place in zip(names, [start, *others], strict=True))
     # H.264 with halved chroma wants even sides.
     width, height = 2 * rng.randint(42, 62), 2 * rng.randint(42, 62)
-    return Clip(things, end, width, height, rng.choice((8, 10, 12)), rng.choice((2, 2, 2, 3)))
+    # Two seconds are two steps in time for the model: enough for one object, too few to tell which of two has moved.
+    seconds = 3 if others else rng.choice((2, 3))
+    return Clip(things, end, width, height, rng.choice((8, 10, 12)), seconds)
 
 
 def draw_picture(picture: Picture) -> Uint8Array:
