@@ -25,7 +25,7 @@ from pipeline.engine.media_ledger import MediaLedger
 from pipeline.engine.model_runner import ModelRunner, PassResult, decode_forward
 from pipeline.engine.options import Detokenize, EngineOptions
 from pipeline.engine.pixels import PixelTable
-from pipeline.engine.scheduler import DecodePlan, Plan, Scheduler
+from pipeline.engine.scheduler import Plan, PrefillPlan, Scheduler
 from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, error_completions
 from pipeline.engine.stopping import StopRules
 from pipeline.engine.text_model import TextModel
@@ -98,7 +98,7 @@ class NativeEngine:
         )
         self._in_flight: deque[PassResult] = deque()
         self._done: list[Completion] = []
-        self._lone_failures: dict[Sequence, int] = {}
+        self._lone_failures: dict[RequestId, int] = {}
         self._num_out_of_memory = 0
 
     # ---- the interface
@@ -121,6 +121,8 @@ class NativeEngine:
             try:
                 result = self.runner.run(plan, max_batch_patches=self.scheduler.max_batch_patches)
                 self._in_flight.append(result)
+                if isinstance(plan, PrefillPlan):
+                    self.scheduler.prefill_succeeded()
             except (torch.OutOfMemoryError, MemoryError) as error:
                 self._recover(plan, error)
             except RuntimeError as error:
@@ -152,7 +154,7 @@ class NativeEngine:
         for sequence in self.scheduler.find(request_id):
             sequence.finish("stop")
             self.scheduler.retire(sequence)
-            self._lone_failures.pop(sequence, None)
+        self._lone_failures.pop(request_id, None)
         self._done = [completion for completion in self._done if completion.request_id != request_id]
 
     def describe(self) -> dict[str, Any]:
@@ -205,7 +207,7 @@ class NativeEngine:
 
     def _retire(self, sequence: Sequence) -> None:
         self.scheduler.retire(sequence)
-        self._lone_failures.pop(sequence, None)
+        self._lone_failures.pop(sequence.request.request_id, None)
         self._done.append(sequence.completion())
 
     def _media_in_use(self) -> set[bytes]:
@@ -220,23 +222,27 @@ class NativeEngine:
         failed = [s for s in plan.sequences if not s.is_finished]
         for sequence in reversed(failed):
             self.scheduler.preempt(sequence)
-        self.scheduler.halve_budgets()
-        if isinstance(plan, DecodePlan):
-            self.scheduler.max_decoding = max(1, len(failed) // 2)
-        if len(failed) == 1:
-            sequence = failed[0]
-            failures = self._lone_failures.get(sequence, 0) + 1
-            self._lone_failures[sequence] = failures
-            if failures >= MAX_LONE_FAILURES:
-                sequence.error = EngineOutOfMemory(
-                    f"out of memory with this row alone ({sequence.num_prompt_tokens} prompt tokens, "
-                    f"{sequence.request.num_visual_tokens} visual): use fewer or smaller media, or leave more "
-                    f"memory free of the cache: {' '.join(str(error).split())[:200]}"
-                )
-                sequence.finish("error")
-                self._retire(sequence)
+        self.scheduler.halve_budgets(plan)
+        if len({id(sequence.request) for sequence in failed}) == 1:
+            self._count_lone_failure(failed, error)
         if self.checkpoint.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _count_lone_failure(self, failed: list[Sequence], error: BaseException) -> None:
+        """These samples of one request had the pass to themselves; too often is an error row."""
+        request = failed[0].request
+        failures = self._lone_failures.get(request.request_id, 0) + 1
+        self._lone_failures[request.request_id] = failures
+        if failures < MAX_LONE_FAILURES:
+            return
+        for sequence in failed:
+            sequence.error = EngineOutOfMemory(
+                f"out of memory with this row alone ({sequence.num_prompt_tokens} prompt tokens, "
+                f"{request.num_visual_tokens} visual): use fewer or smaller media, or leave more memory free of the "
+                f"cache: {' '.join(str(error).split())[:200]}"
+            )
+            sequence.finish("error")
+            self._retire(sequence)
 
     def _make_graphs(self, max_context: int) -> DecodeGraphs:
         runner = self.runner

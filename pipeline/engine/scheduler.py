@@ -84,6 +84,8 @@ class Scheduler:
         self.max_running = max_running
         self.max_decoding = max_running
         """Below max_running only after a decode pass ran out of memory."""
+        self.max_packed = max_running
+        """Sequences in one prefill pass; halved by out-of-memory until the culprit is alone, then grows back."""
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_patches = max_batch_patches
         self.patience = patience
@@ -137,10 +139,18 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
-    def halve_budgets(self) -> None:
-        """After out-of-memory: smaller passes from now on."""
+    def halve_budgets(self, failed: Plan) -> None:
+        """After this plan ran out of memory: smaller passes from now on."""
+        count = len(failed.sequences)
+        if isinstance(failed, DecodePlan):
+            self.max_decoding = max(1, count // 2)
+            return
+        self.max_packed = max(1, min(self.max_packed, count) // 2)
         self.max_batch_tokens = max(MIN_BATCH_TOKENS, self.max_batch_tokens // 2)
         self.max_batch_patches = max(4 * MIN_BATCH_TOKENS, self.max_batch_patches // 2)
+
+    def prefill_succeeded(self) -> None:
+        self.max_packed = min(self.max_running, 2 * self.max_packed)
 
     # ---- planning
 
@@ -187,7 +197,7 @@ class Scheduler:
             media = self.ledger.new_media(sequence, planned)
             patches = sum(medium.num_patches for medium in media)
             too_much = sequence.num_tokens > budget or num_patches + patches > self.max_batch_patches
-            if plan.chunks and too_much:
+            if plan.chunks and (too_much or len(plan.chunks) >= self.max_packed):
                 break  # alone in a pass it may be cut into chunks, or have its media encoded in parts
             needed = self.blocks.blocks_for(sequence.num_tokens)
             alone = not self.running and not plan.chunks
