@@ -105,6 +105,8 @@ def run(config: EvaluateConfig) -> int:
         canaries = run_canaries(config, settings) if config.evaluate.canaries else None
     metrics = evaluate_folder(folder, settings, config.evaluate, canaries=canaries, storage_options=options)
     _print_scores(metrics)
+    if not config.output.report:
+        return 0
     report_path = storage.join(folder, "report.html")
     page = ReportOptions(
         thumbnails=config.evaluate.thumbnails,
@@ -153,12 +155,17 @@ def _generate(config: EvaluateConfig, settings: ScoringSettings) -> int:
 
 
 def _keeping(config: EvaluateConfig, settings: ScoringSettings) -> EvaluateConfig:
-    """The config whose results keep every column that scores and report need."""
+    """The config of the caption job: its results keep every column that scores and report need."""
     wanted = [name for name in settings.columns if name not in RESULT_COLUMNS]
     if config.evaluate.layout is not None:
         wanted += ["prompt", *config.evaluate.layout.keep]
     keep = list(dict.fromkeys([*config.input.keep, *wanted]))
-    return config.model_copy(update={"input": config.input.model_copy(update={"keep": keep})})
+    update = {
+        "input": config.input.model_copy(update={"keep": keep}),
+        # The page is written once the rows are scored.
+        "output": config.output.model_copy(update={"report": False}),
+    }
+    return config.model_copy(update=update)
 
 
 def run_canaries(config: EvaluateConfig, settings: ScoringSettings) -> dict[str, Any]:
@@ -168,7 +175,7 @@ def run_canaries(config: EvaluateConfig, settings: ScoringSettings) -> dict[str,
     folder = storage.join(config.output.path, "canaries")
     alone = _keeping(config, settings).model_copy(
         update={
-            "output": config.output.model_copy(update={"path": folder}),
+            "output": config.output.model_copy(update={"path": folder, "report": False}),
             "engine": config.engine.model_copy(update={"max_running": 1, "batch_size": 1}),
             "evaluate": config.evaluate.model_copy(update={"canaries": 0}),
         }

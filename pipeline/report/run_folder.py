@@ -222,8 +222,13 @@ def _is_part(name: str) -> bool:
 
 
 def _is_shown(field: pa.Field) -> bool:
-    kind = field.type
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or field.name in _NOT_SHOWN:
-        return False
-    # A kept image struct carries whole files.
-    return not (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+    return field.name not in _NOT_SHOWN and not _holds_bytes(field.type)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Whether values may carry whole files, as kept image columns do."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _holds_bytes(kind.value_type)
+    if pa.types.is_struct(kind):
+        return any(_holds_bytes(kind.field(index).type) for index in range(kind.num_fields))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))

@@ -63,6 +63,15 @@ def test_one_pass_reads_rows_in_bounded_batches_and_fetches_only_what_is_shown(t
     assert row["id"] == "row-0045" and "logprobs" not in row
 
 
+def test_kept_columns_with_whole_files_are_not_loaded_for_the_page(tmp_path: Path) -> None:
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    kept = pa.schema([("prompt", pa.string()), ("pictures", pa.list_(picture)), ("picture", picture)])
+    row = result_row(0) | {"pictures": [{"bytes": b"x", "path": None}], "picture": {"bytes": b"x", "path": None}}
+    folder = write_run(tmp_path / "run", [row, row | {"manifest_row": 1}], kept=kept)
+    shown = RunReader(str(folder)).fetch({Position(0, 0)})[Position(0, 0)]
+    assert shown["prompt"] and not {"pictures", "picture"} & set(shown)
+
+
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
