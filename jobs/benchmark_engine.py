@@ -8,6 +8,7 @@ measures engines, not image decoding. Output lengths are fixed for each row, so 
 
     images_per_s          images / seconds from the first request to the last completion
     mfu                   arithmetic of the workload / seconds / what a large matrix product reaches here
+    cpu_seconds           processor time of the run: on a busy machine a fairer measure than the clock
     share_of_limit        the same against the workload's own bound: on a GPU the decode's memory traffic too
 
 The last line is JSON.
@@ -16,6 +17,7 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import resource
 import subprocess
@@ -201,7 +203,7 @@ def run_worker(arguments: argparse.Namespace) -> dict[str, Any]:
     start_up = time.perf_counter() - started
     before = engine.stats()
 
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     for request in requests:
         engine.add(request)
     done: list[Completion] = []
@@ -211,6 +213,7 @@ def run_worker(arguments: argparse.Namespace) -> dict[str, Any]:
         if done and first is None:
             first = time.perf_counter() - started
     seconds = time.perf_counter() - started
+    cpu_seconds = time.process_time() - cpu_started
     assert all(completion.error is None for completion in done), done[0].error
 
     flops_per_s = GPU_FLOPS if on_gpu else measure_flops(dtype)
@@ -222,6 +225,7 @@ def run_worker(arguments: argparse.Namespace) -> dict[str, Any]:
         "images_per_s": len(requests) / seconds,
         "output_tokens_per_s": sum(map(len, tokens.values())) / seconds,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "first_completion_s": first,
         "start_up_s": start_up,
         "peak_memory_gb": (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9,
@@ -248,8 +252,8 @@ def run_in_process(variant: str, arguments: argparse.Namespace) -> dict[str, Any
     result: dict[str, Any] = json.loads(lines[-1])
     print(
         f"{variant:14} {result['images_per_s']:7.2f} images/s {result['output_tokens_per_s']:8.1f} tokens/s   "
-        f"first {result['first_completion_s']:6.1f} s   start-up {result['start_up_s']:5.1f} s   "
-        f"peak {result['peak_memory_gb']:5.2f} GB   MFU {result['mfu']:5.1%}   "
+        f"cpu {result['cpu_seconds']:7.1f} s   first {result['first_completion_s']:6.1f} s   "
+        f"start-up {result['start_up_s']:5.1f} s   peak {result['peak_memory_gb']:5.2f} GB   MFU {result['mfu']:5.1%}   "
         f"of limit {result['share_of_limit']:5.1%}",
         flush=True,
     )
@@ -299,7 +303,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     truth = finished.get("1") or next(iter(finished.values()), None)
     mismatched = sum(ours["tokens"][i] != truth["tokens"][i] for i in ours["tokens"]) if truth else None
     if "vllm" in peers:
-        print("vllm           not measured: its input is images through its own processor, not patches")
+        installed = importlib.util.find_spec("vllm") is not None
+        reason = "its input is images through its own processor, not patches" if installed else "not installed"
+        print(f"vllm           not measured: {reason}")
     print(
         json.dumps(
             {
@@ -312,6 +318,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "reference_images_per_s": {
                     size: result["images_per_s"] if result else None for size, result in reference.items()
                 },
+                "reference_cpu_seconds": {
+                    size: result["cpu_seconds"] if result else None for size, result in reference.items()
+                },
                 "vllm_images_per_s": None,
                 "ratio_to_best_reference": ours["images_per_s"] / best if best else None,
                 "mismatched_rows": mismatched,
@@ -319,6 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     name: ours[name]
                     for name in (
                         "output_tokens_per_s",
+                        "cpu_seconds",
                         "first_completion_s",
                         "start_up_s",
                         "peak_memory_gb",
