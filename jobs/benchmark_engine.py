@@ -253,8 +253,8 @@ def run_in_process(variant: str, arguments: argparse.Namespace) -> dict[str, Any
     print(
         f"{variant:14} {result['images_per_s']:7.2f} images/s {result['output_tokens_per_s']:8.1f} tokens/s   "
         f"cpu {result['cpu_seconds']:7.1f} s   first {result['first_completion_s']:6.1f} s   "
-        f"start-up {result['start_up_s']:5.1f} s   peak {result['peak_memory_gb']:5.2f} GB   MFU {result['mfu']:5.1%}   "
-        f"of limit {result['share_of_limit']:5.1%}",
+        f"start-up {result['start_up_s']:5.1f} s   peak {result['peak_memory_gb']:5.2f} GB   "
+        f"MFU {result['mfu']:5.1%}   of limit {result['share_of_limit']:5.1%}",
         flush=True,
     )
     return result
