@@ -5,6 +5,7 @@ Knows wording; the numbers are handed to it.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ What it must be given, or its answers suffer:
 
 Made by `{facts.command}` with seed {facts.seed}: {facts.steps} steps in
 {facts.minutes:.0f} minutes ({facts.machine}).
-{facts.note}
+{textwrap.fill(facts.note, 118)}
 """.rstrip()
         + "\n"
     )

@@ -74,6 +74,11 @@ def _join(rank: int, args: argparse.Namespace, meeting: str) -> None:
 def prepare(folder: Path) -> None:
     """Write everything of the checkpoint that needs no training."""
     write_tokenizer(folder)
+    write_settings(folder)
+
+
+def write_settings(folder: Path) -> None:
+    """The preprocessors' and the generation settings, beside a written tokenizer."""
     token_ids, _ = special_token_ids(folder)
     for name, content in (
         ("preprocessor_config.json", recipe.image_processor_config()),
@@ -212,6 +217,7 @@ class Training:
 
     def _finish(self) -> None:
         write_weights(self.average, self.output)
+        write_settings(self.output)  # in place of the generation settings that transformers derives
         from transformers import Qwen2VLForConditionalGeneration
 
         written: Any = Qwen2VLForConditionalGeneration.from_pretrained(self.output, dtype=torch.float32).eval()
