@@ -205,7 +205,17 @@ def collect(reader: RunReader, *, size: int = 6, places: Collection[int] = (), s
         chosen = {position for positions in found.sections.values() for position in positions}
         chosen |= set(found.by_place.values())
         found.scores = _scores_of(reader, chosen)
+        _part_best_from_worst(found)
     return found
+
+
+def _part_best_from_worst(found: Collected) -> None:
+    """No row is among both: what scores as high as the best is no "worst", what scores nothing no "best"."""
+    score = {position: value for position, (_, value) in found.scores.items()}
+    best = [position for position in found.sections["best"] if score.get(position, 0.0) > 0.0]
+    highest = max((score[position] for position in best), default=float("inf"))
+    found.sections["best"] = best
+    found.sections["worst"] = [one for one in found.sections["worst"] if score.get(one, 0.0) < highest]
 
 
 def _count_errors(found: Collected, one: ResultBatch, answered: npt.NDArray[np.bool_]) -> None:

@@ -196,6 +196,15 @@ def test_a_regression_is_called_with_rows_that_show_it(tmp_path: Path) -> None:
     assert "**Worse than the baseline" in render_markdown(report)
 
 
+@pytest.mark.parametrize(("text", "shown"), [("right", {"best"}), ("wrong", {"worst"})])
+def test_rows_that_all_score_the_same_are_not_both_best_and_worst(tmp_path: Path, text: str, shown: set[str]) -> None:
+    rows = [result_row(number, text=text, reference="right") for number in range(5)]
+    folder = write_run(tmp_path / "run", rows)
+    write_scores(folder)
+    sections = {key for key, *_ in gather(str(folder), options=_QUICK).sections}
+    assert sections & {"best", "worst"} == shown
+
+
 def test_equal_runs_are_called_identical(tmp_path: Path) -> None:
     candidate, baseline = _pair(tmp_path, lambda row: row)
     comparison = compare_folders(str(candidate), str(baseline))
