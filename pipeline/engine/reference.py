@@ -83,8 +83,10 @@ class ReferenceEngine:
         return bool(self._waiting or self._done)
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
-        order = {}
+        order: dict[RequestId, int] = {}
         for place, request in enumerate(requests):
+            if request.request_id in order:
+                raise ValueError(f"request id {request.request_id!r} occurs twice; ids must differ")
             order[request.request_id] = place
             self.add(request)
         done: list[Completion] = []

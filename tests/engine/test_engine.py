@@ -161,6 +161,11 @@ def test_mixed_sampling_in_one_batch_changes_no_greedy_row(build: Build) -> None
     assert tokens_of(build().generate(mixed))[:4] == expected
 
 
+def test_two_requests_with_one_id_are_refused(build: Build) -> None:
+    with pytest.raises(ValueError, match="request id 1 occurs twice"):
+        build().generate([row(1), row(1)])
+
+
 # ---- mistakes are rows
 
 
