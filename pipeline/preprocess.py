@@ -7,6 +7,7 @@ Knows the steps it joins and the two row schemas; not Ray, nor what the engine d
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections import deque
@@ -19,16 +20,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.conversation import Conversation, MediumPart
+from pipeline.conversation import Conversation
 from pipeline.errors import RowError
 from pipeline.media.decode import SeenMedium
 from pipeline.media.fetch import Fetcher
 from pipeline.media.limits import FetchOptions, MediaOptions
-from pipeline.media.worker import MediaWorker
+from pipeline.media.worker import MediaWorker, Medium
 from pipeline.messages import MessageOptions, conversation, row_id
 from pipeline.patches import num_visual_tokens
 from pipeline.prompt import ChatTokenizer, prompt_hash
 from pipeline.schema import MEDIUM_TYPE, Status, UnitColumn, request_schema
+
+_ROWS_PER_HANDOVER = 8
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,10 @@ class PreprocessStage:
         """The same, a table each time that so many bytes of patches have come together."""
         rows: list[_Row] = []
         first, size = 0, 0
-        for row in self._read_ahead(table):
-            rows.append(self._finish(row))
-            size += sum(one.patches.nbytes for one in row.seen)
+        for group in _groups(self._read_ahead(table)):
+            self._finish(group)
+            rows += group
+            size += sum(one.patches.nbytes for row in group for one in row.seen)
             if size >= block_bytes:
                 yield self._request_table(rows, table.slice(first, len(rows)))
                 first, size, rows = first + len(rows), 0, []
@@ -136,37 +140,41 @@ class PreprocessStage:
         row.seconds = time.perf_counter() - started
         return row
 
-    def _finish(self, row: _Row) -> _Row:
+    def _finish(self, rows: Sequence[_Row]) -> None:
+        """See the media of a few rows, with one hand-over to the decoder, and write their prompts."""
         started = time.perf_counter()
-        try:
-            if row.error is None and row.conversation is not None:
-                self._see(row, row.conversation)
-        except RowError as error:
-            row.error = error
-        for fetch in row.fetches:
-            fetch.cancel()
-        row.fetches = []
-        row.seconds += time.perf_counter() - started
-        return row
+        ready: list[tuple[_Row, str, list[Medium]]] = []
+        for row in rows:
+            try:
+                if row.error is None and row.conversation is not None:
+                    ready.append((row, *self._gather(row, row.conversation)))
+            except RowError as error:
+                row.error = error
+            for fetch in row.fetches:
+                fetch.cancel()
+            row.fetches = []
+        seen = self._worker.see_rows([media for _, _, media in ready])
+        for (row, rendered, _), results in zip(ready, seen, strict=True):
+            row.error = next((result for result in results if isinstance(result, RowError)), None)
+            if row.error is not None:
+                continue
+            row.seen = [result for result in results if isinstance(result, SeenMedium)]
+            counts = [num_visual_tokens(one.receipt.grid_thw) for one in row.seen]
+            row.input_ids = self._tokenizer.encode(rendered, counts)
+            row.prompt_hash = prompt_hash(rendered)
+        seconds = (time.perf_counter() - started) / len(rows)
+        for row in rows:
+            row.seconds += seconds
 
-    def _see(self, row: _Row, asked: Conversation) -> None:
-        """Decode the row's media and write its prompt. Raises the first RowError met."""
+    def _gather(self, row: _Row, asked: Conversation) -> tuple[str, list[Medium]]:
+        """The row's prompt as text, and its media's bytes. Raises the first RowError met."""
         # Rendering comes first: it is cheap, and a prompt that is refused spares the decoding.
         rendered = self._tokenizer.render(asked.messages, add_vision_id=self._options.add_vision_id)
-        parts: Sequence[MediumPart] = asked.media
-        data = [fetch.result() for fetch in row.fetches]
-        items = [
-            (part.kind, encoded, part.settings, part.source if isinstance(part.source, str) else "bytes")
-            for part, encoded in zip(parts, data, strict=True)
-        ]
-        seen: list[SeenMedium] = []
-        for result in self._worker.see_media(items) if items else []:
-            if isinstance(result, RowError):
-                raise result
-            seen.append(result)
-        row.input_ids = self._tokenizer.encode(rendered, [num_visual_tokens(one.receipt.grid_thw) for one in seen])
-        row.prompt_hash = prompt_hash(rendered)
-        row.seen = seen
+        media: list[Medium] = []
+        for part, fetch in zip(asked.media, row.fetches, strict=True):
+            source = part.source if isinstance(part.source, str) else "bytes"
+            media.append((part.kind, fetch.result(), part.settings, source))
+        return rendered, media
 
     def _request_table(self, rows: Sequence[_Row], table: pa.Table) -> pa.Table:
         columns: dict[str, pa.Array | pa.ChunkedArray] = {
@@ -200,6 +208,12 @@ class PreprocessStage:
         }
         columns.update({name: table.column(name) for name in self._options.kept.names})
         return pa.table([columns[name] for name in self._schema.names], schema=self._schema)
+
+
+def _groups(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    """Rows a few at a time: enough that handing them to the decoder costs next to nothing each."""
+    while group := list(itertools.islice(rows, _ROWS_PER_HANDOVER)):
+        yield group
 
 
 def _python_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
