@@ -205,7 +205,10 @@ class GenerateStage:
             sampling = _sampling(row["sampling"])
         except ValueError as error:
             return _Answer(error=SettingError(f"sampling: {error}"))
-        return time.perf_counter(), self._thread.submit(row["input_ids"], _media(row), sampling)
+        media = _media(row)
+        for medium in media:
+            _ = medium.content_key  # computed here and kept, so that the engine's thread need not hash
+        return time.perf_counter(), self._thread.submit(row["input_ids"], media, sampling)
 
     @staticmethod
     def _wait(pending: _Answer | tuple[float, Future[list[Completion]]]) -> _Answer:
@@ -226,11 +229,16 @@ class GenerateStage:
             columns.update(_with_errors(answers, table))
         return pa.table([columns[name] for name in self._schema.names], schema=self._schema)
 
+    def _text(self, completion: Completion) -> str:
+        """The answer as text, without the stop string that ended it and what came with its last token."""
+        text = self._tokenizer.decode(completion.token_ids)
+        return _before(text, completion.stop_reason) if isinstance(completion.stop_reason, str) else text
+
     def _written(self, answer: _Answer) -> dict[str, Any]:
         """The answer's columns; empty for an error row."""
         if answer.error is not None or not answer.completions:
             return {}
-        texts = [self._tokenizer.decode(one.token_ids) for one in answer.completions]
+        texts = [self._text(one) for one in answer.completions]
         first = answer.completions[0]
         return {
             "text": texts[0],
@@ -240,6 +248,10 @@ class GenerateStage:
             "logprobs": first.logprobs,
             "generate_s": answer.seconds,
         }
+
+
+def _before(text: str, stop: str) -> str:
+    return text[: text.index(stop)] if stop in text else text
 
 
 def _with_errors(answers: Sequence[_Answer], table: pa.Table) -> dict[str, pa.Array]:

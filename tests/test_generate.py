@@ -5,13 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from pipeline.engine import Completion, Request, SamplingParams
+from pipeline.demo import CHECKPOINT
+from pipeline.engine import Completion, EngineOptions, Request, SamplingParams
 from pipeline.errors import EngineCrash
-from pipeline.generate import EngineThread
+from pipeline.generate import EngineThread, GenerateOptions, GenerateStage
+from pipeline.media.limits import FetchOptions, MediaOptions
+from pipeline.messages import MessageOptions
+from pipeline.patches import IMAGE_MEAN, IMAGE_STD
+from pipeline.preprocess import PreprocessOptions, PreprocessStage
+from pipeline.schema import UnitColumn
 
 
 class CountingEngine:
@@ -88,3 +96,89 @@ def test_a_row_that_breaks_the_engine_is_found_and_the_others_are_answered() -> 
     assert "boom" in str(answers[2].error)
     assert thread.submit(ids(7), (), SamplingParams()).result(timeout=10)[0].token_ids == (7,)
     thread.close()
+
+
+def test_the_four_conversations_of_the_documentation_in_one_batch_give_each_engine_s_same_answers(
+    photos: Path, clips: Path
+) -> None:
+    image, other = (photos / "rocket.jpg").read_bytes(), (photos / "coffee.png").read_bytes()
+    video = (clips / "bikes.mp4").read_bytes()
+    conversations: list[list[dict[str, Any]]] = [
+        user({"type": "image", "image": image}, "Describe this image."),
+        user({"type": "image", "image": image}, {"type": "image", "image": other}, "What is written in the pictures?"),
+        [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Who are you?"}],
+        user(
+            {"type": "image", "image": image},
+            {"type": "video", "video": video, "num_frames": 4},
+            "What are the common elements in these medias?",
+        ),
+    ]
+    answers = {}
+    for kind in ("native", "transformers"):
+        preprocess, generate = stages(kind)
+        requests = preprocess(unit(conversations))
+        answers[kind] = generate(requests).to_pylist()
+        preprocess.close()
+        generate.close()
+    assert [row["status"] for row in answers["native"]] == ["ok"] * 4
+    assert [row["text"] for row in answers["native"]] == [row["text"] for row in answers["transformers"]]
+    assert len({row["text"] for row in answers["native"]}) > 1
+
+
+def test_an_answer_ends_before_its_stop_string() -> None:
+    preprocess, generate = stages("native")
+    plain = user("What is 2 plus 3?")
+    (row,) = generate(preprocess(unit([plain]))).to_pylist()
+    assert len(row["text"]) > 1
+    stop = row["text"][-1]
+    preprocess.close()
+    preprocess, _ = stages("native", stop_strings=[stop], engine=False)
+    (cut,) = generate(preprocess(unit([plain]))).to_pylist()
+    assert cut["text"] == row["text"][: row["text"].index(stop)]
+    assert cut["finish_reason"] == "stop"
+    preprocess.close()
+    generate.close()
+
+
+def user(*parts: Any) -> list[dict[str, Any]]:
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return [{"role": "user", "content": content}]
+
+
+def unit(conversations: list[list[dict[str, Any]]]) -> pa.Table:
+    """The conversations as Arrow structs: every part has every key, most of them null."""
+    columns: dict[str, Any] = {"messages": whole(conversations)}
+    count = len(conversations)
+    columns[UnitColumn.FILE] = pa.array([0] * count, pa.int32())
+    columns[UnitColumn.ROW] = pa.array(range(count), pa.int64())
+    columns[UnitColumn.ATTEMPTS] = pa.array([1] * count, pa.int32())
+    return pa.table(columns)
+
+
+def whole(conversations: list[list[dict[str, Any]]]) -> pa.Array:
+    for conversation in conversations:
+        for message in conversation:
+            if isinstance(message["content"], str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+    return pa.array(conversations)
+
+
+def stages(kind: Any, *, stop_strings: list[str] | None = None, engine: bool = True) -> tuple[Any, Any]:
+    sampling = {"max_tokens": 16, "stop_strings": stop_strings or []}
+    preprocess = PreprocessStage(
+        PreprocessOptions(
+            model_path=str(CHECKPOINT),
+            revision=None,
+            messages=MessageOptions(),
+            add_vision_id=True,
+            media=MediaOptions(max_pixels=140 * 140, video_min_pixels=84 * 84, video_max_pixels=112 * 112),
+            fetch=FetchOptions(base="."),
+            sampling=sampling,
+            kept=pa.schema([]),
+        )
+    )
+    if not engine:
+        return preprocess, None
+    options = EngineOptions(model_path=str(CHECKPOINT), kind=kind, cache_gb=0.25)
+    mean, std = IMAGE_MEAN, IMAGE_STD
+    return preprocess, GenerateStage(GenerateOptions(options, mean, std, "torch", pa.schema([])))
