@@ -221,13 +221,13 @@ def _show(value: Any) -> str:
 
 
 def setting_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, baseline, this run) of the settings that differ, output paths aside."""
+    """(name, baseline, this run) of the settings that differ and that may change answers or speed."""
     mine, other = dict(settings_lines(ours)), dict(settings_lines(theirs))
     names = dict.fromkeys([*other, *mine])
     return [
         (name, other.get(name, "not set"), mine.get(name, "not set"))
         for name in names
-        if mine.get(name) != other.get(name) and not name.startswith("output.")
+        if mine.get(name) != other.get(name) and not name.startswith(("output.", "evaluate.", "run."))
     ]
 
 
