@@ -18,7 +18,7 @@ setup: $(STAMP)  ## virtual environment in .venv with the tested versions
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "needs Python 3.11 or newer, found " + sys.version.split()[0] + ": set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)  ## draw the demo world, caption it, compare with the truth (out/demo)
@@ -51,7 +51,7 @@ benchmark: $(STAMP)  ## time it: make benchmark ARGS='preprocess' or ARGS='engin
 	$(PY) -m jobs.benchmark $(or $(ARGS),preprocess)
 
 evaluate: $(STAMP)  ## draw held-out scenes, answer and score them, write the report (out/evaluate)
-	@$(PY) -m pipeline.demo.manifest --output out/evaluate-world --rows-per-task 72 --seed 1
+	@$(PY) -m pipeline.demo.manifest --output out/held-out-world --rows-per-task 72 --seed 5
 	@$(PY) -m jobs.evaluate --config configs/evaluate.yaml $(ARGS)
 
 caption: $(STAMP)  ## caption a manifest: make caption CONFIG=configs/caption.yaml ARGS='--input.path ...'

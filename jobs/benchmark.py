@@ -2,6 +2,7 @@
 
     preprocess   JPEG and video bytes to patches, against transformers' processors       (no Ray)
     engine       images/s of the engine, against model.generate and vLLM                 (no Ray)
+    stage        preprocessing through Ray, against plain loops
     pipeline     the whole job on the demo world, against its stages in a plain loop
     scale        planning and resuming 100 million rows; the flow past a do-nothing engine
     report       scoring and reporting a million result rows                              (no Ray)
@@ -15,7 +16,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-BENCHMARKS = ("preprocess", "engine", "pipeline", "scale", "report")
+BENCHMARKS = ("preprocess", "engine", "stage", "pipeline", "scale", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +46,10 @@ def quiet_output(log_path: str, *, verbose: bool) -> Iterator[Console]:
         os.close(log)
 
 
+def _interrupt(number: int, frame: types.FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def ray_cluster(resources: ResourcesConfig) -> Iterator[dict[str, float]]:
     """Join the cluster this runs on or start one here; gives its resources, such as `CPU` and `GPU`.
@@ -65,6 +71,10 @@ def ray_cluster(resources: ResourcesConfig) -> Iterator[dict[str, float]]:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             first = str(error).strip().splitlines()[0]
             raise ResourceError(f"can't reach or start Ray ({resources.address or 'here'}): {first}") from error
+    # A cluster stops a job with SIGTERM: it is to leave as clean a folder as Ctrl-C does. Set only now, since
+    # ray.init has put its own handler there, which would end the process on the spot.
+    with contextlib.suppress(ValueError):  # not the main thread: then there is nothing to set
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield {name: float(value) for name, value in ray.cluster_resources().items()}
     finally:

@@ -5,7 +5,6 @@ Knows the config's shape; not what any job does with it.
 
 from __future__ import annotations
 
-import signal
 import sys
 import types
 import typing
@@ -38,18 +37,12 @@ def run_job(
     if any(word in ("-h", "--help") for word in words):
         print_help(model, name, about)
         return 0
-    # A cluster stops a job with SIGTERM; it is to leave as clean a folder as Ctrl-C does.
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         path, overrides = parse_words(words)
         return run(load_config(model, path, overrides))
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-
-
-def _interrupt(number: int, frame: types.FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def parse_words(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
