@@ -102,3 +102,13 @@ def test_a_shipped_config_loads_and_opens_with_its_command(path: Path) -> None:
     assert any("python -m jobs." in line for line in lines[:3])
     if path.name in ("demo.yaml", "caption.yaml"):
         load_config(CaptionConfig, str(path), {})
+
+
+def test_help_names_every_key_with_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    from jobs.caption import main
+
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for name, field in fields_of(CaptionConfig):
+        assert f"--{name} (" in printed
+        assert " ".join(field.description.split()) in printed
