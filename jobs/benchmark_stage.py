@@ -28,11 +28,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.benchmark stage", description=__doc__)
     parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--actors", type=int, default=2)
+    parser.add_argument("--block-mb", type=float, default=96.0, help="resources.block_mb")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         manifest = _write_manifest(Path(folder), args.images)
         loop = _loops(manifest, args.actors)
-        ray = _through_ray(manifest, Path(folder, "out"), args.actors)
+        ray = _through_ray(manifest, Path(folder, "out"), args.actors, args.block_mb)
     print(f"plain loops  {loop:8.1f} images/s in {args.actors} processes")
     print(f"through Ray  {ray:8.1f} images/s in {args.actors} actors")
     print(f"ratio        {ray / loop:8.2f}")
@@ -99,7 +100,7 @@ def _loop(manifest: Path, barrier: Any, queue: Any) -> None:
     stage.close()
 
 
-def _through_ray(manifest: Path, output: Path, actors: int) -> float:
+def _through_ray(manifest: Path, output: Path, actors: int, block_mb: float) -> float:
     from jobs import flow
     from jobs.benchmark_scale import AnswerAtOnce
     from jobs.caption import main as caption
@@ -112,6 +113,7 @@ def _through_ray(manifest: Path, output: Path, actors: int) -> float:
         "resources.preprocess_actors": str(actors),
         "resources.preprocess_cpus": "0.8",
         "resources.engine_cpus": "0.1",
+        "resources.block_mb": str(block_mb),
     }
     code = caption([word for name, value in words.items() for word in (f"--{name}", value)])
     assert code == 0

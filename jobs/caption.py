@@ -393,7 +393,7 @@ def _flow(config: CaptionConfig, model_path: str, manifest: Manifest, placement:
     columns = list(dict.fromkeys([*needed_columns(manifest.schema.names, messages), *kept.names]))
     if manifest.format in ("jsonl", "csv"):
         columns.append(ERROR_COLUMN)
-    in_flight = config.resources.blocks_in_flight or (128 if placement.gpus_per_engine else 16)
+    in_flight = config.resources.blocks_in_flight or (32 if placement.gpus_per_engine else 16)
     return Flow(preprocess, generate, placement, columns, config.resources.block_mb, in_flight)
 
 

@@ -41,15 +41,18 @@ class Tally:
     started: float = field(default_factory=time.monotonic)
     first_row: float | None = None
     last_row: float | None = None
+    first_counts: tuple[int, int] = (0, 0)
+    """Rows and output tokens of the first table: they were made before the clock of `run_pace` began."""
     _recent: deque[tuple[float, int, int]] = field(default_factory=deque)
 
     def add(self, table: pa.Table) -> None:
         """Count finished rows (schema.result_schema)."""
         now = time.monotonic()
-        self.first_row = self.first_row or now
+        tokens = _total(table, "num_output_tokens")
+        if self.first_row is None:
+            self.first_row, self.first_counts = now, (table.num_rows, tokens)
         self.last_row = now
         self.rows += table.num_rows
-        tokens = _total(table, "num_output_tokens")
         self.output_tokens += tokens
         self.prompt_tokens += _total(table, "num_prompt_tokens")
         self.visual_tokens += _total(table, "num_visual_tokens")
@@ -180,9 +183,11 @@ def run_pace(tally: Tally) -> tuple[float, float]:
     if tally.first_row is None or tally.last_row is None:
         return 0.0, 0.0
     seconds = tally.last_row - tally.first_row
+    rows, tokens = tally.rows - tally.first_counts[0], tally.output_tokens - tally.first_counts[1]
     if seconds < 1.0:
         seconds = max(tally.last_row - tally.started, 1e-9)
-    return tally.rows / seconds, tally.output_tokens / seconds
+        rows, tokens = tally.rows, tally.output_tokens
+    return rows / seconds, tokens / seconds
 
 
 def bottleneck(reports: Sequence[Mapping[str, Any]], preprocess_actors: int) -> str | None:

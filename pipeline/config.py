@@ -229,10 +229,11 @@ class ResourcesConfig(Section):
     """CPUs that each engine actor reserves."""
     gpus_per_engine: Annotated[float, Field(ge=0)] | None = None
     """GPUs that each engine actor reserves. Default: one where the cluster has any."""
-    block_mb: Annotated[float, Field(gt=0)] = 8.0
-    """Patches in one table between preprocessing and the engine, in MB."""
+    block_mb: Annotated[float, Field(gt=0)] = 96.0
+    """Patches in one table between preprocessing and the engine, in MB. Small tables cost Ray more than they help:
+    with 8 MB preprocessing reaches a third of its speed in a plain loop, with 96 MB nearly all of it."""
     blocks_in_flight: Positive | None = None
-    """Tables inside each engine actor at once. Default: 16 on a CPU, 128 on a GPU."""
+    """Tables inside each engine actor at once. Default: 16 on a CPU, 32 on a GPU."""
     min_rows_per_unit: Positive = 8
     """Rows of the manifest read by one task at the end of the job, when units are smallest."""
     max_rows_per_unit: Positive = 2048
