@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.benchmark stage", description=__doc__)
     parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--actors", type=int, default=2)
-    parser.add_argument("--block-mb", type=float, default=96.0, help="resources.block_mb")
+    parser.add_argument("--block-mb", type=float, default=128.0, help="resources.block_mb")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         manifest = _write_manifest(Path(folder), args.images)
