@@ -7,6 +7,7 @@ stands in several counts once. Knows files and schemas; not what a page looks li
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -63,6 +64,10 @@ def place_keys(batch: pa.RecordBatch) -> Ints:
 def place_key(file: int, row: int) -> int:
     """The same for one place."""
     return file << 40 | row
+
+
+_PART = re.compile(r"([^/]+=[^/]*/)?part-[^/]*\.parquet")
+"""A part of the run itself; the folder may hold other runs' folders, such as the canaries'."""
 
 
 class RunReader:
@@ -130,8 +135,10 @@ class RunReader:
 
     def _result_files(self) -> tuple[ResultFile, ...]:
         try:
-            top = storage.list_files(self.path, self.storage_options, recursive=False)
-            parts = [info.path for info in top if _is_part(storage.name(info.path))]
+            # Below the folder too: parts may be partitioned by a column.
+            found = storage.list_files(self.path, self.storage_options)
+            below = len(self.path.rstrip("/")) + 1
+            parts = [info.path for info in found if _PART.fullmatch(info.path[below:])]
             if parts and self.is_finished:
                 return tuple(self._result_file(path) for path in parts)
             inner = storage.list_files(self._file("fragments"), self.storage_options)
@@ -215,10 +222,6 @@ class RunReader:
                     found |= {Position(number, row): values for row, values in zip(inside, rows, strict=True)}
                 start = stop
         return found
-
-
-def _is_part(name: str) -> bool:
-    return name.startswith("part-") and name.endswith(".parquet")
 
 
 def _is_shown(field: pa.Field) -> bool:
