@@ -253,7 +253,7 @@ def _job_error(error: BaseException) -> JobError:
     ours = next((link for link in reversed(chain) if isinstance(link, JobError)), None)
     if ours is not None:
         return type(ours)(str(ours))
-    innermost = chain[-1]
+    innermost = next((link for link in reversed(chain) if str(link).strip()), error)
     lines = [line for line in str(innermost).splitlines() if line.strip()] or [""]
     return ClusterError(
         f"Ray gave up: {type(innermost).__name__}: {lines[-1].strip()}; log.txt in the run folder has more"

@@ -201,29 +201,3 @@ def test_killed_runs_end_with_every_row_once_and_the_same_answers(
         )
     assert summary["lost"] == summary["doubled"] == 0
     assert sum(kills.values()) >= RUNS // 2
-
-
-def test_a_cluster_that_loses_a_node_in_the_middle_finishes(manifest: Path, tmp_path: Path) -> None:
-    from ray.cluster_utils import Cluster
-
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    try:
-        second = nodes.add_node(num_cpus=2)
-        nodes.wait_for_nodes()
-        output = tmp_path / "out"
-        process = start(manifest, output, nodes.address)
-        deadline = time.monotonic() + 120
-        while not list((output / "fragments").glob("*.parquet")) and time.monotonic() < deadline:
-            assert process.poll() is None, finish(process)[1]
-            time.sleep(0.05)
-        nodes.remove_node(second, allow_graceful=False)
-        code, printed = finish(process)
-        if code != 0:
-            code, printed = finish(start(manifest, output, nodes.address))
-        assert code == 0, printed
-    finally:
-        nodes.shutdown()
-    rows = rows_of(output)
-    places = [(row["manifest_file"], row["manifest_row"]) for row in rows]
-    assert places == [(0, number) for number in range(len(manifest.read_text().splitlines()))]
-    assert {row["error_type"] for row in rows} == {None, *EXPECTED_ERRORS}
