@@ -6,6 +6,7 @@ gives wrong results in flash-attn 2, so it is never called that way here. A chun
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,7 @@ class PackedAttention(AttentionBackend):
 
     allows_graphs = True
 
+    @abstractmethod
     def varlen(
         self,
         q: torch.Tensor,
@@ -32,7 +34,6 @@ class PackedAttention(AttentionBackend):
         causal: bool,
     ) -> torch.Tensor:
         """Packed q [N, H, D], k and v [M, K, D]; causal is aligned at the ends, so a past may precede."""
-        raise NotImplementedError
 
     def begin_vision(self, frame_lengths: Sequence[int], device: torch.device) -> None:
         self._ends = _upload(frame_lengths, device)

@@ -23,10 +23,6 @@ from tests.engine.tiny import (
 
 FOLDER = Path(pipeline.demo.__file__).parent / "checkpoint"
 
-pytestmark = pytest.mark.skipif(
-    not (FOLDER / "config.json").exists(), reason="the demo checkpoint is not built: see pipeline/demo"
-)
-
 
 def rows(count: int) -> list[Request]:
     """The tiny model's requests, with the demo checkpoint's ids for the special tokens."""

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="needs triton: pip install triton")
+pytest.importorskip(
+    "triton", reason="needs triton, which comes with torch on CUDA: `make test` on such a machine runs it"
+)
 
 SCRIPT = """
 import torch
