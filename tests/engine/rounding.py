@@ -1,4 +1,4 @@
-"""Whether two greedy answers in a rounded dtype differ only where rounding explains it."""
+"""Where rounding may decide a greedy answer, and whether two answers differ only there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from pipeline.engine import EngineOptions, Request
 from pipeline.engine.checkpoint import from_model
-from pipeline.engine.reference import ReferenceEngine
+from pipeline.engine.reference import ReferenceEngine, _plain_generation_config
 from pipeline.engine.sequence import Sequence
 
 
@@ -23,6 +23,20 @@ def next_logits(model: Any, request: Request, tokens: tuple[int, ...]) -> torch.
     with torch.inference_mode():
         logits: torch.Tensor = model(**inputs).logits[0, -1].float().cpu()
     return logits
+
+
+def smallest_margin(model: Any, request: Request) -> float:
+    """How far the winner was ahead of the second, in logits, where it was closest in this row's greedy answer."""
+    engine = ReferenceEngine(from_model(model), EngineOptions("tiny"))
+    settings = _plain_generation_config(
+        max_new_tokens=request.sampling.max_tokens, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+    )
+    with torch.inference_mode():
+        answer = model.generate(
+            **engine._inputs([(Sequence(request, 0, 0), engine.admission.lay_out(request))]), generation_config=settings
+        )
+    first, second = torch.stack(answer.logits).float().topk(2).values.unbind(-1)
+    return float((first - second).min())
 
 
 def assert_rounding_explains(

@@ -7,6 +7,7 @@ hands in its own positions; and the native engine under any budgets, arrival ord
 from __future__ import annotations
 
 import random
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipeline.engine.engine import NativeEngine
 from pipeline.engine.mrope import lay_out_prompt
 from pipeline.engine.pixels import default_pixel_table
 from pipeline.engine.reference import ReferenceEngine
+from tests.engine.rounding import smallest_margin
 from tests.engine.tiny import IMAGE_PAD, VIDEO_PAD, mixed_requests, tokens_of
 
 NUM_ROWS = 300
@@ -37,8 +39,10 @@ def reference(model: Any, batch_size: int = 1) -> ReferenceEngine:
 
 
 @pytest.fixture(scope="module")
-def requests() -> list[Request]:
-    return mixed_requests(NUM_ROWS)
+def requests(tiny_model: Any) -> list[Request]:
+    """Rows whose every token is decided clearly: at a near-tie, sums in another order may rightly choose otherwise."""
+    clear = (request for request in mixed_requests(NUM_ROWS + 60) if smallest_margin(tiny_model, request) > 2e-3)
+    return list(islice(clear, NUM_ROWS))
 
 
 @pytest.fixture(scope="module")
