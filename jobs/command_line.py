@@ -1,4 +1,4 @@
-"""`python -m jobs.NAME --config FILE [--section.key value ...]`: words to overrides, help from the config's docstrings.
+"""`python -m jobs.NAME --config FILE ... [--section.key value ...]`: words to overrides, help from the docstrings.
 
 Knows the config's shape; not what any job does with it.
 """
@@ -38,16 +38,16 @@ def run_job(
         print_help(model, name, about)
         return 0
     try:
-        path, overrides = parse_words(words)
-        return run(load_config(model, path, overrides))
+        paths, overrides = parse_words(words)
+        return run(load_config(model, paths, overrides))
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def parse_words(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """The config's path and the overrides: `--a.b value` and `--a.b=value` alike. Raises ConfigError."""
-    path: str | None = None
+def parse_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The configs' paths and the overrides: `--a.b value` and `--a.b=value` alike. Raises ConfigError."""
+    paths: list[str] = []
     overrides: dict[str, str] = {}
     rest = list(words)
     while rest:
@@ -62,10 +62,10 @@ def parse_words(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
             else:
                 overrides[name] = default
         elif key == "--config":
-            path = value if equals else _next(rest, key)
+            paths.append(value if equals else _next(rest, key))
         else:
             overrides[key[2:]] = value if equals else _next(rest, key)
-    return path, overrides
+    return paths, overrides
 
 
 def _next(rest: list[str], key: str) -> str:
@@ -78,7 +78,8 @@ def print_help(model: type[Section], name: str, about: str) -> None:
     """Every key of the config with its kind, default and docstring."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(about.strip(), markup=False)
-    console.print(f"\npython -m jobs.{name} --config configs/{name}.yaml [--section.key value ...]\n", markup=False)
+    console.print(f"\npython -m jobs.{name} --config configs/{name}.yaml [--section.key value ...]", markup=False)
+    console.print("--config may stand several times: each file is laid over those before it.\n", markup=False)
     section = ""
     for key, field in fields_of(model):
         if key.partition(".")[0] != section:

@@ -1,7 +1,7 @@
 """The job's config: one frozen object that mirrors the YAML exactly, with a docstring under every field.
 
-`load_config` reads a YAML file, lays command-line overrides (`--section.key value`) over it and reports every
-mistake at once. Knows names, types and limits; not what any of them does.
+`load_config` reads YAML files, lays each over those before it and command-line overrides (`--section.key value`) over
+all, and reports every mistake at once. Knows names, types and limits; not what any of them does.
 """
 
 from __future__ import annotations
@@ -273,12 +273,16 @@ class CaptionConfig(Section):
 ConfigType = TypeVar("ConfigType", bound=Section)
 
 
-def load_config(model: type[ConfigType], path: str | None, overrides: Mapping[str, str]) -> ConfigType:
+def load_config(model: type[ConfigType], path: str | Sequence[str] | None, overrides: Mapping[str, str]) -> ConfigType:
     """The config of a YAML file with overrides (`section.key` to text) laid over it.
 
-    Raises ConfigError that lists every unknown key and wrong value with its full name.
+    Of several files, each is laid over those before it, key by key. Raises ConfigError that lists every unknown key
+    and wrong value with its full name.
     """
-    values = _read_yaml(path) if path else {}
+    paths = [path] if isinstance(path, str) else list(path or ())
+    values: dict[str, Any] = {}
+    for one in paths:
+        _lay_over(values, _read_yaml(one))
     mistakes: list[str] = []
     for name, field in model.model_fields.items():
         if _section_type(field.annotation) and values.get(name) is None:
@@ -293,9 +297,9 @@ def load_config(model: type[ConfigType], path: str | None, overrides: Mapping[st
         config = model.model_validate(values)
     except ValidationError as error:
         mistakes += [_mistake(dict(detail), keys) for detail in error.errors()]
-        raise ConfigError(_report(path, mistakes)) from error
+        raise ConfigError(_report(paths, mistakes)) from error
     if mistakes:
-        raise ConfigError(_report(path, mistakes))
+        raise ConfigError(_report(paths, mistakes))
     return config
 
 
@@ -335,6 +339,16 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}; expected sections such as `input:` and `model:`")
     return values
+
+
+def _lay_over(values: dict[str, Any], later: Mapping[str, Any]) -> None:
+    """Set what the later file sets. Sections and mappings are joined, everything else is replaced."""
+    for key, value in later.items():
+        earlier = values.get(key)
+        if isinstance(earlier, dict) and isinstance(value, dict):
+            _lay_over(earlier, value)
+        elif not (isinstance(earlier, dict) and value is None):  # an empty section says nothing
+            values[key] = value
 
 
 def _inside_mapping(name: str, keys: Mapping[str, Any]) -> bool:
@@ -398,8 +412,8 @@ def _unknown_key(name: str, keys: Mapping[str, Any]) -> str:
     return f"{name}: unknown key; {hint or f'allowed here: {allowed}'}"
 
 
-def _report(path: str | None, mistakes: Sequence[str]) -> str:
-    where = path or "the command line"
+def _report(paths: Sequence[str], mistakes: Sequence[str]) -> str:
+    where = " + ".join(paths) or "the command line"
     if len(mistakes) == 1:
         return f"{where}: {mistakes[0]}"
     return f"{where} has {len(mistakes)} mistakes:\n" + "\n".join(f"  {mistake}" for mistake in mistakes)

@@ -25,6 +25,28 @@ def test_command_line_wins_over_yaml(tmp_path: Path) -> None:
     assert (config.sampling.max_tokens, config.sampling.top_k, config.input.path) == (9, 3, "a")
 
 
+def test_each_config_is_laid_over_those_before_it(tmp_path: Path) -> None:
+    job, scale = tmp_path / "job.yaml", tmp_path / "scale.yaml"
+    job.write_text(
+        "input: {path: a, keep: [x], columns: {image: url}}\nmodel: {path: demo}\noutput: {path: o}\n"
+        "sampling: {max_tokens: 5, top_k: 3}\n"
+    )
+    scale.write_text("input: {keep: [y], columns: {video: clip}}\nsampling: {max_tokens: 7}\nprompt:\nmodel:\n")
+    paths, overrides = parse_words(["--config", str(job), f"--config={scale}", "--output.path", "p"])
+    config = load_config(CaptionConfig, paths, overrides)
+    assert (config.sampling.max_tokens, config.sampling.top_k) == (7, 3)
+    assert config.input.columns == {"image": "url", "video": "clip"}
+    assert (config.input.path, config.input.keep) == ("a", ["y"])
+    assert (config.model.path, config.output.path) == ("demo", "p")
+
+
+def test_a_mistake_in_several_configs_names_them_all(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text("sampling: {max_tokens: many}\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml \+ .*b\.yaml has 4 mistakes"):
+        load_config(CaptionConfig, [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")], {})
+
+
 def test_all_mistakes_are_reported_at_once_with_full_names() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(
@@ -84,8 +106,8 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path: Path, content
 
 
 def test_words_may_be_joined_by_an_equals_sign_and_flags_have_short_forms() -> None:
-    path, overrides = parse_words(["--config=a.yaml", "--sampling.seed=3", "--retry-failed=FetchError", "--verbose"])
-    assert path == "a.yaml"
+    paths, overrides = parse_words(["--config=a.yaml", "--sampling.seed=3", "--retry-failed=FetchError", "--verbose"])
+    assert paths == ["a.yaml"]
     assert overrides == {"sampling.seed": "3", "run.retry_failed": "FetchError", "run.verbose": "true"}
 
 
