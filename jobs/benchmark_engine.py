@@ -24,7 +24,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,40 +31,19 @@ import torch
 
 from pipeline.engine import Completion, Engine, EngineOptions, Medium, Request, SamplingParams
 from pipeline.patches import smart_resize
+from pipeline.roofline import SHAPES as PUBLISHED
+from pipeline.roofline import ModelShape, decode_bytes, decode_flops, prefill_flops, vision_flops
 
 # Published for the H200: dense bfloat16 as large products reach it, and memory bandwidth.
 GPU_FLOPS, GPU_BYTES_PER_S = 790e12, 4.3e12
 IMAGE_PAD, VISION_START, VISION_END = 4, 5, 6
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a Qwen2-VL."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    mlp: int
-    vocab: int
-    tied: bool
-    vision_width: int
-    vision_layers: int
-    vision_heads: int
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
+# A Qwen2-VL that a CPU runs in seconds, beside those of the published checkpoints.
+SHAPES = {"small": ModelShape(768, 12, 12, 2, 3072, 4096, True, 512, 8, 8), **PUBLISHED}
 
 
-SHAPES = {
-    "small": Shape(768, 12, 12, 2, 3072, 4096, True, 512, 8, 8),
-    "2b": Shape(1536, 28, 12, 2, 8960, 151936, True, 1280, 32, 16),
-    "7b": Shape(3584, 28, 28, 4, 18944, 152064, False, 1280, 32, 16),
-}
-
-
-def make_model(shape: Shape, device: str, dtype: torch.dtype) -> Any:
+def make_model(shape: ModelShape, device: str, dtype: torch.dtype) -> Any:
     """Random weights, the same in every process."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
@@ -127,35 +105,23 @@ def make_requests(num_images: int, *, side: int | None, tokens: int | None, max_
     return requests
 
 
-def count_flops(shape: Shape, requests: Sequence[Request]) -> tuple[float, float]:
+def count_flops(shape: ModelShape, requests: Sequence[Request]) -> tuple[float, float]:
     """Arithmetic of the workload: (vision and prefill, decode)."""
-    width, merged = shape.vision_width, 4 * shape.vision_width
-    kv_width = shape.kv_heads * shape.head_dim
-    body = shape.layers * (2 * shape.hidden**2 + 2 * shape.hidden * kv_width + 3 * shape.hidden * shape.mlp)
-    head = shape.hidden * shape.vocab
     before = decode = 0.0
     for request in requests:
-        prompt, out = len(request.input_ids), request.sampling.max_tokens
-        for medium in request.media:
-            n, t = medium.num_patches, medium.grid_thw[0]
-            before += 2 * n * (shape.vision_layers * 12 * width**2 + 1176 * width)
-            before += 2 * (n / 4) * (merged**2 + merged * shape.hidden)
-            before += 4 * (n / t) ** 2 * t * width * shape.vision_layers
-        before += 2 * body * prompt + 2 * prompt**2 * shape.hidden * shape.layers + 2 * head
-        decode += (out - 1) * (2 * (body + head) + 4 * shape.hidden * shape.layers * (prompt + out / 2))
+        prompt = len(request.input_ids)
+        before += sum(vision_flops(shape, medium.grid_thw) for medium in request.media) + prefill_flops(shape, prompt)
+        decode += decode_flops(shape, prompt, request.sampling.max_tokens)
     return before, decode
 
 
-def bound_seconds(shape: Shape, requests: Sequence[Request], flops_per_s: float, *, on_gpu: bool) -> float:
+def bound_seconds(shape: ModelShape, requests: Sequence[Request], flops_per_s: float, *, on_gpu: bool) -> float:
     """The least time the workload can take: arithmetic, and on a GPU the decode's memory traffic."""
     before, decode = count_flops(shape, requests)
     if not on_gpu:
         return (before + decode) / flops_per_s
-    kv_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2
-    body = shape.layers * (2 * shape.hidden**2 + 3 * shape.hidden * shape.mlp) + shape.hidden * shape.vocab
-    steps = sum(request.sampling.max_tokens for request in requests)
-    traffic = steps * 2 * body / min(256, len(requests))
-    traffic += sum(kv_bytes * r.sampling.max_tokens * (len(r.input_ids) + r.sampling.max_tokens / 2) for r in requests)
+    running = min(256, len(requests))
+    traffic = sum(decode_bytes(shape, len(r.input_ids), r.sampling.max_tokens, running) for r in requests)
     return before / flops_per_s + max(decode / flops_per_s, traffic / GPU_BYTES_PER_S)
 
 

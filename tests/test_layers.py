@@ -3,7 +3,7 @@
 jobs      caption  plan  evaluate  report  benchmark         the only home of `import ray`
 stages    preprocess  generate  work
 steps     manifest  media  patches  messages  prompt | engine | results  lease  metrics  report
-ground    config  storage  placement  model_files  row_set
+ground    config  storage  placement  model_files  row_set  roofline
 base      errors  schema  conversation
 """
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     {"errors", "schema", "conversation"},
-    {"config", "storage", "placement", "model_files", "row_set"},
+    {"config", "storage", "placement", "model_files", "row_set", "roofline"},
     {"manifest", "media", "patches", "messages", "prompt", "engine", "results", "lease", "metrics", "report"},
     {"preprocess", "generate", "work"},
 )

@@ -13,17 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.roofline import find_gpu
+
 _SECRET = re.compile(r"secret|password|passwd|api_?key|access_?key|credential|auth|private_?key|^token$|_token$", re.I)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+")
 _HARMLESS_STORAGE = {"endpoint_url", "region", "region_name", "profile", "anon", "project", "use_ssl"}
 HIDDEN = "(hidden)"
 
-# Dense bfloat16 (float16 before Ampere) FLOP/s of the makers' data sheets; the first name found in the GPU's wins.
-_PEAK_FLOPS = (
-    ("B200", 2_250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12),
-    ("A100", 312e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("A10G", 70e12), ("A10", 125e12),
-    ("RTX 4090", 165e12), ("RTX 3090", 71e12), ("V100", 125e12), ("T4", 65e12),
-)  # fmt: skip
 # Parameters of the language model and of the vision tower, which sees four patches for each visual token.
 _QWEN2_VL_SIZES = {"2b": (1.54e9, 0.665e9), "7b": (7.62e9, 0.675e9), "72b": (72.7e9, 0.675e9)}
 
@@ -111,7 +107,8 @@ def _mfu(
     recorded = number(run.get("mfu")) or number(throughput.get("mfu"))
     if recorded:
         return recorded, "as the run recorded it"
-    peak = next((flops for name, flops in _PEAK_FLOPS if gpu_name and name.lower() in gpu_name.lower()), None)
+    gpu = find_gpu(gpu_name) if gpu_name else None
+    peak = gpu.flops if gpu else None
     sizes = _model_sizes(run)
     tokens = [number(throughput.get(name)) for name in ("prompt_tokens", "output_tokens", "visual_tokens")]
     if not (peak and sizes and seconds and num_gpus) or tokens[0] is None or tokens[1] is None:
