@@ -42,8 +42,8 @@ def test_shape_of_a_checkpoint_counts_its_weights() -> None:
 
 
 def test_flat_and_nested_configs_give_the_same_shape() -> None:
-    text = dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2)
-    text |= dict(intermediate_size=8960, vocab_size=151936)
+    text = {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
+    text |= {"intermediate_size": 8960, "vocab_size": 151936}
     vision = {"vision_config": {"embed_dim": 1280, "depth": 32, "num_heads": 16}, "tie_word_embeddings": True}
     assert shape_of({**text, **vision}) == shape_of({"text_config": text, **vision}) == SHAPES["2b"]
 
