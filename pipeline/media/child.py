@@ -238,7 +238,7 @@ class Decoder:
         self, media: list[MediumRequest], first: int, output: _Output
     ) -> Iterator[dict[str, Any]]:
         """All media of the row are opened before any is decoded: a budget needs all their sizes first."""
-        from pipeline.media.decode import fit_row
+        from pipeline.media.size import fit_row
 
         opened: list[OpenMedium | None] = []
         answers: list[dict[str, Any]] = []
@@ -269,7 +269,8 @@ class Decoder:
         return begun
 
     def _open(self, medium: MediumRequest, *, fit: bool) -> OpenMedium:
-        from pipeline.media.decode import OpenMedium, fit_row
+        from pipeline.media.decode import OpenMedium
+        from pipeline.media.size import fit_row
 
         assert self._input is not None
         data = memoryview(self._input.map)[medium.offset : medium.offset + medium.size]

@@ -10,39 +10,33 @@ video never stands whole in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.conversation import MediumKind, MediumSettings
-from pipeline.errors import MediaMemoryError, SettingError
+from pipeline.errors import MediaMemoryError
 from pipeline.media.image import OpenImage
 from pipeline.media.limits import MediaOptions
+from pipeline.media.size import ShownSize, fit_row, pixel_bounds
 from pipeline.media.video import OpenVideo
 from pipeline.patches import (
-    FACTOR,
     IMAGE_PATCH_BYTES,
     TEMPORAL_PATCH_SIZE,
     VIDEO_PATCH_BYTES,
     Uint8Array,
     grid_thw,
-    num_visual_tokens,
     patchify_image,
     patchify_video,
     resize_frames,
-    smart_resize,
-    video_max_pixels,
 )
 from pipeline.schema import MediumReceipt
 
 Allocate = Callable[[int], Uint8Array]
 """Gives a buffer of so many bytes, [bytes], into which patches are written."""
 
-_VIDEO_SETTINGS = ("fps", "num_frames", "start_s", "end_s")
-# transformers never caps a video's frames below this multiple of their least area.
-_CAP_SLACK = 1.05
 _SHOWN_DATA_URI = 40
 
 
@@ -84,45 +78,15 @@ class OpenMedium:
         self, kind: MediumKind, data: bytes | memoryview, settings: MediumSettings, options: MediaOptions
     ) -> None:
         self._resize = options.resize
-        self._budget_note: str | None = None
-        self.num_frames = 1
+        bounds = pixel_bounds(kind, settings, options)
+        self._medium: OpenImage | OpenVideo
         if kind == "image":
-            for name in _VIDEO_SETTINGS:
-                if getattr(settings, name) is not None:
-                    raise SettingError(f"{name} can't be applied to an image: remove it or give a video")
-            self._min_pixels, self._max_pixels = _bounds(settings, options.min_pixels, options.max_pixels)
-            self._medium: OpenImage | OpenVideo = OpenImage(data, options)
+            self._medium = OpenImage(data, options)
+            num_frames = 1
         else:
-            floor, ceiling = _bounds(settings, options.video_min_pixels, options.video_max_pixels, slack=_CAP_SLACK)
             self._medium = OpenVideo(data, settings, options)
-            self.num_frames = self._medium.num_frames
-            self._min_pixels = floor
-            self._max_pixels = video_max_pixels(
-                num_frames=self.num_frames,
-                min_pixels=floor,
-                max_pixels=ceiling,
-                total_pixels=options.video_total_pixels,
-            )
-
-    @property
-    def resized(self) -> tuple[int, int]:
-        """(height, width) in pixels to which the stored picture comes; rotation for display may swap them."""
-        return self._resized(self._medium.height, self._medium.width)
-
-    @property
-    def num_visual_tokens(self) -> int:
-        """Tokens that the medium takes in the prompt, if all its frames can be decoded."""
-        return num_visual_tokens(grid_thw(self.num_frames, *self.resized))
-
-    def shrink(self, factor: float) -> None:
-        """Lower the largest area to `factor` times the present one."""
-        height, width = self.resized
-        self._max_pixels = max(FACTOR * FACTOR, int(height * width * factor))
-        self._min_pixels = min(self._min_pixels, self._max_pixels)
-
-    def note_budget(self, note: str) -> None:
-        """Say in the receipt that the row's budget decided the size."""
-        self._budget_note = note
+            num_frames = self._medium.num_frames
+        self.size = ShownSize(kind, self._medium.height, self._medium.width, num_frames, bounds, options)
 
     def see(self, *, source: str, allocate: Allocate | None = None) -> SeenMedium:
         """Decode, resize and patchify; once only. Patches go into a buffer from `allocate`, if given."""
@@ -140,12 +104,12 @@ class OpenMedium:
 
     def _see_image(self, image: OpenImage, source: str, allocate: Allocate) -> SeenMedium:
         pixels = image.decode()
-        height, width = self._resized(*pixels.shape[:2])
+        height, width = self.size.resize(*pixels.shape[:2])
         grid = grid_thw(1, height, width)
         out = allocate(math.prod(grid) * IMAGE_PATCH_BYTES).reshape(-1, IMAGE_PATCH_BYTES)
         patchify_image(resize_frames(pixels[None], height, width, resize=self._resize)[0], out)
         receipt = MediumReceipt(
-            "image", shown_source(source), pixels.shape[1], pixels.shape[0], width, height, grid, note=self._budget_note
+            "image", shown_source(source), pixels.shape[1], pixels.shape[0], width, height, grid, note=self.size.note
         )
         return SeenMedium(out, receipt)
 
@@ -155,7 +119,7 @@ class OpenMedium:
         before: Uint8Array | None = None
         for second, pixels in video.frames():
             if canvas is None:
-                canvas = _Canvas(self.num_frames, *self._resized(*pixels.shape[:2]), allocate)
+                canvas = _Canvas(self.size.num_frames, *self.size.resize(*pixels.shape[:2]), allocate)
                 source_height, source_width, _ = pixels.shape
             if pixels is not before:  # a frame that is shown long comes repeatedly
                 before = pixels
@@ -164,7 +128,7 @@ class OpenMedium:
             timestamps.append(second)
         assert canvas is not None  # a video without a single frame has raised
         patches, grid = canvas.finish()
-        notes = [note for note in (video.note, self._budget_note) if note]
+        notes = [note for note in (video.note, self.size.note) if note]
         receipt = MediumReceipt(
             "video",
             shown_source(source),
@@ -177,9 +141,6 @@ class OpenMedium:
             "; ".join(notes) or None,
         )
         return SeenMedium(patches, receipt)
-
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
-        return smart_resize(height, width, min_pixels=self._min_pixels, max_pixels=self._max_pixels)
 
 
 class _Canvas:
@@ -218,54 +179,6 @@ def shown_source(source: str) -> str:
     if not source.startswith("data:") or len(source) <= _SHOWN_DATA_URI:
         return source
     return f"{source[:_SHOWN_DATA_URI]}... ({len(source):,} characters)"
-
-
-def fit_row(media: Sequence[OpenMedium], max_visual_tokens: int | None) -> None:
-    """Shrink a row's media together, each by the same share of its area, until they fit into the budget.
-
-    Raises SettingError where they don't fit even at the smallest size.
-    """
-    if max_visual_tokens is None:
-        return
-    wanted = [medium.num_visual_tokens for medium in media]
-    total = asked = sum(wanted)
-    while total > max_visual_tokens:
-        for medium in media:
-            medium.shrink(max_visual_tokens / total)
-        shrunk = sum(medium.num_visual_tokens for medium in media)
-        if shrunk >= total:  # sides are multiples of 28 pixels: there is a smallest size
-            raise SettingError(
-                f"the row's {len(media)} media need at least {shrunk} visual tokens; max_visual_tokens is "
-                f"{max_visual_tokens}: raise it, or show fewer media or frames"
-            )
-        total = shrunk
-    for medium, before in zip(media, wanted, strict=True):
-        if medium.num_visual_tokens != before:
-            medium.note_budget(
-                f"shrunk from {before} to {medium.num_visual_tokens} visual tokens: the row's media wanted {asked}, "
-                f"max_visual_tokens is {max_visual_tokens}"
-            )
-
-
-def _bounds(settings: MediumSettings, low: int, high: int, *, slack: float = 1.0) -> tuple[int, int]:
-    """(min_pixels, max_pixels) of a medium; where its row sets one bound, the job's other bound gives way."""
-    for name in ("min_pixels", "max_pixels"):
-        value = getattr(settings, name)
-        if value is not None and value < FACTOR * FACTOR:
-            raise SettingError(f"{name} is {value}; expected at least {FACTOR * FACTOR}, one visual token")
-    if (
-        settings.min_pixels is not None
-        and settings.max_pixels is not None
-        and settings.min_pixels > settings.max_pixels
-    ):
-        raise SettingError(f"min_pixels {settings.min_pixels} is above max_pixels {settings.max_pixels}")
-    if settings.max_pixels is not None:
-        high = settings.max_pixels
-        low = settings.min_pixels if settings.min_pixels is not None else min(low, int(high / slack))
-    elif settings.min_pixels is not None:
-        low = settings.min_pixels
-        high = max(low, high)
-    return low, high
 
 
 def _allocate(num_bytes: int) -> Uint8Array:

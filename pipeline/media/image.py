@@ -16,7 +16,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import IO, Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -63,13 +63,20 @@ _SIGNATURES = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"RIFF": 
 T = TypeVar("T")
 
 
+class Encoded(Protocol):
+    """A medium's file as it can be looked at: bytes, or a file of which only the parts asked for are read."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> bytes | memoryview: ...
+
+
 class OpenImage:
     """An image whose header has been read and checked, and whose pixels have not been decoded.
 
     Raises MediaError subclasses: UnsupportedMedia, TruncatedMedia, DecompressionBomb, AspectRatioError.
     """
 
-    def __init__(self, data: bytes | memoryview, options: MediaOptions) -> None:
+    def __init__(self, data: Encoded, options: MediaOptions) -> None:
         self._data = data
         self._image: Image.Image = _translate(self._open, data)
         self.width, self.height = self._image.size
@@ -91,7 +98,7 @@ class OpenImage:
     def _open(self) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; the pixels speak for themselves
-            return Image.open(io.BytesIO(self._data), formats=FORMATS)
+            return Image.open(_as_file(self._data), formats=FORMATS)
 
     def decode(self) -> npt.NDArray[np.uint8]:
         """RGB pixels [H, W, 3], upright. The array may be read-only."""
@@ -109,6 +116,10 @@ class OpenImage:
 def decode_image(data: bytes | memoryview, options: MediaOptions) -> npt.NDArray[np.uint8]:
     """RGB pixels [H, W, 3] of an encoded image, upright. The array may be read-only; errors as OpenImage."""
     return OpenImage(data, options).decode()
+
+
+def _as_file(data: Encoded) -> IO[bytes]:
+    return io.BytesIO(data) if isinstance(data, bytes | memoryview) else cast(IO[bytes], data)
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
@@ -146,7 +157,7 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
 
 
-def _translate(step: Callable[[], T], data: bytes | memoryview) -> T:
+def _translate(step: Callable[[], T], data: Encoded) -> T:
     """Run a step of Pillow; the border at which its exceptions become MediaErrors."""
     try:
         return step()
@@ -165,14 +176,14 @@ def _translate(step: Callable[[], T], data: bytes | memoryview) -> T:
         raise UnsupportedMedia(f"the image can't be decoded: {message}") from error
 
 
-def not_an_image(data: bytes | memoryview) -> MediaError:
+def not_an_image(data: Encoded) -> MediaError:
     """The error for bytes that no allowed format claims, naming what they look like."""
     if not len(data):
         return TruncatedMedia("the medium has 0 bytes")
     return UnsupportedMedia(f"not an image that can be decoded: {looks_like(data)}; expected {', '.join(FORMATS)}")
 
 
-def looks_like(data: bytes | memoryview) -> str:
+def looks_like(data: Encoded) -> str:
     """A guess at what bytes are, for error messages."""
     head = bytes(data[:512])
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

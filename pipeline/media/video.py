@@ -43,7 +43,7 @@ from pipeline.errors import (
     TruncatedMedia,
     UnsupportedMedia,
 )
-from pipeline.media.image import MAX_ASPECT_RATIO, looks_like
+from pipeline.media.image import MAX_ASPECT_RATIO, Encoded, looks_like
 from pipeline.media.limits import MediaOptions
 
 # Containers that hold their own frames. Playlists, concat scripts, image patterns and devices, which open further
@@ -119,6 +119,129 @@ def even_places(total: int, count: int) -> list[int]:
     return places
 
 
+class Timeline:
+    """When the frames of a video are shown, in presentation order. `rate` is None for a variable rate."""
+
+    def __init__(self, seconds: npt.NDArray[np.float64], rate: float | None, last_s: float) -> None:
+        """`last_s` is for how long the last frame is shown, where the file says so."""
+        self.seconds: list[float] = seconds.tolist()
+        """When each frame is shown, counted from the first."""
+        self.rate = rate
+        """Frames a second of a constant-rate video, None for a variable rate."""
+        if rate is not None:
+            last_s = 1 / rate
+        elif not last_s and len(seconds) > 1:
+            last_s = float(np.median(np.diff(seconds)))
+        self.duration_s: float = self.seconds[-1] + last_s if self.seconds else 0.0
+        """Second at which the last frame is no longer shown."""
+
+    def choose(self, settings: MediumSettings, options: MediaOptions) -> tuple[list[int], list[str]]:
+        """The frames to show, by number in presentation order, and what was done otherwise than asked.
+
+        A frame that is shown long may be wanted repeatedly. Raises SettingError.
+        """
+        notes: list[str] = []
+        first, end, segment_s = self._segment(settings, notes)
+        total = end - first
+        num_frames, fps = settings.num_frames, settings.fps
+        if num_frames is None and fps is None:
+            num_frames, fps = options.num_frames, options.fps
+            if num_frames is not None and num_frames > total:
+                notes.append(f"all {total} frames shown: num_frames is {num_frames}")
+                num_frames, fps = None, math.inf
+        count = num_sampled_frames(
+            total,
+            segment_s,
+            fps=fps,
+            num_frames=num_frames,
+            min_frames=options.min_frames,
+            max_frames=options.max_frames if fps != math.inf else total,
+        )
+        if self.rate is not None:
+            return [first + place for place in even_places(total, count)], notes
+        start_s = max(settings.start_s or 0.0, self.seconds[first])
+        times = [start_s + number * segment_s / count + _TIME_EPSILON_S for number in range(count)]
+        return [max(first, bisect_right(self.seconds, time, first, end) - 1) for time in times], notes
+
+    def _segment(self, settings: MediumSettings, notes: list[str]) -> tuple[int, int, float]:
+        """(first frame, frame past the last, seconds) between start_s and end_s."""
+        total = len(self.seconds)
+        if settings.start_s is None and settings.end_s is None:
+            # Divided as transformers divides, so that a product that should be whole falls on the same side.
+            return 0, total, total / self.rate if self.rate is not None else self.duration_s
+        start_s = settings.start_s or 0.0
+        end_s = settings.end_s if settings.end_s is not None else self.duration_s
+        if start_s >= self.duration_s:
+            raise SettingError(f"start_s {start_s:g} is past the end of the video, which lasts {self.duration_s:g} s")
+        if end_s > self.duration_s + _TIME_EPSILON_S:
+            notes.append(f"end_s {end_s:g} is past the end of the video, {self.duration_s:g} s")
+            end_s = self.duration_s
+        first = bisect_left(self.seconds, start_s - _TIME_EPSILON_S)
+        end = bisect_left(self.seconds, end_s - _TIME_EPSILON_S)
+        if first >= end:  # no frame begins in the segment: the one that is on screen then
+            first, end = max(0, end - 1), max(1, end)
+        return first, end, (end - first) / self.rate if self.rate is not None else end_s - start_s
+
+
+def open_container(file: Any) -> Any:
+    """The container in a file; nothing else can be opened through it."""
+    return av.open(file, options=_OPEN_OPTIONS, metadata_errors="replace", buffer_size=_READ_BYTES)
+
+
+def video_stream(container: Any) -> Any:
+    """The stream to show. Raises NoVideoStream."""
+    attached = Disposition.attached_pic | Disposition.timed_thumbnails
+    pictures = 0
+    for stream in container.streams.video:
+        if stream.disposition & attached:
+            pictures += 1
+        elif stream.codec_context is not None:
+            return stream
+    kinds = [stream.type for stream in container.streams]
+    found = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) or "none"
+    raise NoVideoStream(
+        f"the file has no video stream that can be decoded; its streams: {found}"
+        + (f" ({pictures} of them an attached picture)" if pictures else "")
+    )
+
+
+def check_frame_size(width: int, height: int, options: MediaOptions) -> None:
+    """Refuse frames of a shape that is not decoded. Raises DecompressionBomb, AspectRatioError."""
+    if width * height > options.max_image_pixels:
+        raise DecompressionBomb(
+            f"the video's frames are {width}x{height} = {width * height:,} pixels; at most "
+            f"{options.max_image_pixels:,} are decoded (max_image_pixels)"
+        )
+    if not width or not height:
+        return  # known only once a frame has been decoded
+    short, long = sorted((width, height))
+    if long > MAX_ASPECT_RATIO * short:
+        raise AspectRatioError(
+            f"{width}x{height} pixels is {long / short:.0f}:1; the model takes at most "
+            f"{MAX_ASPECT_RATIO}:1: crop or pad the video"
+        )
+
+
+def check_num_frames(count: int, options: MediaOptions) -> None:
+    """Raises DecompressionBomb for more frames in the file than are looked at."""
+    if count > options.max_video_frames:
+        raise DecompressionBomb(f"the video has more than {options.max_video_frames:,} frames (max_video_frames)")
+
+
+def check_duration(seconds: float, end_s: float | None, options: MediaOptions) -> None:
+    """Raises DecompressionBomb for a video that goes on for too long, unless its row ends it before."""
+    if seconds > options.max_video_s and (end_s is None or end_s > options.max_video_s):
+        raise DecompressionBomb(
+            f"the video is longer than {options.max_video_s:g} s (max_video_s); "
+            "set start_s and end_s to show a part of it"
+        )
+
+
+def stated_rate(stream: Any) -> float:
+    """Frames a second, as the container says; 0 where it does not."""
+    return float(stream.average_rate or stream.guessed_rate or 0)
+
+
 class _Index:
     """All frames of a video in presentation order: when each is shown, and which packet holds it."""
 
@@ -136,25 +259,15 @@ class _Index:
         self.ticks: list[int] = [packets[number].pts for number in shown] if self.by_time else list(range(len(shown)))
         """The decoder's name for each frame: its time in the stream's own unit, or its number."""
         self.keys = [number for number, packet in enumerate(packets) if packet.is_keyframe]
-        stated_rate = float(stream.average_rate or stream.guessed_rate or 0)
-        self.rate: float | None
-        """Frames a second of a constant-rate video, None for a variable rate."""
+        rate = stated_rate(stream)
         if self.by_time:
             tick_s = float(stream.time_base)
             seconds = (np.array(self.ticks, dtype=np.float64) - (self.ticks[0] if self.ticks else 0)) * tick_s
-            self.rate = _constant_rate(seconds, tick_s, stated_rate)
-            last = (packets[shown[-1]].duration or 0) * tick_s if shown else 0.0
+            last_s = (packets[shown[-1]].duration or 0) * tick_s if shown else 0.0
+            self.timeline = Timeline(seconds, constant_rate(seconds, tick_s, rate), last_s)
         else:
-            self.rate = stated_rate or _RATE_WITHOUT_TIMES
-            seconds, last = np.arange(len(shown)) / self.rate, 0.0
-        self.seconds: list[float] = seconds.tolist()
-        """When each frame is shown, counted from the first."""
-        if self.rate is not None:
-            last = 1 / self.rate
-        elif not last and len(seconds) > 1:
-            last = float(np.median(np.diff(seconds)))
-        self.duration_s: float = self.seconds[-1] + last if shown else 0.0
-        """Second at which the last frame is no longer shown."""
+            rate = rate or _RATE_WITHOUT_TIMES
+            self.timeline = Timeline(np.arange(len(shown)) / rate, rate, 0.0)
 
     def key_before(self, frame: int) -> int:
         """Place in `packets` from which decoding must start to get this frame right."""
@@ -177,27 +290,30 @@ class OpenVideo:
     def __init__(
         self, data: bytes | memoryview | str | os.PathLike[str], settings: MediumSettings, options: MediaOptions
     ) -> None:
-        _check_settings(settings)
+        check_video_settings(settings)
         self._options = options
         self._notes: list[str] = []
         self._data = data if isinstance(data, bytes | memoryview) else memoryview(_read(data))
         try:
-            self._container = av.open(
-                _MemoryFile(self._data), options=_OPEN_OPTIONS, metadata_errors="replace", buffer_size=_READ_BYTES
-            )
-            self._stream = self._video_stream()
+            self._container = open_container(_MemoryFile(self._data))
+            self._stream = video_stream(self._container)
             self._decoder: Any = self._stream.codec_context
             self._decoder.thread_count = 1
             self._decoder.thread_type = "NONE"
             self.width: int = self._decoder.width
             """Pixels as stored, before rotation for display."""
             self.height: int = self._decoder.height
-            self._check_size(self.width, self.height)
+            check_frame_size(self.width, self.height, options)
             self._index = self._read_index(settings.end_s)
-        except _FOREIGN_ERRORS as error:
+        except FOREIGN_ERRORS as error:
             self._raise_translated(error)
-        self.places: list[int] = self._choose(settings)
+        if not self._index.packet_of:
+            raise TruncatedMedia(f"the video stream holds no frames ({len(self._data):,} bytes)")
+        self.places, notes = self._index.timeline.choose(settings, options)
         """The wanted frames, by number in presentation order; one that is shown long may be wanted repeatedly."""
+        self._notes += notes
+        if options.video_frames == "keyframes":
+            self.places = self._nearest_keyframes(self.places)
 
     @property
     def num_frames(self) -> int:
@@ -207,7 +323,7 @@ class OpenVideo:
     @property
     def timestamps(self) -> tuple[float, ...]:
         """Second at which each wanted frame is shown, counted from the video's first frame."""
-        return tuple(round(self._index.seconds[place], 6) for place in self.places)
+        return tuple(round(self._index.timeline.seconds[place], 6) for place in self.places)
 
     @property
     def note(self) -> str | None:
@@ -232,16 +348,16 @@ class OpenVideo:
         try:
             for wanted, frame in self._decoded_frames():
                 if shape is None:
-                    self._check_size(frame.width, frame.height)
+                    check_frame_size(frame.width, frame.height, self._options)
                     shape = frame.width, frame.height
                 elif (frame.width, frame.height) != shape:
-                    self._check_size(frame.width, frame.height)
+                    check_frame_size(frame.width, frame.height, self._options)
                     self._note_once(f"some frames are not {shape[0]}x{shape[1]} pixels and were scaled to it")
                     frame = frame.reformat(width=shape[0], height=shape[1], interpolation="BICUBIC")
                 if pixels is None or wanted != place:
                     place, pixels = wanted, _upright(frame)
-                yield round(self._index.seconds[wanted], 6), pixels
-        except _FOREIGN_ERRORS as error:
+                yield round(self._index.timeline.seconds[wanted], 6), pixels
+        except FOREIGN_ERRORS as error:
             self._raise_translated(error)
         finally:
             self._container.close()
@@ -253,23 +369,8 @@ class OpenVideo:
 
     # -- the list of frames, made without decoding ---------------------------------------------------------------------
 
-    def _video_stream(self) -> Any:
-        attached = Disposition.attached_pic | Disposition.timed_thumbnails
-        pictures = 0
-        for stream in self._container.streams.video:
-            if stream.disposition & attached:
-                pictures += 1
-            elif stream.codec_context is not None:
-                return stream
-        kinds = [stream.type for stream in self._container.streams]
-        found = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) or "none"
-        raise NoVideoStream(
-            f"the file has no video stream that can be decoded; its streams: {found}"
-            + (f" ({pictures} of them an attached picture)" if pictures else "")
-        )
-
     def _read_index(self, end_s: float | None) -> _Index:
-        limit, tick_s = self._options.max_video_frames, float(self._stream.time_base or 0)
+        tick_s = float(self._stream.time_base or 0)
         packets: list[Any] = []
         hidden: list[bool] = []
         origin: int | None = None
@@ -288,17 +389,12 @@ class OpenVideo:
                 continue
             packets.append(packet)
             hidden.append(packet.is_discard or self._shows_nothing(packet))
-            if len(packets) > limit:
-                raise DecompressionBomb(f"the video has more than {limit:,} frames (max_video_frames)")
+            check_num_frames(len(packets), self._options)
             if packet.dts is None or not tick_s:
                 continue
             origin = packet.dts if origin is None else min(origin, packet.dts)
             seconds = (packet.dts - origin) * tick_s
-            if seconds > self._options.max_video_s and (end_s is None or end_s > self._options.max_video_s):
-                raise DecompressionBomb(
-                    f"the video is longer than {self._options.max_video_s:g} s (max_video_s); "
-                    "set start_s and end_s to show a part of it"
-                )
+            check_duration(seconds, end_s, self._options)
             if end_s is not None and seconds > end_s + _REORDER_MARGIN_S:
                 break
         return _Index(packets, hidden, self._stream)
@@ -307,61 +403,13 @@ class OpenVideo:
         # VP8 sends reference frames that are never shown as packets of their own; bit 4 is show_frame.
         return self._decoder.name.startswith(("vp8", "libvpx")) and not memoryview(packet)[0] & 0x10
 
-    def _choose(self, settings: MediumSettings) -> list[int]:
-        index, options = self._index, self._options
-        if not index.seconds:
-            raise TruncatedMedia(f"the video stream holds no frames ({len(self._data):,} bytes)")
-        first, end, segment_s = self._segment(settings)
-        total = end - first
-        num_frames, fps = settings.num_frames, settings.fps
-        if num_frames is None and fps is None:
-            num_frames, fps = options.num_frames, options.fps
-            if num_frames is not None and num_frames > total:
-                self._notes.append(f"all {total} frames shown: num_frames is {num_frames}")
-                num_frames, fps = None, math.inf
-        count = num_sampled_frames(
-            total,
-            segment_s,
-            fps=fps,
-            num_frames=num_frames,
-            min_frames=options.min_frames,
-            max_frames=options.max_frames if fps != math.inf else total,
-        )
-        if index.rate is not None:
-            places = [first + place for place in even_places(total, count)]
-        else:
-            start_s = max(settings.start_s or 0.0, index.seconds[first])
-            times = [start_s + number * segment_s / count + _TIME_EPSILON_S for number in range(count)]
-            places = [max(first, bisect_right(index.seconds, time, first, end) - 1) for time in times]
-        return self._nearest_keyframes(places) if options.video_frames == "keyframes" else places
-
-    def _segment(self, settings: MediumSettings) -> tuple[int, int, float]:
-        """(first frame, frame past the last, seconds) between start_s and end_s."""
-        index, total = self._index, len(self._index.seconds)
-        if settings.start_s is None and settings.end_s is None:
-            # Divided as transformers divides, so that a product that should be whole falls on the same side.
-            return 0, total, total / index.rate if index.rate is not None else index.duration_s
-        start_s = settings.start_s or 0.0
-        end_s = settings.end_s if settings.end_s is not None else index.duration_s
-        if start_s >= index.duration_s:
-            raise SettingError(f"start_s {start_s:g} is past the end of the video, which lasts {index.duration_s:g} s")
-        if end_s > index.duration_s + _TIME_EPSILON_S:
-            self._notes.append(f"end_s {end_s:g} is past the end of the video, {index.duration_s:g} s")
-            end_s = index.duration_s
-        first = bisect_left(index.seconds, start_s - _TIME_EPSILON_S)
-        end = bisect_left(index.seconds, end_s - _TIME_EPSILON_S)
-        if first >= end:  # no frame begins in the segment: the one that is on screen then
-            first, end = max(0, end - 1), max(1, end)
-        return first, end, (end - first) / index.rate if index.rate is not None else end_s - start_s
-
     def _nearest_keyframes(self, places: list[int]) -> list[int]:
         index = self._index
         of_packet = {number: place for place, number in enumerate(index.packet_of)}
         keys = sorted(of_packet[number] for number in index.keys if number in of_packet)
         if not keys:
             return places
-        nearest = [min(keys, key=lambda key: abs(index.seconds[key] - index.seconds[place])) for place in places]
-        chosen = list(dict.fromkeys(nearest))
+        chosen = nearest_keyframes(places, keys, index.timeline.seconds)
         self._notes.append(f"keyframes: {len(chosen)} shown in place of {len(places)} sampled frames")
         return chosen
 
@@ -394,27 +442,18 @@ class OpenVideo:
             left_out = f", {lost} left out" if lost else ""
             self._notes.append(f"{missing} of {self.num_frames} frames could not be decoded{repeated}{left_out}")
 
-    def _check_size(self, width: int, height: int) -> None:
-        if width * height > self._options.max_image_pixels:
-            raise DecompressionBomb(
-                f"the video's frames are {width}x{height} = {width * height:,} pixels; at most "
-                f"{self._options.max_image_pixels:,} are decoded (max_image_pixels)"
-            )
-        if not width or not height:
-            return  # known only once a frame has been decoded
-        short, long = sorted((width, height))
-        if long > MAX_ASPECT_RATIO * short:
-            raise AspectRatioError(
-                f"{width}x{height} pixels is {long / short:.0f}:1; the model takes at most "
-                f"{MAX_ASPECT_RATIO}:1: crop or pad the video"
-            )
-
     def _note_once(self, note: str) -> None:
         if note not in self._notes:
             self._notes.append(note)
 
     def _raise_translated(self, error: BaseException) -> NoReturn:
-        raise _translated(error, self._data) from error
+        raise translated(error, self._data) from error
+
+
+def nearest_keyframes(places: list[int], keys: list[int], seconds: list[float]) -> list[int]:
+    """The keyframe nearest to each place, each once; `keys` are places too."""
+    nearest = [min(keys, key=lambda key: abs(seconds[key] - seconds[place])) for place in places]
+    return list(dict.fromkeys(nearest))
 
 
 class _Walk:
@@ -488,7 +527,7 @@ class _Walk:
 
 
 _DAMAGE = (av.error.InvalidDataError, av.error.EOFError, av.error.ArgumentError, av.error.UnknownError)
-_FOREIGN_ERRORS = (av.error.FFmpegError, MemoryError, UnicodeDecodeError, OSError, ValueError, EOFError)
+FOREIGN_ERRORS = (av.error.FFmpegError, MemoryError, UnicodeDecodeError, OSError, ValueError, EOFError)
 
 
 class _MemoryFile(io.RawIOBase):
@@ -524,7 +563,7 @@ def _read(path: str | os.PathLike[str]) -> bytes:
         return file.read()
 
 
-def _constant_rate(seconds: npt.NDArray[np.float64], tick_s: float, stated: float) -> float | None:
+def constant_rate(seconds: npt.NDArray[np.float64], tick_s: float, stated: float) -> float | None:
     """Frames a second where frames are evenly spaced, else None. The container's own figure where it agrees."""
     if len(seconds) < 2:
         return stated or None
@@ -543,7 +582,8 @@ def _upright(frame: Any) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(np.rot90(pixels, quarter_turns)) if quarter_turns else pixels
 
 
-def _check_settings(settings: MediumSettings) -> None:
+def check_video_settings(settings: MediumSettings) -> None:
+    """Refuse settings that can be applied to no video. Raises SettingError."""
     if settings.fps is not None and settings.num_frames is not None:
         raise SettingError(f"fps {settings.fps:g} and num_frames {settings.num_frames} exclude each other: set one")
     if settings.fps is not None and not (math.isfinite(settings.fps) and settings.fps > 0):
@@ -557,7 +597,8 @@ def _check_settings(settings: MediumSettings) -> None:
         raise SettingError(f"end_s {settings.end_s:g} is not after start_s {settings.start_s or 0.0:g}")
 
 
-def _translated(error: BaseException, data: bytes | memoryview) -> MediaError:
+def translated(error: BaseException, data: Encoded) -> MediaError:
+    """An exception of FFmpeg as one of ours; `data` is looked at for what the file may be."""
     size = f"{len(data):,} bytes"
     if isinstance(error, MediaError):
         return error
@@ -574,7 +615,7 @@ def _translated(error: BaseException, data: bytes | memoryview) -> MediaError:
     )
 
 
-def _has_box(data: bytes | memoryview, name: bytes) -> bool:
+def _has_box(data: Encoded, name: bytes) -> bool:
     """Whether an MP4 file has this box at its top level."""
     at = 0
     while at + 8 <= len(data):

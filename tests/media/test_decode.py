@@ -10,8 +10,9 @@ from PIL import Image
 
 from pipeline.conversation import MediumSettings
 from pipeline.errors import SettingError
-from pipeline.media.decode import OpenMedium, SeenMedium, fit_row, see_medium
+from pipeline.media.decode import OpenMedium, SeenMedium, see_medium
 from pipeline.media.limits import MediaOptions
+from pipeline.media.size import fit_row
 from pipeline.media.video import decode_video
 from pipeline.patches import patchify_video, resize_frames, smart_resize
 from tests.media.conftest import encode_image, encode_video, picture
@@ -110,12 +111,12 @@ def test_a_budget_shrinks_media_by_the_same_share_and_leaves_fitting_rows_alone(
         ]
 
     media = row()
-    assert [medium.num_visual_tokens for medium in media] == [400, 800]
+    assert [medium.size.num_visual_tokens for medium in media] == [400, 800]
     fit_row(media, 1200)
     assert [medium.see(source="").receipt.note for medium in media] == [None, None]
     media = row()
     fit_row(media, 300)
-    first, second = (medium.num_visual_tokens for medium in media)
+    first, second = (medium.size.num_visual_tokens for medium in media)
     assert first + second <= 300 and 1.5 < second / first < 2.7
     note = media[0].see(source="").receipt.note
     assert note == f"shrunk from 400 to {first} visual tokens: the row's media wanted 1200, max_visual_tokens is 300"
