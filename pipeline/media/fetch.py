@@ -26,6 +26,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
@@ -41,6 +42,9 @@ _WEB = ("http", "https")
 _BUCKET_ALIASES = {"gcs": "gs", "s3a": "s3", "s3n": "s3"}
 # The extra that brings a bucket's file system, for the message when it is missing.
 _BUCKET_EXTRAS = {"s3": "s3", "gs": "gcs"}
+_REDIRECTS = (301, 302, 303, 307, 308)
+FIRST_BYTES = 64 * 1024
+"""What is read of a medium to learn its size, where that takes reading."""
 _CHUNK_BYTES = 256 * 1024
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _TRANSIENT_WORDS = re.compile(
@@ -51,6 +55,18 @@ _TRANSIENT_WORDS = re.compile(
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.25, 8.0
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RangedSource:
+    """A medium of known size that is read in parts."""
+
+    size: int
+    """Bytes of the whole file."""
+    read: Callable[[int, int], bytes]
+    """Bytes [start, stop) of it; raises as `Fetcher.fetch`."""
+    first: bytes = b""
+    """Its beginning, as far as that came with the size."""
 
 
 class _Transient(Exception):
@@ -100,6 +116,23 @@ class Fetcher:
             return self._retrying(lambda: self._read_web(source), source)
         return self._retrying(lambda: self._read_bucket(source), source)
 
+    def open(self, source: str | bytes) -> RangedSource:
+        """The same medium, of which parts are read as they are asked for; what `fetch` refuses is refused here too.
+
+        Where its place can't give parts (a data: URI, a server without ranges or sizes), it is fetched whole.
+        """
+        scheme = "" if isinstance(source, bytes) else _scheme(source)
+        if isinstance(source, bytes) or scheme == "data":
+            return _whole(self.fetch(source))
+        if not scheme and self._base_scheme not in ("", "file"):
+            source = self._join(source)
+            scheme = _scheme(source)
+        if scheme in ("", "file"):
+            return self._open_local(source)
+        if scheme in _WEB:
+            return self._retrying(lambda: self._open_web(source), source)
+        return self._retrying(lambda: self._open_bucket(source), source)
+
     def _join(self, path: str) -> str:
         base = self._options.base
         if self._base_scheme in _WEB:
@@ -122,6 +155,30 @@ class Fetcher:
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def _read_local(self, source: str) -> bytes:
+        descriptor, _ = self._local_file(source)
+        with open(descriptor, "rb", buffering=0) as file:
+            try:
+                return file.read()
+            except OSError as error:
+                raise _file_error(error, source) from error
+
+    def _open_local(self, source: str) -> RangedSource:
+        descriptor, size = self._local_file(source)
+        os.close(descriptor)
+
+        def read(start: int, stop: int) -> bytes:
+            descriptor, _ = self._local_file(source)
+            try:
+                return os.pread(descriptor, stop - start, start)
+            except OSError as error:
+                raise _file_error(error, source) from error
+            finally:
+                os.close(descriptor)
+
+        return RangedSource(size, read)
+
+    def _local_file(self, source: str) -> tuple[int, int]:
+        """(descriptor, size in bytes) of a file that rows may read."""
         path = _local_path(source)
         if "\x00" in path or any("\ud800" <= letter <= "\udfff" for letter in path):
             raise MediaNotFound(f"{source[:120]!r} is no path: it holds characters that no file name can have")
@@ -145,38 +202,59 @@ class Fetcher:
         if not stat.S_ISREG(status.st_mode):
             os.close(descriptor)
             raise AccessDenied(f"{_shown(source)} is not a regular file")
-        with open(descriptor, "rb", buffering=0) as file:
-            if status.st_size > self._options.max_bytes:
-                raise self._too_large(_shown(source), f"{status.st_size:,} bytes")
-            try:
-                return file.read()
-            except OSError as error:
-                raise _file_error(error, source) from error
+        if status.st_size > self._options.max_bytes:
+            os.close(descriptor)
+            raise self._too_large(_shown(source), f"{status.st_size:,} bytes")
+        return descriptor, status.st_size
 
     # -- buckets -------------------------------------------------------------------------------------------------------
 
     def _read_bucket(self, source: str) -> bytes:
-        scheme = _scheme(source)
+        file_system, location = self._bucket_object(source)
+        limit = self._options.max_bytes
+        # One ranged request, with a byte more than allowed, instead of one for the size and one for the content.
+        data = self._asked(lambda: file_system.cat_file(location, start=0, end=limit + 1), source)
+        if len(data) > limit:
+            raise self._too_large(_shown(source), f"more than {limit:,} bytes")
+        return bytes(data)
+
+    def _open_bucket(self, source: str) -> RangedSource:
+        file_system, location = self._bucket_object(source)
+        entry = self._asked(lambda: file_system.info(location), source)
+        if entry.get("type") == "directory":
+            raise MediaNotFound(f"{_shown(source)} is a folder, not an object")
+        if entry.get("size") is None:
+            return _whole(self._read_bucket(source))
+        size = int(entry["size"])
+        if size > self._options.max_bytes:
+            raise self._too_large(_shown(source), f"{size:,} bytes")
+
+        def read(start: int, stop: int) -> bytes:
+            return self._retrying(
+                lambda: bytes(self._asked(lambda: file_system.cat_file(location, start=start, end=stop), source)),
+                source,
+            )
+
+        return RangedSource(size, read)
+
+    def _asked(self, question: Callable[[], T], source: str) -> T:
+        """The bucket's answer, within the time limit; its exceptions as ours."""
+        try:
+            return _within(question, self._options.timeout_s, source)
+        except FetchError:
+            raise
+        except Exception as error:  # every fsspec implementation has exceptions of its own
+            raise _bucket_error(error, source) from error
+
+    def _bucket_object(self, source: str) -> tuple[Any, str]:
+        """(file system, location) of an object that rows may read."""
         location = _normal_bucket(source)
         if not self._anything and not any(_below(location, bucket) for bucket in self._buckets):
             raise AccessDenied(
                 f"{_shown(source)} is outside the buckets that rows may read: {', '.join(self._buckets) or 'none'}; "
                 "add its bucket or prefix to input.allow"
             )
-        file_system = self._file_system(scheme)
-        limit = self._options.max_bytes
-        try:
-            # One ranged request, with a byte more than allowed, instead of one for the size and one for the content.
-            data = _within(
-                lambda: file_system.cat_file(location, start=0, end=limit + 1), self._options.timeout_s, source
-            )
-        except FetchError:
-            raise
-        except Exception as error:  # every fsspec implementation has exceptions of its own
-            raise _bucket_error(error, source) from error
-        if len(data) > limit:
-            raise self._too_large(_shown(source), f"more than {limit:,} bytes")
-        return bytes(data)
+        return self._file_system(_scheme(source)), location
 
     def _file_system(self, scheme: str) -> Any:
         with self._lock:
@@ -204,12 +282,32 @@ class Fetcher:
     # -- the web -------------------------------------------------------------------------------------------------------
 
     def _read_web(self, source: str) -> bytes:
+        return self._ask_web(source, None)[2]
+
+    def _open_web(self, source: str) -> RangedSource:
+        status, headers, first = self._ask_web(source, (0, FIRST_BYTES))
+        if status == 206:
+            size = headers.get("Content-Range", "").rpartition("/")[2]
+        else:
+            size = str(len(first)) if len(first) < FIRST_BYTES else headers.get("Content-Length", "")
+        if not size.isdigit():
+            return _whole(self._read_web(source))
+        if int(size) > self._options.max_bytes:
+            raise self._too_large(_shown(source), f"{int(size):,} bytes")
+
+        def read(start: int, stop: int) -> bytes:
+            return self._retrying(lambda: self._ask_web(source, (start, stop))[2], source)
+
+        return RangedSource(int(size), read, first)
+
+    def _ask_web(self, source: str, span: tuple[int, int] | None) -> tuple[int, email.message.Message, bytes]:
+        """(status, headers, body) at the end of all redirects; of the body only the bytes [start, stop) if given."""
         deadline = time.monotonic() + self._options.timeout_s
         url = source
         for _ in range(MAX_REDIRECTS + 1):
-            status, headers, body = self._request(url, source, deadline)
-            if status not in (301, 302, 303, 307, 308):
-                return body
+            status, headers, body = self._request(url, source, deadline, span)
+            if status not in _REDIRECTS:
+                return status, headers, body
             target = headers.get("Location")
             if not target:
                 raise FetchError(f"{_shown(source)}: the server answered {status} without saying where to go")
@@ -218,7 +316,9 @@ class Fetcher:
                 raise AccessDenied(f"{_shown(source)} redirects to {_shown(url)}; only http and https are followed")
         raise FetchError(f"{_shown(source)} redirects more than {MAX_REDIRECTS} times")
 
-    def _request(self, url: str, source: str, deadline: float) -> tuple[int, email.message.Message, bytes]:
+    def _request(
+        self, url: str, source: str, deadline: float, span: tuple[int, int] | None
+    ) -> tuple[int, email.message.Message, bytes]:
         parts = _split(url, source)
         host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
         connection: http.client.HTTPConnection | None = None
@@ -228,12 +328,21 @@ class Fetcher:
             path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (
                 "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~-._?") if parts.query else ""
             )
-            connection.request("GET", path, headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
+            headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
+            if span is not None:
+                headers["Range"] = f"bytes={span[0]}-{span[1] - 1}"
+            connection.request("GET", path, headers=headers)
             response = connection.getresponse()
-            if response.status in (301, 302, 303, 307, 308):
-                return response.status, response.headers, b""
+            status = response.status
+            if status in _REDIRECTS or (status == 416 and span is not None):  # 416: nothing there, as in an empty file
+                return status, response.headers, b""
             self._check_answer(response, source)
-            return response.status, response.headers, self._read_body(connection, response, source, deadline)
+            if span is None:
+                return status, response.headers, self._read_body(connection, response, source, deadline)
+            # A server that does not know ranges sends the whole from its beginning.
+            skipped = 0 if status == 206 else span[0]
+            body = self._read_body(connection, response, source, deadline, most=skipped + span[1] - span[0])
+            return status, response.headers, body[skipped:]
         except FetchError:
             raise
         except TimeoutError as error:
@@ -292,7 +401,12 @@ class Fetcher:
             raise self._too_large(_shown(source), f"{int(length):,} bytes")
 
     def _read_body(
-        self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse, source: str, deadline: float
+        self,
+        connection: http.client.HTTPConnection,
+        response: http.client.HTTPResponse,
+        source: str,
+        deadline: float,
+        most: int | None = None,
     ) -> bytes:
         body = io.BytesIO()
         while True:
@@ -306,13 +420,15 @@ class Fetcher:
             body.write(part)
             if body.tell() > self._options.max_bytes:
                 raise self._too_large(_shown(source), f"more than {self._options.max_bytes:,} bytes")
+            if most is not None and body.tell() >= most:
+                return body.getvalue()[:most]
         if response.length:  # what Content-Length promised and the server did not send
             raise _Transient(FetchError(f"{_shown(source)}: the connection ended {response.length:,} bytes too early"))
         return body.getvalue()
 
     # -- faults that may pass ------------------------------------------------------------------------------------------
 
-    def _retrying(self, attempt: Callable[[], bytes], source: str) -> bytes:
+    def _retrying(self, attempt: Callable[[], T], source: str) -> T:
         for number in range(self._options.retries + 1):
             try:
                 return attempt()
@@ -323,6 +439,10 @@ class Fetcher:
                 backoff = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2**number) * random.uniform(0.5, 1.5)
                 time.sleep(max(backoff, min(fault.wait_s or 0.0, self._options.timeout_s)))
         raise AssertionError("unreachable")
+
+
+def _whole(data: bytes) -> RangedSource:
+    return RangedSource(len(data), lambda start, stop: data[start:stop], data)
 
 
 def _within(work: Callable[[], T], seconds: float, source: str) -> T:
