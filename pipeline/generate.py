@@ -7,7 +7,6 @@ Knows the request and result schemas, text and the engine's interface; not Ray, 
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import threading
@@ -21,7 +20,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.engine import Completion, Engine, EngineOptions, Medium, Request, SamplingParams, load_engine
+from pipeline.engine import (
+    Completion,
+    Engine,
+    EngineOptions,
+    Medium,
+    Request,
+    SamplingParams,
+    load_engine,
+    parse_sampling,
+)
 from pipeline.errors import EngineCrash, RowError, SettingError
 from pipeline.patches import IMAGE_PATCH_BYTES, VIDEO_PATCH_BYTES, Resize, pixel_table
 from pipeline.prompt import ChatTokenizer
@@ -202,7 +210,7 @@ class GenerateStage:
         if row["status"] != Status.OK:
             return _Answer()
         try:
-            sampling = _sampling(row["sampling"])
+            sampling = parse_sampling(row["sampling"])
         except ValueError as error:
             return _Answer(error=SettingError(f"sampling: {error}"))
         media = _media(row)
@@ -293,10 +301,3 @@ def _media(row: dict[str, Any]) -> tuple[Medium, ...]:
         position += size
     assert position == len(row["patches"]), (position, len(row["patches"]))
     return tuple(media)
-
-
-def _sampling(text: str) -> SamplingParams:
-    values = json.loads(text)
-    for name in ("stop_strings", "stop_token_ids"):
-        values[name] = tuple(values.get(name) or ())
-    return SamplingParams(**values)

@@ -41,7 +41,7 @@ def resolve_model(path: str) -> str:
 
 def check_model(model_path: str, *, revision: str | None = None) -> None:
     """Raise CheckpointError unless there is a Qwen2-VL checkpoint, weights and all, at the folder or hub name."""
-    config = _read_json(model_path, "config.json", revision)
+    config = read_config(model_path, revision=revision)
     if config is None:
         raise CheckpointError(
             f"can't find config.json in {model_path!r}: "
@@ -53,6 +53,11 @@ def check_model(model_path: str, *, revision: str | None = None) -> None:
         )
     if Path(model_path).is_dir() and not any(Path(model_path).glob("*.safetensors")):
         raise CheckpointError(f"{model_path!r} has a config.json but no *.safetensors: the weights are missing")
+
+
+def read_config(model_path: str, *, revision: str | None = None) -> dict[str, Any] | None:
+    """The checkpoint's `config.json`; None where there is none."""
+    return _read_json(model_path, "config.json", revision)
 
 
 def read_processor_facts(model_path: str, *, revision: str | None = None) -> ProcessorFacts:

@@ -52,8 +52,17 @@ Two engines, one interface
 the tests compare the first with the second, and the benchmarks measure them side by side.
 """
 
+from pipeline.engine.admission import check_length
 from pipeline.engine.options import Detokenize, Engine, EngineOptions, load_engine
-from pipeline.engine.sequence import Completion, FinishReason, Medium, Request, RequestId, SamplingParams
+from pipeline.engine.sequence import (
+    Completion,
+    FinishReason,
+    Medium,
+    Request,
+    RequestId,
+    SamplingParams,
+    parse_sampling,
+)
 
 __all__ = [
     "Completion",
@@ -65,5 +74,7 @@ __all__ = [
     "Request",
     "RequestId",
     "SamplingParams",
+    "check_length",
     "load_engine",
+    "parse_sampling",
 ]

@@ -35,20 +35,33 @@ class AdmissionRules:
             )
         if sampling.stop_strings and not self.can_detokenize:
             raise GenerateError("stop_strings need an engine that was given a detokenize function")
-        length = len(ids) + sampling.max_tokens
-        if length > self.max_context:
-            raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens ({request.num_visual_tokens} of them visual) and max_tokens is "
-                f"{sampling.max_tokens}, together {length}; the model's context is {self.max_context}. "
-                f"A prompt of {max(0, self.max_context - sampling.max_tokens)} tokens would fit: use fewer or "
-                "smaller media, or a smaller max_tokens"
-            )
-        # The last token chosen is never fed back, so it needs no place in the cache.
-        if self.cache_tokens is not None and length - 1 > self.cache_tokens:
-            raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens ({request.num_visual_tokens} of them visual) and max_tokens is "
-                f"{sampling.max_tokens}; the key-value cache holds {self.cache_tokens} tokens. A prompt of "
-                f"{max(0, self.cache_tokens - sampling.max_tokens + 1)} tokens would fit: give the cache more "
-                "memory, or use fewer or smaller media"
-            )
+        check_length(
+            len(ids),
+            request.num_visual_tokens,
+            sampling.max_tokens,
+            max_context=self.max_context,
+            cache_tokens=self.cache_tokens,
+        )
         return lay_out_prompt(request, image_token_id=self.image_token_id, video_token_id=self.video_token_id)
+
+
+def check_length(
+    num_prompt_tokens: int, num_visual_tokens: int, max_tokens: int, *, max_context: int, cache_tokens: int | None
+) -> None:
+    """Raise PromptTooLong for a prompt and its answer that fit into the context or the cache under no circumstances."""
+    length = num_prompt_tokens + max_tokens
+    if length > max_context:
+        raise PromptTooLong(
+            f"the prompt has {num_prompt_tokens} tokens ({num_visual_tokens} of them visual) and max_tokens is "
+            f"{max_tokens}, together {length}; the model's context is {max_context}. "
+            f"A prompt of {max(0, max_context - max_tokens)} tokens would fit: use fewer or "
+            "smaller media, or a smaller max_tokens"
+        )
+    # The last token chosen is never fed back, so it needs no place in the cache.
+    if cache_tokens is not None and length - 1 > cache_tokens:
+        raise PromptTooLong(
+            f"the prompt has {num_prompt_tokens} tokens ({num_visual_tokens} of them visual) and max_tokens is "
+            f"{max_tokens}; the key-value cache holds {cache_tokens} tokens. A prompt of "
+            f"{max(0, cache_tokens - max_tokens + 1)} tokens would fit: give the cache more "
+            "memory, or use fewer or smaller media"
+        )

@@ -9,6 +9,7 @@ numpy and plain Python, so that the scheduler can be tested in milliseconds.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum
@@ -96,6 +97,14 @@ class SamplingParams:
             self.stop_token_ids,
             "0 or more",
         )
+
+
+def parse_sampling(text: str) -> SamplingParams:
+    """The parameters in a request row's JSON. Raises ValueError for one that is out of range."""
+    values = json.loads(text)
+    for name in ("stop_strings", "stop_token_ids"):
+        values[name] = tuple(values.get(name) or ())
+    return SamplingParams(**values)
 
 
 @dataclass(frozen=True, eq=False)

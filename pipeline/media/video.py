@@ -183,9 +183,9 @@ class Timeline:
         return first, end, (end - first) / self.rate if self.rate is not None else end_s - start_s
 
 
-def open_container(file: Any) -> Any:
-    """The container in a file; nothing else can be opened through it."""
-    return av.open(file, options=_OPEN_OPTIONS, metadata_errors="replace", buffer_size=_READ_BYTES)
+def open_container(file: Any, *, buffer_size: int = _READ_BYTES) -> Any:
+    """The container in a file, read so many bytes at a time; nothing else can be opened through it."""
+    return av.open(file, options=_OPEN_OPTIONS, metadata_errors="replace", buffer_size=buffer_size)
 
 
 def video_stream(container: Any) -> Any:
@@ -319,6 +319,15 @@ class OpenVideo:
     def num_frames(self) -> int:
         """Frames that will be shown if all of them can be decoded."""
         return len(self.places)
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds from the first frame to the end of the last."""
+        return self._index.timeline.duration_s
+
+    def close(self) -> None:
+        """Let go of the file, where its frames are not wanted after all."""
+        self._container.close()
 
     @property
     def timestamps(self) -> tuple[float, ...]:
