@@ -17,7 +17,6 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import resource
 import subprocess
@@ -155,20 +154,46 @@ def make_engine(variant: str, model: Any, arguments: argparse.Namespace) -> Engi
 
 def run_worker(arguments: argparse.Namespace) -> dict[str, Any]:
     """One engine, one process: load, warm up on one row, run the workload."""
-    started = time.perf_counter()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     shape, dtype = SHAPES[arguments.shape], getattr(torch, arguments.dtype)
-    on_gpu = arguments.device.startswith("cuda")
-    engine = make_engine(arguments.worker, make_model(shape, arguments.device, dtype), arguments)
     requests = make_requests(
         arguments.images, side=arguments.side, tokens=arguments.tokens, max_pixels=arguments.max_pixels
     )
     warm = make_requests(1, side=224, tokens=3, max_pixels=None)
+    run = run_vllm if arguments.worker == "vllm" else run_engine
+    measured = run(shape, dtype, requests, warm, arguments)
+
+    on_gpu = arguments.device.startswith("cuda")
+    flops_per_s = GPU_FLOPS if on_gpu else measure_flops(dtype)
+    flops, seconds = sum(count_flops(shape, requests)), measured["seconds"]
+    output_tokens = sum(request.sampling.max_tokens for request in requests)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    return {
+        "variant": arguments.worker,
+        "images_per_s": len(requests) / seconds,
+        "output_tokens_per_s": output_tokens / seconds,
+        "peak_memory_gb": (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9,
+        "mfu": flops / seconds / flops_per_s,
+        "share_of_limit": bound_seconds(shape, requests, flops_per_s, on_gpu=on_gpu) / seconds,
+        "gflop_per_image": flops / len(requests) / 1e9,
+        **measured,
+    }
+
+
+def run_engine(
+    shape: Shape,
+    dtype: torch.dtype,
+    requests: Sequence[Request],
+    warm: Sequence[Request],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """One of our own engines. All requests are there from the start, as in a batch job."""
+    started = time.perf_counter()
+    engine = make_engine(arguments.worker, make_model(shape, arguments.device, dtype), arguments)
     engine.generate(warm)
     start_up = time.perf_counter() - started
     before = engine.stats()
-
     started, cpu_started = time.perf_counter(), time.process_time()
     for request in requests:
         engine.add(request)
@@ -181,26 +206,48 @@ def run_worker(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     cpu_seconds = time.process_time() - cpu_started
     assert all(completion.error is None for completion in done), done[0].error
-
-    flops_per_s = GPU_FLOPS if on_gpu else measure_flops(dtype)
-    flops = sum(count_flops(shape, requests))
-    tokens = {completion.request_id: list(completion.token_ids) for completion in done}
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     return {
-        "variant": arguments.worker,
-        "images_per_s": len(requests) / seconds,
-        "output_tokens_per_s": sum(map(len, tokens.values())) / seconds,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "first_completion_s": first,
         "start_up_s": start_up,
-        "peak_memory_gb": (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9,
-        "mfu": flops / seconds / flops_per_s,
-        "share_of_limit": bound_seconds(shape, requests, flops_per_s, on_gpu=on_gpu) / seconds,
-        "gflop_per_image": flops / len(requests) / 1e9,
         "stats": {name: value - before.get(name, 0.0) for name, value in engine.stats().items()},
         "engine": engine.describe(),
-        "tokens": tokens,
+        "tokens": {completion.request_id: list(completion.token_ids) for completion in done},
+    }
+
+
+def run_vllm(
+    shape: Shape,
+    dtype: torch.dtype,
+    requests: Sequence[Request],
+    warm: Sequence[Request],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """vLLM, where it is installed. Its start-up includes reading the weights from a file, as it always does."""
+    from jobs import benchmark_vllm
+
+    started = time.perf_counter()
+    llm = benchmark_vllm.load(
+        lambda: make_model(shape, "cpu", dtype),
+        requests,
+        on_gpu=arguments.device.startswith("cuda"),
+        dtype=arguments.dtype,
+    )
+    benchmark_vllm.run(llm, *benchmark_vllm.prompts(warm))
+    start_up = time.perf_counter() - started
+    inputs, sampling = benchmark_vllm.prompts(requests)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    first, lengths = benchmark_vllm.run(llm, inputs, sampling)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    wanted = {request.request_id: request.sampling.max_tokens for request in requests}
+    assert lengths == wanted, f"vLLM gave {lengths}, asked for {wanted}"
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "first_completion_s": first,
+        "start_up_s": start_up,
+        "tokens": {},
     }
 
 
@@ -268,10 +315,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Greedy tokens of one row alone, where that was run; bfloat16 may differ at near-ties.
     truth = finished.get("1") or next(iter(finished.values()), None)
     mismatched = sum(ours["tokens"][i] != truth["tokens"][i] for i in ours["tokens"]) if truth else None
+    vllm = None
     if "vllm" in peers:
-        installed = importlib.util.find_spec("vllm") is not None
-        reason = "its input is images through its own processor, not patches" if installed else "not installed"
-        print(f"vllm           not measured: {reason}")
+        from jobs.benchmark_vllm import importable
+
+        reason = importable()
+        if reason is None:
+            vllm = run_in_process("vllm", arguments)
+        else:
+            print(f"vllm           not measured: {reason}")
     print(
         json.dumps(
             {
@@ -287,7 +339,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "reference_cpu_seconds": {
                     size: result["cpu_seconds"] if result else None for size, result in reference.items()
                 },
-                "vllm_images_per_s": None,
+                "vllm_images_per_s": vllm["images_per_s"] if vllm else None,
+                "vllm_start_up_s": vllm["start_up_s"] if vllm else None,
+                "ratio_to_vllm": ours["images_per_s"] / vllm["images_per_s"] if vllm else None,
                 "ratio_to_best_reference": ours["images_per_s"] / best if best else None,
                 "mismatched_rows": mismatched,
                 **{
