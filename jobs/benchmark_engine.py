@@ -182,7 +182,7 @@ def run_worker(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_engine(
-    shape: Shape,
+    shape: ModelShape,
     dtype: torch.dtype,
     requests: Sequence[Request],
     warm: Sequence[Request],
@@ -218,7 +218,7 @@ def run_engine(
 
 
 def run_vllm(
-    shape: Shape,
+    shape: ModelShape,
     dtype: torch.dtype,
     requests: Sequence[Request],
     warm: Sequence[Request],

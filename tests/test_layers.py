@@ -40,7 +40,7 @@ ALLOWED_NEIGHBOURS = {
 }
 HOMES = {
     "ray": ("jobs/",),
-    "PIL": ("pipeline/media/", "pipeline/patches.py", "pipeline/report", "pipeline/demo/"),
+    "PIL": ("pipeline/media/", "pipeline/patches.py", "pipeline/report", "pipeline/demo/", "jobs/benchmark_vllm.py"),
     "av": ("pipeline/media/", "pipeline/demo/"),
     "torch": ("pipeline/engine/", "pipeline/patches.py", "pipeline/media/", "pipeline/demo/", "jobs/"),
     "pydantic": ("pipeline/config.py", "jobs/"),
