@@ -119,6 +119,7 @@ def _open(config: CaptionConfig, folder: RunFolder) -> Manifest:
         storage_options=config.input.storage_options,
         listing_path=folder.file("manifest.parquet"),
         listing_options=folder.storage_options,
+        new_media=config.run.on_change == "new-rows",
     )
 
 

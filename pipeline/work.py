@@ -7,13 +7,13 @@ no actor is left alone with a long one. Knows manifests and sets of rows; not Ra
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.manifest import Manifest, ReadSpec, WorkUnit, read_unit, unit_of
+from pipeline.manifest import Manifest, ReadSpec, WorkUnit, read_units, unit_of
 from pipeline.row_set import Indices, RowNumbering, RowSet
 from pipeline.schema import UnitColumn
 
@@ -89,12 +89,20 @@ def _work(manifest: Manifest, file: int, rows: Indices, first: int, retries: Ret
     return Work(unit, wanted, attempts)
 
 
+def _runs(work: Work) -> list[WorkUnit]:
+    """Unbroken runs of wanted rows: a few rows to retry may lie far apart, and what lies between may be large."""
+    if work.wanted is None:
+        return [work.unit]
+    rows = work.unit.start + work.wanted
+    breaks = np.flatnonzero(np.diff(rows) > 1) + 1
+    return [replace(work.unit, start=int(run[0]), stop=int(run[-1]) + 1) for run in np.split(rows, breaks)]
+
+
 def read_work(spec: ReadSpec, work: Work, columns: Sequence[str]) -> pa.Table:
     """The wanted rows with their places: the manifest's columns and those of `UnitColumn`."""
-    table = read_unit(spec, work.unit, columns=columns)
+    table = pa.concat_tables(read_units(spec, _runs(work), columns=columns))
     rows = np.arange(work.unit.start, work.unit.stop, dtype=np.int64)
     if work.wanted is not None:
-        table = table.take(pa.array(work.wanted))
         rows = rows[work.wanted]
     attempts = np.ones(len(rows), np.int32) if work.attempts is None else work.attempts
     table = table.append_column(UnitColumn.FILE, pa.array(np.full(len(rows), work.unit.file, np.int32)))

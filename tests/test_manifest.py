@@ -13,14 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import manifest, storage
+from pipeline import storage
 from pipeline.errors import ManifestError
 from pipeline.manifest import (
     ERROR_COLUMN,
@@ -30,10 +29,20 @@ from pipeline.manifest import (
     keep_file_numbers,
     only_appended,
     open_manifest,
-    plan_units,
+    parquet,
     read_unit,
     read_units,
+    unit_of,
 )
+
+
+def cut(found: Manifest, rows_per_unit: int) -> list[WorkUnit]:
+    """The whole manifest in units of so many rows."""
+    return [
+        unit_of(found, number, start, min(start + rows_per_unit, file.num_rows))
+        for number, file in enumerate(found.files)
+        for start in range(0, file.num_rows, rows_per_unit)
+    ]
 
 
 @pytest.fixture
@@ -64,7 +73,7 @@ def rows_of(
     found: Manifest, *, rows_per_unit: int = 1000, columns: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     spec = pickle.loads(pickle.dumps(found.spec))  # as a reader elsewhere gets it
-    units = plan_units(found, rows_per_unit=rows_per_unit)
+    units = cut(found, rows_per_unit)
     return [row for unit in units for row in read_unit(spec, unit, columns=columns).to_pylist()]
 
 
@@ -168,7 +177,7 @@ def test_an_empty_manifest_has_no_rows_and_no_units(format: str, tmp_path: Path,
     else:
         write(path, "image\n" if format == "csv" else "")
     found = load(path)
-    assert found.num_rows == 0 and list(plan_units(found, rows_per_unit=5)) == []
+    assert found.num_rows == 0 and cut(found, 5) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,6 +210,21 @@ def test_a_resumed_job_uses_the_listing_of_its_first_run(tmp_path: Path, load: C
     again = load(f"{folder}/")
     assert rows_of(again) == rows_of(first) and again.base == first.base
     assert difference(first.fingerprint(), again.fingerprint()) == []
+
+
+def test_new_media_are_taken_up_behind_the_old_ones_when_asked(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    folder = make_media(tmp_path / "photos")
+    first = load(folder, new_media=True)
+    write(folder / "aa_new.jpg", "x")
+    grown = load(folder, new_media=True)
+    assert rows_of(grown)[: first.num_rows] == rows_of(first)
+    assert [row["image"] for row in rows_of(grown)[first.num_rows :]] == ["aa_new.jpg"]
+    assert only_appended(first.fingerprint(), grown.fingerprint())
+    write(folder / "a" / "zz_newer.mp4", "x")
+    assert load(folder) == grown, "a run that does not ask sees what was taken up, and no more"
+    newest = load(folder, new_media=True)
+    assert [row["video"] for row in rows_of(newest)][-1] == "a/zz_newer.mp4" and len(newest.files) == 3
+    assert load(folder, new_media=True) == newest
 
 
 def test_a_listing_of_another_folder_is_not_mistaken_for_this_one(
@@ -285,7 +309,7 @@ def test_files_with_different_columns_are_unified(tmp_path: Path, load: Callable
         {"id": 3, "image": None, "fps": 2.0},
         {"id": 4, "image": "d", "fps": None},
     ]
-    tables = [read_unit(found.spec, unit) for unit in plan_units(found, rows_per_unit=1)]
+    tables = [read_unit(found.spec, unit) for unit in cut(found, 1)]
     assert {table.schema for table in tables} == {found.schema}
     assert rows_of(found, columns=["fps"])[0] == {"fps": None}
 
@@ -321,7 +345,7 @@ def test_a_file_that_shrank_or_vanished_since_the_plan_is_noticed(
 ) -> None:
     path = write_parquet(tmp_path / "m.parquet", {"id": list(range(10))})
     found = load(path)
-    (unit,) = plan_units(found, rows_per_unit=100)
+    (unit,) = cut(found, 100)
     write_parquet(path, {"id": [1]})
     with pytest.raises(ManifestError, match="has 1 rows now but had at least 10"):
         read_unit(found.spec, unit)
@@ -333,7 +357,7 @@ def test_a_file_that_shrank_or_vanished_since_the_plan_is_noticed(
 def test_large_row_groups_are_streamed(
     tmp_path: Path, load: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest, "_BUFFER_WHOLE_BYTES", 0)
+    monkeypatch.setattr(parquet, "_BUFFER_WHOLE_BYTES", 0)
     found = load(write_parquet(tmp_path / "m.parquet", {"id": list(range(5000)), "data": [b"x" * 100] * 5000}))
     assert [row["id"] for row in rows_of(found, rows_per_unit=1700, columns=["id"])] == list(range(5000))
 
@@ -476,52 +500,7 @@ def test_a_field_may_be_as_long_as_a_data_url(tmp_path: Path, load: Callable[...
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Planning
-
-
-def fake(*counts: int) -> Manifest:
-    files = tuple(manifest.ManifestFile(f"/d/{i}.parquet", count, 10, None) for i, count in enumerate(counts))
-    return Manifest("/d", "parquet", files, pa.schema([]), "/d")
-
-
-def test_units_follow_the_manifest_and_never_cross_files() -> None:
-    assert [(u.file, u.path, u.start, u.stop) for u in plan_units(fake(5, 0, 2), rows_per_unit=2)] == [
-        (0, "/d/0.parquet", 0, 2),
-        (0, "/d/0.parquet", 2, 4),
-        (0, "/d/0.parquet", 4, 5),
-        (2, "/d/2.parquet", 0, 2),
-    ]
-
-
-def test_the_limit_counts_from_the_first_row_finished_or_not() -> None:
-    finished = {0: np.array([True] * 5)}
-    assert [(u.file, u.start, u.stop) for u in plan_units(fake(5, 5), rows_per_unit=9, limit=7)] == [
-        (0, 0, 5),
-        (1, 0, 2),
-    ]
-    assert [(u.file, u.start, u.stop) for u in plan_units(fake(5, 5), rows_per_unit=9, limit=7, finished=finished)] == [
-        (1, 0, 2)
-    ]
-
-
-@settings(deadline=None)  # a busy machine is no failure
-@given(st.data())
-def test_every_unfinished_row_is_planned_once_and_no_finished_one(data: st.DataObject) -> None:
-    counts = data.draw(st.lists(st.integers(0, 40), max_size=4))
-    masks = {
-        number: np.array(data.draw(st.lists(st.booleans(), max_size=count)), dtype=np.bool_)
-        for number, count in enumerate(counts)
-        if data.draw(st.booleans())
-    }
-    packed = {number: np.packbits(mask, bitorder="little") for number, mask in masks.items()}
-    limit = data.draw(st.none() | st.integers(1, 100))
-    rows_per_unit = data.draw(st.integers(1, 10))
-    places = [(file, row) for file, count in enumerate(counts) for row in range(count)][:limit]
-    expected = [(f, r) for f, r in places if f not in masks or r >= len(masks[f]) or not masks[f][r]]
-    for finished in (masks, packed):
-        units = list(plan_units(fake(*counts), rows_per_unit=rows_per_unit, limit=limit, finished=finished))
-        assert all(0 < unit.num_rows <= rows_per_unit for unit in units)
-        assert [(unit.file, row) for unit in units for row in range(unit.start, unit.stop)] == expected
+# Units
 
 
 @pytest.mark.parametrize("format", ["jsonl", "csv"])
@@ -545,7 +524,7 @@ def test_text_units_hold_exactly_their_rows(
     expected = [(str(number), (text or None) if format == "csv" else text) for number, text in enumerate(texts)]
     assert [(row["id"], row["text"]) for row in rows_of(found, rows_per_unit=rows_per_unit)] == expected
     if texts:  # any unit alone, read first
-        unit = data.draw(st.sampled_from(list(plan_units(found, rows_per_unit=rows_per_unit))))
+        unit = data.draw(st.sampled_from(cut(found, rows_per_unit)))
         assert read_unit(found.spec, unit, columns=["id"])["id"].to_pylist() == [
             str(number) for number in range(unit.start, unit.stop)
         ]
@@ -564,8 +543,8 @@ def test_scattered_units_of_several_files_are_read_in_one_go(
             write(path, "\n".join(["id", *ids] if format == "csv" else [json.dumps({"id": name}) for name in ids]))
     found = load(tmp_path / "d")
     wanted = {0: [0, 1, 299, 300, 999], 2: [5, 6, 7, 400, 401, 998]}
-    finished = {number: ~np.isin(np.arange(1000), wanted.get(number, [])) for number in range(3)}
-    units = list(plan_units(found, rows_per_unit=2, finished=finished))
+    runs = {0: [(0, 2), (299, 301), (999, 1000)], 2: [(5, 7), (7, 8), (400, 402), (998, 999)]}
+    units = [unit_of(found, number, start, stop) for number, spans in runs.items() for start, stop in spans]
     tables = list(read_units(found.spec, units, columns=["id"]))
     assert [table.num_rows for table in tables] == [unit.num_rows for unit in units]
     read = [name for table in tables for name in table["id"].to_pylist()]

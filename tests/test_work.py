@@ -75,3 +75,19 @@ def test_reading_gives_the_wanted_rows_with_place_and_attempt(tmp_path: Path) ->
     assert table.column(UnitColumn.ROW).to_pylist() == [1, 2, 5, 6, 7, 8]
     assert table.column(UnitColumn.FILE).to_pylist() == [0] * 6
     assert table.column(UnitColumn.ATTEMPTS).to_pylist() == [1, 2, 1, 5, 1, 1]
+
+
+def test_rows_between_those_to_retry_are_not_read(tmp_path: Path) -> None:
+    """They may hold gigabytes of images. Here they hold rubbish, which reading would not survive."""
+    path = tmp_path / "m.parquet"
+    prompts = [f"p{i}" for i in range(300)]
+    pq.write_table(pa.table({"prompt": prompts}), path, row_group_size=100, use_dictionary=False)
+    column = pq.read_metadata(path).row_group(1).column(0)
+    with path.open("r+b") as file:
+        file.seek(column.data_page_offset)
+        file.write(b"\xff" * column.total_compressed_size)
+    manifest = open_manifest(str(path), listing_path=str(tmp_path / "listing.parquet"))
+    finished = RowSet(300)
+    finished.add(np.array([i for i in range(300) if i not in (5, 6, 299)]))
+    (work,) = plan_work(manifest, RowNumbering([300]), finished, actors=1, min_rows=8, max_rows=64)
+    assert read_work(manifest.spec, work, ["prompt"]).column("prompt").to_pylist() == ["p5", "p6", "p299"]
