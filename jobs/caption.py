@@ -31,8 +31,16 @@ from pipeline.lease import Lease
 from pipeline.manifest import ERROR_COLUMN, Manifest, open_manifest
 from pipeline.messages import MessageOptions, check_columns, needed_columns
 from pipeline.model_files import check_model, read_processor_facts, resolve_model
-from pipeline.placement import Placement, place
-from pipeline.results import FinishedRows, FragmentWriter, RunFolder, finalise, iter_results, read_finished
+from pipeline.placement import Node, Placement, default_blocks_in_flight, place, place_again
+from pipeline.results import (
+    FinishedRows,
+    FragmentWriter,
+    RunFolder,
+    finalise,
+    iter_results,
+    read_finished,
+    take_new,
+)
 from pipeline.row_set import RowNumbering, RowSet
 from pipeline.schema import result_schema
 from pipeline.work import Retries, Work, plan_work
@@ -161,21 +169,13 @@ def _check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) 
 
 def _run(ready: Run, console: Console) -> int:
     from jobs import flow
+    from jobs.nodes import live_nodes
 
     config, folder = ready.config, ready.folder
-    with ray_cluster(config.resources) as cluster:
-        placement = place(config.resources, cpus=cluster.get("CPU", 0), gpus=cluster.get("GPU", 0))
-        work = list(
-            plan_work(
-                ready.manifest,
-                ready.numbering,
-                ready.finished.done,
-                actors=placement.preprocess_actors,
-                min_rows=config.resources.min_rows_per_unit,
-                max_rows=config.resources.max_rows_per_unit,
-                retries=ready.retries,
-            )
-        )
+    with ray_cluster(config.resources):
+        placement = place(config.resources, live_nodes())
+        for note in placement.notes:
+            console.print(note, markup=False)
         ready.record["placement"] = vars(placement)
         folder.write_run(ready.record)
         tally = Tally(ready.numbering.num_rows, len(ready.finished.done), len(ready.finished.failed))
@@ -188,8 +188,7 @@ def _run(ready: Run, console: Console) -> int:
         )
         ledger = flow.start_ledger()
         try:
-            if work:
-                _generate(ready, placement, work, tally, writer, ledger, console)
+            _generate(ready, placement, tally, writer, ledger, console)
         except KeyboardInterrupt:
             writer.flush()
             _close_record(ready, tally, "interrupted", flow.reports(ledger))
@@ -218,22 +217,28 @@ def _run(ready: Run, console: Console) -> int:
 def _generate(
     ready: Run,
     placement: Placement,
-    work: Sequence[Work],
     tally: Tally,
     writer: FragmentWriter,
     ledger: Any,
     console: Console,
 ) -> None:
-    """Run the units and publish their rows as they finish."""
+    """Run what is not done, and publish rows as they finish."""
     from jobs import flow
+    from jobs.nodes import live_nodes
+    from jobs.recovery import RecoveryLimits, run_flows
 
-    tables = flow.run_flow(
-        _flow(ready.config, ready.model_path, ready.manifest, placement), ready.manifest.spec, work, ledger
-    )
+    limits = RecoveryLimits(ready.config.run.max_flow_restarts, ready.config.run.node_loss_timeout_s)
+
+    def start(number: int) -> flow.RunningFlow | None:
+        placed = place_again(ready.config.resources, placement, live_nodes()) if number else placement
+        work = _plan(ready, placed)
+        options = _flow(ready.config, ready.model_path, ready.manifest, placed)
+        return flow.RunningFlow(options, ready.manifest.spec, work, ledger) if work else None
+
     noted = ProgressLog(ready.folder)
     with Progress(console, tally) as progress:
         last_row = time.monotonic()
-        for table in flow.with_ticks(tables, seconds=1.0):
+        for table in run_flows(start, limits, lambda line: console.print(line, markup=False)):
             if table is None and time.monotonic() - last_row > ready.config.run.stall_timeout_s:
                 console.print(f"no row has finished for {ready.config.run.stall_timeout_s:.0f} s:", markup=False)
                 for line in flow.break_stall(ledger, ready.config.run.stall_timeout_s):
@@ -241,6 +246,7 @@ def _generate(
                 last_row = time.monotonic()
             if table is not None:
                 last_row = time.monotonic()
+                table = take_new(table, ready.numbering, ready.finished.done)
                 tally.add(table)
                 writer.add(table)
                 _check_errors(tally, ready.config.run.max_error_fraction)
@@ -249,6 +255,21 @@ def _generate(
             noted.note(tally)
     writer.flush()
     noted.note(tally, last=True)
+
+
+def _plan(ready: Run, placement: Placement) -> list[Work]:
+    """Units over the rows that are not done."""
+    return list(
+        plan_work(
+            ready.manifest,
+            ready.numbering,
+            ready.finished.done,
+            actors=placement.preprocess_actors,
+            min_rows=ready.config.resources.min_rows_per_unit,
+            max_rows=ready.config.resources.max_rows_per_unit,
+            retries=ready.retries,
+        )
+    )
 
 
 def _check_errors(tally: Tally, allowed: float, *, at_end: bool = False) -> None:
@@ -348,7 +369,7 @@ def prepare_stages(config: CaptionConfig) -> tuple[Any, Any, list[Work]]:
     folder = RunFolder(config.output.path, config.output.storage_options)
     model_path, manifest = resolve_model(config.model.path), _open(config, folder)
     numbering = _number(manifest, config.input.limit)
-    placement = place(config.resources, cpus=os.cpu_count() or 1, gpus=0)
+    placement = place(config.resources, [Node("here", cpus=os.cpu_count() or 1, gpus=0)])
     work = plan_work(manifest, numbering, RowSet(numbering.num_rows), actors=1, min_rows=32, max_rows=32)
     return _flow(config, model_path, manifest, placement), manifest.spec, list(work)
 
@@ -394,7 +415,7 @@ def _flow(config: CaptionConfig, model_path: str, manifest: Manifest, placement:
     columns = list(dict.fromkeys([*needed_columns(manifest.schema.names, messages), *kept.names]))
     if manifest.format in ("jsonl", "csv"):
         columns.append(ERROR_COLUMN)
-    in_flight = config.resources.blocks_in_flight or (32 if placement.gpus_per_engine else 16)
+    in_flight = config.resources.blocks_in_flight or default_blocks_in_flight(placement.gpus_per_engine)
     return Flow(preprocess, generate, placement, columns, config.resources.block_mb, in_flight)
 
 

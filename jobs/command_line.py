@@ -108,6 +108,10 @@ def _kind(annotation: Any) -> str:
         return _kind(arguments[0])
     if origin in (list, dict):
         return f"{origin.__name__} of {_kind(arguments[-1])}"
-    return {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}.get(
-        getattr(annotation, "__name__", ""), str(annotation)
-    )
+    return {
+        "str": "text",
+        "int": "integer",
+        "float": "number",
+        "bool": "true | false",
+        "PoolSize": "number | fewest,most",
+    }.get(getattr(annotation, "__name__", ""), str(annotation))

@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from jobs.ledger import MAX_LONE_DEATHS, Company, Ledger, Place
+from jobs.nodes import beside_the_driver
 from pipeline.errors import ClusterError, EngineCrash, JobError
 from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.manifest import ManifestSpec
@@ -36,6 +37,8 @@ from pipeline.work import Work, read_work
 
 # One thread for each preprocessing actor: more actors, not more threads, use more cores.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+_STOP_S = 30.0
+"""Seconds that a flow which is torn down may take for each step before the next one is tried."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,13 @@ class _Desk:
 
     def __init__(self, ledger: Any, kind: str, figures: Callable[[], dict[str, Any]]) -> None:
         context = ray.get_runtime_context()
-        self._ledger, self._who = ledger, context.get_actor_id()
+        self._ledger, self._who, self._node = ledger, context.get_actor_id(), context.get_node_id()
         ray.get(ledger.born.remote(self._who, kind, context.current_actor))
         threading.Thread(target=self._tell, args=(figures,), name="figures", daemon=True).start()
 
     def _tell(self, figures: Callable[[], dict[str, Any]]) -> None:
         while True:
-            self._ledger.report.remote(self._who, figures())
+            self._ledger.report.remote(self._who, {"node": self._node, **figures()})
             time.sleep(1.0)
 
     def begin(self, places: Sequence[Place]) -> dict[Place, int]:
@@ -216,10 +219,17 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
         fn_constructor_args=(flow.preprocess, context.target_max_block_size, ledger),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=place.preprocess_actors, max_tasks_in_flight_per_actor=2),
+        compute=ActorPoolStrategy(
+            min_size=place.preprocess_pool[0],
+            max_size=place.preprocess_pool[1],
+            initial_size=place.preprocess_actors,
+            max_tasks_in_flight_per_actor=2,
+        ),
         num_cpus=place.preprocess_cpus,
+        **_beside_gpus(place),
         runtime_env={"env_vars": _ONE_THREAD},
     )
+    fixed = place.engine_pool[0] == place.engine_pool[1]
     generate = flow.generate
     if not place.gpus_per_engine:
         generate = replace(generate, engine=replace(generate.engine, num_threads=place.engine_threads))
@@ -229,18 +239,32 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
-            size=place.engine_actors,
+            min_size=place.engine_pool[0],
+            max_size=place.engine_pool[1],
+            initial_size=place.engine_actors,
             max_concurrent_calls_per_actor=flow.blocks_in_flight,
-            max_tasks_in_flight_per_actor=flow.blocks_in_flight + 2,
+            # Ray lets a pool grow once twice as much waits as runs.
+            max_tasks_in_flight_per_actor=flow.blocks_in_flight + (2 if fixed else flow.blocks_in_flight),
             enable_true_multi_threading=True,
         ),
-        num_cpus=place.engine_cpus,
+        num_cpus=place.engine_reserved_cpus,
         num_gpus=place.gpus_per_engine or None,
     )
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=4)
     except Exception as error:
         raise _job_error(error) from error
+
+
+def _beside_gpus(place: Placement) -> dict[str, Any]:
+    """Where preprocessing actors go: to the nodes of the engines, whose object store their tables then need not leave,
+    and to the others once those are full."""
+    if not place.first_nodes:
+        return {}
+    return {
+        "label_selector": {"ray.io/node-id": f"in({','.join(place.first_nodes)})"},
+        "fallback_strategy": [{"label_selector": {}}],
+    }
 
 
 def _job_error(error: BaseException) -> JobError:
@@ -260,9 +284,40 @@ def _job_error(error: BaseException) -> JobError:
     )
 
 
+class RunningFlow:
+    """A flow under way: its tables as they come, and how to end it before its time."""
+
+    def __init__(self, flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) -> None:
+        self._ledger = ledger
+        self._threads_before = set(threading.enumerate())
+        self.tables = with_ticks(run_flow(flow, spec, work, ledger), seconds=1.0)
+
+    def stop(self) -> None:
+        """Free what the flow holds on the cluster, also when Ray's executor waits for something that never comes."""
+        with contextlib.suppress(ValueError):  # it is just running: then its thread ends it
+            self.tables.close()
+        # Ray's executor is a thread of that name; nothing public leads to it while the iterator is stuck.
+        executors = [
+            thread
+            for thread in threading.enumerate()
+            if thread not in self._threads_before and thread.name.startswith("StreamingExecutor")
+        ]
+        closers = [
+            threading.Thread(target=executor.shutdown, kwargs={"force": True}, daemon=True)  # type: ignore[attr-defined]
+            for executor in executors
+        ]
+        for closer in closers:
+            closer.start()
+        for closer in closers:
+            closer.join(_STOP_S)
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+            for handle in ray.get(self._ledger.abandon.remote(), timeout=_STOP_S):
+                ray.kill(handle, no_restart=True)
+
+
 def start_ledger() -> Any:
-    """The ledger of this run; it ends with the run."""
-    return ray.remote(Ledger).options(num_cpus=0).remote()
+    """The ledger of this run; it ends with the run. Beside the driver no other node's loss takes it along."""
+    return ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=beside_the_driver()).remote()
 
 
 def reports(ledger: Any) -> list[dict[str, Any]]:
@@ -286,7 +341,7 @@ def break_stall(ledger: Any, seconds: float) -> list[str]:
     return told
 
 
-def with_ticks(tables: Iterator[pa.Table], *, seconds: float) -> Iterator[pa.Table | None]:
+def with_ticks(tables: Iterator[pa.Table], *, seconds: float) -> Generator[pa.Table | None, None, None]:
     """The tables, and None whenever so long has passed without one, so that the caller can look after the clock.
 
     When the caller stops early, so does the flow, after the table that is on its way.

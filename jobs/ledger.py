@@ -88,6 +88,13 @@ class Ledger:
                 found.append((who, actor.kind, actor.handle, place, now - since))
         return found
 
+    def abandon(self) -> list[Any]:
+        """A flow has been given up: nothing is under way any more. Gives the handles of all its actors."""
+        handles = [actor.handle for actor in self._actors.values()]
+        for actor in self._actors.values():
+            actor.open.clear()
+        return handles
+
     def num_restarts(self) -> int:
         """Actors that died and came back."""
         return self._restarts

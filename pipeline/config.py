@@ -10,11 +10,12 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, field_validator
 
 from pipeline.errors import ConfigError
 from pipeline.schema import MANIFEST_COLUMNS, RESULT_COLUMNS
@@ -212,6 +213,37 @@ class OutputConfig(Section):
     """Options for the bucket's file system (fsspec)."""
 
 
+@dataclass(frozen=True)
+class PoolSize:
+    """Fewest and most actors of a stage; equal where the number is fixed."""
+
+    least: int
+    most: int
+
+
+def _pool_size(value: Any) -> Any:
+    """`4` or `2,16` as a person writes it."""
+    if isinstance(value, PoolSize) or value is None:
+        return value
+    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else [value]
+    try:
+        numbers = [int(word) for word in words]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) not in (1, 2) or numbers[0] < 1 or numbers[-1] < numbers[0]:
+        raise ValueError(f"found {value!r}; allowed: a number from 1 on, or fewest and most as in 2,16")
+    return PoolSize(numbers[0], numbers[-1])
+
+
+def _written_pool_size(pool: PoolSize | None) -> Any:
+    if pool is None or pool.least == pool.most:
+        return pool and pool.least
+    return f"{pool.least},{pool.most}"
+
+
+Pool = Annotated[PoolSize | None, BeforeValidator(_pool_size), PlainSerializer(_written_pool_size)]
+
+
 class ResourcesConfig(Section):
     """Ray's share: actors and what each reserves."""
 
@@ -219,16 +251,17 @@ class ResourcesConfig(Section):
     """Ray cluster to join: `auto`, `ray://host:port`. Default: the cluster this runs on, or one of its own."""
     num_cpus: Positive | None = None
     """CPUs of the Ray that the job starts for itself. Default: this machine's."""
-    preprocess_actors: Positive | None = None
-    """CPU actors that fetch, decode and patchify. Default: from the cluster's CPUs."""
+    preprocess_actors: Pool = None
+    """CPU actors that fetch, decode and patchify: a number, or fewest and most as in `2,16`, for a pool that grows
+    and shrinks with the work and the cluster. Default: from the cluster's CPUs."""
     preprocess_cpus: Annotated[float, Field(gt=0)] | None = None
     """CPUs that each of them reserves; each uses one thread."""
-    engine_actors: Positive | None = None
-    """Engine actors. Default: one for each GPU, or one."""
+    engine_actors: Pool = None
+    """Engine actors: a number, or fewest and most as in `1,8`. Default: one for each GPU, or one."""
     engine_cpus: Annotated[float, Field(gt=0)] | None = None
-    """CPUs that each engine actor reserves."""
+    """CPUs left to each engine actor. One on a GPU does not reserve them, so that no CPU actor can keep it waiting."""
     gpus_per_engine: Annotated[float, Field(ge=0)] | None = None
-    """GPUs that each engine actor reserves. Default: one where the cluster has any."""
+    """GPUs that each engine actor reserves, all on one node. Default: one where the cluster has any."""
     block_mb: Annotated[float, Field(gt=0)] = 128.0
     """Patches in one table between preprocessing and the engine, in MB. Small tables cost Ray more than they help:
     on two cores preprocessing reaches 0.37 of its speed in a plain loop with 8 MB, 0.93 with 128."""
@@ -252,6 +285,11 @@ class RunConfig(Section):
     stall_timeout_s: Annotated[float, Field(gt=0)] = 900.0
     """Seconds without a finished row after which actors that have held a row for as long are killed, and their rows
     run again, alone."""
+    node_loss_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds without a finished row, after a node of the cluster was lost, that Ray has to recover by itself; then
+    the rows that are not done are started anew on the nodes that are left."""
+    max_flow_restarts: NotNegative = 3
+    """How often in a row that may happen without a row finished in between."""
     verbose: bool = False
     """Whether Ray's own messages are shown, in place of going to `log.txt` in the run folder."""
 

@@ -1,20 +1,48 @@
 """How many actors of which size a job starts on a cluster, so that no reservation can starve another.
 
-Ray Data runs reads beside the actors. Were the actors to reserve every CPU, no read could ever start and the job
-would wait in silence; so a share is left to the reads whatever the cluster's size, and what cannot fit is refused
-with the numbers. Plain arithmetic: knows no Ray.
+Ray Data runs reads beside the actors, and Ray starts actors wherever there is room, in no order that can be relied
+on. So sizes are chosen such that every order works: a share of each node is left to reads; an engine on a GPU
+reserves its GPU alone (the cores it needs are left out of the count of preprocessing actors), so that no CPU actor
+can keep it waiting; and on a cluster of GPU nodes and CPU nodes no GPU node can take more preprocessing actors than
+were counted for it. What cannot fit is refused with the numbers. Plain arithmetic: knows no Ray.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from pipeline.config import ResourcesConfig
+from pipeline.config import PoolSize, ResourcesConfig
 from pipeline.errors import ResourceError
 
 READ_CPUS = 0.1
 """CPUs that one read task reserves: it mostly waits for a disk or a bucket."""
+_MOST_GROWTH = 1.5
+"""Preprocessing actors reserve up to so much more than their core to keep their number on GPU nodes down."""
+_ENGINE_CORES = 1.0
+"""Cores that an engine on a GPU is left to drive it, where the node has enough."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster."""
+
+    node_id: str
+    cpus: float
+    gpus: float
+    store_bytes: float = 0.0
+    """Its object store."""
+
+    @property
+    def for_actors(self) -> float:
+        """CPUs that may be filled with actors of our choice: the rest is for reads."""
+        return max(0.0, self.cpus - max(2 * READ_CPUS, 0.1 * self.cpus))
+
+    @property
+    def at_most(self) -> float:
+        """CPUs that a person may fill with actors."""
+        return max(0.0, self.cpus - READ_CPUS)
 
 
 @dataclass(frozen=True)
@@ -22,64 +50,268 @@ class Placement:
     """Actors of the two stages and what each reserves."""
 
     preprocess_actors: int
+    """Actors to start with."""
     preprocess_cpus: float
     engine_actors: int
+    """Actors to start with."""
     engine_cpus: float
+    """CPUs that each engine is left; on a CPU it reserves them, on a GPU it reserves the GPU alone."""
     gpus_per_engine: float
     engine_threads: int
     """Threads that an engine on the CPU computes with."""
+    preprocess_pool: tuple[int, int]
+    """Fewest and most preprocessing actors."""
+    engine_pool: tuple[int, int]
+    """Fewest and most engine actors."""
+    first_nodes: tuple[str, ...] = ()
+    """Nodes that preprocessing actors go to while they have room: those with GPUs, where there are others too."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what does not fit yet."""
+
+    @property
+    def engine_reserved_cpus(self) -> float:
+        """CPUs that Ray is told an engine needs."""
+        return 0.0 if self.gpus_per_engine else self.engine_cpus
 
     @property
     def reserved_cpus(self) -> float:
         """CPUs that the actors hold for the whole job."""
-        return self.preprocess_actors * self.preprocess_cpus + self.engine_actors * self.engine_cpus
+        return self.preprocess_actors * self.preprocess_cpus + self.engine_actors * self.engine_reserved_cpus
 
 
-def place(resources: ResourcesConfig, *, cpus: float, gpus: float) -> Placement:
-    """Actors for a cluster of so many CPUs and GPUs; what the config leaves open is chosen here.
+def place(resources: ResourcesConfig, nodes: Sequence[Node], *, may_wait: bool = False) -> Placement:
+    """Actors for a cluster of these nodes; what the config leaves open is chosen here.
 
-    Raises ResourceError when what the config asks for leaves nothing for reads, or more GPUs than there are.
+    Raises ResourceError when what the config asks for does not fit. Of a pool that may grow (of every one, with
+    `may_wait`) that is only noted: the cluster may be about to grow.
     """
-    for_actors = cpus - max(2 * READ_CPUS, 0.1 * cpus)
+    nodes = [node for node in nodes if node.cpus > 0 or node.gpus > 0]
     gpus_per_engine = resources.gpus_per_engine
     if gpus_per_engine is None:
-        gpus_per_engine = 1.0 if gpus >= 1 else 0.0
-    engine_actors = resources.engine_actors or max(1, int(gpus // gpus_per_engine) if gpus_per_engine else 1)
-    if engine_actors * gpus_per_engine > gpus:
-        raise ResourceError(
-            f"{engine_actors} engine actors with {gpus_per_engine:g} GPUs each need "
-            f"{engine_actors * gpus_per_engine:g} GPUs; the cluster has {gpus:g}: "
-            "lower resources.engine_actors or resources.gpus_per_engine"
-        )
+        gpus_per_engine = 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
+    if gpus_per_engine:
+        placement = _on_gpus(resources, nodes, gpus_per_engine, may_wait)
+    else:
+        placement = _on_cpus(resources, nodes, may_wait)
+    return replace(placement, notes=(*placement.notes, *_store_notes(resources, nodes, placement)))
+
+
+def place_again(resources: ResourcesConfig, first: Placement, nodes: Sequence[Node]) -> Placement:
+    """Actors for what is left of a cluster: of the kind and at most the number there were at first."""
+    changes = {
+        "gpus_per_engine": first.gpus_per_engine,
+        "engine_actors": PoolSize(1, first.engine_pool[1]),
+        "preprocess_actors": PoolSize(1, first.preprocess_pool[1]),
+    }
+    try:
+        return place(resources.model_copy(update=changes), nodes)
+    except ResourceError:
+        # Sizes that were asked for no longer fit: smaller actors, or a wait for new nodes, are better than none.
+        changes |= {"preprocess_cpus": None, "engine_cpus": None}
+        return place(resources.model_copy(update=changes), nodes, may_wait=True)
+
+
+def _on_gpus(resources: ResourcesConfig, nodes: Sequence[Node], gpus_per_engine: float, may_wait: bool) -> Placement:
+    engine_pool, preprocess_pool = resources.engine_actors, resources.preprocess_actors
+    engines = [_engines_that_fit(node, gpus_per_engine) for node in nodes]
+    engine_actors, notes = _count_engines(nodes, sum(engines), gpus_per_engine, engine_pool, may_wait)
+    engines = [min(fits, engine_actors) for fits in engines]
     engine_cpus = resources.engine_cpus
     if engine_cpus is None:
-        # An engine on a GPU needs a core to drive it; one on the CPU shares the cores with preprocessing.
-        share = for_actors / 2 / engine_actors
-        engine_cpus = _round_down(min(1.0, share) if gpus_per_engine else share)
-    left = for_actors - engine_actors * engine_cpus
-    preprocess_cpus = resources.preprocess_cpus
-    preprocess_actors = resources.preprocess_actors
-    if preprocess_actors is None:
-        preprocess_actors = max(1, math.floor(left / (preprocess_cpus or 1.0)))
-    if preprocess_cpus is None:
-        preprocess_cpus = _round_down(min(1.0, left / preprocess_actors))
-    placement = Placement(
-        preprocess_actors=preprocess_actors,
+        shares = [node.for_actors / 2 / count for node, count in zip(nodes, engines, strict=True) if count]
+        engine_cpus = _round_down(min([_ENGINE_CORES, *shares]))
+    free = [
+        (node.for_actors if resources.engine_cpus is None else node.at_most) - count * engine_cpus
+        for node, count in zip(nodes, engines, strict=True)
+    ]
+    preprocess_cpus, counts = _slots(resources.preprocess_cpus, preprocess_pool, free)
+    notes += _check_cpus(nodes, preprocess_pool, preprocess_cpus, sum(counts), engine_actors, engine_cpus, may_wait)
+    if len(nodes) > 1 and resources.preprocess_cpus is None:
+        grown = max(
+            [
+                # The least size of which one more than was counted does not fit a GPU node.
+                min(_round_up(node.cpus / (count + 1)), _MOST_GROWTH * preprocess_cpus)
+                for node, engines_here, count in zip(nodes, engines, counts, strict=True)
+                if engines_here
+            ],
+            default=preprocess_cpus,
+        )
+        fewer = [min(count, math.floor(node.at_most / grown)) for node, count in zip(nodes, counts, strict=True)]
+        if grown > preprocess_cpus and sum(fewer) >= _least(preprocess_pool):
+            preprocess_cpus, counts = grown, fewer
+    pool, actors = _pool(preprocess_pool, sum(counts))
+    mixed = any(engines) and not all(engines)
+    return Placement(
+        preprocess_actors=actors,
         preprocess_cpus=preprocess_cpus,
         engine_actors=engine_actors,
         engine_cpus=engine_cpus,
         gpus_per_engine=gpus_per_engine,
-        engine_threads=max(1, int(cpus) // engine_actors),
+        engine_threads=1,
+        preprocess_pool=(pool.least, pool.most),
+        engine_pool=(engine_pool.least, engine_pool.most) if engine_pool else (engine_actors, engine_actors),
+        first_nodes=tuple(node.node_id for node, count in zip(nodes, engines, strict=True) if count) if mixed else (),
+        notes=notes,
     )
-    if preprocess_cpus <= 0 or placement.reserved_cpus > cpus - READ_CPUS:
+
+
+def _engines_that_fit(node: Node, gpus_per_engine: float) -> int:
+    """An engine's GPUs lie on one node, and a share of a GPU on one GPU."""
+    if not gpus_per_engine:
+        return 1
+    if gpus_per_engine >= 1:
+        return int(node.gpus // gpus_per_engine)
+    return int(node.gpus) * int(1 / gpus_per_engine + 1e-9)
+
+
+def _count_engines(
+    nodes: Sequence[Node], fit: int, gpus_per_engine: float, pool: PoolSize | None, may_wait: bool
+) -> tuple[int, tuple[str, ...]]:
+    """Engines to start with, and a sentence on those that must wait for nodes to come."""
+    largest = max((node.gpus for node in nodes), default=0.0)
+    total = sum(node.gpus for node in nodes)
+    if pool is None:
+        if not fit:
+            raise ResourceError(
+                f"an engine with {gpus_per_engine:g} GPUs needs them on one node; the largest node has {largest:g}: "
+                "lower resources.gpus_per_engine"
+            )
+        return fit, ()
+    if fit >= pool.least:
+        return min(fit, pool.most), ()
+    if pool.least == pool.most and not may_wait:
+        if pool.least * gpus_per_engine > total:
+            raise ResourceError(
+                f"{pool.least} engine actors with {gpus_per_engine:g} GPUs each need "
+                f"{pool.least * gpus_per_engine:g} GPUs; the cluster has {total:g}: lower resources.engine_actors or "
+                f'resources.gpus_per_engine, or write "1,{pool.most}" if the cluster is to grow'
+            )
         raise ResourceError(
-            f"{preprocess_actors} preprocessing actors with {preprocess_cpus:g} CPUs and {engine_actors} engine actors "
-            f"with {engine_cpus:g} reserve {placement.reserved_cpus:g} of the cluster's {cpus:g} CPUs and leave none "
-            "for reads: lower resources.preprocess_actors, preprocess_cpus, engine_actors or engine_cpus"
+            f"{pool.least} engine actors with {gpus_per_engine:g} GPUs each do not fit: an engine's GPUs lie on one "
+            f"node, and of this cluster's nodes (the largest has {largest:g}) only {fit} can hold one: "
+            "lower resources.engine_actors or resources.gpus_per_engine"
         )
-    return placement
+    note = (
+        f"{fit} of at least {pool.least} engines fit the cluster's {total:g} GPUs now: "
+        f"the others start when nodes with {gpus_per_engine:g} free GPUs come"
+    )
+    return pool.least, (note,)
+
+
+def _on_cpus(resources: ResourcesConfig, nodes: Sequence[Node], may_wait: bool) -> Placement:
+    engine_pool, preprocess_pool = resources.engine_actors, resources.preprocess_actors
+    engine_pool = engine_pool or PoolSize(1, 1)
+    engine_actors = min(max(engine_pool.least, len(nodes)), engine_pool.most)
+    largest = max((node.cpus for node in nodes), default=1.0)
+    engine_cpus, preprocess_cpus = resources.engine_cpus, resources.preprocess_cpus
+    ours = engine_cpus is None and preprocess_cpus is None
+    free = [node.for_actors if ours else node.at_most for node in nodes]
+    if len(nodes) == 1:
+        engine_cpus = engine_cpus or _round_down(nodes[0].for_actors / 2 / engine_actors)
+        preprocess_cpus, counts = _slots(preprocess_cpus, preprocess_pool, [free[0] - engine_actors * engine_cpus])
+        fit = sum(counts)
+    else:
+        # Slots of one size for all: wherever Ray puts the first actors, the others still fit.
+        wanted = engine_actors + _least(preprocess_pool)
+        given = max(engine_cpus or 0, preprocess_cpus or 0) or None
+        size, counts = _slots(given, PoolSize(wanted, wanted), free)
+        engine_cpus, preprocess_cpus = engine_cpus or size, preprocess_cpus or size
+        spare = sum(counts) - engine_actors
+        fit = min(spare, max(_least(preprocess_pool), sum(counts) // 2))
+    notes = _check_cpus(nodes, preprocess_pool, preprocess_cpus, fit, engine_actors, engine_cpus, may_wait)
+    pool, actors = _pool(preprocess_pool, fit)
+    return Placement(
+        preprocess_actors=actors,
+        preprocess_cpus=preprocess_cpus,
+        engine_actors=engine_actors,
+        engine_cpus=engine_cpus,
+        gpus_per_engine=0.0,
+        engine_threads=max(1, int(largest) // math.ceil(engine_actors / max(1, len(nodes)))),
+        preprocess_pool=(pool.least, pool.most),
+        engine_pool=(engine_pool.least, engine_pool.most),
+        notes=notes,
+    )
+
+
+def _slots(size: float | None, pool: PoolSize | None, free: Sequence[float]) -> tuple[float, list[int]]:
+    """CPUs of an actor and how many fit each node: a whole CPU, or the most that gives as many as are wanted."""
+    if size is None:
+        choices = (hundredths / 100 for hundredths in range(100, 0, -1))
+        size = next((choice for choice in choices if sum(_fit(free, choice)) >= _least(pool)), 1.0)
+    return size, _fit(free, size)
+
+
+def _fit(free: Sequence[float], size: float) -> list[int]:
+    return [max(0, math.floor(cpus / size + 1e-9)) for cpus in free]
+
+
+def _least(pool: PoolSize | None) -> int:
+    return pool.least if pool else 1
+
+
+def _pool(asked: PoolSize | None, fit: int) -> tuple[PoolSize, int]:
+    """The pool, and the actors to start with."""
+    if asked is None:
+        return PoolSize(fit, fit), fit
+    return asked, min(max(fit, asked.least), asked.most)
+
+
+def _check_cpus(
+    nodes: Sequence[Node],
+    pool: PoolSize | None,
+    size: float,
+    fit: int,
+    engine_actors: int,
+    engine_cpus: float,
+    may_wait: bool,
+) -> tuple[str, ...]:
+    """Refuse a fixed number of preprocessing actors that does not fit; note a pool's, whose nodes may come."""
+    least, total = _least(pool), sum(node.cpus for node in nodes)
+    if fit >= least and size > 0:
+        return ()
+    if may_wait or (pool is not None and pool.least < pool.most and size > 0):
+        return (
+            f"{fit} of at least {least} preprocessing actors fit the cluster's {total:g} CPUs now: "
+            "the others start when nodes come",
+        )
+    raise ResourceError(
+        f"{least} preprocessing actors with {size:g} CPUs and {engine_actors} engine actors with {engine_cpus:g} "
+        f"need {least * size + engine_actors * engine_cpus:g} of the cluster's {total:g} CPUs and leave none for "
+        "reads: lower resources.preprocess_actors, preprocess_cpus, engine_actors or engine_cpus"
+    )
+
+
+def _store_notes(resources: ResourcesConfig, nodes: Sequence[Node], placement: Placement) -> tuple[str, ...]:
+    """Whether the tables that were asked to be in flight fit the object store of the node that has least for them."""
+    asked = resources.model_fields_set & {"block_mb", "blocks_in_flight"}
+    stores = [
+        (node.store_bytes / max(1, min(_engines_that_fit(node, placement.gpus_per_engine), placement.engine_actors)))
+        for node in nodes
+        if node.store_bytes and (not placement.gpus_per_engine or node.gpus)
+    ]
+    if not asked or not stores:
+        return ()
+    in_flight = resources.blocks_in_flight or default_blocks_in_flight(placement.gpus_per_engine)
+    need = in_flight * resources.block_mb * 1024**2
+    if need <= min(stores):
+        return ()
+    return (
+        f"{in_flight} tables of {resources.block_mb:g} MB inside an engine take up to {need / 1e9:.1f} GB, and its "
+        f"share of the node's object store is {min(stores) / 1e9:.1f} GB: Ray will hold rows back or spill to disk; "
+        "lower resources.blocks_in_flight or block_mb, or start Ray with a larger object store",
+    )
+
+
+def default_blocks_in_flight(gpus_per_engine: float) -> int:
+    """Tables inside an engine at once, where the config leaves it open."""
+    return 32 if gpus_per_engine else 16
 
 
 def _round_down(cpus: float) -> float:
     """Ray counts CPUs in ten-thousandths; two digits keep the sums exact enough to stay below the whole."""
     return math.floor(cpus * 100) / 100
+
+
+def _round_up(cpus: float) -> float:
+    """To just above, in the digits that Ray counts."""
+    return math.floor(cpus * 10_000 + 1) / 10_000

@@ -214,6 +214,16 @@ def _indices(table: pa.Table, numbering: RowNumbering) -> Indices:
     return numbering.indices(table.column(MANIFEST_FILE).to_numpy(), table.column(MANIFEST_ROW).to_numpy())
 
 
+def take_new(table: pa.Table, numbering: RowNumbering, done: RowSet) -> pa.Table:
+    """The rows that are not in `done`, each once; they are from now on. After a node is lost a row may come twice."""
+    indices = _indices(table, numbering)
+    first = np.zeros(len(indices), dtype=bool)
+    first[np.unique(indices, return_index=True)[1]] = True
+    new = first & ~done.has(indices)
+    done.add(indices)
+    return table if new.all() else table.filter(pa.array(new))
+
+
 @dataclass
 class FragmentWriter:
     """Collects finished rows and publishes them as fragments, by number of rows and by age."""

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pipeline import lease as lease_module
 from pipeline.errors import OutputError
 from pipeline.lease import Lease
-from pipeline.results import FragmentWriter, RunFolder, finalise, read_finished
+from pipeline.results import FragmentWriter, RunFolder, finalise, read_finished, take_new
 from pipeline.row_set import RowNumbering, RowSet
 from pipeline.schema import result_schema
 
@@ -258,3 +258,13 @@ def test_a_row_set_is_a_set(size: int, added: list[int], dropped: list[int]) -> 
     low, high = size // 3, size - size // 4
     assert set((np.flatnonzero(rows_in.mask(low, high)) + low).tolist()) == {i for i in expected if low <= i < high}
     assert rows_in.has(np.arange(size)).tolist() == [i in expected for i in range(size)]
+
+
+def test_a_row_that_comes_twice_is_taken_once() -> None:
+    numbering, done = RowNumbering([2, 3]), RowSet(5)
+    first = take_new(rows([(0, 1), (1, 0), (0, 1)]), numbering, done)
+    assert first.column("id").to_pylist() == ["0/1", "1/0"]
+    second = take_new(rows([(1, 0), (1, 2)]), numbering, done)
+    assert second.column("id").to_pylist() == ["1/2"]
+    assert take_new(rows([(0, 1)]), numbering, done).num_rows == 0
+    assert len(done) == 3
