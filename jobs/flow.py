@@ -233,7 +233,8 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
     generate = flow.generate
     if not place.gpus_per_engine:
         generate = replace(generate, engine=replace(generate.engine, num_threads=place.engine_threads))
-    dataset = dataset.map_batches(
+    # map_batches itself refuses whole tables (batch_size None) beside GPUs; this is the same without that check.
+    dataset = dataset.map_batches_internal(
         ENGINE_ACTOR,
         fn_constructor_args=(generate, ledger),
         batch_size=None,
