@@ -19,7 +19,7 @@ from jobs.evaluate import EvaluateConfig
 from pipeline.config import CaptionConfig, load_config
 from pipeline.demo.manifest import write_demo_world
 from pipeline.errors import ResourceError
-from pipeline.placement import place
+from pipeline.placement import Node, place
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(
@@ -30,8 +30,12 @@ SCALES = [name for name in CONFIGS if name.startswith("configs/scale/")]
 JOBS = {"caption": CaptionConfig, "evaluate": EvaluateConfig}
 SMALL = {"model.path": "demo", "media.max_pixels": 28 * 28 * 16, "media.min_pixels": 28 * 28 * 4}
 """What stands in for a real model on a machine without a GPU."""
-CLUSTERS = {"1gpu": (8, 1), "8gpu": (64, 8), "nodes": (256, 32)}
-"""CPUs and GPUs that the scales are made for."""
+CLUSTERS = {
+    "1gpu": [Node("a", 8, 1)],
+    "8gpu": [Node("a", 64, 8)],
+    "nodes": [*(Node(name, 64, 8) for name in "abcd"), Node("e", 32, 0)],
+}
+"""What the scales are made for."""
 
 
 def comment(config: str) -> list[str]:
@@ -74,11 +78,17 @@ def test_a_scale_fits_over_every_job_and_on_the_cluster_it_is_for(job: str, scal
     assert config.sampling == alone.sampling
     model, _, size = Path(scale).stem.partition("-")
     assert f"-{model.upper()}-" in config.model.path
-    cpus, gpus = CLUSTERS[size]
-    placement = place(config.resources, cpus=cpus, gpus=gpus)
-    assert placement.engine_actors * placement.gpus_per_engine == gpus
-    with pytest.raises(ResourceError, match=r"lower resources\.engine_actors"):
-        place(config.resources, cpus=cpus, gpus=gpus - 1)
+    nodes = CLUSTERS[size]
+    placement = place(config.resources, nodes)
+    assert placement.notes == ()
+    assert placement.engine_actors == placement.engine_pool[1]
+    assert placement.engine_actors * placement.gpus_per_engine == sum(node.gpus for node in nodes)
+    fewer = [Node("a", 64, 7), *nodes[1:]]
+    if size == "nodes":  # a pool: what does not fit yet is no error
+        assert placement.engine_pool[0] <= place(config.resources, fewer).engine_actors < placement.engine_actors
+    else:
+        with pytest.raises(ResourceError, match=r"lower resources\.engine_actors"):
+            place(config.resources, fewer if size == "8gpu" else [Node("a", 8, 0)])
 
 
 def run(config: str, source: Path, output: Path, **overrides: Any) -> list[dict[str, Any]]:
@@ -160,7 +170,12 @@ class TestReadyMadeConfigs:
 
     @pytest.mark.slow
     def test_a_scale_laid_over_a_job_runs(self, tmp_path: Path, photos: Path) -> None:
-        here = {"resources.gpus_per_engine": 0, "resources.engine_actors": 1, "sampling.max_tokens": 4}
+        here = {
+            "resources.gpus_per_engine": 0,
+            "resources.engine_actors": 1,
+            "resources.preprocess_actors": 1,
+            "sampling.max_tokens": 4,
+        }
         rows = run("configs/scale/7b-nodes.yaml", pictures(tmp_path / "photos", photos), tmp_path / "out", **here)
         assert [row["status"] for row in rows] == ["ok", "ok"]
         assert rows[0]["media"][0]["kind"] == "image"

@@ -15,7 +15,7 @@ import yaml
 
 from jobs.command_line import parse_words
 from pipeline.config import CaptionConfig, load_config
-from pipeline.placement import place
+from pipeline.placement import Node, place
 from tests.cluster.kuberay_schema import problems, quantity
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -190,13 +190,16 @@ def test_the_job_s_entrypoint_loads_and_fits_the_cluster_that_it_starts_on() -> 
     paths, overrides = parse_words(words[3:])
     # The Dockerfile copies the configs there.
     config = load_config(CaptionConfig, [str(ROOT / Path(path).relative_to("/app")) for path in paths], overrides)
-    cpus = gpus = 0.0
-    for group in cluster_spec("kuberay-job.yaml")["workerGroupSpecs"]:
-        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        cpus += group["minReplicas"] * quantity(limits["cpu"])
-        gpus += group["minReplicas"] * quantity(limits.get("nvidia.com/gpu", 0))
-    placement = place(config.resources, cpus=cpus, gpus=gpus)
-    assert placement.engine_actors * placement.gpus_per_engine == gpus
+    for replicas, engines in (("minReplicas", 0), ("maxReplicas", 1)):
+        nodes = [
+            Node(f"{group['groupName']}-{number}", quantity(limits["cpu"]), quantity(limits.get("nvidia.com/gpu", 0)))
+            for group in cluster_spec("kuberay-job.yaml")["workerGroupSpecs"]
+            for limits in [group["template"]["spec"]["containers"][0]["resources"]["limits"]]
+            for number in range(group[replicas])
+        ]
+        placement = place(config.resources, nodes)
+        assert placement.notes == ()
+        assert placement.engine_actors == placement.engine_pool[engines] == sum(node.gpus for node in nodes)
 
 
 @pytest.mark.parametrize("path", sorted(CLUSTER.glob("*.yaml")), ids=lambda path: path.name)
