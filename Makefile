@@ -8,7 +8,7 @@ ARGS ?=
 PYTEST := $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-faults test-gpu check format benchmark caption evaluate
+.PHONY: help setup demo test test-slow test-faults test-gpu check format benchmark caption plan evaluate
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,3 +56,6 @@ evaluate: $(STAMP)  ## draw held-out scenes, answer and score them, write the re
 
 caption: $(STAMP)  ## caption a manifest: make caption CONFIG=configs/caption.yaml ARGS='--input.path ...'
 	$(PY) -m jobs.caption --config $(CONFIG) $(ARGS)
+
+plan: $(STAMP)  ## what a job will need, before it runs: make plan CONFIG=... ARGS='--gpu H200 --price-per-gpu-hour 3.5'
+	@$(PY) -m jobs.plan --config $(CONFIG) $(ARGS)

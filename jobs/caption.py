@@ -25,7 +25,7 @@ from jobs.command_line import EXIT_INTERRUPTED, run_job
 from jobs.progress import Progress, ProgressLog, Tally, bottleneck, print_samples, print_summary, run_pace
 from jobs.run_record import check_unchanged, identity, new_record, now
 from pipeline import storage
-from pipeline.config import CaptionConfig
+from pipeline.config import CaptionConfig, ResourcesConfig
 from pipeline.errors import ConfigError, TooManyErrors
 from pipeline.lease import Lease
 from pipeline.manifest import ERROR_COLUMN, Manifest, open_manifest
@@ -364,14 +364,21 @@ def _engine_options(config: CaptionConfig, model_path: str) -> Any:
     )
 
 
-def prepare_stages(config: CaptionConfig) -> tuple[Any, Any, list[Work]]:
-    """The stages' options, how to read, and the units of a whole manifest: for running the stages without Ray."""
+def open_stages(config: CaptionConfig) -> tuple[Any, Manifest, RowNumbering]:
+    """The stages' options, the manifest, and which of its rows are asked for: for looking at them without Ray."""
     folder = RunFolder(config.output.path, config.output.storage_options)
     model_path, manifest = resolve_model(config.model.path), _open(config, folder)
-    numbering = _number(manifest, config.input.limit)
-    placement = place(config.resources, [Node("here", cpus=os.cpu_count() or 1, gpus=0)])
+    if manifest.num_rows:
+        check_columns(manifest.schema.names, _message_options(config))
+    placement = place(ResourcesConfig(), [Node("here", cpus=os.cpu_count() or 1, gpus=0)])
+    return _flow(config, model_path, manifest, placement), manifest, _number(manifest, config.input.limit)
+
+
+def prepare_stages(config: CaptionConfig) -> tuple[Any, Any, list[Work]]:
+    """The stages' options, how to read, and the units of a whole manifest: for running the stages without Ray."""
+    flow, manifest, numbering = open_stages(config)
     work = plan_work(manifest, numbering, RowSet(numbering.num_rows), actors=1, min_rows=32, max_rows=32)
-    return _flow(config, model_path, manifest, placement), manifest.spec, list(work)
+    return flow, manifest.spec, list(work)
 
 
 def _flow(config: CaptionConfig, model_path: str, manifest: Manifest, placement: Placement) -> Any:

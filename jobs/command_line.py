@@ -9,7 +9,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from pydantic_core import PydanticUndefined
 from rich.console import Console
@@ -19,7 +19,9 @@ from pipeline.errors import ConfigError, JobError
 
 ConfigType = TypeVar("ConfigType", bound=Section)
 
-FLAGS: Mapping[str, tuple[str, str | None]] = {
+Flags: TypeAlias = Mapping[str, tuple[str, str | None]]
+
+FLAGS: Flags = {
     "--verbose": ("run.verbose", "true"),
     "--retry-failed": ("run.retry_failed", "all"),
     "--on-change": ("run.on_change", None),
@@ -30,22 +32,28 @@ EXIT_INTERRUPTED = 130
 
 
 def run_job(
-    model: type[ConfigType], run: Callable[[ConfigType], int], argv: Sequence[str] | None, *, name: str, about: str
+    model: type[ConfigType],
+    run: Callable[[ConfigType], int],
+    argv: Sequence[str] | None,
+    *,
+    name: str,
+    about: str,
+    flags: Flags = FLAGS,
 ) -> int:
     """Load the config, run the job, and turn its errors into one line and an exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help") for word in words):
-        print_help(model, name, about)
+        print_help(model, name, about, flags)
         return 0
     try:
-        paths, overrides = parse_words(words)
+        paths, overrides = parse_words(words, flags)
         return run(load_config(model, paths, overrides))
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def parse_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def parse_words(words: Sequence[str], flags: Flags = FLAGS) -> tuple[list[str], dict[str, str]]:
     """The configs' paths and the overrides: `--a.b value` and `--a.b=value` alike. Raises ConfigError."""
     paths: list[str] = []
     overrides: dict[str, str] = {}
@@ -55,8 +63,8 @@ def parse_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         key, equals, value = word.partition("=")
         if not key.startswith("--"):
             raise ConfigError(f"found {word!r} on the command line; expected --config FILE or --section.key value")
-        if key in FLAGS:
-            name, default = FLAGS[key]
+        if key in flags:
+            name, default = flags[key]
             if equals or default is None:
                 overrides[name] = value if equals else _next(rest, key)
             else:
@@ -74,7 +82,7 @@ def _next(rest: list[str], key: str) -> str:
     return rest.pop(0)
 
 
-def print_help(model: type[Section], name: str, about: str) -> None:
+def print_help(model: type[Section], name: str, about: str, flags: Flags = FLAGS) -> None:
     """Every key of the config with its kind, default and docstring."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(about.strip(), markup=False)
@@ -89,7 +97,7 @@ def print_help(model: type[Section], name: str, about: str) -> None:
         console.print(f"  --{key} ({_kind(field.annotation)}; {default})", markup=False)
         if field.description:
             console.print(f"      {' '.join(field.description.split())}", markup=False)
-    console.print("\nshort forms: " + ", ".join(f"{flag} for {key}" for flag, (key, _) in FLAGS.items()), markup=False)
+    console.print("\nshort forms: " + ", ".join(f"{flag} for {key}" for flag, (key, _) in flags.items()), markup=False)
 
 
 def _default(field: Any) -> str:

@@ -6,6 +6,7 @@ no actor is left alone with a long one. Knows manifests and sets of rows; not Ra
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -100,7 +101,19 @@ def _runs(work: Work) -> list[WorkUnit]:
 
 def read_work(spec: ReadSpec, work: Work, columns: Sequence[str]) -> pa.Table:
     """The wanted rows with their places: the manifest's columns and those of `UnitColumn`."""
-    table = pa.concat_tables(read_units(spec, _runs(work), columns=columns))
+    (table,) = read_works(spec, [work], columns)
+    return table
+
+
+def read_works(spec: ReadSpec, works: Sequence[Work], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """A table for each of several, which come in manifest order, in one pass over each file."""
+    runs = [_runs(work) for work in works]
+    tables = read_units(spec, [run for of_work in runs for run in of_work], columns=columns)
+    for work, of_work in zip(works, runs, strict=True):
+        yield _with_places(pa.concat_tables(itertools.islice(tables, len(of_work))), work)
+
+
+def _with_places(table: pa.Table, work: Work) -> pa.Table:
     rows = np.arange(work.unit.start, work.unit.stop, dtype=np.int64)
     if work.wanted is not None:
         rows = rows[work.wanted]

@@ -1,7 +1,7 @@
 """Imports run one way, and heavy packages live where they belong.
 
 jobs      caption  plan  evaluate  report  benchmark         the only home of `import ray`
-stages    preprocess  generate  work
+stages    preprocess  generate  work  survey  forecast
 steps     manifest  media  patches  messages  prompt | engine | results  lease  metrics  report
 ground    config  storage  placement  model_files  row_set  roofline
 base      errors  schema  conversation
@@ -23,7 +23,7 @@ LAYERS = (
     {"errors", "schema", "conversation"},
     {"config", "storage", "placement", "model_files", "row_set", "roofline"},
     {"manifest", "media", "patches", "messages", "prompt", "engine", "results", "lease", "metrics", "report"},
-    {"preprocess", "generate", "work"},
+    {"preprocess", "generate", "work", "survey", "forecast"},
 )
 # Neighbours that may be imported all the same, with the reason.
 ALLOWED_NEIGHBOURS = {
@@ -34,6 +34,7 @@ ALLOWED_NEIGHBOURS = {
         "media",
         "patches",
     ): "a medium is decoded, resized and patchified in one pass, inside the process that can be killed",
+    ("survey", "preprocess"): "the plan asks what the run will do, of the run's own options",
     ("report", "metrics"): "a report shows scores with their intervals",
     ("report", "media"): "a report shows thumbnails",
     ("report", "results"): "a report reads a run folder",
