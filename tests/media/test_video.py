@@ -24,7 +24,7 @@ from pipeline.errors import (
     UnsupportedMedia,
 )
 from pipeline.media.limits import MediaOptions
-from pipeline.media.video import OpenVideo, VideoFrames, decode_video
+from pipeline.media.video import OpenVideo, VideoFrames, decode_video, even_places
 from tests.media.conftest import encode_image, encode_video, level, picture
 
 OPTIONS = MediaOptions()
@@ -135,6 +135,14 @@ def test_timestamps_count_from_the_first_frame_wherever_the_file_begins() -> Non
     )
     video = shown(late, num_frames=4)
     assert levels(video) == [0, 5, 10, 15] and video.timestamps == (0.0, 0.5, 1.0, 1.5)
+
+
+def test_rounding_never_samples_past_the_end() -> None:
+    for total in range(2, 120):
+        for count in range(2, total + 1, 2):
+            places = even_places(total, count)
+            assert len(places) == count and places[0] == 0 and places[-1] < total
+    assert len(shown(encode_video(75)).timestamps) == 14
 
 
 def test_a_segment_is_sampled_like_a_video_of_its_own() -> None:
