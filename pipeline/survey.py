@@ -142,10 +142,12 @@ class _Crew(Generic[Item, Result]):
         self._done: queue.SimpleQueue[tuple[int, Result | RowError | BaseException]] = queue.SimpleQueue()
         self._begun: dict[int, float] = {}
         self._stop = threading.Event()
+        self._until = float("inf")
 
     def run(self, items: Sequence[Item], *, until: float) -> list[Result | RowError | None]:
         """A result or an error for each item; None for those that were not begun in time."""
         results: list[Result | RowError | None] = [None] * len(items)
+        self._until = until
         for numbered in enumerate(items):
             self._waiting.put(numbered)
         for _ in range(min(self._threads, len(items))):
@@ -178,7 +180,7 @@ class _Crew(Generic[Item, Result]):
         threading.Thread(target=self._serve, name="headers", daemon=True).start()
 
     def _serve(self) -> None:
-        while not self._stop.is_set():
+        while not self._stop.is_set() and time.monotonic() < self._until:
             try:
                 number, item = self._waiting.get_nowait()
             except queue.Empty:

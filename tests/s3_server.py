@@ -53,6 +53,8 @@ class S3Server:
     """Faults still to come, each for one request."""
     requests: list[str] = field(default_factory=list)
     """Method and path of every request so far."""
+    bytes_sent: int = 0
+    """Of answers' bodies, so far."""
 
     @property
     def storage_options(self) -> dict[str, Any]:
@@ -87,7 +89,7 @@ class _FaultyApp:
             if fault is not None:
                 self._server.faults.remove(fault)
         if fault is None:
-            return self._app(environ, start_response)
+            return self._counted(environ, start_response)
         time.sleep(fault.delay_s)
         if fault.status:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -99,6 +101,11 @@ class _FaultyApp:
         if fault.cut_after is None:
             return self._app(environ, start_response)
         return self._cut(environ, start_response, fault.cut_after)
+
+    def _counted(self, environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+        for part in self._app(environ, start_response):
+            self._server.bytes_sent += len(part)
+            yield part
 
     def _cut(self, environ: dict[str, Any], start_response: Any, count: int) -> Iterator[bytes]:
         body = b"".join(self._app(environ, start_response))

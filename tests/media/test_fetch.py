@@ -365,3 +365,63 @@ def test_messages_never_show_signatures_or_passwords(server: Server) -> None:
 def test_a_malformed_url_is_an_error_of_its_row(url: str) -> None:
     with pytest.raises(FetchError):
         fetcher(retries=0).fetch(url)
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_medium_are_read_wherever_it_is(tree: Path, server: Server, bucket: Any) -> None:
+    data = bytes(range(256)) * 1024
+    (tree / "big.bin").write_bytes(data)
+    fsspec.filesystem("memory").pipe_file("/bucket/in/big.bin", data)
+    asked: list[str] = []
+
+    def ranges(request: http.server.BaseHTTPRequestHandler) -> None:
+        start, stop = map(int, request.headers["Range"].removeprefix("bytes=").split("-"))
+        asked.append(request.headers["Range"])
+        part = data[start : stop + 1]
+        request.send_response(206)
+        request.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
+        request.send_header("Content-Length", str(len(part)))
+        request.end_headers()
+        request.wfile.write(part)
+
+    server.answers["/big.bin"] = ranges
+    server.give("/whole.bin", data)  # a server that knows no ranges
+    server.give("/old.bin", data, 302, Location="/big.bin")
+    web = {"allow_private_hosts": True}
+    for source in (
+        fetcher(tree).open("big.bin"),
+        fetcher("memory://bucket/in").open("big.bin"),
+        fetcher(tree, **web).open(f"{server.url}/big.bin"),
+        fetcher(tree, **web).open(f"{server.url}/old.bin"),
+        fetcher(tree, **web).open(f"{server.url}/whole.bin"),
+        fetcher(tree).open(data),
+        fetcher(tree).open("data:;base64," + base64.b64encode(data).decode()),
+    ):
+        assert source.size == len(data)
+        assert source.first == data[: len(source.first)]
+        assert source.read(100_000, 100_300) == data[100_000:100_300]
+    assert sorted(asked) == ["bytes=0-65535"] * 2 + ["bytes=100000-100299"] * 2
+
+
+def test_parts_are_refused_where_the_whole_is(tree: Path, server: Server) -> None:
+    server.give("/large.jpg", b"x", 206, Content_Range="bytes 0-0/9999999")
+    server.give("/empty.jpg", b"", 416)
+    server.give("/gone.jpg", b"", 404)
+    patient = fetcher(tree, allow_private_hosts=True, max_bytes=1_000_000)
+    with pytest.raises(AccessDenied):
+        patient.open("../secret.txt")
+    with pytest.raises(AccessDenied):
+        patient.open("s3://other/a.jpg")
+    with pytest.raises(AccessDenied):
+        fetcher(tree).open(f"{server.url}/large.jpg")
+    with pytest.raises(MediaNotFound):
+        patient.open("sub/missing.jpg")
+    with pytest.raises(MediaNotFound):
+        patient.open(f"{server.url}/gone.jpg")
+    with pytest.raises(MediaTooLarge):
+        patient.open(f"{server.url}/large.jpg")
+    with pytest.raises(MediaTooLarge):
+        fetcher(tree, max_bytes=3).open("sub/a b.jpg")
+    assert patient.open(f"{server.url}/empty.jpg").size == 0
