@@ -86,7 +86,8 @@ def print_help(model: type[Section], name: str, about: str, flags: Flags = FLAGS
     """Every key of the config with its kind, default and docstring."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(about.strip(), markup=False)
-    console.print(f"\npython -m jobs.{name} --config configs/{name}.yaml [--section.key value ...]", markup=False)
+    config = "caption" if name == "plan" else name  # a plan is of the caption job
+    console.print(f"\npython -m jobs.{name} --config configs/{config}.yaml [--section.key value ...]", markup=False)
     console.print("--config may stand several times: each file is laid over those before it.\n", markup=False)
     section = ""
     for key, field in fields_of(model):

@@ -480,7 +480,7 @@ def _times(
     wanted = cores.scaled(engines.num_engines)
     if engines.num_cpus is None:
         bottleneck = (
-            f"the engine, given {_rounded_up(wanted.value)} cores of preprocessing ({_rounded_up(wanted.low)} to "
+            f"the engine, given {_cores(wanted.value)} of preprocessing ({_rounded_up(wanted.low)} to "
             f"{_rounded_up(wanted.high)}); with fewer, preprocessing"
         )
     else:
@@ -491,7 +491,7 @@ def _times(
                 f"preprocessing: {engines.num_cpus:g} cores, {_rounded_up(wanted.value)} would keep the GPUs busy"
             )
         elif wanted.high <= engines.num_cpus:
-            bottleneck = f"the engine: {_rounded_up(wanted.high)} cores keep it busy, there are {engines.num_cpus:g}"
+            bottleneck = f"the engine: {_cores(wanted.high)} would do for preprocessing, there are {engines.num_cpus:g}"
         else:
             bottleneck = (
                 f"too near to tell: the engine takes {_rounded_up(wanted.low)} to {_rounded_up(wanted.high)} cores of "
@@ -535,6 +535,10 @@ def _over(a: float, b: float) -> float:
 
 def _rounded_up(cores: float) -> str:
     return f"{max(1, math.ceil(cores)):,}"
+
+
+def _cores(cores: float) -> str:
+    return f"{_rounded_up(cores)} core{'' if cores <= 1 else 's'}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -608,10 +612,13 @@ def advise(
         why = "stops the job early where far more rows fail than this plan expects"
         advice.append(Advice(f"--run.max_error_fraction {allowed:g}", why))
     if times is not None and engines.gpus_per_engine:
-        cores = math.ceil(times.cores_per_engine.value * engines.num_engines)
-        if engines.num_cpus is None or cores < engines.num_cpus:
-            why = "one core each; more would only wait" if engines.num_cpus else "one core each, so that no GPU waits"
-            advice.append(Advice(f"--resources.preprocess_actors {max(1, cores)}", why))
+        cores = times.cores_per_engine.scaled(engines.num_engines)
+        if engines.num_cpus is None or cores.value > engines.num_cpus:
+            setting = f"--resources.preprocess_actors {max(1, math.ceil(cores.value))}"
+            advice.append(Advice(setting, "one core each, so that no GPU waits"))
+        elif 2 * cores.high < engines.num_cpus:
+            setting = f"--resources.preprocess_actors {max(1, math.ceil(cores.high))}"
+            advice.append(Advice(setting, "one core each; more would wait for the engines"))
     video_s = sum(medium.core_s for row in sample.answered for medium in row.media if medium.kind == "video")
     all_s = sum(row.core_s for row in sample.answered)
     if times is not None and all_s and video_s > all_s / 2 and times.cores_per_engine.value > _DECODER_CORES:
