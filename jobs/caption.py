@@ -20,10 +20,11 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from jobs.cluster import quiet_output, ray_cluster
+from jobs.cluster import local_path_notes, quiet_output, ray_cluster
 from jobs.command_line import EXIT_INTERRUPTED, run_job
-from jobs.progress import Progress, ProgressLog, Tally, bottleneck, print_samples, print_summary, run_pace
+from jobs.progress import Progress, Tally, bottleneck, print_samples, print_summary, run_pace
 from jobs.run_record import check_unchanged, identity, new_record, now
+from jobs.watch import Watch
 from pipeline import storage
 from pipeline.config import CaptionConfig, ResourcesConfig
 from pipeline.errors import ConfigError, TooManyErrors
@@ -80,11 +81,11 @@ def run(config: CaptionConfig) -> int:
         if ready is None:
             return 0
         log_path = _log_path(folder)
-        with quiet_output(log_path, verbose=config.run.verbose) as console:
-            code = _run(ready, console)
-    if storage.is_remote(folder.path) and os.path.exists(log_path):
-        storage.publish_file(log_path, folder.file("log.txt"), folder.storage_options)
-    return code
+        try:
+            with quiet_output(log_path, verbose=config.run.verbose) as console:
+                return _run(ready, console)
+        finally:
+            _publish_log(folder, log_path)
 
 
 def _prepare(config: CaptionConfig, folder: RunFolder) -> Run | None:
@@ -174,7 +175,7 @@ def _run(ready: Run, console: Console) -> int:
     config, folder = ready.config, ready.folder
     with ray_cluster(config.resources):
         placement = place(config.resources, live_nodes())
-        for note in placement.notes:
+        for note in (*placement.notes, *local_path_notes(config, len(live_nodes()))):
             console.print(note, markup=False)
         ready.record["placement"] = vars(placement)
         folder.write_run(ready.record)
@@ -235,8 +236,9 @@ def _generate(
         options = _flow(ready.config, ready.model_path, ready.manifest, placed)
         return flow.RunningFlow(options, ready.manifest.spec, work, ledger) if work else None
 
-    noted = ProgressLog(ready.folder)
-    with Progress(console, tally) as progress:
+    files = [file.path for file in ready.manifest.files]
+    watch = Watch(ready.folder, tally, files, ledger, ready.config.run.profile_steps)
+    with watch, Progress(console, tally) as progress:
         last_row = time.monotonic()
         for table in run_flows(start, limits, lambda line: console.print(line, markup=False)):
             if table is None and time.monotonic() - last_row > ready.config.run.stall_timeout_s:
@@ -248,13 +250,14 @@ def _generate(
                 last_row = time.monotonic()
                 table = take_new(table, ready.numbering, ready.finished.done)
                 tally.add(table)
+                watch.add(table)
                 writer.add(table)
                 _check_errors(tally, ready.config.run.max_error_fraction)
             writer.flush_if_old()
+            watch.tick()
             progress.tick()
-            noted.note(tally)
     writer.flush()
-    noted.note(tally, last=True)
+    watch.close(console)
 
 
 def _plan(ready: Run, placement: Placement) -> list[Work]:
@@ -423,7 +426,9 @@ def _flow(config: CaptionConfig, model_path: str, manifest: Manifest, placement:
     if manifest.format in ("jsonl", "csv"):
         columns.append(ERROR_COLUMN)
     in_flight = config.resources.blocks_in_flight or default_blocks_in_flight(placement.gpus_per_engine)
-    return Flow(preprocess, generate, placement, columns, config.resources.block_mb, in_flight)
+    return Flow(
+        preprocess, generate, placement, columns, config.resources.block_mb, in_flight, config.run.profile_steps
+    )
 
 
 def _log_path(folder: RunFolder) -> str:
@@ -431,6 +436,15 @@ def _log_path(folder: RunFolder) -> str:
     if storage.is_remote(folder.path):
         return os.path.join(tempfile.mkdtemp(prefix="qwen2-vl-batch-"), "log.txt")
     return storage.local_path(folder.file("log.txt"))
+
+
+def _publish_log(folder: RunFolder, log_path: str) -> None:
+    """Put the log into a bucket's run folder, however the run ended. Its failure is told and is not the job's."""
+    if storage.is_remote(folder.path) and os.path.exists(log_path):
+        try:
+            storage.publish_file(log_path, folder.file("log.txt"), folder.storage_options)
+        except OSError as error:
+            print(f"{folder.file('log.txt')} is not up to date: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import types
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.config import ResourcesConfig
+from pipeline import storage
+from pipeline.config import CaptionConfig, ResourcesConfig
 from pipeline.errors import ResourceError
 
 
@@ -80,3 +82,15 @@ def ray_cluster(resources: ResourcesConfig) -> Iterator[dict[str, float]]:
     finally:
         if started_here:
             ray.shutdown()
+
+
+def local_path_notes(config: CaptionConfig, num_nodes: int) -> list[str]:
+    """What to know about paths on a disk when the cluster has several nodes; nothing on one node."""
+    if num_nodes < 2:
+        return []
+    notes = []
+    if not storage.is_remote(config.input.path):
+        notes.append(f"input.path {config.input.path} must be a disk that all {num_nodes} nodes of the cluster share")
+    if not storage.is_remote(config.output.path):
+        notes.append(f"output.path {config.output.path} is written by this node alone ({socket.gethostname()})")
+    return notes

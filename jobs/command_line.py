@@ -25,6 +25,7 @@ FLAGS: Flags = {
     "--verbose": ("run.verbose", "true"),
     "--retry-failed": ("run.retry_failed", "all"),
     "--on-change": ("run.on_change", None),
+    "--profile": ("run.profile_steps", None),
 }
 """Short spellings: the key each stands for, and its value when none is given."""
 

@@ -26,7 +26,9 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from jobs.ledger import MAX_LONE_DEATHS, Company, Ledger, Place
+from jobs.metrics import Meter
 from jobs.nodes import beside_the_driver
+from jobs.profile import StepProfiler
 from pipeline.errors import ClusterError, EngineCrash, JobError
 from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.manifest import ManifestSpec
@@ -54,6 +56,8 @@ class Flow:
     """Patches in a table between the stages, in MB."""
     blocks_in_flight: int
     """Tables inside each engine actor at once."""
+    profile_steps: int | None = None
+    """Engine steps to trace in each engine actor."""
 
 
 class ManifestSource(Datasource):  # type: ignore[misc]
@@ -92,11 +96,14 @@ class _Desk:
         context = ray.get_runtime_context()
         self._ledger, self._who, self._node = ledger, context.get_actor_id(), context.get_node_id()
         ray.get(ledger.born.remote(self._who, kind, context.current_actor))
-        threading.Thread(target=self._tell, args=(figures,), name="figures", daemon=True).start()
+        threading.Thread(target=self._tell, args=(kind, figures), name="figures", daemon=True).start()
 
-    def _tell(self, figures: Callable[[], dict[str, Any]]) -> None:
+    def _tell(self, kind: str, figures: Callable[[], dict[str, Any]]) -> None:
+        meter = Meter()
         while True:
-            self._ledger.report.remote(self._who, {"node": self._node, **figures()})
+            latest = figures()
+            self._ledger.report.remote(self._who, {"node": self._node, **latest})
+            meter.actor(kind, latest)
             time.sleep(1.0)
 
     def begin(self, places: Sequence[Place]) -> dict[Place, int]:
@@ -111,6 +118,10 @@ class _Desk:
     def end(self, places: Sequence[Place]) -> None:
         """Note rows that are done."""
         self._ledger.end.remote(self._who, places)
+
+    def keep_trace(self, trace: bytes) -> None:
+        """Hand over a profile; returns once it is safe from this actor's end."""
+        ray.get(self._ledger.keep_trace.remote(trace))
 
 
 class PreprocessActor:
@@ -152,8 +163,9 @@ class PreprocessActor:
 class EngineActor:
     """`GenerateStage` inside Ray: many threads each bring a table of requests and wait for its answers."""
 
-    def __init__(self, options: GenerateOptions, ledger: Any) -> None:
+    def __init__(self, options: GenerateOptions, ledger: Any, profile_steps: int | None = None) -> None:
         logging.basicConfig(level=logging.INFO)
+        self._profile_steps = profile_steps
         self._stage = self.make_stage(options)
         self._company = Company()
         description = self._stage.describe()
@@ -161,7 +173,10 @@ class EngineActor:
 
     def make_stage(self, options: GenerateOptions) -> GenerateStage:
         """The stage; tests put one in its place that dies or hangs when asked."""
-        return GenerateStage(options)
+        if self._profile_steps is None:
+            return GenerateStage(options)
+        profiler = StepProfiler(self._profile_steps, lambda trace: self._desk.keep_trace(trace))
+        return GenerateStage(options, profiler.wrap)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         places = _places(table, MANIFEST_FILE, MANIFEST_ROW)
@@ -236,7 +251,7 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
     # map_batches itself refuses whole tables (batch_size None) beside GPUs; this is the same without that check.
     dataset = dataset.map_batches_internal(
         ENGINE_ACTOR,
-        fn_constructor_args=(generate, ledger),
+        fn_constructor_args=(generate, ledger, *([flow.profile_steps] if flow.profile_steps else [])),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(

@@ -40,6 +40,7 @@ class Ledger:
         self._deaths: dict[Place, int] = {}
         self._lone_deaths: dict[Place, int] = {}
         self._restarts = 0
+        self._traces: list[bytes] = []
 
     def born(self, who: str, kind: str, handle: Any) -> None:
         """An actor begins its life, or a new one after it died: what it had under way is suspect."""
@@ -77,6 +78,14 @@ class Ledger:
     def reports(self) -> list[dict[str, Any]]:
         """The latest figures of every actor."""
         return [{"kind": actor.kind, **actor.facts} for actor in self._actors.values()]
+
+    def keep_trace(self, trace: bytes) -> None:
+        """An engine's profile, for the driver to fetch."""
+        self._traces.append(trace)
+
+    def traces(self, first: int) -> list[bytes]:
+        """Profiles from this number on."""
+        return self._traces[first:]
 
     def under_way(self) -> list[tuple[str, str, Any, Place, float]]:
         """(actor, kind, handle, oldest row, its age in seconds) of every actor that has rows under way."""

@@ -290,6 +290,8 @@ class RunConfig(Section):
     the rows that are not done are started anew on the nodes that are left."""
     max_flow_restarts: NotNegative = 3
     """How often in a row that may happen without a row finished in between."""
+    profile_steps: Annotated[int, Field(gt=0, le=1000)] | None = None
+    """Write a torch trace of so many engine steps, and Ray's timeline, into `profile/` in the run folder."""
     verbose: bool = False
     """Whether Ray's own messages are shown, in place of going to `log.txt` in the run folder."""
 

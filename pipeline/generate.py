@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +52,11 @@ class GenerateOptions:
     """The user's columns that go through to the results."""
 
 
+Step = Callable[[], Sequence[Completion]]
+WrapStep = Callable[[Step], Step]
+"""What is put around the engine's step, such as a profiler."""
+
+
 @dataclass
 class _Job:
     """A request inside the engine thread: its samples so far, and who waits for them."""
@@ -68,8 +73,9 @@ class EngineThread:
     instead; one that fails alone too is answered with EngineCrash, and the others never notice.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, wrap_step: WrapStep | None = None) -> None:
         self._engine = engine
+        self._step = wrap_step(engine.step) if wrap_step else engine.step
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._jobs: dict[int, _Job] = {}
         self._next_id = 0
@@ -104,7 +110,7 @@ class EngineThread:
                 continue
             started = time.perf_counter()
             try:
-                completions = self._engine.step()
+                completions = self._step()
             except Exception:
                 log.exception("engine step failed with %d rows; running them one at a time", len(self._jobs))
                 self._run_alone(list(self._jobs.values()))
@@ -176,12 +182,12 @@ class _Answer:
 class GenerateStage:
     """The engine stage of one actor. Thread-safe: call it from as many threads as there are batches under way."""
 
-    def __init__(self, options: GenerateOptions) -> None:
+    def __init__(self, options: GenerateOptions, wrap_step: WrapStep | None = None) -> None:
         self._options = options
         self._tokenizer = ChatTokenizer(options.engine.model_path, revision=options.engine.revision)
         table = pixel_table(options.image_mean, options.image_std, resize=options.resize)
         self._engine = load_engine(options.engine, pixel_table=table, detokenize=self._tokenizer.decode)
-        self._thread = EngineThread(self._engine)
+        self._thread = EngineThread(self._engine, wrap_step)
         self._schema = result_schema(options.kept)
 
     def describe(self) -> dict[str, Any]:

@@ -38,6 +38,6 @@ def ray_with_two_cpus() -> Iterator[None]:
     """A Ray that every job of a module runs on, so that each does not start its own."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
     yield
     ray.shutdown()

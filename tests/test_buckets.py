@@ -95,6 +95,7 @@ def test_a_job_lives_in_a_bucket_that_throttles_delays_and_cuts_connections(buck
     found = keys(bucket, "out/")
     assert sorted(found) == [
         "out/_SUCCESS",
+        "out/errors.jsonl",
         "out/log.txt",
         "out/part-00000.parquet",
         "out/part-00001.parquet",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import os
 import shutil
@@ -124,6 +125,11 @@ def test_one_manifest_may_mix_every_kind_of_row_good_and_bad(tmp_path: Path, pho
     record = json.loads((output / "run.json").read_text())
     assert record["state"] == "finished"
     assert record["errors"]["SettingError"] == 2
+    told = [json.loads(line) for line in (output / "errors.jsonl").read_text().splitlines()]
+    assert {line["id"]: (line["stage"], line["type"]) for line in told} == errors
+    assert all(rows[line["manifest_row"]]["id"] == line["id"] for line in told)
+    assert {line["manifest_file"] for line in told} == {str(tmp_path / "rows.jsonl")}
+    assert "nowhere.png" in next(line["message"] for line in told if line["id"] == "missing")
     assert record["engine"]["device"].startswith("cpu")
     assert not (output / "fragments").exists()
     assert (output / "_SUCCESS").exists()
@@ -272,6 +278,20 @@ def test_a_manifest_without_usable_columns_names_what_it_has(
     assert "question" in message
     assert "photo" in message
     assert "input.columns" in message
+
+
+def test_a_profile_traces_the_steps_that_were_asked_for(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Name {number} colours."} for number in range(3)]
+    output = tmp_path / "out"
+    more = ("--profile", "4", "--sampling.ignore_eos", "true")
+    assert caption(jsonl(tmp_path / "rows.jsonl", rows), output, *more, max_tokens=24) == 0
+    trace = json.loads(gzip.decompress((output / "profile" / "engine-0.json.gz").read_bytes()))
+    steps = [event for event in trace["traceEvents"] if event["name"] == "engine step" and event.get("ph") == "X"]
+    assert len(steps) == 4
+    named = {event["name"] for event in trace["traceEvents"]}
+    assert any("attention" in name for name in named) and any("mm" in name for name in named), sorted(named)[:50]
+    timeline = json.loads(gzip.decompress((output / "profile" / "ray.json.gz").read_bytes()))
+    assert any("EngineActor" in event["cat"] for event in timeline)
 
 
 def test_a_stopped_run_leaves_a_folder_that_the_next_one_finishes(tmp_path: Path) -> None:
