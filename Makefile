@@ -8,7 +8,7 @@ ARGS ?=
 PYTEST := $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-faults test-gpu check format benchmark caption plan evaluate
+.PHONY: help setup demo test test-slow test-faults test-gpu check format benchmark caption plan evaluate submit
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,3 +59,6 @@ caption: $(STAMP)  ## caption a manifest: make caption CONFIG=configs/caption.ya
 
 plan: $(STAMP)  ## what a job will need, before it runs: make plan CONFIG=... ARGS='--gpu H200 --price-per-gpu-hour 3.5'
 	@$(PY) -m jobs.plan --config $(CONFIG) $(ARGS)
+
+submit: $(STAMP)  ## the same on a cluster: make submit ADDRESS=http://127.0.0.1:8265 CONFIG=... ARGS='--input.path ...'
+	@$(PY) -m jobs.submit $(if $(ADDRESS),--address $(ADDRESS)) --config $(CONFIG) $(ARGS)
