@@ -12,12 +12,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from jobs import caption
 from jobs.command_line import parse_words
 from jobs.evaluate import EvaluateConfig
 from pipeline.config import CaptionConfig, load_config
-from pipeline.demo.manifest import write_demo_world
+from pipeline.demo.scenes import Picture, draw_picture
+from pipeline.demo.tasks import example
 from pipeline.errors import ResourceError
 from pipeline.placement import Node, place
 
@@ -113,12 +115,16 @@ def pictures(folder: Path, photos: Path) -> Path:
 
 def yes_no_questions(folder: Path) -> Path:
     """A manifest of the demo world's yes-or-no questions about pictures, with the right answers."""
-    world = pq.read_table(write_demo_world(folder, rows_per_task=24)).to_pylist()
-    rows = [row for row in world if row["task"] == "yes_no" and row["prompt"]]
-    manifest = folder / "yes_no.jsonl"
-    manifest.write_text(
-        "\n".join(json.dumps({key: row[key] for key in ("image", "prompt", "reference")}) for row in rows)
-    )
+    folder.mkdir()
+    rows = []
+    for index in range(12):
+        made = example("yes_no", "held-out", 0, index)
+        (picture,) = made.media
+        assert isinstance(picture, Picture)
+        Image.fromarray(draw_picture(picture)).save(folder / f"{index}.png")
+        rows.append({"image": f"{index}.png", "prompt": made.question, "reference": made.answer})
+    manifest = folder / "questions.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, rows)))
     return manifest
 
 
@@ -136,7 +142,7 @@ class TestReadyMadeConfigs:
         found = known["rows"]
         assert ((found["p_yes"] >= 0) & (found["p_yes"] <= 1)).all()
         assert ((found["p_yes"] > 0.5) == (found["reference"] == "Yes.")).all()
-        assert 0 < len(known["kept"]) < len(found)
+        assert 0 < len(known["kept"]) < len(found) == 12
 
     def test_vqa_asks_each_row_its_own_question(self, tmp_path: Path, photos: Path) -> None:
         folder = pictures(tmp_path / "photos", photos)
