@@ -17,6 +17,7 @@ from PIL import Image
 from jobs import caption
 from jobs.command_line import parse_words
 from jobs.evaluate import EvaluateConfig
+from jobs.plan import PlanConfig
 from pipeline.config import CaptionConfig, load_config
 from pipeline.demo.scenes import Picture, draw_picture
 from pipeline.demo.tasks import example
@@ -29,7 +30,7 @@ CONFIGS = sorted(
 )
 READY_MADE = ["configs/caption.yaml", *(name for name in CONFIGS if name.startswith("configs/jobs/"))]
 SCALES = [name for name in CONFIGS if name.startswith("configs/scale/")]
-JOBS = {"caption": CaptionConfig, "evaluate": EvaluateConfig}
+JOBS = {"caption": CaptionConfig, "evaluate": EvaluateConfig, "plan": PlanConfig}
 SMALL = {"model.path": "demo", "media.max_pixels": 28 * 28 * 16, "media.min_pixels": 28 * 28 * 4}
 """What stands in for a real model on a machine without a GPU."""
 CLUSTERS = {
