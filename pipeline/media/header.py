@@ -13,6 +13,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
+import av.logging
 import numpy as np
 
 from pipeline.conversation import MediumKind, MediumSettings
@@ -36,6 +37,9 @@ from pipeline.media.video import (
     translated,
     video_stream,
 )
+
+# What FFmpeg writes of broken headers comes back as errors; its own lines would land in the plan's page.
+av.logging.set_level(None)
 
 _READ_BYTES = 64 * 1024
 _COUNTED_BYTES = 8 * MIB
