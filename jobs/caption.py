@@ -31,6 +31,7 @@ from pipeline.errors import ConfigError, TooManyErrors
 from pipeline.lease import Lease
 from pipeline.manifest import ERROR_COLUMN, Manifest, open_manifest
 from pipeline.messages import MessageOptions, check_columns, needed_columns
+from pipeline.model_cache import DEFAULT_FOLDER, ModelCache
 from pipeline.model_files import check_model, read_processor_facts, resolve_model
 from pipeline.placement import Node, Placement, default_blocks_in_flight, place, place_again
 from pipeline.results import (
@@ -159,9 +160,10 @@ def _check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) 
         raise ConfigError(f"output.partition_by: {by} is not a kept column; input.keep: {', '.join(config.input.keep)}")
     if manifest.num_rows:  # an empty JSONL file has no columns to look at, and no rows that would need any
         check_columns(manifest.schema.names, _message_options(config))
-    check_model(model_path, revision=config.model.revision)
-    read_processor_facts(model_path, revision=config.model.revision)
-    ChatTokenizer(model_path, revision=config.model.revision)
+    local = _model_cache(config).local(model_path, weights=False)  # looks at a bucket's listing for the weights
+    check_model(local, revision=config.model.revision, weights=local == model_path)
+    read_processor_facts(local, revision=config.model.revision)
+    ChatTokenizer(local, revision=config.model.revision)
     try:
         _engine_options(config, model_path)
     except ValueError as error:
@@ -348,6 +350,10 @@ def _message_options(config: CaptionConfig) -> MessageOptions:
     return MessageOptions(columns=config.input.columns, template=config.prompt.template, system=config.prompt.system)
 
 
+def _model_cache(config: CaptionConfig) -> ModelCache:
+    return ModelCache(config.model.cache_dir or DEFAULT_FOLDER, config.model.storage_options)
+
+
 def _engine_options(config: CaptionConfig, model_path: str) -> Any:
     from pipeline.engine import EngineOptions
 
@@ -391,7 +397,8 @@ def _flow(config: CaptionConfig, model_path: str, manifest: Manifest, placement:
     from pipeline.media.limits import FetchOptions, MediaOptions
     from pipeline.preprocess import PreprocessOptions
 
-    facts = read_processor_facts(model_path, revision=config.model.revision)
+    cache = _model_cache(config)
+    facts = read_processor_facts(cache.local(model_path, weights=False), revision=config.model.revision)
     media = config.media.model_dump()
     for name in ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"):
         media[name] = media[name] or getattr(facts, name)
@@ -414,6 +421,7 @@ def _flow(config: CaptionConfig, model_path: str, manifest: Manifest, placement:
         ),
         sampling=config.sampling.model_dump(),
         kept=kept,
+        model_cache=cache,
     )
     generate = GenerateOptions(
         engine=_engine_options(config, model_path),
@@ -421,6 +429,7 @@ def _flow(config: CaptionConfig, model_path: str, manifest: Manifest, placement:
         image_std=facts.image_std,
         resize=config.media.resize,
         kept=kept,
+        model_cache=cache,
     )
     columns = list(dict.fromkeys([*needed_columns(manifest.schema.names, messages), *kept.names]))
     if manifest.format in ("jsonl", "csv"):

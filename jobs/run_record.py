@@ -87,7 +87,7 @@ def new_record(config: CaptionConfig, asked: Mapping[str, Any], manifest: Manife
 
 def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
     """The config without the storage options' values: some are credentials, and run.json is for everybody."""
-    for section in ("input", "output"):
+    for section in ("input", "model", "output"):
         options = values[section]["storage_options"]
         values[section]["storage_options"] = dict.fromkeys(options, "(not recorded)")
     return values

@@ -131,7 +131,13 @@ class ModelConfig(Section):
     """The checkpoint and how it is run."""
 
     path: str
-    """`demo`, a folder with a Qwen2-VL checkpoint, or a hub name such as `Qwen/Qwen2-VL-2B-Instruct`."""
+    """`demo`, a folder with a Qwen2-VL checkpoint, a hub name such as `Qwen/Qwen2-VL-2B-Instruct`, or a bucket prefix
+    such as `s3://bucket/checkpoints/qwen2-vl-7b`."""
+    cache_dir: str | None = None
+    """Where each machine keeps checkpoints from buckets, downloaded once by whichever actor comes first. Default:
+    ~/.cache/qwen2-vl-batch. Hub names have the hub's own cache (HF_HOME)."""
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+    """Options for the checkpoint's bucket (fsspec)."""
     revision: str | None = None
     """Branch, tag or commit of a hub checkpoint."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from pipeline.engine import (
     parse_sampling,
 )
 from pipeline.errors import EngineCrash, RowError, SettingError
+from pipeline.model_cache import ModelCache
 from pipeline.patches import IMAGE_PATCH_BYTES, VIDEO_PATCH_BYTES, Resize, pixel_table
 from pipeline.prompt import ChatTokenizer
 from pipeline.schema import ANSWER_FIELDS, Status, result_schema
@@ -50,6 +51,8 @@ class GenerateOptions:
     resize: Resize
     kept: pa.Schema
     """The user's columns that go through to the results."""
+    model_cache: ModelCache = field(default_factory=ModelCache)
+    """Where this machine keeps a checkpoint that lies in a bucket."""
 
 
 Step = Callable[[], Sequence[Completion]]
@@ -184,9 +187,11 @@ class GenerateStage:
 
     def __init__(self, options: GenerateOptions, wrap_step: WrapStep | None = None) -> None:
         self._options = options
-        self._tokenizer = ChatTokenizer(options.engine.model_path, revision=options.engine.revision)
+        engine = options.engine
+        engine = replace(engine, model_path=options.model_cache.local(engine.model_path, weights=True))
+        self._tokenizer = ChatTokenizer(engine.model_path, revision=engine.revision)
         table = pixel_table(options.image_mean, options.image_std, resize=options.resize)
-        self._engine = load_engine(options.engine, pixel_table=table, detokenize=self._tokenizer.decode)
+        self._engine = load_engine(engine, pixel_table=table, detokenize=self._tokenizer.decode)
         self._thread = EngineThread(self._engine, wrap_step)
         self._schema = result_schema(options.kept)
 

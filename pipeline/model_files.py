@@ -29,7 +29,7 @@ class ProcessorFacts:
 
 
 def resolve_model(path: str) -> str:
-    """The folder or hub name that the config's `model.path` stands for."""
+    """The folder, hub name or bucket prefix that the config's `model.path` stands for."""
     if path == DEMO:
         from pipeline.demo import CHECKPOINT
 
@@ -39,8 +39,9 @@ def resolve_model(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-def check_model(model_path: str, *, revision: str | None = None) -> None:
-    """Raise CheckpointError unless there is a Qwen2-VL checkpoint, weights and all, at the folder or hub name."""
+def check_model(model_path: str, *, revision: str | None = None, weights: bool = True) -> None:
+    """Raise CheckpointError unless there is a Qwen2-VL checkpoint at the folder or hub name, with its weights unless
+    those are known to lie elsewhere."""
     config = read_config(model_path, revision=revision)
     if config is None:
         raise CheckpointError(
@@ -51,7 +52,7 @@ def check_model(model_path: str, *, revision: str | None = None) -> None:
         raise CheckpointError(
             f"{model_path!r} is a checkpoint of model type {config.get('model_type')!r}; this pipeline runs qwen2_vl"
         )
-    if Path(model_path).is_dir() and not any(Path(model_path).glob("*.safetensors")):
+    if weights and Path(model_path).is_dir() and not any(Path(model_path).glob("*.safetensors")):
         raise CheckpointError(f"{model_path!r} has a config.json but no *.safetensors: the weights are missing")
 
 

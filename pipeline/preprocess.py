@@ -27,6 +27,7 @@ from pipeline.media.fetch import Fetcher
 from pipeline.media.limits import FetchOptions, MediaOptions
 from pipeline.media.worker import MediaWorker, Medium
 from pipeline.messages import MessageOptions, conversation, row_id
+from pipeline.model_cache import ModelCache
 from pipeline.patches import num_visual_tokens
 from pipeline.prompt import ChatTokenizer, prompt_hash
 from pipeline.schema import MEDIUM_TYPE, Status, UnitColumn, request_schema
@@ -48,6 +49,8 @@ class PreprocessOptions:
     """The job's sampling parameters; a row's own win."""
     kept: pa.Schema
     """The user's columns that go through to the results."""
+    model_cache: ModelCache = field(default_factory=ModelCache)
+    """Where this machine keeps a checkpoint that lies in a bucket."""
     read_ahead: int = 16
     """Media that may be fetched before their turn to be decoded."""
 
@@ -75,7 +78,8 @@ class PreprocessStage:
 
     def __init__(self, options: PreprocessOptions) -> None:
         self._options = options
-        self._tokenizer = ChatTokenizer(options.model_path, revision=options.revision)
+        model_path = options.model_cache.local(options.model_path, weights=False)
+        self._tokenizer = ChatTokenizer(model_path, revision=options.revision)
         self._fetcher = Fetcher(options.fetch)
         self._worker = MediaWorker(options.media)
         self._pool = ThreadPoolExecutor(max_workers=min(16, options.read_ahead), thread_name_prefix="fetch")

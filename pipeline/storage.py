@@ -177,6 +177,26 @@ def read_bytes(path: str, storage_options: StorageOptions = None) -> bytes:
     return bytes(_retrying(lambda: fs.cat_file(key), path))
 
 
+def download(file: FileInfo, local: str, storage_options: StorageOptions = None) -> None:
+    """Copy a file to a place on disk, whole or not at all. Raises StorageError when its size is not the listing's."""
+    folder, file_name = os.path.split(local)
+    temporary = os.path.join(folder, f".{file_name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        if is_remote(file.path):
+            fs, key = _filesystem(file.path, storage_options)
+            _retrying(lambda: fs.get_file(key, temporary), file.path)
+        else:
+            shutil.copyfile(local_path(file.path), temporary)
+        size = os.stat(temporary).st_size
+        if size != file.size:
+            raise StorageError(f"{file.path}: {size:,} bytes came; the listing says {file.size:,}")
+        os.replace(temporary, local)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
 def list_files(prefix: str, storage_options: StorageOptions = None, *, recursive: bool = True) -> list[FileInfo]:
     """Files below a folder or prefix, sorted by path; a missing one has none. Hidden files and folders are left out."""
     if not is_remote(prefix):

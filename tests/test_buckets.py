@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.caption import main
+from pipeline.demo import CHECKPOINT
 from tests.s3_server import Fault, S3Server, s3_server
 
 pytest.importorskip("s3fs", reason="pip install 'qwen2-vl-batch[s3]' to run these")
@@ -127,3 +128,26 @@ def test_credentials_that_expire_half_way_stop_the_job_and_the_next_run_finishes
     bucket.faults.clear()
     assert caption(bucket, *output) == 0
     assert [row["manifest_row"] for row in rows_of(bucket, "expired/")] == list(range(6))
+
+
+def test_a_checkpoint_in_a_bucket_is_used_like_a_folder(bucket: S3Server, tmp_path: Path) -> None:
+    for path in CHECKPOINT.iterdir():
+        put(bucket, f"models/demo/{path.name}", path.read_bytes())
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Name a colour."}')
+    bucket.requests.clear()
+    words = {
+        "input.path": str(tmp_path / "rows.jsonl"),
+        "output.path": str(tmp_path / "out"),
+        "model.path": "s3://data/models/demo",
+        "model.cache_dir": str(tmp_path / "cache"),
+        "model.storage_options": json.dumps(bucket.storage_options),
+        "sampling.max_tokens": "4",
+    }
+    assert main([word for key, value in words.items() for word in (f"--{key}", value)]) == 0
+    (row,) = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
+    assert row["status"] == "ok"
+    fetched = [request for request in bucket.requests if request.startswith("GET") and "safetensors" in request]
+    assert len(fetched) == 1
+    record = (tmp_path / "out" / "run.json").read_text()
+    assert json.loads(record)["model"]["path"] == "s3://data/models/demo"
+    assert "(not recorded)" in record

@@ -3,7 +3,7 @@
 jobs      caption  plan  evaluate  report  benchmark         the only home of `import ray`
 stages    preprocess  generate  work  survey  forecast
 steps     manifest  media  patches  messages  prompt | engine | results  lease  metrics  report
-ground    config  storage  placement  model_files  row_set  roofline
+ground    config  storage  placement  model_cache  model_files  row_set  roofline
 base      errors  schema  conversation
 """
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     {"errors", "schema", "conversation"},
-    {"config", "storage", "placement", "model_files", "row_set", "roofline"},
+    {"config", "storage", "placement", "model_cache", "model_files", "row_set", "roofline"},
     {"manifest", "media", "patches", "messages", "prompt", "engine", "results", "lease", "metrics", "report"},
     {"preprocess", "generate", "work", "survey", "forecast"},
 )
@@ -29,6 +29,7 @@ LAYERS = (
 ALLOWED_NEIGHBOURS = {
     ("schema", "conversation"): "a receipt names a medium's kind",
     ("config", "schema"): "below",
+    ("model_cache", "storage"): "checkpoints lie in buckets too",
     ("placement", "config"): "what is asked for is a part of the config",
     (
         "media",
