@@ -246,7 +246,10 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
     )
     fixed = place.engine_pool[0] == place.engine_pool[1]
     generate = flow.generate
-    if not place.gpus_per_engine:
+    if place.gpus_per_engine:
+        num_devices = max(1, int(place.gpus_per_engine))
+        generate = replace(generate, engine=replace(generate.engine, num_devices=num_devices))
+    else:
         generate = replace(generate, engine=replace(generate.engine, num_threads=place.engine_threads))
     # map_batches itself refuses whole tables (batch_size None) beside GPUs; this is the same without that check.
     dataset = dataset.map_batches_internal(

@@ -6,6 +6,7 @@ sampling defaults are not read: the caller decides how tokens are chosen.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.engine.options import EngineOptions
+from pipeline.engine.shard import device_map
 from pipeline.errors import CheckpointError
 
 
@@ -23,6 +25,7 @@ class Checkpoint:
     model: Any
     """transformers' Qwen2VLForConditionalGeneration."""
     device: torch.device
+    """Of the vision tower and the embedding, where a pass begins."""
     dtype: torch.dtype
     eos_token_ids: frozenset[int]
     image_token_id: int
@@ -30,6 +33,8 @@ class Checkpoint:
     vocab_size: int
     max_context: int
     name: str = "random weights"
+    layer_devices: tuple[torch.device, ...] = ()
+    """Of each layer of the text model."""
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -98,6 +103,7 @@ def from_model(model: Any, *, name: str = "random weights") -> Checkpoint:
         vocab_size=text.vocab_size,
         max_context=text.max_position_embeddings,
         name=name,
+        layer_devices=tuple(layer.mlp.down_proj.weight.device for layer in model.model.language_model.layers),
     )
 
 
@@ -111,6 +117,7 @@ def load_checkpoint(options: EngineOptions) -> Checkpoint:
     dtype = pick_dtype(options.dtype, device)
     config = _read_config(options)
     path = options.model_path
+    spread = _spread(options, device, config)
     try:
         model, info = Qwen2VLForConditionalGeneration.from_pretrained(
             path,
@@ -118,6 +125,7 @@ def load_checkpoint(options: EngineOptions) -> Checkpoint:
             revision=options.revision,
             dtype=dtype,
             output_loading_info=True,
+            **spread,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path}: can't load the weights: {_one_line(error)}") from error
@@ -127,4 +135,22 @@ def load_checkpoint(options: EngineOptions) -> Checkpoint:
     if missing:
         # transformers only warns and goes on with random numbers, which would caption nonsense.
         raise CheckpointError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    return from_model(model.to(device), name=path)
+    return from_model(model if spread else model.to(device), name=path)
+
+
+def _spread(options: EngineOptions, device: torch.device, config: Any) -> dict[str, Any]:
+    """What `from_pretrained` must be told to lay the layers over several GPUs; nothing where one is enough."""
+    if options.num_devices == 1 or device.type != "cuda":
+        return {}
+    found = torch.cuda.device_count()
+    if found < options.num_devices:
+        raise CheckpointError(
+            f"engine.num_devices is {options.num_devices}, but torch sees {found} GPUs here; lower it, or give the "
+            "engine more (resources.gpus_per_engine)"
+        )
+    if importlib.util.find_spec("accelerate") is None:
+        raise CheckpointError(
+            "a model over several GPUs is loaded by the accelerate package, which is missing; "
+            "install it with pip install 'qwen2-vl-batch[gpu]' (or: pip install accelerate)"
+        )
+    return {"device_map": device_map(config, [torch.device("cuda", index) for index in range(options.num_devices)])}

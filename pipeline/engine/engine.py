@@ -7,8 +7,9 @@ the runner's.
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from pipeline.engine.options import Detokenize, EngineOptions
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.scheduler import Plan, PrefillPlan, Scheduler
 from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, error_completions
+from pipeline.engine.shard import ShardedAttention, ShardedCache
 from pipeline.engine.stopping import StopRules
 from pipeline.engine.text_model import TextModel
 from pipeline.engine.vision import VisionModel
@@ -57,7 +59,11 @@ class NativeEngine:
         device, dtype = checkpoint.device, checkpoint.dtype
         on_gpu = device.type == "cuda"
         self.max_lag = int(on_gpu if overlap is None else overlap)
+        sharded = len(set(checkpoint.layer_devices)) > 1
         attention = pick_attention(options.attention, device, dtype)
+        if sharded:
+            backends = {at: pick_attention(options.attention, at, dtype) for at in set(checkpoint.layer_devices)}
+            attention = ShardedAttention(backends, vision=attention)
         self.rules = StopRules(checkpoint.eos_token_ids, detokenize)
         max_context = min(options.max_context or checkpoint.max_context, checkpoint.max_context)
         with torch.no_grad():
@@ -66,7 +72,7 @@ class NativeEngine:
             vision = VisionModel(checkpoint.model, attention, pixels)
         self.max_batch_tokens = options.max_batch_tokens or (16384 if on_gpu else 2048)
         self.max_batch_patches = options.max_batch_patches or 4 * self.max_batch_tokens
-        self.cache = _make_cache(text, attention, options, device, max_context)
+        self.cache = _make_cache(text, attention, options, checkpoint.layer_devices, max_context)
         blocks = BlockManager(self.cache.num_blocks, self.cache.block_size)
         self.ledger = MediaLedger(KEPT_VISUAL_TOKENS)
         self.scheduler = Scheduler(
@@ -86,7 +92,7 @@ class NativeEngine:
             device=device,
             max_running=options.max_running,
         )
-        if on_gpu and options.cuda_graphs and attention.allows_graphs:
+        if on_gpu and options.cuda_graphs and attention.allows_graphs and not sharded:
             self.runner.graphs = self._make_graphs(max_context)
         self.admission = AdmissionRules(
             checkpoint.vocab_size,
@@ -162,6 +168,7 @@ class NativeEngine:
             "kind": "native",
             "model": self.checkpoint.name,
             "device": str(self.checkpoint.device),
+            "devices": len(set(self.checkpoint.layer_devices)),
             "dtype": str(self.checkpoint.dtype).removeprefix("torch."),
             "matmul_dtype": str(self.runner.text.lm_head.weight.dtype).removeprefix("torch."),
             "attention": self.runner.attention.name,
@@ -263,27 +270,33 @@ def _make_cache(
     text: TextModel,
     attention: AttentionBackend,
     options: EngineOptions,
-    device: torch.device,
+    layer_devices: SequenceOf[torch.device],
     max_context: int,
 ) -> KVCache:
-    """As many blocks as the stated memory holds, and no more than could ever be used."""
-    shape = {
-        "num_layers": text.num_layers,
-        "block_size": attention.block_size,
-        "num_kv_heads": text.num_kv_heads,
-        "head_dim": text.head_dim,
-    }
-    if device.type == "cuda":
-        memory = options.cache_fraction * torch.cuda.mem_get_info(device)[0]
-    else:
-        memory = options.cache_gb * 1e9
-    per_block = block_bytes(**shape, dtype=text.dtype)
-    most = options.max_running * -(-max_context // attention.block_size)
-    num_blocks = min(int(memory // per_block) - 1, most)
-    if num_blocks < 1:
-        setting = "engine.cache_fraction" if device.type == "cuda" else "engine.cache_gb"
-        raise CheckpointError(
-            f"the key-value cache would get {memory / 1e9:.3f} GB, but one block of {attention.block_size} tokens "
-            f"takes {per_block / 1e9:.3f} GB; raise {setting}"
-        )
-    return KVCache(**shape, num_blocks=num_blocks, dtype=text.dtype, device=device)
+    """As many blocks as the stated memory holds, on each device for its layers, and no more than could ever be used."""
+    on_gpu = layer_devices[0].type == "cuda"
+    size = attention.block_size
+    shape = {"block_size": size, "num_kv_heads": text.num_kv_heads, "head_dim": text.head_dim}
+    layers = Counter(layer_devices)
+    most = options.max_running * -(-max_context // size)
+    fit = []
+    for device, num_layers in layers.items():
+        if on_gpu:
+            memory = options.cache_fraction * torch.cuda.mem_get_info(device)[0]
+        else:
+            memory = options.cache_gb * 1e9 * num_layers / len(layer_devices)
+        per_block = block_bytes(num_layers=num_layers, **shape, dtype=text.dtype)
+        fit.append(int(memory // per_block) - 1)
+        if fit[-1] < 1:
+            setting = "engine.cache_fraction" if on_gpu else "engine.cache_gb"
+            raise CheckpointError(
+                f"the key-value cache would get {memory / 1e9:.3f} GB, but one block of {size} tokens "
+                f"takes {per_block / 1e9:.3f} GB; raise {setting}"
+            )
+
+    def make(device: torch.device, num_layers: int) -> KVCache:
+        return KVCache(num_layers=num_layers, **shape, num_blocks=min(*fit, most), dtype=text.dtype, device=device)
+
+    if len(layers) == 1:
+        return make(layer_devices[0], len(layer_devices))
+    return ShardedCache(layer_devices, make)

@@ -153,11 +153,12 @@ class ModelRunner:
         last = [end for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last]
         if not last:
             return PassResult([])
-        logits = self.text.logits(hidden.index_select(0, self._upload(np.asarray(last, dtype=np.int64))))
+        ends_of_prompts = self._upload(np.asarray(last, dtype=np.int64)).to(hidden.device)
+        logits = self.text.logits(hidden.index_select(0, ends_of_prompts))
         samples = [1 + len(chunk.forks) for chunk in chunks if chunk.is_last]
         if max(samples) > 1:
             rows = np.repeat(np.arange(len(last)), samples)
-            logits = logits.index_select(0, self._upload(rows))
+            logits = logits.index_select(0, self._upload(rows).to(logits.device))
         return self._sample(logits, plan.sampled)
 
     def _slots(self, sequence: Sequence, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -210,6 +211,9 @@ class ModelRunner:
         steps = [len(s.output_ids) + s.num_in_flight - 1 for s in sequences]
         rows = [sample_row(s, self.rules, step) for s, step in zip(sequences, steps, strict=True)]
         tokens, logprobs = sample(logits, rows)
+        # A head on another device than the embedding: the next pass begins at the first.
+        tokens = tokens.to(self.device)
+        logprobs = None if logprobs is None else logprobs.to(self.device)
         index = self._upload(np.asarray([sequence.row for sequence in sequences], dtype=np.int64))
         self.last_tokens.index_copy_(0, index, tokens)
         epochs = [sequence.num_preemptions for sequence in sequences]

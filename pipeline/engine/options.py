@@ -37,6 +37,8 @@ class EngineOptions:
     """`auto`: bfloat16 on a GPU, float32 on a CPU; or float32, bfloat16, float16."""
     device: str = "auto"
     """`auto`: the first GPU, else the CPU; or cpu, cuda, cuda:1."""
+    num_devices: int = 1
+    """GPUs over which the layers are spread, for a model that does not fit one; on a CPU it means nothing."""
     attention: str = "auto"
     """`auto` takes the first that works here: `flash` (the flash-attn package), `torch` (its built-in
     varlen kernels, on CUDA), `sdpa` (anywhere). Forcing one that is missing is an error."""
@@ -63,7 +65,14 @@ class EngineOptions:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
-        for name in ("batch_size", "max_running", "max_batch_tokens", "max_batch_patches", "max_context"):
+        for name in (
+            "num_devices",
+            "batch_size",
+            "max_running",
+            "max_batch_tokens",
+            "max_batch_patches",
+            "max_context",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value!r}; allowed: 1 or more")

@@ -79,7 +79,7 @@ def _to_device(values: npt.NDArray[np.generic], device: torch.device) -> torch.T
     tensor = torch.from_numpy(values)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
+    return tensor.to(device)
 
 
 def _penalise_seen(scores: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:

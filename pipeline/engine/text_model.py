@@ -91,11 +91,14 @@ class TextModel:
         rotation: tuple[torch.Tensor, torch.Tensor],
         attend: Attend,
     ) -> torch.Tensor:
-        """All layers; the last norm is left to `logits`, which few rows need."""
+        """All layers; the last norm is left to `logits`, which few rows need. Where the next layer lies on another
+        device, the hidden states cross over."""
         cos, sin = rotation
         num_tokens = hidden.shape[0]
         num_rotated = self.num_heads + self.num_kv_heads
         for index, layer in enumerate(self.layers):
+            if hidden.device != layer.input_norm.device:
+                hidden, cos, sin = (part.to(layer.input_norm.device) for part in (hidden, cos, sin))
             qkv = layer.qkv(rms_norm(hidden, layer.input_norm, self.eps))
             qkv = qkv.view(num_tokens, -1, self.head_dim)
             rotated = rotate(qkv[:, :num_rotated], cos, sin)
@@ -107,7 +110,7 @@ class TextModel:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [R, C] -> [R, vocabulary]
-        return self.lm_head(rms_norm(hidden, self.final_norm, self.eps))
+        return self.lm_head(rms_norm(hidden.to(self.final_norm.device), self.final_norm, self.eps))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
