@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -100,3 +101,12 @@ def test_a_row_that_hangs_is_killed_and_left_out(
     assert "no row has finished for 4 s" in told
     assert "engine actor" in told
     assert "killed" in told
+
+
+def test_pools_that_may_grow_answer_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [f"row {number}" for number in range(40)]
+    pools = ("--resources.preprocess_actors", "1,2", "--resources.engine_actors", "1,2")
+    rows = run(tmp_path, ids, monkeypatch, *pools)
+    assert all(row["status"] == "ok" and row["text"] == name for name, row in rows.items())
+    placement = json.loads((tmp_path / "out" / "run.json").read_text())["placement"]
+    assert (placement["preprocess_pool"], placement["engine_pool"]) == ([1, 2], [1, 2])
