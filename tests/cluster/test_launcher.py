@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import botocore.session
 import googleapiclient.discovery_cache
 import jsonschema
 import pytest
 import yaml
 from botocore.validate import ParamValidator
+from moto import mock_aws
+from ray.autoscaler._private.util import prepare_config
+from ray.autoscaler.tags import TAG_RAY_NODE_KIND
 from ray.autoscaler.v2.event_logger import AutoscalerEventLogger
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
@@ -139,6 +144,47 @@ def test_amazon_knows_every_field_of_the_nodes() -> None:
     report = ParamValidator().validate(spoilt, shape).generate_report()
     assert "MarketTyp" in report
     assert not set(spoilt) <= set(shape.members)
+
+
+@pytest.mark.slow
+def test_amazon_starts_the_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own way from the file to machines, roles, keys and networks, with an EC2 that is simulated (moto)."""
+    from ray.autoscaler._private.aws import config as aws_config
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    (tmp_path / ".ssh").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes the key pair there
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    monkeypatch.setattr(aws_config, "time", _Hasty())  # it gives new roles a quarter of a minute to be known
+    with mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
+        ec2 = boto3.client("ec2", region_name="us-west-2")
+        boto3.client("iam").create_instance_profile(InstanceProfileName="EDIT")
+        config = read("aws.yaml")
+        image = ec2.describe_images()["Images"][0]["ImageId"]
+        for node in config["available_node_types"].values():
+            node["node_config"]["ImageId"] = image
+        started = aws_config.bootstrap_aws(prepare_config(config))
+        provider = AWSNodeProvider(started["provider"], started["cluster_name"])
+        for node in started["available_node_types"].values():
+            provider.create_node(node["node_config"], {TAG_RAY_NODE_KIND: "worker"}, 1)
+        found = [
+            (machine["InstanceType"], machine.get("InstanceLifecycle"))
+            for reservation in ec2.describe_instances()["Reservations"]
+            for machine in reservation["Instances"]
+        ]
+    gpu, cpu = "g6e.4xlarge", "c7i.8xlarge"
+    assert found == [("m7i.2xlarge", None), (gpu, "spot"), (gpu, None), (cpu, "spot"), (cpu, None)]
+
+
+class _Hasty:
+    """A clock that does not wait."""
+
+    def sleep(self, seconds: float) -> None:
+        pass
+
+    def time(self) -> float:
+        return time.time()
 
 
 def test_google_knows_every_field_of_the_nodes() -> None:
