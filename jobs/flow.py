@@ -128,9 +128,6 @@ class PreprocessActor:
     """`PreprocessStage` inside Ray: a block of manifest rows in, tables of requests out as they fill."""
 
     def __init__(self, options: PreprocessOptions, block_bytes: int, ledger: Any) -> None:
-        import torch
-
-        torch.set_num_threads(1)
         self._stage = PreprocessStage(options)
         self._block_bytes = block_bytes
         self._busy_s = 0.0
@@ -140,15 +137,23 @@ class PreprocessActor:
         places = _places(table, UnitColumn.FILE, UnitColumn.ROW)
         suspects = self._desk.begin(places)
         together, alone = _part_ways(table, places, suspects)
-        yield from self._timed(self._stage.tables(together, self._block_bytes))
-        self._desk.end([place for place in places if place not in suspects])
+        left = [place for place in places if place not in suspects]
+        for requests in self._timed(self._stage.tables(together, self._block_bytes)):
+            # A table may wait long to be taken, and nothing is under way until then: a watchdog that looks for rows
+            # that hang must not find these.
+            self._desk.end(left)
+            left = left[requests.num_rows :]
+            yield requests
+            if left:
+                self._desk.begin(left)
         for place, row in alone:
             if suspects[place] >= MAX_LONE_DEATHS:
                 yield self._stage.crashed(row, _gave_up("preprocessing", suspects[place]))
                 continue
             self._desk.begin_alone(place)
-            yield from self._timed(self._stage.tables(row, self._block_bytes))
-            self._desk.end([place])
+            for requests in self._timed(self._stage.tables(row, self._block_bytes)):
+                self._desk.end([place])
+                yield requests
 
     def _timed(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         while True:
@@ -356,6 +361,7 @@ def break_stall(ledger: Any, seconds: float) -> list[str]:
         verb = "killed" if stuck else "left alone"
         told.append(f"{kind} actor {who[:8]}: row {row} of manifest file {file} for {age:.0f} s; {verb}")
         if stuck:
+            ray.get(ledger.killed.remote(who))
             ray.kill(handle, no_restart=False)
     return told
 

@@ -44,14 +44,19 @@ class Ledger:
 
     def born(self, who: str, kind: str, handle: Any) -> None:
         """An actor begins its life, or a new one after it died: what it had under way is suspect."""
-        before = self._actors.get(who)
-        if before is not None:
+        if who in self._actors:
             self._restarts += 1
-            for place, (_, alone) in before.open.items():
-                self._deaths[place] = self._deaths.get(place, 0) + 1
-                if alone:
-                    self._lone_deaths[place] = self._lone_deaths.get(place, 0) + 1
+            self.killed(who)
         self._actors[who] = _Actor(kind, handle)
+
+    def killed(self, who: str) -> None:
+        """An actor has died: what it had under way is suspect. Whoever kills one says so before; otherwise it is
+        noticed when the actor is born again, and until then a slow start would look like rows that hang."""
+        for place, (_, alone) in self._actors[who].open.items():
+            self._deaths[place] = self._deaths.get(place, 0) + 1
+            if alone:
+                self._lone_deaths[place] = self._lone_deaths.get(place, 0) + 1
+        self._actors[who].open.clear()
 
     def begin(self, who: str, places: Sequence[Place]) -> dict[Place, int]:
         """Rows are about to run together. Those that must not (they were there at a death) are given back, with the

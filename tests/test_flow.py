@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 from jobs import flow
 from jobs.caption import main
 from pipeline.errors import RowError
-from pipeline.schema import RESULT_COLUMNS, result_schema
+from pipeline.schema import RESULT_COLUMNS, UnitColumn, result_schema
 
 pytestmark = pytest.mark.usefixtures("ray_with_two_cpus")
 
@@ -110,3 +110,48 @@ def test_pools_that_may_grow_answer_every_row(tmp_path: Path, monkeypatch: pytes
     assert all(row["status"] == "ok" and row["text"] == name for name, row in rows.items())
     placement = json.loads((tmp_path / "out" / "run.json").read_text())["placement"]
     assert (placement["preprocess_pool"], placement["engine_pool"]) == ([1, 2], [1, 2])
+
+
+class OpenRows:
+    """In the ledger's place: which rows are under way."""
+
+    def __init__(self) -> None:
+        self.open: set[tuple[int, int]] = set()
+
+    def begin(self, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
+        suspects = {place: 0 for place in places if place[1] == 9}
+        self.open.update(set(places) - set(suspects))
+        return suspects
+
+    def begin_alone(self, place: tuple[int, int]) -> None:
+        self.open.add(place)
+
+    def end(self, places: Sequence[tuple[int, int]]) -> None:
+        self.open.difference_update(places)
+
+
+class TwoRowsATable:
+    """In the preprocessing stage's place; notes which rows were under way while it worked on each table."""
+
+    def __init__(self, desk: OpenRows) -> None:
+        self.desk = desk
+        self.under_way: list[int] = []
+
+    def tables(self, table: pa.Table, block_bytes: int) -> Iterator[pa.Table]:
+        for start in range(0, table.num_rows, 2):
+            self.under_way.append(len(self.desk.open))
+            yield table.slice(start, 2)
+
+
+def test_no_row_counts_as_under_way_while_a_table_waits_to_be_taken() -> None:
+    actor = flow.PreprocessActor.__new__(flow.PreprocessActor)
+    desk = OpenRows()
+    stage = TwoRowsATable(desk)
+    actor.__dict__.update(_desk=desk, _stage=stage, _block_bytes=1, _busy_s=0.0)
+    table = pa.table({UnitColumn.FILE: [0] * 6, UnitColumn.ROW: [0, 1, 2, 3, 4, 9]})
+    taken = []
+    for requests in actor(table):
+        assert desk.open == set()
+        taken += requests.column(UnitColumn.ROW).to_pylist()
+    assert taken == [0, 1, 2, 3, 4, 9]
+    assert stage.under_way == [5, 3, 1, 1]

@@ -21,6 +21,16 @@ def test_rows_run_together_until_their_actor_dies() -> None:
     assert ledger.num_restarts() == 1
 
 
+def test_a_killed_actor_holds_nothing_while_it_starts_again_and_its_death_counts_once() -> None:
+    ledger = Ledger()
+    ledger.born("x", "engine", None)
+    ledger.begin_alone("x", A)
+    ledger.killed("x")
+    assert ledger.under_way() == []
+    ledger.born("x", "engine", None)
+    assert ledger.begin("x", [A]) == {A: 1}
+
+
 def test_deaths_alone_are_counted_apart() -> None:
     ledger = Ledger()
     ledger.born("x", "engine", None)
