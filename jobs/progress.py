@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -157,7 +158,8 @@ class ProgressLog:
         if last or now - self._published >= _PUBLISH_EVERY_S:
             self._published = now
             text = "\n".join(self._lines) + "\n"
-            storage.publish(self._folder.file("progress.jsonl"), text.encode(), self._folder.storage_options)
+            with contextlib.suppress(OSError):  # the plots can do without; a full disk is told where it costs rows
+                storage.publish(self._folder.file("progress.jsonl"), text.encode(), self._folder.storage_options)
 
 
 def print_summary(console: Console, tally: Tally, path: str, error_types: Mapping[str, int], hint: str | None) -> None:

@@ -90,9 +90,9 @@ class RunFolder:
         return values
 
     def write_run(self, values: dict[str, Any]) -> None:
-        """Publish run.json."""
+        """Publish run.json. Raises OutputError when the folder can't be written."""
         text = json.dumps(values, indent=2, default=str)
-        storage.publish(self.file("run.json"), text.encode(), self.storage_options)
+        _publish(self, self.file("run.json"), text.encode())
 
     def is_finished(self) -> bool:
         """Whether the parts are complete."""
@@ -274,8 +274,12 @@ def _publish_table(folder: RunFolder, path: str, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     # Pages of small row groups with statistics: a reader who wants some rows or columns skips the rest.
     pq.write_table(table, sink, compression=_COMPRESSION, row_group_size=_ROWS_PER_GROUP)
+    _publish(folder, path, sink.getvalue().to_pybytes())
+
+
+def _publish(folder: RunFolder, path: str, data: bytes) -> None:
     try:
-        storage.publish(path, sink.getvalue().to_pybytes(), folder.storage_options)
+        storage.publish(path, data, folder.storage_options)
     except OSError as error:
         raise OutputError(f"can't write {path}: {error}; free or mend the storage and run the same command") from error
 
@@ -314,7 +318,7 @@ def finalise(
     counted = sum(folder.metadata(path).num_rows for path in folder.parts())
     if counted != numbering.num_rows:
         raise OutputError(f"{folder.path}: the parts hold {counted} rows, the manifest {numbering.num_rows}")
-    storage.publish(folder.file("_SUCCESS"), b"", folder.storage_options)
+    _publish(folder, folder.file("_SUCCESS"), b"")
     folder.discard_fragments()
     return len(written)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -268,3 +269,22 @@ def test_a_row_that_comes_twice_is_taken_once() -> None:
     assert second.column("id").to_pylist() == ["1/2"]
     assert take_new(rows([(0, 1)]), numbering, done).num_rows == 0
     assert len(done) == 3
+
+
+def test_a_disk_without_room_is_an_output_error_and_nothing_half_written_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder, numbering = new_folder(tmp_path), RowNumbering([2])
+    out = writer(folder, numbering, 100)
+    out.add(rows([(0, 0), (0, 1)]))
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", no_room)
+        for write in (out.flush, lambda: folder.write_run({"state": "running"})):
+            with pytest.raises(OutputError, match=r"No space left on device.*run the same command"):
+                write()
+    assert [path for path in Path(folder.path).rglob("*") if path.is_file()] == []
+    out.flush()
+    assert finalise(folder, numbering, SCHEMA, rows_per_part=10) == 1
