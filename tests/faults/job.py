@@ -1,0 +1,108 @@
+"""The caption job with stages that die or hang on marked rows, for the fault tests.
+
+    python tests/faults/job.py STAGES [caption's words ...]
+
+STAGES is `real` (the job as it is) or `marked`: an engine in place of the real one that answers with a digest of what
+it was given, at about 40 rows/s, and both stages obey rows whose prompt is `kill preprocessing`, `kill the engine` or
+`hang in the engine`, every time that they meet one. It saves each engine actor the import of torch and transformers,
+most of what a run of a few dozen rows costs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from jobs import flow
+from jobs.caption import main
+from pipeline.errors import RowError
+from pipeline.schema import UnitColumn, result_schema
+
+KILL_PREPROCESSING = "kill preprocessing"
+KILL_ENGINE = "kill the engine"
+HANG_ENGINE = "hang in the engine"
+
+
+class MarkedPreprocessActor(flow.PreprocessActor):
+    """The real actor around a stage that dies at the row that says so."""
+
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        tables = self._stage.tables
+
+        def tables_or_death(table: pa.Table, block_bytes: int) -> Iterator[pa.Table]:
+            assert UnitColumn.ROW in table.column_names
+            if KILL_PREPROCESSING in table.column("prompt").to_pylist():
+                os._exit(1)
+            yield from tables(table, block_bytes)
+
+        self._stage.tables = tables_or_death  # type: ignore[method-assign]
+
+
+class DigestStage:
+    """Answers each row with a digest of its tokens and patches, one row after the other."""
+
+    def __init__(self, kept: pa.Schema) -> None:
+        self._schema = result_schema(kept)
+        self._one_at_a_time = threading.Lock()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        prompts = table.column("prompt").to_pylist()
+        if KILL_ENGINE in prompts:
+            os._exit(1)
+        if HANG_ENGINE in prompts:
+            time.sleep(3600)
+        texts: list[str | None] = []
+        for ids, patches, status in zip(*(table.column(n) for n in ("input_ids", "patches", "status")), strict=True):
+            with self._one_at_a_time:
+                time.sleep(0.025)
+                given = b"".join(buffer for value in (ids, patches) for buffer in _bytes(value))
+                texts.append(hashlib.sha256(given).hexdigest()[:12] if status.as_py() == "ok" else None)
+        return self._rows(table, {"text": texts})
+
+    def crashed(self, table: pa.Table, error: RowError) -> pa.Table:
+        words = {"status": "error", "error_stage": "generate", "error_type": type(error).__name__}
+        values = {name: [word] * table.num_rows for name, word in words.items()}
+        return self._rows(table, {**values, "error_message": [str(error)] * table.num_rows})
+
+    def _rows(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
+        columns = []
+        for field in self._schema:
+            if field.name in values:
+                columns.append(pa.array(values[field.name], field.type))
+            elif field.name in table.column_names:
+                columns.append(table.column(field.name))
+            else:
+                columns.append(pa.nulls(table.num_rows, field.type))
+        return pa.table(columns, schema=self._schema)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "digest"}
+
+    def stats(self) -> dict[str, float]:
+        return {}
+
+
+def _bytes(value: Any) -> list[bytes]:
+    return [] if not value.is_valid else [str(value.as_py()).encode()]
+
+
+class MarkedEngineActor(flow.EngineActor):
+    """The real actor around the stage above."""
+
+    def make_stage(self, options: Any) -> Any:
+        return DigestStage(options.kept)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "marked":
+        flow.PreprocessActor = MarkedPreprocessActor  # type: ignore[misc]
+        flow.ENGINE_ACTOR = MarkedEngineActor
+    sys.exit(main(sys.argv[2:]))
