@@ -40,6 +40,7 @@ class EchoStage:
     def crashed(self, table: pa.Table, error: RowError) -> pa.Table:
         values: dict[str, Sequence[Any]] = {
             "status": ["error"] * table.num_rows,
+            "error_stage": [error.stage] * table.num_rows,
             "error_type": [type(error).__name__] * table.num_rows,
             "error_message": [str(error)] * table.num_rows,
         }
