@@ -76,9 +76,11 @@ def places(output: Path) -> Sequence[int]:
 
 
 def test_the_demo_runs_as_a_job_with_its_logs_exit_code_and_metrics(head: RayHead, tmp_path: Path) -> None:
-    num_rows = world(tmp_path / "world", 6)  # enough for the engine to work through some of Ray's metrics exports
+    num_rows = world(tmp_path / "world", 6)
     output = tmp_path / "out"
-    job = submitting(head, "--input.path", str(tmp_path / "world"), "--output.path", str(output))
+    # One row after the other, so that the engine is at work while Ray exports its figures several times.
+    more = ("--output.path", str(output), "--engine.max_running", "1")
+    job = submitting(head, "--input.path", str(tmp_path / "world"), *more)
     scraped: set[str] = set()
     needed = {name for name in queried() if not any(rare in name for rare in MAYBE_ABSENT)}
     end = time.monotonic() + WAIT_S
