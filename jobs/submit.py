@@ -190,10 +190,9 @@ def find_cluster(address: str, token: str | None) -> Cluster:
 def _is_here(node: Mapping[str, Any]) -> bool:
     """Whether a head node runs on this machine: a forwarded port makes a far one look near, so its address won't do."""
     raylet = node.get("raylet") or {}
-    session = raylet.get("sessionDir")
-    if not (raylet.get("isHeadNode") and session):
+    if not raylet.get("isHeadNode") or raylet.get("nodeManagerHostname") != socket.gethostname():
         return False
-    return node.get("hostname") == socket.gethostname() and Path(session).is_dir()
+    return Path(raylet.get("rayletSocketName") or "/nowhere").is_socket()
 
 
 def settled_paths(paths: Mapping[str, str], cluster: Cluster) -> dict[str, str]:

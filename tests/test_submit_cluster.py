@@ -138,7 +138,8 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(head: RayHead, tmp_pat
 
 
 def test_a_job_s_own_error_is_read_in_the_logs_and_passed_on(head: RayHead, tmp_path: Path) -> None:
-    words = ["--address", head.address, "--config", "configs/demo.yaml", "--input.path", str(tmp_path / "nowhere")]
+    # A relative path is taken from here, since the head node is this machine.
+    words = ["--address", head.address, "--config", "configs/demo.yaml", "--input.path", "out/nowhere"]
     done = subprocess.run(
         [sys.executable, "-m", "jobs.submit", *words, "--output.path", str(tmp_path / "out")],
         cwd=ROOT,
@@ -147,7 +148,7 @@ def test_a_job_s_own_error_is_read_in_the_logs_and_passed_on(head: RayHead, tmp_
         text=True,
     )
     assert done.returncode == 2, done.stdout + done.stderr
-    assert re.search(r"^error: .*nowhere", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(rf"^error: .*{re.escape(str(ROOT / 'out' / 'nowhere'))}", done.stdout, re.MULTILINE), done.stdout
 
 
 @pytest.mark.parametrize(("token", "expected"), [("wrong", "refused the token"), ("", "asks for a token")])
