@@ -194,6 +194,7 @@ def _run(ready: Run, console: Console) -> int:
             _generate(ready, placement, tally, writer, ledger, console)
         except KeyboardInterrupt:
             writer.flush()
+            _end_start_up(tally, ledger)
             _close_record(ready, tally, "interrupted", flow.reports(ledger))
             console.print(f"stopped: {tally.done:,} of {tally.total:,} rows are done; the same command goes on")
             return EXIT_INTERRUPTED
@@ -202,6 +203,7 @@ def _run(ready: Run, console: Console) -> int:
             _close_record(ready, tally, "failed", [])
             raise
         reports = flow.reports(ledger)
+        _end_start_up(tally, ledger)
     _check_errors(tally, config.run.max_error_fraction, at_end=True)
     finalise(
         folder,
@@ -285,6 +287,14 @@ def _check_errors(tally: Tally, allowed: float, *, at_end: bool = False) -> None
             f"{failed:,} of {rows:,} rows failed ({failed / rows:.0%}), more than run.max_error_fraction {allowed:g}: "
             f"{kinds}; the folder keeps what is done"
         )
+
+
+def _end_start_up(tally: Tally, ledger: Any) -> None:
+    from jobs import flow
+
+    working_s = flow.working_s(ledger)
+    if working_s:
+        tally.began = max(tally.started, time.monotonic() - working_s)
 
 
 def _close_record(ready: Run, tally: Tally, state: str, reports: Sequence[dict[str, Any]]) -> None:
@@ -383,10 +393,12 @@ def open_stages(config: CaptionConfig) -> tuple[Any, Manifest, RowNumbering]:
     return _flow(config, model_path, manifest, placement), manifest, _number(manifest, config.input.limit)
 
 
-def prepare_stages(config: CaptionConfig) -> tuple[Any, Any, list[Work]]:
+def prepare_stages(config: CaptionConfig, *, rows_per_unit: int = 32) -> tuple[Any, Any, list[Work]]:
     """The stages' options, how to read, and the units of a whole manifest: for running the stages without Ray."""
     flow, manifest, numbering = open_stages(config)
-    work = plan_work(manifest, numbering, RowSet(numbering.num_rows), actors=1, min_rows=32, max_rows=32)
+    work = plan_work(
+        manifest, numbering, RowSet(numbering.num_rows), actors=1, min_rows=rows_per_unit, max_rows=rows_per_unit
+    )
     return flow, manifest.spec, list(work)
 
 

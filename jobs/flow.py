@@ -353,6 +353,15 @@ def reports(ledger: Any) -> list[dict[str, Any]]:
     return found
 
 
+def working_s(ledger: Any) -> float:
+    """Seconds since rows began to flow; 0 before, and when the ledger does not answer."""
+    try:
+        seconds: float = ray.get(ledger.working_s.remote(), timeout=10)
+    except (ray.exceptions.RayError, TimeoutError):
+        return 0.0
+    return seconds
+
+
 def break_stall(ledger: Any, seconds: float) -> list[str]:
     """Kill the actors that have held a row for so long; their rows run again, alone. Says what each was doing."""
     told = []

@@ -40,6 +40,8 @@ class Ledger:
         self._deaths: dict[Place, int] = {}
         self._lone_deaths: dict[Place, int] = {}
         self._restarts = 0
+        self._first_row: float | None = None
+        self._first_engine: float | None = None
         self._traces: list[bytes] = []
 
     def born(self, who: str, kind: str, handle: Any) -> None:
@@ -48,6 +50,8 @@ class Ledger:
             self._restarts += 1
             self.killed(who)
         self._actors[who] = _Actor(kind, handle)
+        if kind == "engine" and self._first_engine is None:
+            self._first_engine = time.monotonic()
 
     def killed(self, who: str) -> None:
         """An actor has died: what it had under way is suspect. Whoever kills one says so before; otherwise it is
@@ -63,8 +67,16 @@ class Ledger:
         number of times that they died alone."""
         suspects = {place: self._lone_deaths.get(place, 0) for place in places if place in self._deaths}
         now = time.time()
+        if self._first_row is None:
+            self._first_row = time.monotonic()
         self._actors[who].open.update({place: (now, False) for place in places if place not in suspects})
         return suspects
+
+    def working_s(self) -> float:
+        """Seconds since the job was up: an engine loaded, and the first row begun. 0 before that."""
+        if self._first_row is None or self._first_engine is None:
+            return 0.0
+        return time.monotonic() - max(self._first_row, self._first_engine)
 
     def begin_alone(self, who: str, place: Place) -> None:
         """A suspect is about to run with nothing beside it."""

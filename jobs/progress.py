@@ -40,18 +40,15 @@ class Tally:
     visual_tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
-    first_row: float | None = None
+    began: float | None = None
+    """When the first row was begun, with an engine loaded: what came before is start-up."""
     last_row: float | None = None
-    first_counts: tuple[int, int] = (0, 0)
-    """Rows and output tokens of the first table: they were made before the clock of `run_pace` began."""
     _recent: deque[tuple[float, int, int]] = field(default_factory=deque)
 
     def add(self, table: pa.Table) -> None:
         """Count finished rows (schema.result_schema)."""
         now = time.monotonic()
         tokens = _total(table, "num_output_tokens")
-        if self.first_row is None:
-            self.first_row, self.first_counts = now, (table.num_rows, tokens)
         self.last_row = now
         self.rows += table.num_rows
         self.output_tokens += tokens
@@ -181,25 +178,28 @@ def print_summary(console: Console, tally: Tally, path: str, error_types: Mappin
 
 
 def run_pace(tally: Tally) -> tuple[float, float]:
-    """(rows/s, output tokens/s) over the run, without its start-up where it lasted long enough to tell."""
-    if tally.first_row is None or tally.last_row is None:
+    """(rows/s, output tokens/s) from the first row's beginning to the last one's end: start-up is left out, filling
+    and emptying the stages is not."""
+    if tally.last_row is None:
         return 0.0, 0.0
-    seconds = tally.last_row - tally.first_row
-    rows, tokens = tally.rows - tally.first_counts[0], tally.output_tokens - tally.first_counts[1]
-    if seconds < 1.0:
-        seconds = max(tally.last_row - tally.started, 1e-9)
-        rows, tokens = tally.rows, tally.output_tokens
-    return rows / seconds, tokens / seconds
+    began = tally.started if tally.began is None else tally.began
+    seconds = max(tally.last_row - began, 1e-9)
+    return tally.rows / seconds, tally.output_tokens / seconds
 
 
 def bottleneck(reports: Sequence[Mapping[str, Any]], preprocess_actors: int) -> str | None:
-    """One sentence on which stage held the other back, and what to change; None before there is anything to say."""
+    """One sentence on which stage held the other back, and what to change; None before there is anything to say.
+
+    An engine is held back while it has no row at all, and, by the share of its free places, while it steps with
+    places free and no row waiting for one: a few rows at a time keep an engine busy and far below what it can do.
+    """
     engines = [report for report in reports if report.get("kind") == "engine"]
     busy = sum(float(report.get("busy_s", 0)) for report in engines)
     idle = sum(float(report.get("idle_s", 0)) for report in engines)
     if busy + idle < 1.0:
         return None
-    starved = idle / (busy + idle)
+    unfilled = sum(float(report.get("unfilled_s", 0)) for report in engines)
+    starved = (idle + unfilled) / (busy + idle)
     if starved > 0.1:
         more = max(1, math.ceil(preprocess_actors * starved / max(1 - starved, 0.05)))
         return (

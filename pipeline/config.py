@@ -275,8 +275,9 @@ class ResourcesConfig(Section):
     """Tables inside each engine actor at once. Default: 16 on a CPU, 32 on a GPU."""
     min_rows_per_unit: Positive = 8
     """Rows of the manifest read by one task at the end of the job, when units are smallest."""
-    max_rows_per_unit: Positive = 2048
-    """Rows read by one task while there is much to do (a job of over 16 million rows takes more)."""
+    max_rows_per_unit: Positive = 256
+    """Rows read by one task while there is much to do (a job of over 2 million rows takes more). Small rows of a unit
+    reach the engine, and come back, together: large units keep it waiting at first."""
 
 
 class RunConfig(Section):

@@ -86,6 +86,11 @@ class EngineThread:
         self.busy_s = 0.0
         self.idle_s = 0.0
         """Seconds without a row, after the first one came."""
+        self.unfilled_s = 0.0
+        """Seconds of steps with no row waiting, by the share of the engine's places that were free. Like `idle_s`
+        counted only once a later row comes, so that the end of the job is no fault of preprocessing."""
+        self._unfilled = 0.0
+        self._places = float(engine.describe().get("max_running") or 0)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -112,6 +117,7 @@ class EngineThread:
             if not self._jobs:
                 continue
             started = time.perf_counter()
+            free = self._free_share()
             try:
                 completions = self._step()
             except Exception:
@@ -119,7 +125,15 @@ class EngineThread:
                 self._run_alone(list(self._jobs.values()))
             else:
                 self._deliver(completions)
-            self.busy_s += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.busy_s += seconds
+            self._unfilled += free * seconds
+
+    def _free_share(self) -> float:
+        """Share of the engine's places that no row is there for; 0 while rows wait, as for room in a prefill."""
+        if not self._places or self._engine.stats().get("waiting"):
+            return 0.0
+        return max(0.0, 1.0 - len(self._jobs) / self._places)
 
     def _take_new(self) -> bool:
         """Move new requests into the engine; wait for one when it has nothing else to do. False: closed."""
@@ -134,6 +148,8 @@ class EngineThread:
                 self.idle_s += time.perf_counter() - started
             if job is None:
                 return False
+            self.unfilled_s += self._unfilled
+            self._unfilled = 0.0
             self._jobs[self._key(job)] = job
             self._engine.add(job.request)
 
@@ -201,7 +217,9 @@ class GenerateStage:
 
     def stats(self) -> dict[str, float]:
         """The engine's counters, and the seconds it was busy and starved."""
-        return {**self._engine.stats(), "busy_s": self._thread.busy_s, "idle_s": self._thread.idle_s}
+        thread = self._thread
+        times = {"busy_s": thread.busy_s, "idle_s": thread.idle_s, "unfilled_s": thread.unfilled_s}
+        return {**self._engine.stats(), **times}
 
     def close(self) -> None:
         """Finish what the engine holds and stop its thread."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -182,3 +183,33 @@ def stages(kind: Any, *, stop_strings: list[str] | None = None, engine: bool = T
     options = EngineOptions(model_path=str(CHECKPOINT), kind=kind, cache_gb=0.25)
     mean, std = IMAGE_MEAN, IMAGE_STD
     return preprocess, GenerateStage(GenerateOptions(options, mean, std, "torch", pa.schema([])))
+
+
+class PlacesEngine(CountingEngine):
+    """Four places; a step takes a while and ends one request."""
+
+    def __init__(self) -> None:
+        super().__init__(per_step=1)
+
+    def step(self) -> list[Completion]:
+        time.sleep(0.02)
+        return super().step()
+
+    def describe(self) -> dict[str, Any]:
+        return {"max_running": 4}
+
+    def stats(self) -> dict[str, float]:
+        return {"waiting": max(0.0, len(self.waiting) - 4.0)}
+
+
+def test_an_engine_with_places_free_counts_as_held_back_once_a_later_row_comes() -> None:
+    thread = EngineThread(PlacesEngine())
+    for _ in range(5):
+        thread.submit(ids(1), (), SamplingParams()).result(timeout=10)  # alone: three of four places are free
+    kept, busy = thread.unfilled_s, thread.busy_s
+    assert 0.5 * busy < kept < 0.75 * busy  # the last row's steps are not counted: nothing came after it
+    full = [thread.submit(ids(2), (), SamplingParams()) for _ in range(40)]
+    thread.submit(ids(3), (), SamplingParams()).result(timeout=10)
+    thread.close()
+    assert all(one.done() for one in full)
+    assert thread.unfilled_s - kept < 0.1 * (thread.busy_s - busy)

@@ -77,3 +77,15 @@ def test_one_alone_has_nobody_beside_it_and_does_not_starve() -> None:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(enter, [number % 10 == 5 for number in range(100)]))
     assert seen == [1] * 10
+
+
+def test_work_begins_with_the_first_row_once_an_engine_is_up() -> None:
+    ledger = Ledger()
+    assert ledger.working_s() == 0.0
+    ledger.born("p", "preprocess", None)
+    ledger.begin("p", [A])
+    assert ledger.working_s() == 0.0
+    time.sleep(0.05)
+    born = time.monotonic()
+    ledger.born("e", "engine", None)
+    assert 0.0 <= ledger.working_s() <= time.monotonic() - born
