@@ -205,6 +205,12 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, printed
 
 
+def wait(process: subprocess.Popen[str], seconds: float) -> None:
+    """Sleep, unless the process ends before."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+
+
 def rows_of(output: Path) -> list[dict[str, Any]]:
     return [row for part in sorted(output.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
 
@@ -245,10 +251,13 @@ def disturbed_run(seed: int, manifest: Path, output: Path, head: Head, usual_s: 
     started = time.monotonic()
     process = start(kind, manifest, output, head)
     for _ in range(rng.randint(1, 3)):
-        moment = time.monotonic() + rng.uniform(0.15, 0.6) * usual_s
-        victim = rng.choice(VICTIMS)
-        while time.monotonic() < moment and process.poll() is None:
-            time.sleep(0.02)
+        victim, fate = rng.choice(VICTIMS), rng.random()
+        if victim == "driver":
+            wait(process, fate * 0.9 * usual_s)
+        else:  # actors take most of a run to start: a moment chosen before they are there would seldom meet one
+            while process.poll() is None and not head.pids_of(victim):
+                wait(process, 0.2)
+            wait(process, fate * 2.0)
         if process.poll() is not None:
             break
         if victim == "driver":
