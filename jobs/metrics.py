@@ -138,7 +138,7 @@ class Meter:
             .aggregate([([], "count_all")])
         )
         for kind in kinds.to_pylist():
-            tags = {"stage": kind["error_stage"], "error_type": kind["error_type"]}
+            tags = {"stage": kind["error_stage"] or "unknown", "error_type": kind["error_type"] or "unknown"}
             self.count("row_errors", kind["count_all"], tags)
 
     def progress(self, answered: int, total: int) -> None:

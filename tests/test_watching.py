@@ -98,7 +98,10 @@ def finished() -> pa.Table:
         "generate_s": 2.0,
     }
     bad = {"status": "error", "error_stage": "fetch", "error_type": "MediaNotFound"}
-    rows = [{**dict.fromkeys(schema.names), "preprocess_s": 0.05, **row} for row in (good, good, good, bad, bad)]
+    rows = [
+        {**dict.fromkeys(schema.names), "preprocess_s": 0.05, **row}
+        for row in (good, good, good, bad, bad, {"status": "error"})
+    ]
     for number, row in enumerate(rows):
         row.update(attempts=1, manifest_file=0, manifest_row=number)
     return pa.Table.from_pylist(rows, schema=schema)
@@ -117,14 +120,15 @@ def test_what_the_meter_is_told_stands_on_ray_s_endpoint(endpoint: str) -> None:
     meter.actor("preprocess", {"busy_s": 8.0})
     meter.progress(5, 20)
     expected = {
-        "rows_total": 5,
+        "rows_total": 6,
         "row_errors_total{error_type=MediaNotFound,stage=fetch}": 2,
+        "row_errors_total{error_type=unknown,stage=unknown}": 1,
         "prompt_tokens_total": 150,
         "visual_tokens_total": 120,
         "output_tokens_total": 30,
         "answered_rows": 5,
         "manifest_rows": 20,
-        "row_seconds_count{stage=preprocess}": 5,
+        "row_seconds_count{stage=preprocess}": 6,
         "row_seconds_count{stage=generate}": 3,
         "row_seconds_bucket{le=1.0,stage=generate}": 0,
         "row_seconds_bucket{le=3.0,stage=generate}": 3,
