@@ -341,7 +341,7 @@ class RunningFlow:
 
 def start_ledger() -> Any:
     """The ledger of this run; it ends with the run. Beside the driver no other node's loss takes it along."""
-    return ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=beside_the_driver()).remote()
+    return ray.remote(Ledger).options(num_cpus=0, **beside_the_driver()).remote()
 
 
 def reports(ledger: Any) -> list[dict[str, Any]]:

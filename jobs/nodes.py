@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.placement import Node
 
@@ -30,9 +29,12 @@ def live_nodes() -> list[Node]:
     return found
 
 
-def beside_the_driver() -> Any:
-    """The scheduling strategy of an actor that lives where the driver does: they are lost together or not at all."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+def beside_the_driver() -> dict[str, Any]:
+    """Options of an actor that lives where the driver does, and nowhere else: they are lost together or not at all.
+
+    By label: a soft node affinity was seen to go to another node on a loaded machine.
+    """
+    return {"label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
 
 
 class NodeWatch:

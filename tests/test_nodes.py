@@ -54,6 +54,14 @@ class SlowEchoActor(flow.EngineActor):
         return SlowEcho(options.kept)
 
 
+class SlowPreprocessActor(flow.PreprocessActor):
+    """The real one, a twentieth of a second a row: it is still at work when the node is lost."""
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        time.sleep(0.05 * table.num_rows)
+        yield from super().__call__(table)
+
+
 @pytest.fixture
 def cluster() -> Iterator[Any]:
     """A cluster whose head, where the job runs, has two CPUs; a test adds nodes."""
@@ -88,8 +96,9 @@ def test_a_lost_node_costs_no_row(
 ) -> None:
     """Where everything fits on what is left, Ray recovers by itself; where it does not, the job starts a new flow."""
     monkeypatch.setattr(flow, "ENGINE_ACTOR", SlowEchoActor)
-    # The engines ask for half of a CPU each. On the head alone the four actors fit in one case, and in the other a
-    # preprocessing actor or an engine has no place: whichever of them Ray restarts first keeps the others waiting.
+    monkeypatch.setattr(flow, "PreprocessActor", SlowPreprocessActor)
+    # In one case all four actors fit the head alone; in the other one stage fills it, and the other, which was lost,
+    # has no place to come back to.
     cpus = (
         {"preprocess_cpus": "0.4", "engine_cpus": "0.4"} if fits else {"preprocess_cpus": "0.9", "engine_cpus": "1.9"}
     )
