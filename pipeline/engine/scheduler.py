@@ -6,7 +6,9 @@
 
 A pass is either a prefill (prompts packed one after another, up to a token and a patch budget) or a
 decode (one token for every running sequence); never both, so that decode passes keep one shape.
-Prefill goes first, except that a few newcomers wait some decode passes for company. Knows no torch.
+Prefill goes first, except that a few newcomers wait some decode passes for company. Rows are admitted as they come
+while many wait; the last of them, a few batches' worth, longest first, so that no long row runs on alone at the end.
+Knows no torch.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from pipeline.engine.sequence import Medium, RequestId, Sequence, SequenceStatus
 
 MIN_BATCH_TOKENS = 32
 """Halving after out-of-memory stops here."""
+
+LAST_BATCHES = 4
+"""Of what waits, this many times `max_running` is admitted longest first."""
 
 
 @dataclass
@@ -190,6 +195,7 @@ class Scheduler:
         if self.prefilling:
             budget -= self._advance(plan, self.prefilling, budget)
         reserve = self._growth_reserve()
+        self._longest_first()
         planned: set[bytes] = set()
         num_patches = 0
         while self.waiting and budget > 0 and not self.prefilling and self._has_room():
@@ -217,6 +223,20 @@ class Scheduler:
             return None
         self._decodes_since_prefill = 0
         return plan
+
+    def _longest_first(self) -> None:
+        """Order what waits by most expected work, once a few batches' worth or less is left.
+
+        What comes later is ordered only when all of these are admitted: a short row is overtaken but never starved.
+        Preempted rows stay in front, and a request's samples together.
+        """
+        if not self.waiting or self.waiting[0].is_ordered or len(self.waiting) > LAST_BATCHES * self.max_running:
+            return
+        preempted = [sequence for sequence in self.waiting if sequence.num_preemptions]
+        others = [sequence for sequence in self.waiting if not sequence.num_preemptions]
+        self.waiting = deque([*preempted, *sorted(others, key=lambda sequence: -sequence.max_num_tokens)])
+        for sequence in self.waiting:
+            sequence.is_ordered = True
 
     def _advance(self, plan: PrefillPlan, sequence: Sequence, budget: int) -> int:
         """Plan as much of the sequence as the budget allows; after its last chunk it is running."""

@@ -239,6 +239,8 @@ class Sequence:
     row: int = -1
     """Its place in the runner's per-sequence tensors while it owns blocks."""
     num_preemptions: int = 0
+    is_ordered: bool = False
+    """Whether the scheduler has put it in its place among the last that wait."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: RowError | None = None

@@ -166,7 +166,7 @@ def test_budgets_arrivals_and_preemptions_change_no_token(
 def test_a_full_cache_preempts_and_changes_no_token(
     tiny_model: Any, requests: list[Request], expected: list[tuple[int, ...]]
 ) -> None:
-    engine = native(tiny_model, cache_tokens=256, max_running=32)
+    engine = native(tiny_model, cache_tokens=192, max_running=16)
     assert tokens_of(engine.generate(requests[:100])) == expected[:100]
     assert engine.stats()["preemptions"] > 0
 

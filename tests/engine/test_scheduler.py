@@ -110,8 +110,8 @@ def test_encoded_media_are_kept_while_a_waiting_sequence_needs_them() -> None:
 
 def test_a_row_that_ends_makes_place_for_a_waiting_one_at_once() -> None:
     scheduler = make_scheduler(max_running=2)
-    for max_tokens in (2, 9, 9):
-        scheduler.add(make_sequences(4, max_tokens)[0])
+    for prompt, max_tokens in ((12, 2), (4, 9), (4, 9)):
+        scheduler.add(make_sequences(prompt, max_tokens)[0])
     running_sizes = []
     while scheduler.has_unfinished:
         plan = scheduler.schedule()
@@ -270,3 +270,44 @@ def test_the_policy_loads_no_torch() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def passes_to_the_end(scheduler: Scheduler) -> int:
+    passes = 0
+    while scheduler.has_unfinished:
+        plan = scheduler.schedule()
+        assert plan is not None
+        give_tokens(scheduler, plan)
+        scheduler.check_integrity()
+        passes += 1
+    return passes
+
+
+def test_the_last_rows_are_admitted_longest_first_so_that_none_runs_on_alone() -> None:
+    scheduler = make_scheduler(num_blocks=400, max_running=8, tokens=256)
+    for number in range(64):  # the long rows come last
+        scheduler.add(make_sequences(4, max_tokens=60 if number >= 60 else 10)[0])
+    # 840 tokens in eight places are 105 passes at least; as they came, the rows take 130.
+    assert passes_to_the_end(scheduler) <= 115
+
+
+def test_a_row_that_came_early_is_overtaken_by_the_rows_that_waited_with_it_and_by_no_others() -> None:
+    scheduler = make_scheduler(num_blocks=400, max_running=2, tokens=256)
+    for length in (30, 30, 3, 20):  # two run; of those that wait the shorter came first
+        scheduler.add(make_sequences(4, max_tokens=length)[0])
+    started: list[int] = []
+    short_started = None
+    for step in range(400):
+        if not scheduler.has_unfinished:
+            break
+        plan = scheduler.schedule()
+        assert plan is not None
+        if isinstance(plan, PrefillPlan):
+            started += [chunk.sequence.sampling.max_tokens for chunk in plan.chunks]
+            if 3 in started and short_started is None:
+                short_started = len(started)
+        give_tokens(scheduler, plan)
+        if step % 5 == 0 and step < 200:  # long rows keep coming
+            scheduler.add(make_sequences(4, max_tokens=25)[0])
+    assert short_started is not None
+    assert short_started <= 6

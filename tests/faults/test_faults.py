@@ -45,7 +45,8 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(7200)]
 
 HEAD = """
 import ray, sys
-print(ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False).address_info["gcs_address"], flush=True)
+context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+print(context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 """
 
@@ -134,7 +135,7 @@ def _ancestors(pid: int, parents: dict[int, int]) -> Iterator[int]:
 def heads() -> Iterator[list[Head]]:
     found: list[Head] = []
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "RAY_ADDRESS"}
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     for _ in range(min(SIDE_BY_SIDE, len(SEEDS))):
         process = subprocess.Popen([sys.executable, "-c", HEAD], cwd=ROOT, env=environment, text=True, **pipes)
         assert process.stdout is not None
