@@ -61,6 +61,8 @@ def ray_cluster(resources: ResourcesConfig) -> Iterator[dict[str, float]]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's default hides the GPUs from actors that ask for none; that is what is wanted, and its warning is not.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # On a machine that is busy just then, Ray's own 30 seconds for its first daemon were seen not to be enough.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
     import ray
 
     started_here = not ray.is_initialized()
@@ -70,7 +72,7 @@ def ray_cluster(resources: ResourcesConfig) -> Iterator[dict[str, float]]:
             options = {"num_cpus": resources.num_cpus, "include_dashboard": False}
         try:
             ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # Ray raises that very class where its daemons come too late
             first = str(error).strip().splitlines()[0]
             raise ResourceError(f"can't reach or start Ray ({resources.address or 'here'}): {first}") from error
     # A cluster stops a job with SIGTERM: it is to leave as clean a folder as Ctrl-C does. Set only now, since

@@ -11,6 +11,7 @@ import pytest
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a busy machine is no failure
 # gcsfs would ask Google over gRPC what kind of bucket it has, which no emulator answers.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
