@@ -97,4 +97,7 @@ def test_the_sampled_frames_are_those_of_transformers(case: cases.SamplingCase) 
             sample()
         return
     places = sample()
+    assert places[-1] < case.total
+    if expected[1] == case.total:  # rounding led transformers one place past the end, where it finds no frame
+        places.append(case.total)
     assert [len(places), places[-1], digest(np.array(places))] == expected
