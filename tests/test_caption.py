@@ -294,6 +294,7 @@ def test_a_profile_traces_the_steps_that_were_asked_for(tmp_path: Path) -> None:
     assert any("EngineActor" in event["cat"] for event in timeline)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_leaves_a_folder_that_the_next_one_finishes(tmp_path: Path) -> None:
     rows = [{"id": str(i), "prompt": f"Say {i}.", "max_tokens": 40} for i in range(400)]
     source, output = jsonl(tmp_path / "m.jsonl", rows), tmp_path / "out"
@@ -321,7 +322,7 @@ def test_a_stopped_run_leaves_a_folder_that_the_next_one_finishes(tmp_path: Path
     assert record["counts"]["this_run"] < 400
 
 
-@pytest.mark.parametrize("cpus", [1, 2])
+@pytest.mark.parametrize("cpus", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_demo_is_answered_right_on_one_cpu_and_on_two(tmp_path: Path, cpus: int) -> None:
     write_demo_world(tmp_path / "world", rows_per_task=20)
     command = [sys.executable, "-m", "jobs.caption", "--config", "configs/demo.yaml"]
