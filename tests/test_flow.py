@@ -16,17 +16,14 @@ import pytest
 
 from jobs import flow
 from jobs.caption import main
-from pipeline.errors import RowError
-from pipeline.schema import RESULT_COLUMNS, UnitColumn, result_schema
+from pipeline.schema import RESULT_COLUMNS, UnitColumn
+from tests.stand_in_stage import StandInStage
 
 pytestmark = pytest.mark.usefixtures("ray_with_two_cpus")
 
 
-class EchoStage:
+class EchoStage(StandInStage):
     """Answers each row with its id; the ids `kill` and `hang` do just that, every time."""
-
-    def __init__(self, kept: pa.Schema) -> None:
-        self._schema = result_schema(kept)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         ids = table.column("id").to_pylist()
@@ -35,33 +32,7 @@ class EchoStage:
             os.kill(os.getpid(), signal.SIGKILL)
         if "hang" in ids:
             time.sleep(600)
-        return self._rows(table, {"text": ids})
-
-    def crashed(self, table: pa.Table, error: RowError) -> pa.Table:
-        values: dict[str, Sequence[Any]] = {
-            "status": ["error"] * table.num_rows,
-            "error_stage": [error.stage] * table.num_rows,
-            "error_type": [type(error).__name__] * table.num_rows,
-            "error_message": [str(error)] * table.num_rows,
-        }
-        return self._rows(table, values)
-
-    def _rows(self, table: pa.Table, values: dict[str, Sequence[Any]]) -> pa.Table:
-        columns = []
-        for field in self._schema:
-            if field.name in values:
-                columns.append(pa.array(values[field.name], field.type))
-            elif field.name in table.column_names:
-                columns.append(table.column(field.name))
-            else:
-                columns.append(pa.nulls(table.num_rows, field.type))
-        return pa.table(columns, schema=self._schema)
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "echo"}
-
-    def stats(self) -> dict[str, float]:
-        return {}
+        return self.rows(table, {"text": ids})
 
 
 class EchoActor(flow.EngineActor):

@@ -17,7 +17,7 @@ from jobs import flow
 from jobs.caption import main
 from jobs.nodes import live_nodes
 from pipeline.demo.manifest import write_demo_world
-from pipeline.schema import result_schema
+from tests.stand_in_stage import StandInStage
 
 QUICK_HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 0,
@@ -27,24 +27,12 @@ QUICK_HEALTH_CHECKS = {
 }
 
 
-class SlowEcho:
+class SlowEcho(StandInStage):
     """Answers each row with its id, a twentieth of a second each."""
-
-    def __init__(self, kept: pa.Schema) -> None:
-        self._schema = result_schema(kept)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         time.sleep(0.05 * table.num_rows)
-        ready = {name: table.column(name) for name in self._schema.names if name in table.column_names}
-        ready["text"] = table.column("id")
-        columns = [ready.get(field.name, pa.nulls(table.num_rows, field.type)) for field in self._schema]
-        return pa.table(columns, schema=self._schema)
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "echo"}
-
-    def stats(self) -> dict[str, float]:
-        return {}
+        return self.rows(table, {"text": table.column("id").to_pylist()})
 
 
 class SlowEchoActor(flow.EngineActor):

@@ -76,7 +76,7 @@ def test_another_architecture_is_refused(folder: Path, tmp_path: Path) -> None:
     check_refused(tmp_path, "only 'qwen2_vl' is supported")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU; CUDA_VISIBLE_DEVICES= hides it")
 def test_a_gpu_that_is_not_there_is_refused(folder: Path) -> None:
     check_refused(folder, "no GPU here", device="cuda")
 

@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from jobs import flow
 from jobs.caption import main
-from pipeline.errors import RowError
-from pipeline.schema import UnitColumn, result_schema
+from pipeline.schema import UnitColumn
+from tests.stand_in_stage import StandInStage
 
 KILL_PREPROCESSING = "kill preprocessing"
 KILL_ENGINE = "kill the engine"
@@ -46,11 +46,11 @@ class MarkedPreprocessActor(flow.PreprocessActor):
         self._stage.tables = tables_or_death  # type: ignore[method-assign]
 
 
-class DigestStage:
+class DigestStage(StandInStage):
     """Answers each row with a digest of its tokens and patches, one row after the other."""
 
     def __init__(self, kept: pa.Schema) -> None:
-        self._schema = result_schema(kept)
+        super().__init__(kept)
         self._one_at_a_time = threading.Lock()
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -65,29 +65,7 @@ class DigestStage:
                 time.sleep(0.025)
                 given = b"".join(buffer for value in (ids, patches) for buffer in _bytes(value))
                 texts.append(hashlib.sha256(given).hexdigest()[:12] if status.as_py() == "ok" else None)
-        return self._rows(table, {"text": texts})
-
-    def crashed(self, table: pa.Table, error: RowError) -> pa.Table:
-        words = {"status": "error", "error_stage": "generate", "error_type": type(error).__name__}
-        values = {name: [word] * table.num_rows for name, word in words.items()}
-        return self._rows(table, {**values, "error_message": [str(error)] * table.num_rows})
-
-    def _rows(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
-        columns = []
-        for field in self._schema:
-            if field.name in values:
-                columns.append(pa.array(values[field.name], field.type))
-            elif field.name in table.column_names:
-                columns.append(table.column(field.name))
-            else:
-                columns.append(pa.nulls(table.num_rows, field.type))
-        return pa.table(columns, schema=self._schema)
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "digest"}
-
-    def stats(self) -> dict[str, float]:
-        return {}
+        return self.rows(table, {"text": texts})
 
 
 def _bytes(value: Any) -> list[bytes]:

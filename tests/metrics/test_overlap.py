@@ -51,7 +51,7 @@ def _streams(references: list[list[str]]) -> list[list[str]]:
 
 
 def test_bleu_agrees_with_sacrebleu_for_corpora_and_sentences() -> None:
-    sacrebleu = pytest.importorskip("sacrebleu", reason="pip install sacrebleu")
+    sacrebleu = pytest.importorskip("sacrebleu", reason="pip install sacrebleu to run this")
     predictions, references = _pairs(3)
     counts = np.array([bleu_counts(*pair) for pair in zip(predictions, references, strict=True)])
     corpus = sacrebleu.corpus_bleu(predictions, _streams(references)).score
@@ -62,7 +62,7 @@ def test_bleu_agrees_with_sacrebleu_for_corpora_and_sentences() -> None:
 
 
 def test_chrf_agrees_with_sacrebleu_for_corpora_and_sentences() -> None:
-    sacrebleu = pytest.importorskip("sacrebleu", reason="pip install sacrebleu")
+    sacrebleu = pytest.importorskip("sacrebleu", reason="pip install sacrebleu to run this")
     predictions, references = _pairs(2)
     counts = np.array([chrf_counts(*pair) for pair in zip(predictions, references, strict=True)])
     corpus = sacrebleu.corpus_chrf(predictions, _streams(references)).score
@@ -73,7 +73,7 @@ def test_chrf_agrees_with_sacrebleu_for_corpora_and_sentences() -> None:
 
 
 def test_rouge_l_agrees_with_the_rouge_score_package() -> None:
-    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="pip install rouge-score")
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="pip install rouge-score to run this")
     scorer = rouge_scorer.RougeScorer(["rougeL"])
     for prediction, row in zip(*_pairs(3), strict=True):
         expected = scorer.score_multi(row, prediction)["rougeL"].fmeasure
@@ -81,7 +81,9 @@ def test_rouge_l_agrees_with_the_rouge_score_package() -> None:
 
 
 def test_cider_agrees_with_coco_caption() -> None:
-    cider_module = pytest.importorskip("pycocoevalcap.cider.cider", reason="pip install pycocoevalcap --no-deps")
+    cider_module = pytest.importorskip(
+        "pycocoevalcap.cider.cider", reason="pip install pycocoevalcap --no-deps to run this"
+    )
     predictions, references = _pairs(5)
     corpus, rows = cider_module.Cider().compute_score(
         dict(enumerate(references)), {row: [prediction] for row, prediction in enumerate(predictions)}
