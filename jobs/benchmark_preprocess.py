@@ -24,8 +24,8 @@ import numpy as np
 
 from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.errors import RowError
-from pipeline.media.decode import SeenMedium
 from pipeline.media.limits import MediaOptions
+from pipeline.media.seen import SeenMedium
 from pipeline.media.video import OpenVideo
 from pipeline.media.worker import MediaWorker
 from pipeline.media.yardstick import bare_loop, make_clip, make_photo, open_with_pillow

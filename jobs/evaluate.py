@@ -29,6 +29,7 @@ from pipeline import storage
 from pipeline.config import CaptionConfig, NotNegative, Positive, RunConfig, Section
 from pipeline.errors import ConfigError, OutputError
 from pipeline.metrics.scoring import DERIVED_SLICES, Scorer, ScoringSettings
+from pipeline.prompt import spare_torch
 from pipeline.report import ReportOptions, RunReader, render_html
 from pipeline.report.page import shown_interval, shown_score
 from pipeline.schema import RESULT_COLUMNS
@@ -350,4 +351,5 @@ def _print_scores(metrics: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    spare_torch()  # models live in the engine's actors; not in main(), which others call in processes with a model
     sys.exit(main())

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,29 @@ import numpy.typing as npt
 
 from pipeline.conversation import Message, Text
 from pipeline.errors import CheckpointError, ReservedTokenError
+
+
+def spare_torch() -> None:
+    """Let transformers believe that there is no torch, in a process that needs its tokenizers and will never hold a
+    model: they then cost it 0.8 s and 20 MB in place of 2 s and 200 MB. torch itself stays importable.
+
+    Does nothing where torch is loaded already.
+    """
+    if "torch" in sys.modules or "transformers" in sys.modules:
+        return
+    silent = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(silent)
+    os.environ[silent] = "1"
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say that a module is not to be had
+    try:
+        import transformers
+
+        assert not transformers.is_torch_available()  # it looks once and remembers
+    finally:
+        del sys.modules["torch"], os.environ[silent]
+        if before is not None:
+            os.environ[silent] = before
+
 
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +39,13 @@ def published() -> str:
 
 
 @pytest.fixture(scope="module", params=["demo", "published"])
-def tokenizer(request: pytest.FixtureRequest) -> ChatTokenizer:
-    return ChatTokenizer(str(CHECKPOINT) if request.param == "demo" else published())
+def path(request: pytest.FixtureRequest) -> str:
+    return str(CHECKPOINT) if request.param == "demo" else published()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path: str) -> ChatTokenizer:
+    return ChatTokenizer(path)
 
 
 def test_the_documentation_s_prompt_comes_out_to_the_letter(tokenizer: ChatTokenizer) -> None:
@@ -93,3 +101,25 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_prompts_that_differ_have_different_hashes() -> None:
     assert prompt_hash("a") == prompt_hash("a") != prompt_hash("b")
     assert len(prompt_hash("a")) == 16
+
+
+SPARED = """
+import json, sys
+from pipeline.conversation import MediumPart, Message, Text
+from pipeline.prompt import ChatTokenizer, spare_torch
+spare_torch()
+tokenizer = ChatTokenizer(sys.argv[1])
+rendered = tokenizer.render([Message("user", (MediumPart("image", b""), Text("Caf\u00e9 \U0001f600 1234?")))])
+ids = tokenizer.encode(rendered, [7]).tolist()
+before = "torch" in sys.modules
+import torch
+print(json.dumps([before, rendered, ids, torch.ones(2).sum().item()]))
+"""
+
+
+def test_a_process_that_holds_no_model_tokenizes_without_torch(path: str, tokenizer: ChatTokenizer) -> None:
+    done = subprocess.run([sys.executable, "-c", SPARED, path], check=True, capture_output=True, text=True)
+    torch_loaded, rendered, ids, torch_still_there = json.loads(done.stdout)
+    assert (torch_loaded, torch_still_there, done.stderr) == (False, 2.0, "")
+    assert rendered == tokenizer.render([Message("user", (IMAGE, Text("Caf\u00e9 \U0001f600 1234?")))])
+    assert ids == tokenizer.encode(rendered, [7]).tolist()

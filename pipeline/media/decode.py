@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.errors import MediaMemoryError
 from pipeline.media.image import OpenImage
 from pipeline.media.limits import MediaOptions
+from pipeline.media.seen import SeenMedium, shown_source
 from pipeline.media.size import ShownSize, fit_row, pixel_bounds
 from pipeline.media.video import OpenVideo
 from pipeline.patches import (
@@ -36,17 +35,6 @@ from pipeline.schema import MediumReceipt
 
 Allocate = Callable[[int], Uint8Array]
 """Gives a buffer of so many bytes, [bytes], into which patches are written."""
-
-_SHOWN_DATA_URI = 40
-
-
-@dataclass(frozen=True)
-class SeenMedium:
-    """What the model gets of one medium."""
-
-    patches: npt.NDArray[np.uint8]
-    """[patches, 588] for an image, whose two temporal halves are equal; [patches, 1176] for a video."""
-    receipt: MediumReceipt
 
 
 def see_medium(
@@ -172,13 +160,6 @@ class _Canvas:
 
     def _patchify(self, step: int, frames: Uint8Array) -> None:
         patchify_video(frames, self._out[step * self._step_patches : (step + 1) * self._step_patches])
-
-
-def shown_source(source: str) -> str:
-    """A source as receipts show it: the URI, but of a data: URI, which is the medium itself, only its beginning."""
-    if not source.startswith("data:") or len(source) <= _SHOWN_DATA_URI:
-        return source
-    return f"{source[:_SHOWN_DATA_URI]}... ({len(source):,} characters)"
 
 
 def _allocate(num_bytes: int) -> Uint8Array:

@@ -40,8 +40,8 @@ from pipeline.errors import (
     RowError,
 )
 from pipeline.media.child import AWAIT, KILL, LENGTH_BYTES, SPAWN, MediumRequest, Progress, Request
-from pipeline.media.decode import SeenMedium, shown_source
 from pipeline.media.limits import MIB, MediaOptions
+from pipeline.media.seen import SeenMedium, shown_source
 from pipeline.media.segment import Segment
 from pipeline.patches import Uint8Array
 from pipeline.schema import MediumReceipt

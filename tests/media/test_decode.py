@@ -10,8 +10,9 @@ from PIL import Image
 
 from pipeline.conversation import MediumSettings
 from pipeline.errors import SettingError
-from pipeline.media.decode import OpenMedium, SeenMedium, see_medium
+from pipeline.media.decode import OpenMedium, see_medium
 from pipeline.media.limits import MediaOptions
+from pipeline.media.seen import SeenMedium
 from pipeline.media.size import fit_row
 from pipeline.media.video import decode_video
 from pipeline.patches import patchify_video, resize_frames, smart_resize

@@ -11,8 +11,8 @@ from PIL import Image
 
 from pipeline.conversation import MediumSettings
 from pipeline.errors import FetchError, MediaError, RowError
-from pipeline.media.decode import SeenMedium
 from pipeline.media.limits import MIB, MediaOptions
+from pipeline.media.seen import SeenMedium
 from pipeline.media.worker import MediaWorker, Medium, _private_bytes
 from tests.media.conftest import encode_image, encode_video, picture
 

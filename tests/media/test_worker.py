@@ -26,8 +26,9 @@ from pipeline.errors import (
     TruncatedMedia,
     UnsupportedMedia,
 )
-from pipeline.media.decode import SeenMedium, see_medium
+from pipeline.media.decode import see_medium
 from pipeline.media.limits import MediaOptions
+from pipeline.media.seen import SeenMedium
 from pipeline.media.worker import MediaWorker, Medium
 from tests.media.conftest import encode_image, encode_video, picture
 

@@ -1,0 +1,31 @@
+"""What becomes of a medium: its patches and its receipt.
+
+Apart from the codecs that make it, which only the decoder's process needs to load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.schema import MediumReceipt
+
+_SHOWN_DATA_URI = 40
+
+
+@dataclass(frozen=True)
+class SeenMedium:
+    """What the model gets of one medium."""
+
+    patches: npt.NDArray[np.uint8]
+    """[patches, 588] for an image, whose two temporal halves are equal; [patches, 1176] for a video."""
+    receipt: MediumReceipt
+
+
+def shown_source(source: str) -> str:
+    """A source as receipts show it: the URI, but of a data: URI, which is the medium itself, only its beginning."""
+    if not source.startswith("data:") or len(source) <= _SHOWN_DATA_URI:
+        return source
+    return f"{source[:_SHOWN_DATA_URI]}... ({len(source):,} characters)"
