@@ -94,7 +94,7 @@ def _loop(manifest: Path, barrier: Any, queue: Any) -> None:
     barrier.wait()
     started, rows = time.perf_counter(), 0
     for one in rest:
-        for table in stage.tables(read_work(spec, one, flow.columns), 8 << 20):
+        for table in stage.tables(read_work(spec, one, flow.columns), 8 << 20, 1 << 62):
             rows += table.num_rows
     queue.put(rows / (time.perf_counter() - started))
     stage.close()

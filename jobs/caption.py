@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -28,12 +28,14 @@ from jobs.watch import Watch
 from pipeline import storage
 from pipeline.config import CaptionConfig, ResourcesConfig
 from pipeline.errors import ConfigError, TooManyErrors
+from pipeline.feeding import Sizes, choose_sizes, enough_actors, rate_of, start_with
 from pipeline.lease import Lease
 from pipeline.manifest import ERROR_COLUMN, Manifest, open_manifest
 from pipeline.messages import MessageOptions, check_columns, needed_columns
 from pipeline.model_cache import DEFAULT_FOLDER, ModelCache
 from pipeline.model_files import check_model, read_processor_facts, resolve_model
-from pipeline.placement import Node, Placement, default_blocks_in_flight, place, place_again
+from pipeline.placement import Node, Placement, place, place_again, store_share
+from pipeline.prompt import spare_torch
 from pipeline.results import (
     FinishedRows,
     FragmentWriter,
@@ -51,6 +53,8 @@ log = logging.getLogger(__name__)
 
 _ERRORS_JUDGED_FROM = 100
 _SAMPLE_ROWS = 8
+_MEASURED_FROM_ROWS = 1000
+"""Rows to do from which a few are measured first: a smaller job is over before sizes matter."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,6 +75,8 @@ class Run:
     retries: Retries | None
     kept: pa.Schema
     record: dict[str, Any]
+    last: dict[str, Any]
+    """run.json as the folder's last run left it; empty for a first run."""
 
 
 def run(config: CaptionConfig) -> int:
@@ -119,7 +125,7 @@ def _prepare(config: CaptionConfig, folder: RunFolder) -> Run | None:
     fresh["num_runs"] = (record or {}).get("num_runs", 0) + 1
     fresh["first_started"] = (record or fresh).get("first_started", fresh["started"])
     kept = _kept_schema(config, manifest)
-    return Run(config, model_path, folder, manifest, numbering, finished, retries, kept, fresh)
+    return Run(config, model_path, folder, manifest, numbering, finished, retries, kept, fresh, record or {})
 
 
 def _open(config: CaptionConfig, folder: RunFolder) -> Manifest:
@@ -176,10 +182,12 @@ def _run(ready: Run, console: Console) -> int:
 
     config, folder = ready.config, ready.folder
     with ray_cluster(config.resources):
-        placement = place(config.resources, live_nodes())
-        for note in (*placement.notes, *local_path_notes(config, len(live_nodes()))):
+        nodes = live_nodes()
+        placement = _place(ready, nodes)
+        for note in (*placement.notes, *local_path_notes(config, len(nodes))):
             console.print(note, markup=False)
         ready.record["placement"] = vars(placement)
+        sizes = _sizes(ready, placement, nodes, console)
         folder.write_run(ready.record)
         tally = Tally(ready.numbering.num_rows, len(ready.finished.done), len(ready.finished.failed))
         writer = FragmentWriter(
@@ -191,7 +199,7 @@ def _run(ready: Run, console: Console) -> int:
         )
         ledger = flow.start_ledger()
         try:
-            _generate(ready, placement, tally, writer, ledger, console)
+            _generate(ready, placement, sizes, tally, writer, ledger, console)
         except KeyboardInterrupt:
             writer.flush()
             _end_start_up(tally, ledger)
@@ -219,9 +227,45 @@ def _run(ready: Run, console: Console) -> int:
     return 0
 
 
+def _place(ready: Run, nodes: Sequence[Node]) -> Placement:
+    """Actors that fit these nodes, and no more preprocessing ones at first than the folder's last run needed."""
+    placement = place(ready.config.resources, nodes)
+    return start_with(ready.config.resources, placement, enough_actors(ready.last, placement))
+
+
+def _sizes(ready: Run, placement: Placement, nodes: Sequence[Node], console: Console) -> Sizes:
+    """What travels between the stages at once, from the folder's last run or, in a large job, from a few rows."""
+    from jobs.measure import measure
+
+    resources = ready.config.resources
+    rate, source = rate_of(ready.last.get("stages") or []), "in the last run"
+    options = _flow(ready.config, ready.model_path, ready.manifest, placement)
+    if rate is None and ready.numbering.num_rows - len(ready.finished.done) >= _MEASURED_FROM_ROWS:
+        work = _plan(ready, placement, options.sizes)
+        rate, source = measure(options, ready.manifest.spec, work), "on a few rows"
+    sizes = choose_sizes(
+        resources,
+        placement,
+        rate,
+        max_running=options.generate.engine.max_running,
+        store_bytes=store_share(nodes, placement),
+    )
+    ready.record["sizes"] = {**vars(sizes), "rate": rate and {**vars(rate), "measured": source}}
+    if rate is not None:
+        console.print(
+            f"{rate.rows_per_s:,.1f} rows/s and {rate.bytes_per_row / 1e6:.2f} MB a row from a preprocessing actor, "
+            f"measured {source}: tables of {sizes.rows_per_block:,} rows, {sizes.blocks_in_flight} in an engine, "
+            f"{placement.preprocess_actors:,} preprocessing actors",
+            markup=False,
+            soft_wrap=True,
+        )
+    return sizes
+
+
 def _generate(
     ready: Run,
     placement: Placement,
+    sizes: Sizes,
     tally: Tally,
     writer: FragmentWriter,
     ledger: Any,
@@ -236,8 +280,8 @@ def _generate(
 
     def start(number: int) -> flow.RunningFlow | None:
         placed = place_again(ready.config.resources, placement, live_nodes()) if number else placement
-        work = _plan(ready, placed)
-        options = _flow(ready.config, ready.model_path, ready.manifest, placed)
+        work = _plan(ready, placed, sizes)
+        options = replace(_flow(ready.config, ready.model_path, ready.manifest, placed), sizes=sizes)
         return flow.RunningFlow(options, ready.manifest.spec, work, ledger) if work else None
 
     files = [file.path for file in ready.manifest.files]
@@ -264,7 +308,7 @@ def _generate(
     watch.close(console)
 
 
-def _plan(ready: Run, placement: Placement) -> list[Work]:
+def _plan(ready: Run, placement: Placement, sizes: Sizes) -> list[Work]:
     """Units over the rows that are not done."""
     return list(
         plan_work(
@@ -272,8 +316,8 @@ def _plan(ready: Run, placement: Placement) -> list[Work]:
             ready.numbering,
             ready.finished.done,
             actors=placement.preprocess_actors,
-            min_rows=ready.config.resources.min_rows_per_unit,
-            max_rows=ready.config.resources.max_rows_per_unit,
+            min_rows=sizes.min_rows_per_unit,
+            max_rows=sizes.max_rows_per_unit,
             retries=ready.retries,
         )
     )
@@ -321,7 +365,7 @@ def _close_record(ready: Run, tally: Tally, state: str, reports: Sequence[dict[s
             "output_tokens": tally.output_tokens,
         },
         engine=engines[0]["describe"] if engines else None,
-        bottleneck=bottleneck(reports, ready.record["placement"]["preprocess_actors"]),
+        bottleneck=bottleneck(reports),
         stages=[{key: value for key, value in report.items() if key != "describe"} for report in reports],
     )
     ready.folder.write_run(ready.record)
@@ -446,10 +490,8 @@ def _flow(config: CaptionConfig, model_path: str, manifest: Manifest, placement:
     columns = list(dict.fromkeys([*needed_columns(manifest.schema.names, messages), *kept.names]))
     if manifest.format in ("jsonl", "csv"):
         columns.append(ERROR_COLUMN)
-    in_flight = config.resources.blocks_in_flight or default_blocks_in_flight(placement.gpus_per_engine)
-    return Flow(
-        preprocess, generate, placement, columns, config.resources.block_mb, in_flight, config.run.profile_steps
-    )
+    sizes = choose_sizes(config.resources, placement, None, max_running=generate.engine.max_running)
+    return Flow(preprocess, generate, placement, columns, config.resources.block_mb, sizes, config.run.profile_steps)
 
 
 def _log_path(folder: RunFolder) -> str:
@@ -469,4 +511,5 @@ def _publish_log(folder: RunFolder, log_path: str) -> None:
 
 
 if __name__ == "__main__":
+    spare_torch()  # models live in the engine's actors; not in main(), which others call in processes with a model
     sys.exit(main())

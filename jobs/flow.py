@@ -30,15 +30,18 @@ from jobs.metrics import Meter
 from jobs.nodes import beside_the_driver
 from jobs.profile import StepProfiler
 from pipeline.errors import ClusterError, EngineCrash, JobError
+from pipeline.feeding import Sizes
 from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.manifest import ManifestSpec
 from pipeline.placement import READ_CPUS, Placement
 from pipeline.preprocess import PreprocessOptions, PreprocessStage
+from pipeline.prompt import spare_torch
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, UnitColumn
 from pipeline.work import Work, read_work
 
 # One thread for each preprocessing actor: more actors, not more threads, use more cores.
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+_UNIT = "unit"
 _STOP_S = 30.0
 """Seconds that a flow which is torn down may take for each step before the next one is tried."""
 
@@ -54,8 +57,7 @@ class Flow:
     """Manifest columns to read."""
     block_mb: float
     """Patches in a table between the stages, in MB."""
-    blocks_in_flight: int
-    """Tables inside each engine actor at once."""
+    sizes: Sizes
     profile_steps: int | None = None
     """Engine steps to trace in each engine actor."""
 
@@ -86,7 +88,24 @@ class ManifestSource(Datasource):  # type: ignore[misc]
 
 
 def _read(spec: ManifestSpec, work: Work, columns: Sequence[str]) -> Iterable[pa.Table]:
-    return [read_work(spec, work, columns)]
+    return [packed(read_work(spec, work, columns))]
+
+
+def packed(unit: pa.Table) -> pa.Table:
+    """A unit's rows as one cell. Ray cuts what tasks give to one size for all of a flow's stages; that is chosen for
+    the tables of requests, while a unit of embedded pictures may be far larger and must stay whole."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, unit.schema) as stream:
+        stream.write_table(unit)
+    rows = sink.getvalue()
+    ends = pa.array([0, rows.size], pa.int64()).buffers()[1]
+    return pa.table({_UNIT: pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, ends, rows])})
+
+
+def unpacked(table: pa.Table) -> pa.Table:
+    """The unit's rows again, where they lie."""
+    (cell,) = table.column(_UNIT)
+    return pa.ipc.open_stream(cell.as_buffer()).read_all()
 
 
 class _Desk:
@@ -127,18 +146,20 @@ class _Desk:
 class PreprocessActor:
     """`PreprocessStage` inside Ray: a block of manifest rows in, tables of requests out as they fill."""
 
-    def __init__(self, options: PreprocessOptions, block_bytes: int, ledger: Any) -> None:
+    def __init__(self, options: PreprocessOptions, block_bytes: int, block_rows: int, ledger: Any) -> None:
+        spare_torch()
         self._stage = PreprocessStage(options)
-        self._block_bytes = block_bytes
-        self._busy_s = 0.0
-        self._desk = _Desk(ledger, "preprocess", lambda: {"busy_s": self._busy_s})
+        self._block_bytes, self._block_rows = block_bytes, block_rows
+        self._figures = {"busy_s": 0.0, "rows": 0, "bytes": 0}
+        self._desk = _Desk(ledger, "preprocess", lambda: dict(self._figures))
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        table = unpacked(table)
         places = _places(table, UnitColumn.FILE, UnitColumn.ROW)
         suspects = self._desk.begin(places)
         together, alone = _part_ways(table, places, suspects)
         left = [place for place in places if place not in suspects]
-        for requests in self._timed(self._stage.tables(together, self._block_bytes)):
+        for requests in self._tables(together):
             # A table may wait long to be taken, and nothing is under way until then: a watchdog that looks for rows
             # that hang must not find these.
             self._desk.end(left)
@@ -151,17 +172,21 @@ class PreprocessActor:
                 yield self._stage.crashed(row, _gave_up("preprocessing", suspects[place]))
                 continue
             self._desk.begin_alone(place)
-            for requests in self._timed(self._stage.tables(row, self._block_bytes)):
+            for requests in self._tables(row):
                 self._desk.end([place])
                 yield requests
 
-    def _timed(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    def _tables(self, rows: pa.Table) -> Iterator[pa.Table]:
+        """The stage's tables, with what they took added to the figures."""
+        tables = self._stage.tables(rows, self._block_bytes, self._block_rows)
         while True:
             started = time.perf_counter()
             one = next(tables, None)
-            self._busy_s += time.perf_counter() - started
+            self._figures["busy_s"] += time.perf_counter() - started
             if one is None:
                 return
+            self._figures["rows"] += one.num_rows
+            self._figures["bytes"] += one.nbytes
             yield one
 
 
@@ -227,7 +252,7 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
     """Start the actors and give the finished rows (schema.result_schema), table by table, in no order."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.target_max_block_size = int(flow.block_mb * 1024**2)
+    context.target_max_block_size = flow.sizes.block_bytes
     place = flow.placement
     dataset = ray.data.read_datasource(
         ManifestSource(spec, work, flow.columns),
@@ -236,7 +261,7 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
     )
     dataset = dataset.map_batches(
         PreprocessActor,
-        fn_constructor_args=(flow.preprocess, context.target_max_block_size, ledger),
+        fn_constructor_args=(flow.preprocess, int(flow.block_mb * 1024**2), flow.sizes.rows_per_block, ledger),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
@@ -246,10 +271,10 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
             max_tasks_in_flight_per_actor=2,
         ),
         num_cpus=place.preprocess_cpus,
-        **_beside_gpus(place),
-        runtime_env={"env_vars": _ONE_THREAD},
+        **beside_gpus(place),
+        runtime_env={"env_vars": ONE_THREAD},
     )
-    fixed = place.engine_pool[0] == place.engine_pool[1]
+    fixed, in_flight = place.engine_pool[0] == place.engine_pool[1], flow.sizes.blocks_in_flight
     generate = flow.generate
     if place.gpus_per_engine:
         num_devices = max(1, int(place.gpus_per_engine))
@@ -266,9 +291,9 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
             min_size=place.engine_pool[0],
             max_size=place.engine_pool[1],
             initial_size=place.engine_actors,
-            max_concurrent_calls_per_actor=flow.blocks_in_flight,
+            max_concurrent_calls_per_actor=in_flight,
             # Ray lets a pool grow once twice as much waits as runs.
-            max_tasks_in_flight_per_actor=flow.blocks_in_flight + (2 if fixed else flow.blocks_in_flight),
+            max_tasks_in_flight_per_actor=in_flight + (2 if fixed else in_flight),
             enable_true_multi_threading=True,
         ),
         num_cpus=place.engine_reserved_cpus,
@@ -280,7 +305,7 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
         raise _job_error(error) from error
 
 
-def _beside_gpus(place: Placement) -> dict[str, Any]:
+def beside_gpus(place: Placement) -> dict[str, Any]:
     """Where preprocessing actors go: to the nodes of the engines, whose object store their tables then need not leave,
     and to the others once those are full."""
     if not place.first_nodes:

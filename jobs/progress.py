@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline import storage
+from pipeline.feeding import MUCH_STARVED, starved_share
 from pipeline.results import RunFolder
 from pipeline.schema import Status
 
@@ -187,21 +188,14 @@ def run_pace(tally: Tally) -> tuple[float, float]:
     return tally.rows / seconds, tally.output_tokens / seconds
 
 
-def bottleneck(reports: Sequence[Mapping[str, Any]], preprocess_actors: int) -> str | None:
-    """One sentence on which stage held the other back, and what to change; None before there is anything to say.
-
-    An engine is held back while it has no row at all, and, by the share of its free places, while it steps with
-    places free and no row waiting for one: a few rows at a time keep an engine busy and far below what it can do.
-    """
-    engines = [report for report in reports if report.get("kind") == "engine"]
-    busy = sum(float(report.get("busy_s", 0)) for report in engines)
-    idle = sum(float(report.get("idle_s", 0)) for report in engines)
-    if busy + idle < 1.0:
+def bottleneck(reports: Sequence[Mapping[str, Any]]) -> str | None:
+    """One sentence on which stage held the other back, and what to change; None before there is anything to say."""
+    starved = starved_share(reports)
+    if starved is None:
         return None
-    unfilled = sum(float(report.get("unfilled_s", 0)) for report in engines)
-    starved = (idle + unfilled) / (busy + idle)
-    if starved > 0.1:
-        more = max(1, math.ceil(preprocess_actors * starved / max(1 - starved, 0.05)))
+    if starved > MUCH_STARVED:
+        actors = sum(report.get("kind") == "preprocess" for report in reports)
+        more = max(1, math.ceil(actors * starved / max(1 - starved, 0.05)))
         return (
             f"preprocessing held the engine back for {starved:.0%} of the time: "
             f"{more} more CPU actor{'s' if more > 1 else ''} (resources.preprocess_actors)"

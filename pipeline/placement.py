@@ -284,22 +284,28 @@ def _check_cpus(
 def _store_notes(resources: ResourcesConfig, nodes: Sequence[Node], placement: Placement) -> tuple[str, ...]:
     """Whether the tables that were asked to be in flight fit the object store of the node that has least for them."""
     asked = resources.model_fields_set & {"block_mb", "blocks_in_flight"}
-    stores = [
-        (node.store_bytes / max(1, min(_engines_that_fit(node, placement.gpus_per_engine), placement.engine_actors)))
-        for node in nodes
-        if node.store_bytes and (not placement.gpus_per_engine or node.gpus)
-    ]
-    if not asked or not stores:
+    store = store_share(nodes, placement)
+    if not asked or not store:
         return ()
     in_flight = resources.blocks_in_flight or default_blocks_in_flight(placement.gpus_per_engine)
     need = in_flight * resources.block_mb * 1024**2
-    if need <= min(stores):
+    if need <= store:
         return ()
     return (
         f"{in_flight} tables of {resources.block_mb:g} MB inside an engine take up to {need / 1e9:.1f} GB, and its "
-        f"share of the node's object store is {min(stores) / 1e9:.1f} GB: Ray will hold rows back or spill to disk; "
+        f"share of the node's object store is {store / 1e9:.1f} GB: Ray will hold rows back or spill to disk; "
         "lower resources.blocks_in_flight or block_mb, or start Ray with a larger object store",
     )
+
+
+def store_share(nodes: Sequence[Node], placement: Placement) -> float:
+    """Bytes of object store for each engine of the node that has least for them; 0 where none is known."""
+    stores = [
+        node.store_bytes / max(1, min(_engines_that_fit(node, placement.gpus_per_engine), placement.engine_actors))
+        for node in nodes
+        if node.store_bytes and (not placement.gpus_per_engine or node.gpus)
+    ]
+    return min(stores, default=0.0)
 
 
 def default_blocks_in_flight(gpus_per_engine: float) -> int:

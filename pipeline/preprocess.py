@@ -22,9 +22,9 @@ import pyarrow as pa
 
 from pipeline.conversation import Conversation
 from pipeline.errors import RowError
-from pipeline.media.decode import SeenMedium
 from pipeline.media.fetch import Fetcher
 from pipeline.media.limits import FetchOptions, MediaOptions
+from pipeline.media.seen import SeenMedium
 from pipeline.media.worker import MediaWorker, Medium
 from pipeline.messages import MessageOptions, conversation, row_id
 from pipeline.model_cache import ModelCache
@@ -92,17 +92,22 @@ class PreprocessStage:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Request rows (schema.request_schema) for manifest rows with their places (schema.UnitColumn)."""
-        return pa.concat_tables(list(self.tables(table, 1 << 62)) or [self._schema.empty_table()])
+        return pa.concat_tables(list(self.tables(table, 1 << 62, 1 << 62)) or [self._schema.empty_table()])
 
-    def tables(self, table: pa.Table, block_bytes: int) -> Iterator[pa.Table]:
-        """The same, a table each time that so many bytes of patches have come together."""
+    def tables(self, table: pa.Table, block_bytes: int, block_rows: int) -> Iterator[pa.Table]:
+        """The same, a table each time that so many bytes of patches or so many rows have come together.
+
+        Never by the clock: Ray runs a unit again after its actor died, and counts on the same tables as before.
+        """
         rows: list[_Row] = []
         first, size = 0, 0
-        for group in _groups(self._read_ahead(table)):
+        ahead = self._read_ahead(table)
+        # A few at a time: enough that handing them to the decoder costs next to nothing each.
+        while group := list(itertools.islice(ahead, min(_ROWS_PER_HANDOVER, block_rows - len(rows)))):
             self._finish(group)
             rows += group
             size += sum(one.patches.nbytes for row in group for one in row.seen)
-            if size >= block_bytes:
+            if size >= block_bytes or len(rows) >= block_rows:
                 yield self._request_table(rows, table.slice(first, len(rows)))
                 first, size, rows = first + len(rows), 0, []
         if rows:
@@ -212,12 +217,6 @@ class PreprocessStage:
         }
         columns.update({name: table.column(name) for name in self._options.kept.names})
         return pa.table([columns[name] for name in self._schema.names], schema=self._schema)
-
-
-def _groups(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
-    """Rows a few at a time: enough that handing them to the decoder costs next to nothing each."""
-    while group := list(itertools.islice(rows, _ROWS_PER_HANDOVER)):
-        yield group
 
 
 def _python_rows(table: pa.Table) -> Iterator[dict[str, Any]]:

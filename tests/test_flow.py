@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ class TwoRowsATable:
         self.desk = desk
         self.under_way: list[int] = []
 
-    def tables(self, table: pa.Table, block_bytes: int) -> Iterator[pa.Table]:
+    def tables(self, table: pa.Table, block_bytes: int, block_rows: int) -> Iterator[pa.Table]:
         for start in range(0, table.num_rows, 2):
             self.under_way.append(len(self.desk.open))
             yield table.slice(start, 2)
@@ -119,10 +120,10 @@ def test_no_row_counts_as_under_way_while_a_table_waits_to_be_taken() -> None:
     actor = flow.PreprocessActor.__new__(flow.PreprocessActor)
     desk = OpenRows()
     stage = TwoRowsATable(desk)
-    actor.__dict__.update(_desk=desk, _stage=stage, _block_bytes=1, _busy_s=0.0)
-    table = pa.table({UnitColumn.FILE: [0] * 6, UnitColumn.ROW: [0, 1, 2, 3, 4, 9]})
+    actor.__dict__.update(_desk=desk, _stage=stage, _block_bytes=1, _block_rows=2, _figures=Counter())
+    table = pa.table({UnitColumn.FILE: [0] * 6, UnitColumn.ROW: [0, 1, 2, 3, 4, 9], "patches": [b"12"] * 6})
     taken = []
-    for requests in actor(table):
+    for requests in actor(flow.packed(table)):
         assert desk.open == set()
         taken += requests.column(UnitColumn.ROW).to_pylist()
     assert taken == [0, 1, 2, 3, 4, 9]

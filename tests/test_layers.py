@@ -3,7 +3,7 @@
 jobs      caption  plan  evaluate  report  benchmark         the only home of `import ray`
 stages    preprocess  generate  work  survey  forecast
 steps     manifest  media  patches  messages  prompt | engine | results  lease  metrics  report
-ground    config  storage  placement  model_cache  model_files  row_set  roofline
+ground    config  storage  placement  feeding  model_cache  model_files  row_set  roofline
 base      errors  schema  conversation
 """
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     {"errors", "schema", "conversation"},
-    {"config", "storage", "placement", "model_cache", "model_files", "row_set", "roofline"},
+    {"config", "storage", "placement", "feeding", "model_cache", "model_files", "row_set", "roofline"},
     {"manifest", "media", "patches", "messages", "prompt", "engine", "results", "lease", "metrics", "report"},
     {"preprocess", "generate", "work", "survey", "forecast"},
 )
@@ -31,6 +31,8 @@ ALLOWED_NEIGHBOURS = {
     ("config", "schema"): "below",
     ("model_cache", "storage"): "checkpoints lie in buckets too",
     ("placement", "config"): "what is asked for is a part of the config",
+    ("feeding", "config"): "the same",
+    ("feeding", "placement"): "sizes are those of a placement's actors",
     (
         "media",
         "patches",
@@ -130,6 +132,13 @@ def test_engine_needs_torch_transformers_and_numpy_alone() -> None:
 def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = ("torch", "ray", "transformers", "PIL", "av", "pyarrow", "pandas")
     code = f"import sys, pipeline; print([name for name in {heavy} if name in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == "[]"
+
+
+def test_an_actor_s_process_loads_codecs_models_and_tokenizers_only_where_it_needs_them() -> None:
+    heavy = ("torch", "transformers", "PIL", "av")
+    code = f"import sys, jobs.flow; print([name for name in {heavy} if name in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "[]"
 

@@ -67,17 +67,30 @@ def test_patches_and_ids_are_those_of_the_steps_by_hand(stage: PreprocessStage) 
     assert json.loads(row["sampling"])["max_tokens"] == 5
 
 
-@pytest.mark.parametrize("block_bytes", [1, 70_000, 1 << 40])
-def test_rows_keep_their_order_and_bad_ones_their_place(stage: PreprocessStage, block_bytes: int) -> None:
+@pytest.mark.parametrize(
+    ("block_bytes", "block_rows", "expected_tables"),
+    [
+        (1, 100, 3),
+        (70_000, 100, 2),
+        (1 << 40, 100, 1),
+        (1 << 40, 16, 2),
+        (1 << 40, 11, 2),
+        (1 << 40, 5, 5),
+        (1 << 40, 1, 21),
+    ],
+)
+def test_rows_keep_their_order_and_bad_ones_their_place(
+    stage: PreprocessStage, block_bytes: int, block_rows: int, expected_tables: int
+) -> None:
     rows = [{"image": png(56, 56, n) if n % 3 else b"junk", "prompt": f"{n}"} for n in range(20)] + [{"prompt": "text"}]
-    tables = list(stage.tables(unit(rows), block_bytes))
+    tables = list(stage.tables(unit(rows), block_bytes, block_rows))
     table = pa.concat_tables(tables)
     assert table.schema.equals(request_schema(pa.schema([])))
     assert table.column("manifest_row").to_pylist() == list(range(100, 121))
     expected = ["error" if n % 3 == 0 else "ok" for n in range(20)] + ["ok"]
     assert table.column("status").to_pylist() == expected
     assert [ids is None for ids in table.column("input_ids").to_pylist()] == [status == "error" for status in expected]
-    assert len(tables) == {1: 3, 70_000: 2, 1 << 40: 1}[block_bytes]
+    assert len(tables) == expected_tables
 
 
 def test_fetches_overlap_each_other_and_the_decoding(stage: PreprocessStage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,11 +28,11 @@ def test_the_bottleneck_is_named_with_what_to_change(
     busy: float, idle: float, unfilled: float, actors: int, told: str
 ) -> None:
     engine = {"kind": "engine", "busy_s": busy, "idle_s": idle, "unfilled_s": unfilled}
-    sentence = bottleneck([{"kind": "preprocess", "busy_s": 90.0}, engine], actors)
+    sentence = bottleneck([*[{"kind": "preprocess", "busy_s": 90.0}] * actors, engine])
     assert sentence is not None
     assert sentence.startswith(told)
 
 
 def test_a_run_too_short_to_tell_names_no_bottleneck() -> None:
-    assert bottleneck([{"kind": "engine", "busy_s": 0.5, "idle_s": 0.1}], 2) is None
-    assert bottleneck([], 2) is None
+    assert bottleneck([{"kind": "engine", "busy_s": 0.5, "idle_s": 0.1}]) is None
+    assert bottleneck([]) is None

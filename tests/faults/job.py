@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from jobs import flow
 from jobs.caption import main
+from pipeline.prompt import spare_torch
 from pipeline.schema import UnitColumn
 from tests.stand_in_stage import StandInStage
 
@@ -37,11 +38,11 @@ class MarkedPreprocessActor(flow.PreprocessActor):
         super().__init__(*words)
         tables = self._stage.tables
 
-        def tables_or_death(table: pa.Table, block_bytes: int) -> Iterator[pa.Table]:
+        def tables_or_death(table: pa.Table, *sizes: int) -> Iterator[pa.Table]:
             assert UnitColumn.ROW in table.column_names
             if KILL_PREPROCESSING in table.column("prompt").to_pylist():
                 os._exit(1)
-            yield from tables(table, block_bytes)
+            yield from tables(table, *sizes)
 
         self._stage.tables = tables_or_death  # type: ignore[method-assign]
 
@@ -80,6 +81,7 @@ class MarkedEngineActor(flow.EngineActor):
 
 
 if __name__ == "__main__":
+    spare_torch()
     if sys.argv[1] == "marked":
         flow.PreprocessActor = MarkedPreprocessActor  # type: ignore[misc]
         flow.ENGINE_ACTOR = MarkedEngineActor
