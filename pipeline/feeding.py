@@ -134,7 +134,8 @@ def enough_actors(last: Mapping[str, Any], placement: Placement) -> int | None:
     if not same or rate is None or starved is None or starved > MUCH_STARVED:
         return None
     rows_per_s = float(throughput.get("rows_per_s", 0.0)) / engines * placement.engine_actors
-    return max(1, math.ceil(_ENOUGH_ACTORS * rows_per_s / rate.rows_per_s))
+    wanted: float = _ENOUGH_ACTORS * rows_per_s / rate.rows_per_s
+    return max(1, math.ceil(wanted))
 
 
 def start_with(resources: ResourcesConfig, placement: Placement, actors: int | None) -> Placement:
