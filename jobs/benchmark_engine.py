@@ -211,6 +211,7 @@ def run_engine(
         "cpu_seconds": cpu_seconds,
         "first_completion_s": first,
         "start_up_s": start_up,
+        "warm_up_s": engine.describe().get("warm_up_s", 0.0),
         "stats": {name: value - before.get(name, 0.0) for name, value in engine.stats().items()},
         "engine": engine.describe(),
         "tokens": {completion.request_id: list(completion.token_ids) for completion in done},
@@ -266,7 +267,8 @@ def run_in_process(variant: str, arguments: argparse.Namespace) -> dict[str, Any
     print(
         f"{variant:14} {result['images_per_s']:7.2f} images/s {result['output_tokens_per_s']:8.1f} tokens/s   "
         f"cpu {result['cpu_seconds']:7.1f} s   first {result['first_completion_s']:6.1f} s   "
-        f"start-up {result['start_up_s']:5.1f} s   peak {result['peak_memory_gb']:5.2f} GB   "
+        f"start-up {result['start_up_s']:5.1f} s (warm-up {result.get('warm_up_s', 0.0):.1f} s)   "
+        f"peak {result['peak_memory_gb']:5.2f} GB   "
         f"MFU {result['mfu']:5.1%}   of limit {result['share_of_limit']:5.1%}",
         flush=True,
     )
@@ -351,6 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "cpu_seconds",
                         "first_completion_s",
                         "start_up_s",
+                        "warm_up_s",
                         "peak_memory_gb",
                         "mfu",
                         "share_of_limit",

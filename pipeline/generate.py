@@ -208,6 +208,7 @@ class GenerateStage:
         self._tokenizer = ChatTokenizer(engine.model_path, revision=engine.revision)
         table = pixel_table(options.image_mean, options.image_std, resize=options.resize)
         self._engine = load_engine(engine, pixel_table=table, detokenize=self._tokenizer.decode)
+        log.info("engine ready: %s", self._engine.describe())
         self._thread = EngineThread(self._engine, wrap_step)
         self._schema = result_schema(options.kept)
 

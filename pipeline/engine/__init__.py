@@ -46,6 +46,9 @@ What a step does
     out of memory             read what is in flight, preempt this pass's sequences, halve the budgets, go on; a row
                               that fails alone with ever smaller budgets becomes an error completion
 
+On a GPU loading ends with a warm-up (warm_up.py): one row is answered, then decode passes are captured as graphs,
+the largest first, for some seconds; what is left is captured when a batch first needs it. `describe` says both.
+
 Two engines, one interface
 --------------------------
 `native` is all of the above. `transformers` (reference.py) is `model.generate` over left-padded static batches:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from pipeline.engine.attention import AttentionBackend, DecodeInfo, PrefillInfo, cumulative, gather_context
+from pipeline.engine.device import upload
 from pipeline.engine.kv_cache import KVCache
 
 
@@ -36,7 +38,7 @@ class PackedAttention(AttentionBackend):
         """Packed q [N, H, D], k and v [M, K, D]; causal is aligned at the ends, so a past may precede."""
 
     def begin_vision(self, frame_lengths: Sequence[int], device: torch.device) -> None:
-        self._ends = _upload(frame_lengths, device)
+        self._ends = upload(cumulative(frame_lengths), device)
         self._longest = max(frame_lengths)
 
     def vision(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -45,11 +47,11 @@ class PackedAttention(AttentionBackend):
     def begin_prefill(self, info: PrefillInfo, cache: KVCache) -> None:
         device = info.slots.device
         totals = [start + length for start, length in zip(info.starts, info.lengths, strict=True)]
-        self._ends_q, self._ends_k = _upload(info.lengths, device), _upload(totals, device)
+        self._ends_q, self._ends_k = (upload(cumulative(lengths), device) for lengths in (info.lengths, totals))
         self._longest_q, self._longest_k = max(info.lengths), max(totals)
         self._lengths = info.lengths
         self._pasts = [
-            (total, torch.tensor(table, dtype=torch.int32).to(device)) if start else None
+            (total, upload(np.asarray(table, dtype=np.int32), device)) if start else None
             for total, start, table in zip(totals, info.starts, info.tables, strict=True)
         ]
 
@@ -111,8 +113,3 @@ class FlashAttention(PackedAttention):
             causal=True,
         )
         return out[:, 0]
-
-
-def _upload(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    ends = torch.from_numpy(cumulative(lengths))
-    return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends

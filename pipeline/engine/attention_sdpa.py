@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from pipeline.engine.attention import AttentionBackend, DecodeInfo, PrefillInfo, gather_context
 from pipeline.engine.dense import needs_float32_matmul
+from pipeline.engine.device import upload
 from pipeline.engine.kv_cache import KVCache
 
 
@@ -58,7 +60,7 @@ class SdpaAttention(AttentionBackend):
             # A later chunk: token i of it sees the start tokens in the cache and the chunk up to itself.
             seen = torch.arange(start + length, device=device)[None]
             mask = seen <= torch.arange(start, start + length, device=device)[:, None]
-            blocks = torch.tensor(table, device=device)
+            blocks = upload(np.asarray(table, dtype=np.int64), device)
             self._prompts.append((length, start, blocks, mask))
 
     def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:

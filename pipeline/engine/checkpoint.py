@@ -46,6 +46,8 @@ def pick_device(wanted: str) -> torch.device:
         raise CheckpointError(f"engine.device is {wanted!r}; allowed: auto, cpu, cuda, cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise CheckpointError(f"engine.device is {wanted!r}, but torch sees no GPU here; use auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
+        raise CheckpointError(f"engine.device is {wanted!r}, but torch sees {found} GPU(s) here, counted from 0")
     return device
 
 
@@ -142,10 +144,11 @@ def _spread(options: EngineOptions, device: torch.device, config: Any) -> dict[s
     """What `from_pretrained` must be told to lay the layers over several GPUs; nothing where one is enough."""
     if options.num_devices == 1 or device.type != "cuda":
         return {}
-    found = torch.cuda.device_count()
-    if found < options.num_devices:
+    found, first = torch.cuda.device_count(), device.index or 0
+    if found < first + options.num_devices:
         raise CheckpointError(
-            f"engine.num_devices is {options.num_devices}, but torch sees {found} GPUs here; lower it, or give the "
+            f"engine.num_devices is {options.num_devices}, but torch sees {found} GPUs here"
+            f"{f' and engine.device is cuda:{first}' if first else ''}; lower it, or give the "
             "engine more (resources.gpus_per_engine)"
         )
     if importlib.util.find_spec("accelerate") is None:
@@ -153,4 +156,6 @@ def _spread(options: EngineOptions, device: torch.device, config: Any) -> dict[s
             "a model over several GPUs is loaded by the accelerate package, which is missing; "
             "install it with pip install 'qwen2-vl-batch[gpu]' (or: pip install accelerate)"
         )
-    return {"device_map": device_map(config, [torch.device("cuda", index) for index in range(options.num_devices)])}
+    return {
+        "device_map": device_map(config, [torch.device("cuda", first + index) for index in range(options.num_devices)])
+    }

@@ -1,4 +1,4 @@
-"""Decode passes as CUDA graphs: one for each padded batch size, captured when first needed.
+"""Decode passes as CUDA graphs: one for each padded batch size, captured at warm-up or when first needed.
 
 A graph replays fixed kernels over fixed buffers, so everything that changes from pass to pass is copied into
 those buffers first. Padding rows attend to one token and write to the cache's scrap block.
@@ -54,6 +54,8 @@ class DecodeGraphs:
         self._graphs: dict[int, tuple[Any, torch.Tensor]] = {}
         self._pool: Any = None
         device = last_tokens.device
+        # torch's own capture stream belongs to whichever device captured first in this process.
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         size = self.sizes[-1]
         self._buffers = _Buffers(
             rows=torch.zeros(size, dtype=torch.int64, device=device),
@@ -62,6 +64,11 @@ class DecodeGraphs:
             lengths=torch.ones(size, dtype=torch.int32, device=device),
             tables=torch.zeros(size, max_width, dtype=torch.int32, device=device),
         )
+
+    @property
+    def captured(self) -> list[int]:
+        """Batch sizes that have their graph, in the order of capture."""
+        return list(self._graphs)
 
     def fits(self, num_rows: int, width: int) -> bool:
         return num_rows <= self.sizes[-1] and width <= self.max_width
@@ -86,8 +93,7 @@ class DecodeGraphs:
         padded = np.zeros((size, tables.shape[1]), dtype=np.int32)
         padded[:num_rows] = tables
         buffers.tables[:size, : tables.shape[1]].copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
+        self.capture(size)
         graph, logits = self._graphs[size]
         graph.replay()
         return logits[:num_rows]
@@ -98,19 +104,21 @@ class DecodeGraphs:
         tokens = self.last_tokens.index_select(0, buffers.rows[:size])
         return self.forward(tokens, buffers.positions[:size], info)
 
-    def _capture(self, size: int) -> tuple[Any, torch.Tensor]:
+    def capture(self, size: int) -> None:
+        """Make the graph for this batch size, unless it is there."""
+        if size in self._graphs:
+            return
         # A run outside the graph first: libraries allocate their workspaces in it. It writes the same keys and
-        # values that the replay will write again.
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # values that the replay will write again; with the buffers as they are made, into the scrap block.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             self._run(size)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             logits = self._run(size)
         self._pool = self._pool or graph.pool()
-        return graph, logits
+        self._graphs[size] = (graph, logits)
 
 
 def _fill(buffer: torch.Tensor, values: npt.NDArray[Any]) -> None:

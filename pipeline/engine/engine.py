@@ -7,6 +7,7 @@ the runner's.
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
@@ -21,6 +22,7 @@ from pipeline.engine.attention import AttentionBackend, DecodeInfo, pick_attenti
 from pipeline.engine.block_manager import BlockManager
 from pipeline.engine.checkpoint import Checkpoint
 from pipeline.engine.cuda_graph import DecodeGraphs
+from pipeline.engine.device import current
 from pipeline.engine.kv_cache import KVCache, block_bytes
 from pipeline.engine.media_ledger import MediaLedger
 from pipeline.engine.model_runner import ModelRunner, PassResult, decode_forward
@@ -32,6 +34,7 @@ from pipeline.engine.shard import ShardedAttention, ShardedCache
 from pipeline.engine.stopping import StopRules
 from pipeline.engine.text_model import TextModel
 from pipeline.engine.vision import VisionModel
+from pipeline.engine.warm_up import capture_largest_first, first_request
 from pipeline.errors import CheckpointError, EngineOutOfMemory, RowError
 
 MAX_LONE_FAILURES = 4
@@ -106,6 +109,8 @@ class NativeEngine:
         self._done: list[Completion] = []
         self._lone_failures: dict[RequestId, int] = {}
         self._num_out_of_memory = 0
+        self.warm_up_s = self._warm_up() if on_gpu else 0.0
+        self.warm_up_graphs = self.runner.graphs.captured if self.runner.graphs else []
 
     # ---- the interface
 
@@ -121,6 +126,10 @@ class NativeEngine:
             self.scheduler.add(Sequence(request, index, seed, layout))
 
     def step(self) -> list[Completion]:
+        with current(self.checkpoint.device):
+            return self._step()
+
+    def _step(self) -> list[Completion]:
         self._let_results_catch_up()
         plan = self.scheduler.schedule()
         if plan is not None:
@@ -173,6 +182,8 @@ class NativeEngine:
             "matmul_dtype": str(self.runner.text.lm_head.weight.dtype).removeprefix("torch."),
             "attention": self.runner.attention.name,
             "cuda_graphs": self.runner.graphs is not None,
+            "warm_up_s": round(self.warm_up_s, 2),
+            "warm_up_graphs": self.warm_up_graphs,
             "max_context": self.admission.max_context,
             "max_running": self.scheduler.max_running,
             "max_batch_tokens": self.max_batch_tokens,
@@ -192,6 +203,7 @@ class NativeEngine:
             "preemptions": float(self.scheduler.num_preemptions),
             "out_of_memory": float(self._num_out_of_memory),
             "max_batch_tokens": float(self.scheduler.max_batch_tokens),
+            "graphs": float(len(self.runner.graphs.captured) if self.runner.graphs else 0),
             **{name: float(count) for name, count in self.runner.counts.items()},
             **{f"seconds_{phase}": seconds for phase, seconds in self.runner.seconds.items()},
         }
@@ -250,6 +262,18 @@ class NativeEngine:
             )
             sequence.finish("error")
             self._retire(sequence)
+
+    def _warm_up(self) -> float:
+        """Answer one row and capture graphs, so that the first batch needn't wait for that. Seconds it took."""
+        started = time.perf_counter()
+        admission, graphs = self.admission, self.runner.graphs
+        room = min(admission.max_context, admission.cache_tokens or admission.max_context)
+        self.generate([first_request(admission.image_token_id, room=room)])
+        if graphs is not None:
+            with current(self.checkpoint.device), torch.inference_mode():
+                capture_largest_first(set(graphs.sizes) - set(graphs.captured), graphs.capture)
+        self.runner.reset_counts()
+        return time.perf_counter() - started
 
     def _make_graphs(self, max_context: int) -> DecodeGraphs:
         runner = self.runner

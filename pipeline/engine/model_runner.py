@@ -20,6 +20,7 @@ import torch
 
 from pipeline.engine.attention import AttentionBackend, DecodeInfo, PrefillInfo
 from pipeline.engine.cuda_graph import DecodeGraphs
+from pipeline.engine.device import upload
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.media_ledger import MediaLedger
 from pipeline.engine.sampler import sample, sample_row
@@ -81,6 +82,9 @@ class ModelRunner:
         self.graphs = graphs
         self.visual_tokens: dict[bytes, torch.Tensor] = {}
         self.last_tokens = torch.zeros(max_running, dtype=torch.int64, device=device)
+        self.reset_counts()
+
+    def reset_counts(self) -> None:
         self.seconds = {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
         """Host time; on a GPU that is the time to launch the work, not to do it."""
         self.counts = {"prefill_tokens": 0, "decode_tokens": 0, "patches": 0, "passes": 0}
@@ -115,10 +119,7 @@ class ModelRunner:
         self.seconds[phase] += time.perf_counter() - started
 
     def _upload(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor
+        return upload(array, self.device)
 
     # ---- prefill
 

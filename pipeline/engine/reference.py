@@ -21,6 +21,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from pipeline.engine.admission import AdmissionRules
 from pipeline.engine.checkpoint import Checkpoint
+from pipeline.engine.device import current
 from pipeline.engine.options import Detokenize, EngineOptions
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sampler import sample, sample_row
@@ -73,7 +74,8 @@ class ReferenceEngine:
         batch = [self._waiting.popleft() for _ in range(size)]
         if batch:
             started = time.perf_counter()
-            self._run(batch)
+            with current(self.checkpoint.device):
+                self._run(batch)
             self._stats["seconds"] += time.perf_counter() - started
             self._done.extend(sequence.completion() for sequence, _ in batch)
         done, self._done = self._done, []

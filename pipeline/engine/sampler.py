@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.engine.device import upload
 from pipeline.engine.sequence import SamplingParams, Sequence
 from pipeline.engine.stopping import StopRules
 
@@ -62,7 +63,7 @@ def sample(
     tokens = scores.argmax(dim=-1)
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
-        index = _to_device(np.asarray(drawn), logits.device)
+        index = upload(np.asarray(drawn), logits.device)
         tokens = tokens.index_copy(0, index, _draw(scores[index], [rows[i] for i in drawn]))
     if not any(row.sampling.logprobs for row in rows):
         return tokens, None
@@ -75,18 +76,11 @@ def _is_plain(row: SampleRow) -> bool:
     return sampling.temperature == 0 and not sampling.logprobs and row.seen_ids is None and not row.forbidden
 
 
-def _to_device(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(values)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def _penalise_seen(scores: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
     for i, row in enumerate(rows):
         if row.seen_ids is None:
             continue
-        ids = _to_device(np.unique(row.seen_ids).astype(np.int64), scores.device)
+        ids = upload(np.unique(row.seen_ids).astype(np.int64), scores.device)
         found = scores[i, ids]
         penalty = row.sampling.repetition_penalty
         scores[i, ids] = torch.where(found < 0, found * penalty, found / penalty)
@@ -95,15 +89,16 @@ def _penalise_seen(scores: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
 def _forbid(scores: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
     pairs = [(i, token) for i, row in enumerate(rows) for token in row.forbidden if token < scores.shape[1]]
     if pairs:
-        index = _to_device(np.asarray(pairs, dtype=np.int64), scores.device)
-        scores[index[:, 0], index[:, 1]] = -torch.inf
+        index = upload(np.asarray(pairs, dtype=np.int64), scores.device)
+        # A plain number as the value would be copied from the host, which waits for that.
+        scores.index_put_((index[:, 0], index[:, 1]), scores.new_full((), -torch.inf))
 
 
 def _draw(scores: torch.Tensor, rows: SequenceOf[SampleRow]) -> torch.Tensor:
     """Sample [R, V] scores by temperature and filters: tokens [R]."""
 
     def column(values: list[float]) -> torch.Tensor:
-        return _to_device(np.asarray(values, dtype=np.float32), scores.device)[:, None]
+        return upload(np.asarray(values, dtype=np.float32), scores.device)[:, None]
 
     sampling = [row.sampling for row in rows]
     scores = scores / column([s.temperature for s in sampling])
@@ -112,7 +107,7 @@ def _draw(scores: torch.Tensor, rows: SequenceOf[SampleRow]) -> torch.Tensor:
         # One top-k for the largest k; each row then reads its own threshold from its k-th place.
         ks = [s.top_k if 0 < s.top_k < vocab_size else 0 for s in sampling]
         best = scores.topk(max(ks), dim=-1).values
-        last = _to_device(np.asarray([max(k - 1, 0) for k in ks]), scores.device)[:, None]
+        last = upload(np.asarray([max(k - 1, 0) for k in ks]), scores.device)[:, None]
         threshold = best.gather(1, last)
         off = column([float(k == 0) for k in ks]).bool()
         scores = scores.masked_fill((scores < threshold) & ~off, -torch.inf)
@@ -129,7 +124,7 @@ def _draw(scores: torch.Tensor, rows: SequenceOf[SampleRow]) -> torch.Tensor:
         floor = probabilities.amax(dim=-1, keepdim=True) * column([s.min_p for s in sampling])
         probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    draws = _to_device(np.asarray([row.draw for row in rows], dtype=np.float64), scores.device)[:, None]
+    draws = upload(np.asarray([row.draw for row in rows], dtype=np.float64), scores.device)[:, None]
     # The first place whose cumulative mass exceeds the draw has a probability above 0.
     picked = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).squeeze(1)
     return picked.clamp_(max=vocab_size - 1)

@@ -12,15 +12,14 @@ devices, and on the CPU.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from pipeline.engine.attention import AttentionBackend, DecodeInfo, PrefillInfo
+from pipeline.engine.device import current
 from pipeline.engine.kv_cache import KVCache
 
 
@@ -111,32 +110,26 @@ class ShardedAttention(AttentionBackend):
     def begin_prefill(self, info: PrefillInfo, cache: KVCache) -> None:
         for device, backend in self._backends.items():
             here = PrefillInfo(info.lengths, info.starts, info.tables, info.slots.to(device))
-            with _current(device):
+            with current(device):
                 backend.begin_prefill(here, _sharded(cache).parts[device])
 
     def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
         device, place = _sharded(cache).places[layer]
-        with _current(device):
+        with current(device):
             return self._backends[device].prefill(q, k, v, _sharded(cache).parts[device], place)
 
     def begin_decode(self, info: DecodeInfo, cache: KVCache) -> None:
         for device, backend in self._backends.items():
             here = DecodeInfo(info.slots.to(device), info.lengths.to(device), info.tables.to(device), info.host_lengths)
-            with _current(device):
+            with current(device):
                 backend.begin_decode(here, _sharded(cache).parts[device])
 
     def decode(self, q: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
         device, place = _sharded(cache).places[layer]
-        with _current(device):
+        with current(device):
             return self._backends[device].decode(q, _sharded(cache).parts[device], place)
 
 
 def _sharded(cache: KVCache) -> ShardedCache:
     assert isinstance(cache, ShardedCache)
     return cache
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels of Triton start on the current device, wherever their tensors lie."""
-    on_gpu = device.type == "cuda" and torch.cuda.is_available()
-    return torch.cuda.device(device) if on_gpu else contextlib.nullcontext()

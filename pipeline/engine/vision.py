@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from pipeline.engine.attention import AttentionBackend
 from pipeline.engine.dense import Dense, dense
+from pipeline.engine.device import upload
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sequence import MERGE_SIZE, PATCH_BYTES, Medium
 
@@ -173,11 +174,8 @@ class VisionModel:
 
     def _rotation(self, frames: Sequence[Frames]) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [N, 1, 1, D]: the first half of the angles by patch row, the second by column."""
-        coordinates = np.concatenate([_patch_coordinates(part) for part in frames])
-        staging = torch.from_numpy(coordinates)
-        if self.device.type == "cuda":
-            staging = staging.pin_memory().to(self.device, non_blocking=True)
-        angles = (staging.float()[:, :, None] * self.inv_freq).flatten(1)  # [N, D / 2]
+        coordinates = upload(np.concatenate([_patch_coordinates(part) for part in frames]), self.device)
+        angles = (coordinates.float()[:, :, None] * self.inv_freq).flatten(1)  # [N, D / 2]
         angles = torch.cat([angles, angles], dim=-1)[:, None, None]
         return angles.cos(), angles.sin()
 

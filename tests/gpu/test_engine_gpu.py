@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline.engine import EngineOptions
+from pipeline.engine import EngineOptions, SamplingParams
 from pipeline.engine.attention import (
     AttentionBackend,
     DecodeInfo,
@@ -18,6 +19,7 @@ from pipeline.engine.attention import (
 )
 from pipeline.engine.attention_sdpa import SdpaAttention
 from pipeline.engine.checkpoint import from_model
+from pipeline.engine.cuda_graph import graph_sizes
 from pipeline.engine.engine import NativeEngine
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.reference import ReferenceEngine
@@ -152,6 +154,57 @@ def test_graphs_give_the_tokens_of_eager_decoding(rounded: Any, exact: Any, name
     for request, mine, other in zip(requests, graphed, eager, strict=True):
         # Padding rows may change a product's tiling, so near-ties may part here too.
         assert_rounding_explains(request, mine, other, rounded, exact)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_warm_up_captures_the_graphs_in_seconds_and_leaves_none_to_the_run(rounded: Any, name: str) -> None:
+    warm = engine(rounded, attention=name)
+    described = warm.describe()
+    assert sorted(described["warm_up_graphs"]) == graph_sizes(256)
+    assert 0 < described["warm_up_s"] < 60
+    warm.generate(mixed_requests(30, seed=3))
+    assert warm.stats()["graphs"] == len(described["warm_up_graphs"])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_engine_on_the_second_gpu_gives_the_tokens_of_the_first(rounded: Any, exact: Any, name: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two NVIDIA GPUs: run `make test-gpu` on a machine that has them")
+    requests = mixed_requests(40, seed=3)
+    first = tokens_of(engine(rounded, attention=name).generate(requests))
+    moved = make_model(dtype=torch.bfloat16).to("cuda:1")
+    second = tokens_of(engine(moved, attention=name).generate(requests))
+    for request, mine, other in zip(requests, second, first, strict=True):
+        assert_rounding_explains(request, mine, other, rounded, exact)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_no_pass_waits_for_the_device_whatever_the_sampling(
+    rounded: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts and media in several passes; tokens are read between the passes, where waiting is allowed."""
+    busy = engine(rounded, attention=name, max_batch_tokens=48, max_batch_patches=64, max_running=12)
+    run = busy.runner.run
+
+    def watched(plan: Any, **options: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run(plan, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(busy.runner, "run", watched)
+    samplings: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.8, "top_k": 5, "top_p": 0.7, "min_p": 0.05, "n": 2},
+        {"min_tokens": 4, "stop_token_ids": (17,), "logprobs": True},
+        {"repetition_penalty": 1.3},
+    ]
+    requests = [
+        replace(request, sampling=SamplingParams(max_tokens=8, seed=1, **samplings[i % 4]))
+        for i, request in enumerate(mixed_requests(24, seed=6))
+    ]
+    assert all(completion.error is None for completion in busy.generate(requests))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
