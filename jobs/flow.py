@@ -258,6 +258,8 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
         ManifestSource(spec, work, flow.columns),
         override_num_blocks=max(1, len(work)),
         num_cpus=READ_CPUS,
+        # A read gives an actor work for long, and each reader is a process of its own to start.
+        concurrency=max(1, place.preprocess_pool[1] // 2),
     )
     dataset = dataset.map_batches(
         PreprocessActor,

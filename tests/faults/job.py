@@ -5,7 +5,7 @@
 STAGES is `real` (the job as it is) or `marked`: an engine in place of the real one that answers with a digest of what
 it was given, at about 40 rows/s, and both stages obey rows whose prompt is `kill preprocessing`, `kill the engine` or
 `hang in the engine`, every time that they meet one. It saves each engine actor the import of torch and transformers,
-most of what a run of a few dozen rows costs.
+most of what a run of a few dozen rows costs. `run` is the same, for processes that are forked with the imports done.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -80,9 +80,22 @@ class MarkedEngineActor(flow.EngineActor):
         return DigestStage(options.kept)
 
 
-if __name__ == "__main__":
-    spare_torch()
-    if sys.argv[1] == "marked":
+def job(stages: str, words: Sequence[str]) -> int:
+    """Run the job; returns its exit code."""
+    if stages == "marked":
         flow.PreprocessActor = MarkedPreprocessActor  # type: ignore[misc]
         flow.ENGINE_ACTOR = MarkedEngineActor
-    sys.exit(main(sys.argv[2:]))
+    return main(words)
+
+
+def run(stages: str, words: Sequence[str], log: str) -> None:
+    """The job as the whole of a process; what it prints goes to the file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.exit(job(stages, words))
+
+
+if __name__ == "__main__":
+    spare_torch()
+    sys.exit(job(sys.argv[1], sys.argv[2:]))
