@@ -7,6 +7,7 @@ This file is the whole run in order; each step lives in a module of its own.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -25,6 +26,7 @@ from jobs.command_line import EXIT_INTERRUPTED, run_job
 from jobs.progress import Progress, Tally, bottleneck, print_samples, print_summary, run_pace
 from jobs.run_record import check_unchanged, identity, new_record, now
 from jobs.watch import Watch
+from jobs.watchdog import Watchdog
 from pipeline import storage
 from pipeline.config import CaptionConfig, ResourcesConfig
 from pipeline.errors import ConfigError, TooManyErrors
@@ -287,15 +289,11 @@ def _generate(
     files = [file.path for file in ready.manifest.files]
     watch = Watch(ready.folder, tally, files, ledger, ready.config.run.profile_steps)
     with watch, Progress(console, tally) as progress:
-        last_row = time.monotonic()
+        watchdog = Watchdog(ready.config.run.stall_timeout_s, functools.partial(flow.break_stall, ledger))
         for table in run_flows(start, limits, lambda line: console.print(line, markup=False)):
-            if table is None and time.monotonic() - last_row > ready.config.run.stall_timeout_s:
-                console.print(f"no row has finished for {ready.config.run.stall_timeout_s:.0f} s:", markup=False)
-                for line in flow.break_stall(ledger, ready.config.run.stall_timeout_s):
-                    console.print(f"  {line}", markup=False)
-                last_row = time.monotonic()
+            for line in watchdog.look(finished_row=table is not None):
+                console.print(line, markup=False)
             if table is not None:
-                last_row = time.monotonic()
                 table = take_new(table, ready.numbering, ready.finished.done)
                 tally.add(table)
                 watch.add(table)

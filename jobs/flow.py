@@ -389,17 +389,23 @@ def working_s(ledger: Any) -> float:
     return seconds
 
 
-def break_stall(ledger: Any, seconds: float) -> list[str]:
-    """Kill the actors that have held a row for so long; their rows run again, alone. Says what each was doing."""
+def break_stall(ledger: Any, seconds: float, *, tell: bool) -> list[str]:
+    """Kill the actors that have rows under way and have stood still for so long; their rows run again, alone.
+
+    Gives a line for each actor on what it is doing, where one was killed or where they are asked for.
+    """
+    actors = ray.get(ledger.under_way.remote())
+    if not tell and all(still < seconds for *_, still in actors):
+        return []
     told = []
-    for who, kind, handle, (file, row), age in ray.get(ledger.under_way.remote()):
-        stuck = age >= seconds
-        verb = "killed" if stuck else "left alone"
-        told.append(f"{kind} actor {who[:8]}: row {row} of manifest file {file} for {age:.0f} s; {verb}")
+    for who, kind, handle, (file, row), age, still in actors:
+        stuck = still >= seconds
+        doing = f"stood still for {still:.0f} s; killed" if stuck else "is working; left alone"
+        told.append(f"{kind} actor {who[:8]}: row {row} of manifest file {file} since {age:.0f} s; it {doing}")
         if stuck:
             ray.get(ledger.killed.remote(who))
             ray.kill(handle, no_restart=False)
-    return told
+    return told or ["no actor has a row: the rows wait for places on the cluster"]
 
 
 def with_ticks(tables: Iterator[pa.Table], *, seconds: float) -> Generator[pa.Table | None, None, None]:

@@ -30,6 +30,9 @@ class _Actor:
     open: dict[Place, tuple[float, bool]] = field(default_factory=dict)
     """Rows under way: since when, and whether alone."""
     facts: dict[str, Any] = field(default_factory=dict)
+    moved: float = field(default_factory=time.monotonic)
+    """When it last began or ended a row, or a figure of its work changed: an engine in the middle of long answers ends
+    no row for long, and steps all the while."""
 
 
 class Ledger:
@@ -66,10 +69,13 @@ class Ledger:
         """Rows are about to run together. Those that must not (they were there at a death) are given back, with the
         number of times that they died alone."""
         suspects = {place: self._lone_deaths.get(place, 0) for place in places if place in self._deaths}
-        now = time.time()
+        now = time.monotonic()
         if self._first_row is None:
-            self._first_row = time.monotonic()
-        self._actors[who].open.update({place: (now, False) for place in places if place not in suspects})
+            self._first_row = now
+        actor = self._actors[who]
+        if not actor.open:  # more rows for one that stands still are no sign of life
+            actor.moved = now
+        actor.open.update({place: (now, False) for place in places if place not in suspects})
         return suspects
 
     def working_s(self) -> float:
@@ -80,17 +86,23 @@ class Ledger:
 
     def begin_alone(self, who: str, place: Place) -> None:
         """A suspect is about to run with nothing beside it."""
-        self._actors[who].open[place] = (time.time(), True)
+        now = time.monotonic()
+        self._actors[who].moved = now
+        self._actors[who].open[place] = (now, True)
 
     def end(self, who: str, places: Sequence[Place]) -> None:
         """Rows are done."""
+        self._actors[who].moved = time.monotonic()
         for place in places:
             self._actors[who].open.pop(place, None)
 
     def report(self, who: str, facts: dict[str, Any]) -> None:
         """An actor's latest figures."""
         if who in self._actors:
-            self._actors[who].facts = facts
+            actor = self._actors[who]
+            if facts != actor.facts:
+                actor.moved = time.monotonic()
+            actor.facts = facts
 
     def reports(self) -> list[dict[str, Any]]:
         """The latest figures of every actor."""
@@ -104,14 +116,15 @@ class Ledger:
         """Profiles from this number on."""
         return self._traces[first:]
 
-    def under_way(self) -> list[tuple[str, str, Any, Place, float]]:
-        """(actor, kind, handle, oldest row, its age in seconds) of every actor that has rows under way."""
-        now = time.time()
+    def under_way(self) -> list[tuple[str, str, Any, Place, float, float]]:
+        """(actor, kind, handle, oldest row, its age, the time without a sign of life) of every actor that has rows
+        under way; in seconds."""
+        now = time.monotonic()
         found = []
         for who, actor in self._actors.items():
             if actor.open:
                 place, (since, _) = min(actor.open.items(), key=lambda item: item[1][0])
-                found.append((who, actor.kind, actor.handle, place, now - since))
+                found.append((who, actor.kind, actor.handle, place, now - since, now - actor.moved))
         return found
 
     def abandon(self) -> list[Any]:

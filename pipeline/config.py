@@ -291,8 +291,8 @@ class RunConfig(Section):
     retry_failed: str | None = None
     """Run error rows again: `all`, or error types separated by commas."""
     stall_timeout_s: Annotated[float, Field(gt=0)] = 900.0
-    """Seconds without a finished row after which actors that have held a row for as long are killed, and their rows
-    run again, alone."""
+    """Seconds after which an actor that holds rows and shows no progress is killed, and its rows run again, alone; and
+    after which the job says what every actor is doing when no row finishes at all."""
     node_loss_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """Seconds without a finished row, after a node of the cluster was lost, that Ray has to recover by itself; then
     the rows that are not done are started anew on the nodes that are left."""

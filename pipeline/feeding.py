@@ -83,7 +83,8 @@ def choose_sizes(
         rows_per_unit = _between(1, rate.rows_per_s * _UNIT_S, _MOST_ROWS_PER_UNIT)
     if "min_rows_per_unit" not in asked:
         least_rows = min(least_rows, rows_per_unit)
-    rows_per_block = _between(1, rate.rows_per_s * _BLOCK_S, rows_per_unit)
+    # More rows than the engine has places would come back only after several rounds of answers.
+    rows_per_block = _between(1, rate.rows_per_s * _BLOCK_S, min(rows_per_unit, max_running))
     if rate.bytes_per_row:
         rows_per_block = _between(1, block_bytes / rate.bytes_per_row, rows_per_block)
     usual_bytes = rows_per_block * rate.bytes_per_row

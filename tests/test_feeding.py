@@ -52,11 +52,11 @@ def test_tables_are_seconds_of_work_and_keep_an_engine_s_places_full(
     assert sizes.blocks_in_flight == 2 or not store_bytes or in_store <= store_bytes / 4
 
 
-def test_a_long_video_is_handed_on_at_once_and_short_questions_by_the_thousand() -> None:
+def test_a_long_video_is_handed_on_at_once_and_short_questions_by_the_hundred() -> None:
     video = choose_sizes(ResourcesConfig(), placed(), PreprocessRate(0.2, 20 * MB), max_running=256)
     assert (video.rows_per_block, video.max_rows_per_unit, video.min_rows_per_unit) == (1, 6, 6)
     question = choose_sizes(ResourcesConfig(), placed(), PreprocessRate(3000.0, 1000), max_running=256)
-    assert (question.rows_per_block, question.max_rows_per_unit, question.blocks_in_flight) == (1024, 1024, 3)
+    assert (question.rows_per_block, question.max_rows_per_unit, question.blocks_in_flight) == (256, 1024, 4)
 
 
 def test_what_the_config_states_is_left_as_it_is_and_nothing_is_guessed_without_a_rate() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from jobs.ledger import Company, Ledger
 
@@ -55,9 +56,29 @@ def test_the_oldest_row_of_each_actor_is_told() -> None:
     ledger.begin("x", [A])
     time.sleep(0.01)
     ledger.begin("x", [B])
-    ((who, kind, handle, place, age),) = ledger.under_way()
+    ((who, kind, handle, place, age, still),) = ledger.under_way()
     assert (who, kind, handle, place) == ("x", "engine", "handle", A)
-    assert age > 0
+    assert age == still > 0  # that it was given another row is no sign of life
+
+
+def test_an_actor_whose_figures_change_or_whose_rows_end_has_not_stood_still() -> None:
+    ledger = Ledger()
+    ledger.born("x", "engine", None)
+    ledger.begin("x", [A, B])
+
+    def stood_still_after(*what: Any) -> float:
+        time.sleep(0.05)
+        before = time.monotonic()
+        getattr(ledger, what[0])("x", *what[1:])
+        (*_, age, still) = ledger.under_way()[0]
+        assert age >= 0.05
+        return float(still - (time.monotonic() - before))
+
+    assert stood_still_after("report", {"passes": 1.0}) < 0.01
+    assert stood_still_after("report", {"passes": 2.0}) < 0.01
+    assert stood_still_after("report", {"passes": 2.0}) >= 0.05
+    assert stood_still_after("begin", [C]) >= 0.1
+    assert stood_still_after("end", [B]) < 0.01
 
 
 def test_one_alone_has_nobody_beside_it_and_does_not_starve() -> None:
