@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pipeline.config import Section, fields_of, load_config
 from pipeline.errors import ConfigError, JobError
+from pipeline.storage import StorageError
 
 ConfigType = TypeVar("ConfigType", bound=Section)
 
@@ -52,6 +53,9 @@ def run_job(
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except StorageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return JobError.exit_code
 
 
 def parse_words(words: Sequence[str], flags: Flags = FLAGS) -> tuple[list[str], dict[str, str]]:

@@ -6,6 +6,7 @@ on where an earlier run's ended, is published whole, since buckets can't append,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -61,5 +62,6 @@ class ErrorLog:
         """Publish what is new; with `if_old`, only when the last time is a while ago."""
         if self._new and not (if_old and time.monotonic() - self._published < _PUBLISH_EVERY_S):
             text = "\n".join(self._lines) + "\n"
-            storage.publish(self._path, text.encode(), self._folder.storage_options)
             self._new, self._published = False, time.monotonic()
+            with contextlib.suppress(OSError):  # the results say the same; a full disk is told where it costs rows
+                storage.publish(self._path, text.encode(), self._folder.storage_options)

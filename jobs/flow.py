@@ -327,7 +327,7 @@ def _job_error(error: BaseException) -> JobError:
         cause = getattr(cause, "cause", None) or cause.__cause__
     ours = next((link for link in reversed(chain) if isinstance(link, JobError)), None)
     if ours is not None:
-        return type(ours)(str(ours))
+        return type(ours)(str(ours).splitlines()[0])  # Ray adds lines of its own
     innermost = next((link for link in reversed(chain) if str(link).strip()), error)
     lines = [line for line in str(innermost).splitlines() if line.strip()] or [""]
     return ClusterError(

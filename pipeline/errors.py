@@ -6,6 +6,7 @@
     |   |-- ManifestError         exit 2: the manifest can't be found, read or understood
     |   |-- CheckpointError       exit 2: the model can't be loaded
     |   |-- OutputError           exit 2: the output folder belongs to something else
+    |   |-- CredentialError       exit 2: a bucket no longer takes the job's credentials
     |   |-- ResourceError         exit 2: the cluster is too small for what was asked
     |   |-- ClusterError          exit 1: Ray or one of the actors failed; running the command again may help
     |   `-- TooManyErrors         exit 3: more error rows than max_error_fraction allows
@@ -63,6 +64,10 @@ class CheckpointError(JobError):
 
 class OutputError(JobError):
     """The output folder can't be written, or holds another run."""
+
+
+class CredentialError(JobError):
+    """A bucket refuses the job's credentials, whatever is asked of it: nothing that a row can help."""
 
 
 class ResourceError(JobError):

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, TypeVar, cast
 
+from pipeline.credentials import credential_fault
+
 StorageOptions: TypeAlias = Mapping[str, Any] | None
 Result = TypeVar("Result")
 
@@ -39,6 +41,7 @@ _GLOB_MAGIC = frozenset("*?[")
 _TRANSIENT_ERRNO = {
     errno.EBUSY, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED,
     errno.ECONNABORTED, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH,
+    getattr(errno, "EREMOTEIO", errno.EIO),  # s3fs for a server's internal error; macOS has none
 }  # fmt: skip
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _TRANSIENT_CODES = {
@@ -295,6 +298,25 @@ def publish(path: str, data: bytes, storage_options: StorageOptions = None) -> N
     _retrying(lambda: fs.pipe_file(key, data), path)
 
 
+def create(path: str, data: bytes, storage_options: StorageOptions = None) -> None:
+    """Make a file that must not be there yet. Raises FileExistsError; a bucket that knows no conditional puts, or
+    whose client knows none, overwrites what is there."""
+    if not is_remote(path):
+        with open(local_path(path), "xb") as file:
+            file.write(data)
+        return
+    fs, key = _filesystem(path, storage_options)
+    try:
+        _retrying(lambda: fs.pipe_file(key, data, mode="create"), path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        answer = getattr(error.__cause__, "response", None)
+        if isinstance(answer, Mapping) and answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412"):
+            raise FileExistsError(errno.EEXIST, "there is one already", path) from error
+        _retrying(lambda: fs.pipe_file(key, data), path)  # whatever else is wrong shows again
+
+
 def publish_file(local: str | Path, path: str, storage_options: StorageOptions = None) -> None:
     """Copy a local file to its place, whole or not at all."""
     if not is_remote(path):
@@ -412,6 +434,9 @@ def _retrying(operation: Callable[[], Result], path: str) -> Result:
         try:
             return operation()
         except Exception as error:
+            fault = credential_fault(error)
+            if fault is not None:
+                raise StorageError(f"{path}: {fault}") from error
             if attempt < ATTEMPTS and is_transient(error):
                 # Full jitter: many workers that failed together must not come back together.
                 time.sleep(random.uniform(0.1, 1.0) * min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt))

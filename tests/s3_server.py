@@ -40,8 +40,13 @@ class Fault:
     method: str = ""
     """Only requests of this method; empty: any."""
 
+    path: str = ""
+    """Only requests whose path holds this; empty: any."""
+    lasting: bool = False
+    """Until the test takes it away, not for one request."""
+
     def concerns(self, environ: dict[str, Any]) -> bool:
-        return self.method in ("", environ["REQUEST_METHOD"])
+        return self.method in ("", environ["REQUEST_METHOD"]) and self.path in environ["PATH_INFO"]
 
 
 @dataclass
@@ -86,7 +91,7 @@ class _FaultyApp:
         with self._lock:
             self._server.requests.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
             fault = next((fault for fault in self._server.faults if fault.concerns(environ)), None)
-            if fault is not None:
+            if fault is not None and not fault.lasting:
                 self._server.faults.remove(fault)
         if fault is None:
             return self._counted(environ, start_response)

@@ -58,6 +58,16 @@ def test_without_failed_rows_there_is_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_bucket_that_refuses_the_file_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError("The provided token has expired.")
+
+    log = ErrorLog(RunFolder(str(tmp_path)), ["a", "b"])
+    log.add(finished(True))
+    monkeypatch.setattr(error_log.storage, "publish", refuse)
+    log.flush()
+
+
 def test_the_file_ends_at_its_limit_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(error_log, "MAX_LINES", 5)
     log = ErrorLog(RunFolder(str(tmp_path)), ["a", "b"])

@@ -4,7 +4,7 @@ jobs      caption  plan  evaluate  report  benchmark         the only home of `i
 stages    preprocess  generate  work  survey  forecast
 steps     manifest  media  patches  messages  prompt | engine | results  lease  metrics  report
 ground    config  storage  placement  feeding  model_cache  model_files  row_set  roofline
-base      errors  schema  conversation
+base      errors  schema  conversation  credentials
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
-    {"errors", "schema", "conversation"},
+    {"errors", "schema", "conversation", "credentials"},
     {"config", "storage", "placement", "feeding", "model_cache", "model_files", "row_set", "roofline"},
     {"manifest", "media", "patches", "messages", "prompt", "engine", "results", "lease", "metrics", "report"},
     {"preprocess", "generate", "work", "survey", "forecast"},

@@ -234,6 +234,7 @@ class EndpointConnectionError(Exception):
         (TimeoutError("slow"), True),
         (OSError(errno.EBUSY, "Please reduce your request rate."), True),
         (OSError(errno.EIO, "We encountered an internal error."), True),
+        (OSError(errno.EREMOTEIO, "We encountered an internal error."), True),
         (SlowDown("SlowDown", 503), True),
         (SlowDown("InternalError", 500), True),
         (EndpointConnectionError("could not connect"), True),
@@ -417,6 +418,6 @@ def test_s3_expired_and_refused_credentials_stop_at_once(bucket: tuple[Any, str,
     for fault in (Fault(400, "ExpiredToken"), Fault(403, "AccessDenied")):
         server.requests.clear()
         server.faults.append(fault)
-        with pytest.raises(PermissionError, match=fault.code):
+        with pytest.raises(OSError, match=fault.code):
             storage.publish(f"{root}/file", b"x", options)
         assert len(server.requests) == 1

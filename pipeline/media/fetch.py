@@ -4,7 +4,8 @@ Knows places and permissions; not what the bytes mean. Rows are data, and data m
 to read the machine's other files or talk to its private network. So every place is checked against the manifest's own
 tree or bucket and `FetchOptions.allow`, after symbolic links, name resolution and redirects, at each step.
 
-Every exception of the file system, fsspec and the network ends here, as a FetchError.
+Every exception of the file system, fsspec and the network ends here, as a FetchError; except that credentials which
+a bucket no longer takes are no row's fault and end the job.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
-from pipeline.errors import AccessDenied, FetchError, FetchTimeout, MediaNotFound, MediaTooLarge
+from pipeline.credentials import credential_fault
+from pipeline.errors import AccessDenied, CredentialError, FetchError, FetchTimeout, MediaNotFound, MediaTooLarge
 from pipeline.media.limits import FetchOptions
+from pipeline.storage import is_transient
 
 ANYTHING = "*"
 MAX_REDIRECTS = 5
@@ -96,11 +99,14 @@ class Fetcher:
             self._buckets = (_bucket_root(options.base), *self._buckets)
         self._file_systems: dict[str, Any] = {}
         self._lock = threading.Lock()
+        self._refused: str | None = None
+        """What to do about credentials that a bucket has refused, once one has."""
 
     def fetch(self, source: str | bytes) -> bytes:
         """The encoded medium. `source` is a URI, a path (relative ones start at the manifest) or the bytes themselves.
 
-        Raises MediaNotFound, AccessDenied, FetchTimeout, MediaTooLarge, or FetchError for anything else.
+        Raises MediaNotFound, AccessDenied, FetchTimeout, MediaTooLarge, or FetchError for anything else;
+        CredentialError when a bucket refuses the job's credentials altogether.
         """
         if isinstance(source, bytes):
             return self._limited(source, "the medium in the row")
@@ -239,12 +245,28 @@ class Fetcher:
 
     def _asked(self, question: Callable[[], T], source: str) -> T:
         """The bucket's answer, within the time limit; its exceptions as ours."""
+        self._check_credentials(source)
         try:
-            return _within(question, self._options.timeout_s, source)
+            return _within(lambda: self._watched(question), self._options.timeout_s, source)
         except FetchError:
             raise
         except Exception as error:  # every fsspec implementation has exceptions of its own
+            self._check_credentials(source, error)
             raise _bucket_error(error, source) from error
+
+    def _watched(self, question: Callable[[], T]) -> T:
+        """The answer. A refusal is noted here, since a client may take longer over it than anybody waits: Google's
+        tries for half a minute to renew a token."""
+        try:
+            return question()
+        except Exception as error:
+            self._refused = self._refused or credential_fault(error)
+            raise
+
+    def _check_credentials(self, source: str, error: Exception | None = None) -> None:
+        """End the job where a bucket has refused its credentials: the other rows' media would fail alike."""
+        if self._refused is not None:
+            raise CredentialError(f"{_shown(source)}: {self._refused}") from error
 
     def _bucket_object(self, source: str) -> tuple[Any, str]:
         """(file system, location) of an object that rows may read."""
@@ -277,6 +299,9 @@ class Fetcher:
             install = f"pip install 'qwen2-vl-batch[{extra}]'" if extra else "install its fsspec package"
             raise FetchError(f"{scheme}:// needs a package that is not installed ({error}): {install}") from error
         except Exception as error:
+            fault = credential_fault(error)
+            if fault is not None:
+                raise CredentialError(f"{scheme}://: {fault}") from error
             raise FetchError(f"{scheme}:// can't be opened: {_first_line(error)}") from error
 
     # -- the web -------------------------------------------------------------------------------------------------------
@@ -619,7 +644,7 @@ def _bucket_error(error: Exception, source: str) -> Exception:
         return AccessDenied(text)
     if isinstance(error, TimeoutError):
         return _Transient(FetchTimeout(text))
-    if isinstance(error, ConnectionError) or _TRANSIENT_WORDS.search(f"{type(error).__name__} {error}"):
+    if is_transient(error) or _TRANSIENT_WORDS.search(f"{type(error).__name__} {error}"):
         return _Transient(FetchError(text))
     return FetchError(text)
 

@@ -7,6 +7,7 @@ import http.server
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import fsspec
 import pytest
 
 import pipeline.media.fetch as fetch_module
-from pipeline.errors import AccessDenied, FetchError, FetchTimeout, MediaNotFound, MediaTooLarge
+from pipeline.errors import AccessDenied, CredentialError, FetchError, FetchTimeout, MediaNotFound, MediaTooLarge
 from pipeline.media.fetch import Fetcher
 from pipeline.media.limits import FetchOptions
 
@@ -201,7 +202,82 @@ def test_the_whole_bucket_of_the_manifest_is_allowed_but_no_other() -> None:
 
 def test_a_bucket_that_throttles_is_asked_again(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch_module, "_FIRST_BACKOFF_S", 0.01)
-    answers: list[Any] = [OSError("SlowDown: please reduce your request rate"), ConnectionError("reset"), b"picture"]
+    answers = scripted(bucket, monkeypatch)
+    slow_down = as_s3fs_raises("SlowDown", "Please reduce your request rate.")
+    internal = as_s3fs_raises("InternalError", "We encountered an internal error. Please try again.")
+    answers += [slow_down, ConnectionError("reset"), b"picture", internal, b"picture"]
+    assert fetcher("memory://photos/set").fetch("a.jpg") == b"picture"
+    assert fetcher("memory://photos/set").fetch("a.jpg") == b"picture"
+    answers[:] = [slow_down] * 3
+    with pytest.raises(FetchError, match=r"Please reduce your request rate\. \(tried 3 times\)"):
+        fetcher("memory://photos/set").fetch("a.jpg")
+
+
+def test_a_mere_refusal_is_the_row_s_and_final(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = scripted(bucket, monkeypatch)
+    answers += [as_s3fs_raises("AccessDenied", "Access Denied"), as_s3fs_raises("403", "Forbidden"), b"picture"]
+    fetch = fetcher("memory://photos/set").fetch
+    for _ in range(2):
+        with pytest.raises(AccessDenied):
+            fetch("a.jpg")
+    assert fetch("a.jpg") == b"picture"
+
+
+@pytest.mark.parametrize(
+    "code", ["ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId"]
+)
+def test_credentials_that_s3_no_longer_takes_end_the_job_and_mark_no_row(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    scripted(bucket, monkeypatch).append(as_s3fs_raises(code, "The provided token has expired."))
+    fetch = fetcher("memory://photos/set").fetch
+    with pytest.raises(CredentialError, match=rf"{code}: The provided token has expired\.\): renew them and run"):
+        fetch("a.jpg")
+    with pytest.raises(CredentialError):  # nor is the next row asked for
+        fetch("a.jpg")
+
+
+def test_credentials_that_google_no_longer_takes_end_the_job(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    google = pytest.importorskip("google.auth.exceptions")
+    gcsfs_retry = pytest.importorskip("gcsfs.retry")
+    refused = gcsfs_retry.HttpError({"code": 401, "message": "Invalid Credentials"})
+    for error in (google.RefreshError("invalid_grant: Token has been expired or revoked."), refused):
+        scripted(bucket, monkeypatch).append(error)
+        with pytest.raises(CredentialError, match="renew them"):
+            fetcher("memory://photos/set").fetch("a.jpg")
+    # Without credentials of one's own, an object that is not public is that row's error.
+    nobody = gcsfs_retry.HttpError({"code": 401, "message": "Anonymous caller does not have storage.objects.get"})
+    scripted(bucket, monkeypatch).append(nobody)
+    with pytest.raises(FetchError):
+        fetcher("memory://photos/set").fetch("a.jpg")
+
+
+def test_a_client_that_takes_longer_to_give_up_its_credentials_than_a_fetch_may_last_is_found_out(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expired = as_s3fs_raises("ExpiredToken", "The provided token has expired.")
+
+    def cat_file(*args: Any, **options: Any) -> bytes:
+        time.sleep(0.4)
+        raise expired
+
+    monkeypatch.setattr(type(bucket), "cat_file", cat_file)
+    monkeypatch.setattr(fetch_module, "_FIRST_BACKOFF_S", 0.6)
+    with pytest.raises(CredentialError):
+        fetcher("memory://photos/set", timeout_s=0.1, retries=3).fetch("a.jpg")
+
+
+def as_s3fs_raises(code: str, message: str) -> Exception:
+    """The exception that s3fs makes of an answer of S3's."""
+    exceptions, errors = pytest.importorskip("botocore.exceptions"), pytest.importorskip("s3fs.errors")
+    answer = {"Error": {"Code": code, "Message": message}}
+    made: Exception = errors.translate_boto_error(exceptions.ClientError(answer, "GetObject"))
+    return made
+
+
+def scripted(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the bucket's `cat_file` gives or raises, call by call."""
+    answers: list[Any] = []
 
     def cat_file(*args: Any, **options: Any) -> bytes:
         answer = answers.pop(0)
@@ -210,13 +286,7 @@ def test_a_bucket_that_throttles_is_asked_again(bucket: Any, monkeypatch: pytest
         return bytes(answer)
 
     monkeypatch.setattr(type(bucket), "cat_file", cat_file)
-    assert fetcher("memory://photos/set").fetch("a.jpg") == b"picture"
-    answers[:] = [OSError("SlowDown")] * 3
-    with pytest.raises(FetchError, match=r"SlowDown \(tried 3 times\)"):
-        fetcher("memory://photos/set").fetch("a.jpg")
-    answers[:] = [PermissionError("forbidden")]
-    with pytest.raises(AccessDenied):
-        fetcher("memory://photos/set").fetch("a.jpg")
+    return answers
 
 
 def test_a_bucket_that_hangs_is_a_timeout(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
