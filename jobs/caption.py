@@ -85,7 +85,8 @@ def run(config: CaptionConfig) -> int:
     """Do what is left to do in the output folder. Raises JobError; returns the exit code."""
     folder = RunFolder(config.output.path, config.output.storage_options)
     folder.prepare()
-    with Lease(folder.file(".lease"), folder.storage_options):
+    with Lease(folder.file(".lease"), folder.storage_options) as lease:
+        folder.guard = lease.check
         ready = _prepare(config, folder)
         if ready is None:
             return 0
@@ -299,6 +300,7 @@ def _generate(
                 watch.add(table)
                 writer.add(table)
                 _check_errors(tally, ready.config.run.max_error_fraction)
+            ready.folder.guard()  # also while nothing is written: a run that was taken over is to stop
             writer.flush_if_old()
             watch.tick()
             progress.tick()

@@ -21,7 +21,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -54,6 +54,8 @@ class RunFolder:
     def __init__(self, path: str, storage_options: storage.StorageOptions = None) -> None:
         self.path = path.rstrip("/") or path
         self.storage_options = storage_options
+        self.guard: Callable[[], None] = lambda: None
+        """Called before every change to the folder; raises where it is no longer this run's to change."""
 
     def file(self, *names: str) -> str:
         """The path of a file in the folder."""
@@ -119,13 +121,21 @@ class RunFolder:
         for part in self.parts():
             name = part[len(self.path.rstrip("/")) + 1 :].replace("/", "-")
             _publish_table(self, self.file("fragments", f"0-{name}"), self.read(part))
-        storage.delete(self.file("_SUCCESS"), self.storage_options)
+        self._delete(self.file("_SUCCESS"))
         for part in self.parts():
-            storage.delete(part, self.storage_options)
+            self._delete(part)
 
     def discard_fragments(self) -> None:
         """Remove the fragments' folder; the parts hold their rows."""
-        storage.delete(self.file("fragments"), self.storage_options, recursive=True)
+        self._delete(self.file("fragments"), recursive=True)
+
+    def delete_part(self, path: str) -> None:
+        """Remove a part file that a finished folder is not to have."""
+        self._delete(path)
+
+    def _delete(self, path: str, *, recursive: bool = False) -> None:
+        self.guard()
+        storage.delete(path, self.storage_options, recursive=recursive)
 
     def read(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A fragment's or part's rows."""
@@ -278,6 +288,7 @@ def _publish_table(folder: RunFolder, path: str, table: pa.Table) -> None:
 
 
 def _publish(folder: RunFolder, path: str, data: bytes) -> None:
+    folder.guard()
     try:
         storage.publish(path, data, folder.storage_options)
     except OSError as error:
@@ -314,7 +325,7 @@ def finalise(
             written.add(path)
     for path in folder.parts():
         if path not in written:
-            storage.delete(path, folder.storage_options)
+            folder.delete_part(path)
     counted = sum(folder.metadata(path).num_rows for path in folder.parts())
     if counted != numbering.num_rows:
         raise OutputError(f"{folder.path}: the parts hold {counted} rows, the manifest {numbering.num_rows}")

@@ -114,20 +114,54 @@ def test_credentials_that_expire_half_way_stop_the_job_and_the_next_run_finishes
 ) -> None:
     fill(bucket, photos)
 
-    # The lease and run.json are written first; let those through and fail from the first fragment on.
+    # The lease and run.json are written first; let those through, and nothing from the first fragment on.
     class FromFragments(Fault):
-        def concerns(self, environ: dict[str, Any]) -> bool:
-            return super().concerns(environ) and "/fragments/" in environ["PATH_INFO"]
+        begun = False
 
-    bucket.faults[:] = [FromFragments(403, code="ExpiredToken", method="PUT")] * 200
+        def concerns(self, environ: dict[str, Any]) -> bool:
+            FromFragments.begun |= "/fragments/" in environ["PATH_INFO"] and environ["REQUEST_METHOD"] == "PUT"
+            return self.begun and super().concerns(environ)
+
+    bucket.faults[:] = [FromFragments(400, code="ExpiredToken", path="/expired", lasting=True)]
     # The servers of one process share their buckets: a folder of its own, not the one of the test above.
     output = ("--output.path", "s3://data/expired")
     assert caption(bucket, *output) == 2
-    assert "can't write s3://data/expired/fragments/" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "can't write s3://data/expired/fragments/" in told
+    assert "the credentials were refused (ExpiredToken: ExpiredToken, injected): renew them and run the same" in told
+    assert "Traceback" not in told
     assert not any("part-" in key or "_SUCCESS" in key for key in keys(bucket, "expired/"))
     bucket.faults.clear()
     assert caption(bucket, *output) == 0
     assert [row["manifest_row"] for row in rows_of(bucket, "expired/")] == list(range(6))
+
+
+def test_credentials_for_the_media_that_expire_half_way_stop_the_job_and_mark_no_row(
+    bucket: S3Server, photos: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rows are marked for what is wrong with them, and nothing is."""
+    names = [f"{half}/{number}.jpg" for half in ("early", "late") for number in range(6)]
+    for name in names:
+        put(bucket, f"media/{name}", (photos / "rocket.jpg").read_bytes())
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"image": names, "prompt": ["?"] * len(names)}), sink)
+    put(bucket, "media/manifest.parquet", sink.getvalue())
+    words = ("--input.path", "s3://data/media/manifest.parquet", "--output.path", "s3://data/captions")
+    words += ("--resources.max_rows_per_unit", "2", "--resources.min_rows_per_unit", "1")
+    bucket.faults[:] = [Fault(400, code="ExpiredToken", method="GET", path="/media/late/", lasting=True)]
+    assert caption(bucket, *words) == 2
+    told = capfd.readouterr().err.splitlines()[-1]  # whatever Ray may have written before it, and no more behind it
+    assert told.startswith("error: s3://data/media/late/")
+    assert "the credentials were refused (ExpiredToken: ExpiredToken, injected): renew them and run the same" in told
+    assert any("/media/early/" in request for request in bucket.requests)
+    for key in keys(bucket, "captions/fragments/"):
+        body = bucket.client().get_object(Bucket="data", Key=key)["Body"].read()
+        assert set(pq.read_table(io.BytesIO(body)).column("status").to_pylist()) == {"ok"}
+    assert "captions/_SUCCESS" not in keys(bucket, "captions/")
+    bucket.faults.clear()
+    assert caption(bucket, *words) == 0
+    rows = rows_of(bucket, "captions/")
+    assert [(row["manifest_row"], row["status"]) for row in rows] == [(number, "ok") for number in range(12)]
 
 
 def test_a_checkpoint_in_a_bucket_is_used_like_a_folder(bucket: S3Server, tmp_path: Path) -> None:
