@@ -3,9 +3,9 @@
     python -m jobs.benchmark scale [--rows 100000000] [--flow 2000,20000,200000]
 
 Part one simulates a manifest of 10,000 files whose footers are known, writes real fragments for one half of its rows,
-and times what a resumed job does before its first row: reading which rows are finished, and planning the rest. Part
-two runs the whole job with an engine that answers every row at once, and watches the driver's memory and the object
-store. Last line: JSON.
+of which one in a hundred failed, and times what a resumed job does before its first row: reading which rows are
+finished, and planning the rest. Part two runs the whole job with an engine that answers every row at once, and watches
+the driver's memory and the object store. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.manifest import Manifest, ManifestFile
@@ -35,7 +36,8 @@ from pipeline.schema import result_schema
 from pipeline.work import plan_work
 
 _FILES = 10_000
-_ROWS_PER_FRAGMENT = 50_000
+_ROWS_PER_FRAGMENT = 10_000
+_FAILED_EVERY = 100
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,6 +79,7 @@ def _plan(rows: int) -> dict[str, Any]:
         finished = read_finished(folder, numbering)
         read_s = time.perf_counter() - started
         assert len(finished.done) == numbering.num_rows // 2
+        assert len(finished.failed) == len(range(0, numbering.num_rows // 2, _FAILED_EVERY))
         started = time.perf_counter()
         units = planned = 0
         for work in plan_work(manifest, numbering, finished.done, actors=256, min_rows=8, max_rows=2048):
@@ -93,12 +96,13 @@ def _write_half(folder: RunFolder, numbering: RowNumbering) -> None:
     for number, start in enumerate(range(0, half, _ROWS_PER_FRAGMENT)):
         indices = np.arange(start, min(start + _ROWS_PER_FRAGMENT, half))
         files = np.searchsorted(numbering.first, indices, side="right") - 1
+        failed = pa.array(indices % _FAILED_EVERY == 0)
         table = pa.table(
             {
                 "manifest_file": pa.array(files.astype(np.int32)),
                 "manifest_row": pa.array(indices - numbering.first[files]),
-                "status": pa.array(["ok"] * len(indices)),
-                "error_type": pa.nulls(len(indices), pa.string()),
+                "status": pc.if_else(failed, "error", "ok"),
+                "error_type": pc.if_else(failed, "FetchError", None),
                 "attempts": pa.array(np.ones(len(indices), np.int32)),
             }
         )

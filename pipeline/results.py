@@ -21,9 +21,11 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -37,6 +39,8 @@ from pipeline.errors import OutputError
 from pipeline.row_set import Indices, RowNumbering, RowSet
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, PLACE_SCHEMA, Status
 
+T = TypeVar("T")
+
 _COMPRESSION = "zstd"
 _ROWS_PER_GROUP = 20_000
 _EARLY_FILES = ("manifest.parquet", "log.txt")
@@ -44,6 +48,7 @@ _EARLY_FILES = ("manifest.parquet", "log.txt")
 _RANGE_KEY = b"qwen2_vl_batch.range"
 _PARTITION_KEY = b"qwen2_vl_batch.partition"
 """In a partitioned part's footer: a table of one row and one column, the value that all its rows share."""
+_LOCAL_READERS, _REMOTE_READERS = 4, 16
 _PART = re.compile(r"([^/]+=[^/]*/)?part-\d+\.parquet")
 _STATE_COLUMNS = [MANIFEST_FILE, MANIFEST_ROW, "status", "error_type", "attempts"]
 
@@ -137,10 +142,10 @@ class RunFolder:
         self.guard()
         storage.delete(path, self.storage_options, recursive=recursive)
 
-    def read(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A fragment's or part's rows."""
+    def read(self, path: str, columns: Sequence[str] | None = None, *, encoded: Sequence[str] = ()) -> pa.Table:
+        """A fragment's or part's rows; the columns in `encoded` as dictionaries."""
         with storage.open_input(path, self.storage_options) as file:
-            parquet = pq.ParquetFile(file)
+            parquet = pq.ParquetFile(file, read_dictionary=list(encoded))
             present = parquet.schema_arrow.names
             wanted = present if columns is None else [name for name in columns if name in present]
             table = parquet.read(columns=wanted)
@@ -159,6 +164,21 @@ class RunFolder:
         with storage.open_input(path, self.storage_options, random_access=True) as file:
             return pq.read_metadata(file)
 
+    def in_order(self, read: Callable[[str], T], paths: Iterable[str]) -> Iterator[T]:
+        """What `read` makes of each path, in their order, a few at a time: a bucket takes its time over every file."""
+        threads = _REMOTE_READERS if storage.is_remote(self.path) else _LOCAL_READERS
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="fragments")
+        under_way: deque[Future[T]] = deque()
+        try:
+            for path in paths:
+                under_way.append(pool.submit(read, path))
+                if len(under_way) > threads:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
 
 @dataclass
 class FinishedRows:
@@ -167,8 +187,10 @@ class FinishedRows:
     done: RowSet
     failed: Indices
     """Indices of error rows, ascending; the latest attempt of each."""
-    failed_types: npt.NDArray[np.object_]
+    failed_types: npt.NDArray[np.uint16]
+    """Their error types, as numbers in `type_names`."""
     failed_attempts: npt.NDArray[np.int32]
+    type_names: list[str]
 
     @property
     def num_ok(self) -> int:
@@ -179,37 +201,66 @@ class FinishedRows:
         """Indices and attempts so far of the error rows of these types (None: all); they are no longer done."""
         wanted = np.ones(len(self.failed), dtype=bool)
         if error_types is not None:
-            wanted = np.isin(self.failed_types.astype(str), list(error_types))
+            numbers = [number for number, name in enumerate(self.type_names) if name in error_types]
+            wanted = np.isin(self.failed_types, np.array(numbers, np.uint16))
         taken, attempts = self.failed[wanted], self.failed_attempts[wanted]
         self.done.discard(taken)
         self.failed, self.failed_types = self.failed[~wanted], self.failed_types[~wanted]
         self.failed_attempts = self.failed_attempts[~wanted]
         return taken, attempts
 
+    def count_failed(self) -> Counter[str]:
+        """How many rows failed, by error type."""
+        counts = np.bincount(self.failed_types, minlength=len(self.type_names))
+        return Counter({name: int(count) for name, count in zip(self.type_names, counts, strict=True) if count})
+
 
 def read_finished(folder: RunFolder, numbering: RowNumbering) -> FinishedRows:
     """The rows that the folder's fragments (or its parts, once finished) hold; one bit each, and the failed ones."""
     done, answered = RowSet(numbering.num_rows), RowSet(numbering.num_rows)
-    failed: list[tuple[Indices, npt.NDArray[np.object_], npt.NDArray[np.int32]]] = []
-    for path in folder.parts() if folder.is_finished() else folder.fragments():
-        table = folder.read(path, _STATE_COLUMNS)
-        indices = _indices(table, numbering)
-        ok = pc.equal(table.column("status"), Status.OK.value).to_numpy(zero_copy_only=False)
+    numbers: dict[str, int] = {}
+    failed: list[_Failed] = []
+    paths = folder.parts() if folder.is_finished() else folder.fragments()
+    for indices, ok, found in folder.in_order(lambda path: _read_state(folder, path, numbering), paths):
         done.add(indices)
         answered.add(indices[ok])
-        if not ok.all():
-            types = table.column("error_type").to_numpy(zero_copy_only=False)
-            failed.append((indices[~ok], types[~ok], table.column("attempts").to_numpy()[~ok]))
+        if found is not None:
+            own = np.array([numbers.setdefault(name, len(numbers)) for name in found.names], np.uint16)
+            failed.append(_Failed(found.indices, own[found.types], found.attempts, []))
     if not failed:
-        return FinishedRows(done, *_no_failed())
-    indices, types, attempts = (np.concatenate(column) for column in zip(*failed, strict=True))
-    latest = _latest(indices, attempts)
-    latest = latest[~answered.has(indices[latest])]
-    return FinishedRows(done, indices[latest], types[latest], attempts[latest])
+        return FinishedRows(done, np.empty(0, np.int64), np.empty(0, np.uint16), np.empty(0, np.int32), [])
+    every = np.concatenate([one.indices for one in failed])
+    types, attempts = np.concatenate([one.types for one in failed]), np.concatenate([one.attempts for one in failed])
+    latest = _latest(every, attempts)
+    latest = latest[~answered.has(every[latest])]
+    return FinishedRows(done, every[latest], types[latest], attempts[latest], list(numbers))
 
 
-def _no_failed() -> tuple[Indices, npt.NDArray[np.object_], npt.NDArray[np.int32]]:
-    return np.empty(0, np.int64), np.empty(0, object), np.empty(0, np.int32)
+@dataclass(frozen=True)
+class _Failed:
+    """Error rows of one file. At up to 14 bytes a row, many millions of them fit into memory."""
+
+    indices: Indices
+    types: npt.NDArray[np.uint16]
+    """Numbers in `names`."""
+    attempts: npt.NDArray[np.int32]
+    names: list[str]
+
+
+def _read_state(
+    folder: RunFolder, path: str, numbering: RowNumbering
+) -> tuple[Indices, npt.NDArray[np.bool_], _Failed | None]:
+    """(index of each row, whether it has an answer, those that have none)."""
+    table = folder.read(path, _STATE_COLUMNS, encoded=("status", "error_type"))
+    indices = _indices(table, numbering)
+    ok = pc.equal(table.column("status"), Status.OK.value).to_numpy(zero_copy_only=False)
+    if ok.all():
+        return indices, ok, None
+    types = table.column("error_type").filter(pa.array(~ok)).unify_dictionaries()
+    names = types.chunk(0).dictionary.to_pylist()
+    codes = np.concatenate([chunk.indices.fill_null(len(names)).to_numpy() for chunk in types.chunks])
+    attempts = table.column("attempts").to_numpy()[~ok].astype(np.int32, copy=False)
+    return indices, ok, _Failed(indices[~ok], codes.astype(np.uint16), attempts, [*names, ""])
 
 
 def _latest(indices: Indices, rank: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -305,10 +356,12 @@ def finalise(
 ) -> int:
     """Write the part files from the fragments, check their count, mark success, remove the fragments.
 
-    Memory holds one part and the fragments that overlap it, one at a time. Returns the number of parts.
+    Memory holds one part and a few of the fragments that overlap it. Returns the number of parts.
     Raises OutputError when a row is missing.
     """
-    sources = [(path, *_range(folder, path, numbering)) for path in folder.fragments()]
+    paths = folder.fragments()
+    ranges = folder.in_order(lambda path: _range(folder, path, numbering), paths)
+    sources = [(path, *span) for path, span in zip(paths, ranges, strict=True)]
     written: set[str] = set()
     for number, start in enumerate(range(0, max(numbering.num_rows, 1), rows_per_part)):
         stop = min(start + rows_per_part, numbering.num_rows)
@@ -326,7 +379,7 @@ def finalise(
     for path in folder.parts():
         if path not in written:
             folder.delete_part(path)
-    counted = sum(folder.metadata(path).num_rows for path in folder.parts())
+    counted = sum(folder.in_order(lambda path: int(folder.metadata(path).num_rows), folder.parts()))
     if counted != numbering.num_rows:
         raise OutputError(f"{folder.path}: the parts hold {counted} rows, the manifest {numbering.num_rows}")
     _publish(folder, folder.file("_SUCCESS"), b"")
@@ -379,14 +432,13 @@ def _part(
     stop: int,
 ) -> pa.Table:
     """Rows [start, stop) in order, one result each."""
-    pieces: list[pa.Table] = []
-    for path, first, last in sources:
-        if last >= start and first < stop:
-            table = folder.read(path)
-            indices = _indices(table, numbering)
-            pieces.append(
-                table.filter(pa.array((indices >= start) & (indices < stop))).select(schema.names).cast(schema)
-            )
+
+    def read(path: str) -> pa.Table:
+        table = folder.read(path)
+        indices = _indices(table, numbering)
+        return table.filter(pa.array((indices >= start) & (indices < stop))).select(schema.names).cast(schema)
+
+    pieces = list(folder.in_order(read, [path for path, first, last in sources if last >= start and first < stop]))
     if not pieces:
         return schema.empty_table()
     table = pa.concat_tables(pieces)
@@ -395,6 +447,17 @@ def _part(
     # An answer is never given up for a later error: rank it above any number of attempts.
     rank[ok] += np.int64(1) << 40
     return table.take(pa.array(_latest(_indices(table, numbering), rank)))
+
+
+def count_errors(folder: RunFolder) -> Counter[str]:
+    """How many of a run's rows failed, by error type."""
+
+    def count(path: str) -> Counter[str]:
+        types = folder.read(path, ["error_type"], encoded=("error_type",)).column("error_type")
+        return Counter({pair["values"]: pair["counts"] for pair in pc.value_counts(types.drop_null()).to_pylist()})
+
+    paths = folder.parts() if folder.is_finished() else folder.fragments()
+    return sum(folder.in_order(count, paths), Counter())
 
 
 def iter_results(folder: RunFolder, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:

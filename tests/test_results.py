@@ -10,6 +10,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from pipeline import lease as lease_module
 from pipeline import storage
 from pipeline.errors import OutputError
 from pipeline.lease import Lease
-from pipeline.results import FragmentWriter, RunFolder, finalise, read_finished, take_new
+from pipeline.results import FragmentWriter, RunFolder, count_errors, finalise, read_finished, take_new
 from pipeline.row_set import RowNumbering, RowSet
 from pipeline.schema import result_schema
 
@@ -107,7 +108,7 @@ def test_an_answer_wins_over_errors_and_a_later_error_over_an_earlier(tmp_path: 
     out.add(rows([(0, 2)]))
     finished = read_finished(folder, numbering)
     assert finished.failed.tolist() == [1]
-    assert finished.failed_types.tolist() == ["New"]
+    assert finished.count_failed() == {"New": 1}
     assert finished.failed_attempts.tolist() == [2]
     finalise(folder, numbering, SCHEMA, rows_per_part=10)
     table = pq.read_table(folder.parts()[0])
@@ -219,6 +220,41 @@ def test_a_folder_whose_first_run_was_refused_early_may_be_used_again(tmp_path: 
     (tmp_path / "manifest.parquet").write_bytes(b"listing")
     (tmp_path / "log.txt").write_text("")
     RunFolder(str(tmp_path)).prepare()
+
+
+def test_files_are_read_several_at_once_in_order_and_not_far_ahead(tmp_path: Path) -> None:
+    folder = new_folder(tmp_path)
+    together, begun, most = threading.Barrier(3), [], 0
+    taken = 0
+
+    def read(path: str) -> str:
+        begun.append(path)
+        if int(path) < 3:
+            together.wait(timeout=60)  # which one at a time would never pass
+        return path
+
+    for path in folder.in_order(read, [str(number) for number in range(100)]):
+        assert path == str(taken)
+        taken += 1
+        most = max(most, len(begun) - taken)
+    assert taken == 100
+    assert most < 20
+
+
+def test_error_types_of_many_fragments_are_told_apart(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([30])
+    out = writer(folder, numbering, 3)
+    kinds = ["FetchError", "MediaTimeout", "EngineCrash", "MessageError"]
+    for row in range(30):  # so that every fragment counts its types anew, in another order
+        out.add(rows([(0, row)], status="ok" if row % 5 == 4 else "error", text=kinds[row % 7 % 4]))
+    out.flush()
+    expected = [kinds[row % 7 % 4] for row in range(30) if row % 5 != 4]
+    finished = read_finished(folder, numbering)
+    assert [finished.type_names[number] for number in finished.failed_types] == expected
+    assert finished.count_failed() == count_errors(folder) == Counter(expected)
+    taken, _ = finished.take_failed(["MediaTimeout", "EngineCrash"])
+    assert taken.tolist() == [r for r in range(30) if r % 5 != 4 and kinds[r % 7 % 4] in kinds[1:3]]
+    assert finished.count_failed().keys() == {"FetchError", "MessageError"}
 
 
 def test_only_one_run_holds_the_lease(tmp_path: Path) -> None:
