@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, field_validator
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, row_error_types
 from pipeline.schema import MANIFEST_COLUMNS, RESULT_COLUMNS
 
 Positive = Annotated[int, Field(gt=0)]
@@ -289,7 +289,7 @@ class RunConfig(Section):
     on_change: Literal["error", "new-rows"] = "error"
     """What to do when manifest or settings differ from the folder's run: refuse, or take up appended rows."""
     retry_failed: str | None = None
-    """Run error rows again: `all`, or error types separated by commas."""
+    """Run error rows again: `all`, or error types separated by commas; a type stands for those below it too."""
     stall_timeout_s: Annotated[float, Field(gt=0)] = 900.0
     """Seconds after which an actor that holds rows and shows no progress is killed, and its rows run again, alone; and
     after which the job says what every actor is doing when no row finishes at all."""
@@ -302,6 +302,35 @@ class RunConfig(Section):
     """Write a torch trace of so many engine steps, and Ray's timeline, into `profile/` in the run folder."""
     verbose: bool = False
     """Whether Ray's own messages are shown, in place of going to `log.txt` in the run folder."""
+
+    @field_validator("retry_failed")
+    @classmethod
+    def _error_types_are_known(cls, asked: str | None) -> str | None:
+        known = row_error_types()
+        names = _names_in(asked)
+        unknown = [name for name in names if name not in known]
+        if asked is not None and asked != "all" and (unknown or not names):
+            close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.6) if unknown else []
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(
+                f"{', '.join(unknown) or repr(asked)} is no error type of rows; {hint}known: all, {', '.join(known)}"
+            )
+        return asked
+
+    @property
+    def retried_types(self) -> list[str] | None:
+        """Error types to run again, with those below the ones that were named; None for all."""
+        if self.retry_failed == "all":
+            return None
+        known = row_error_types()
+        return list(
+            dict.fromkeys(kind for name in _names_in(self.retry_failed) for kind in row_error_types(known[name]))
+        )
+
+
+def _names_in(asked: str | None) -> list[str]:
+    """What stands between the commas of `run.retry_failed`."""
+    return [name.strip() for name in (asked or "").split(",") if name.strip()]
 
 
 class CaptionConfig(Section):

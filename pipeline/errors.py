@@ -182,3 +182,12 @@ class EngineOutOfMemory(GenerateError):
 
 class EngineCrash(GenerateError):
     """The engine died on this row, twice."""
+
+
+def row_error_types(kind: type[RowError] = RowError) -> dict[str, type[RowError]]:
+    """Error types of rows by name: the given one and all below it in the tree."""
+    found: dict[str, type[RowError]] = {kind.__name__: kind}
+    for below in kind.__subclasses__():
+        if below.__module__ == __name__:
+            found.update(row_error_types(below))
+    return found

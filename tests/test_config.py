@@ -110,6 +110,33 @@ def test_words_may_be_joined_by_an_equals_sign_and_flags_have_short_forms() -> N
     assert overrides == {"sampling.seed": "3", "run.retry_failed": "FetchError", "run.verbose": "true"}
 
 
+def retrying(asked: str) -> CaptionConfig:
+    needed = {"input.path": "in", "output.path": "out", "model.path": "demo"}
+    return load_config(CaptionConfig, None, {**needed, "run.retry_failed": asked})
+
+
+def test_error_types_to_retry_may_have_blanks_and_stand_for_those_below_them() -> None:
+    assert retrying("all").run.retried_types is None
+    assert retrying("MediaTimeout , EngineCrash").run.retried_types == ["MediaTimeout", "EngineCrash"]
+    below = {"FetchError", "MediaNotFound", "AccessDenied", "FetchTimeout", "MediaTooLarge"}
+    assert set(retrying("FetchError").run.retried_types or ()) == below
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("FetchEror", "run.retry_failed: FetchEror is no error type of rows; did you mean FetchError? known: all, Row"),
+        ("FetchError, Media Timeout", "Media Timeout is no error type of rows; did you mean MediaTimeout?"),
+        ("ConfigError", "ConfigError is no error type of rows"),
+        (" , ", "is no error type of rows"),
+    ],
+)
+def test_an_error_type_that_no_row_can_have_is_refused(asked: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        retrying(asked)
+    assert expected in str(caught.value)
+
+
 @pytest.mark.parametrize("words", [["--sampling.seed"], ["stray"], ["--config"]])
 def test_words_that_make_no_sense_are_refused(words: list[str]) -> None:
     with pytest.raises(ConfigError):
