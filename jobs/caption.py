@@ -13,7 +13,6 @@ import os
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from jobs.cluster import local_path_notes, quiet_output, ray_cluster
+from jobs.cluster import local_path_notes, quiet_output, ray_cluster, stop_on_sigterm
 from jobs.command_line import EXIT_INTERRUPTED, run_job
 from jobs.progress import Progress, Tally, bottleneck, print_samples, print_summary, run_pace
 from jobs.run_record import check_unchanged, identity, new_record, now
@@ -32,7 +31,7 @@ from pipeline.config import CaptionConfig, ResourcesConfig
 from pipeline.errors import ConfigError, TooManyErrors
 from pipeline.feeding import Sizes, choose_sizes, enough_actors, rate_of, start_with
 from pipeline.lease import Lease
-from pipeline.manifest import ERROR_COLUMN, Manifest, open_manifest
+from pipeline.manifest import ERROR_COLUMN, Manifest, open_manifest, recorded_manifest
 from pipeline.messages import MessageOptions, check_columns, needed_columns
 from pipeline.model_cache import DEFAULT_FOLDER, ModelCache
 from pipeline.model_files import check_model, read_processor_facts, resolve_model
@@ -42,6 +41,7 @@ from pipeline.results import (
     FinishedRows,
     FragmentWriter,
     RunFolder,
+    count_errors,
     finalise,
     iter_results,
     read_finished,
@@ -79,10 +79,13 @@ class Run:
     record: dict[str, Any]
     last: dict[str, Any]
     """run.json as the folder's last run left it; empty for a first run."""
+    began: bool = False
+    """Whether run.json says that this run is under way: until then the folder is not tied to its settings."""
 
 
 def run(config: CaptionConfig) -> int:
     """Do what is left to do in the output folder. Raises JobError; returns the exit code."""
+    stop_on_sigterm()
     folder = RunFolder(config.output.path, config.output.storage_options)
     folder.prepare()
     with Lease(folder.file(".lease"), folder.storage_options) as lease:
@@ -101,34 +104,68 @@ def run(config: CaptionConfig) -> int:
 def _prepare(config: CaptionConfig, folder: RunFolder) -> Run | None:
     """Check everything that can be checked before Ray starts; None when the folder is finished already."""
     model_path = resolve_model(config.model.path)
-    manifest = _open(config, folder)
     asked = identity(config, model_path)
     record = folder.read_run()
+    done_before = folder.is_finished()
+    if record is not None and done_before and _is_finished(config, folder, record, asked):
+        return None
+    manifest = _open(config, folder)
     if record is not None:
         manifest = check_unchanged(record, config, asked, manifest, folder=folder.path)
     numbering = _number(manifest, config.input.limit)
-    done_before = folder.is_finished()
     grown = record is not None and record["manifest"].get("num_rows") != numbering.num_rows
     if done_before and not grown and not config.run.retry_failed:
-        folder.discard_fragments()  # what a crash between success and tidying may have left
-        failed = (record or {}).get("counts", {}).get("failed", 0)
-        hint = "; --retry-failed runs the error rows again" if failed else ""
-        print(f"{folder.path} is finished: {numbering.num_rows:,} rows, {failed:,} errors{hint}")
+        _say_finished(folder, record or {}, numbering.num_rows)
         return None
     _check_settings(config, manifest, model_path)
-    if done_before:
-        folder.reopen()
     finished = read_finished(folder, numbering)
     retries = None
     if config.run.retry_failed:
-        types = None if config.run.retry_failed == "all" else config.run.retry_failed.split(",")
-        retries = Retries(*finished.take_failed(types))
+        failed = finished.count_failed()
+        retries = Retries(*finished.take_failed(config.run.retried_types))
+        if done_before and not grown and not len(retries.indices):
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in failed.most_common()) or "no errors"
+            folder.discard_fragments()
+            print(f"{folder.path} is finished and has no such errors to run again: it has {kinds}")
+            return None
+    if done_before:
+        folder.reopen()
+    if not asked["model.files"]:  # a hub's model that has been downloaded by now
+        asked = identity(config, model_path)
     fresh = new_record(config, asked, manifest)
     fresh["manifest"]["num_rows"] = numbering.num_rows
     fresh["num_runs"] = (record or {}).get("num_runs", 0) + 1
     fresh["first_started"] = (record or fresh).get("first_started", fresh["started"])
     kept = _kept_schema(config, manifest)
     return Run(config, model_path, folder, manifest, numbering, finished, retries, kept, fresh, record or {})
+
+
+def _is_finished(config: CaptionConfig, folder: RunFolder, record: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether the manifest's listing alone tells that there is nothing to do; then it has been said."""
+    if config.run.retry_failed:
+        return False
+    recorded, given = record["manifest"], config.input
+    manifest = recorded_manifest(given.path, recorded, format=given.format, storage_options=given.storage_options)
+    if manifest is None:
+        return False
+    manifest = check_unchanged(record, config, asked, manifest, folder=folder.path)
+    num_rows = _number(manifest, given.limit).num_rows
+    if num_rows != recorded.get("num_rows"):
+        return False
+    _say_finished(folder, record, num_rows)
+    return True
+
+
+def _say_finished(folder: RunFolder, record: dict[str, Any], num_rows: int) -> None:
+    folder.discard_fragments()  # what a crash between success and tidying may have left
+    if record.get("state") != "finished":  # it was ended between its parts and its record
+        errors = count_errors(folder)
+        counts = {"rows": num_rows, "done": num_rows, "failed": errors.total()}
+        record.update(state="finished", errors=dict(errors), counts={**record.get("counts", {}), **counts})
+        folder.write_run(record)
+    failed = record["counts"]["failed"]
+    hint = "; --retry-failed runs the error rows again" if failed else ""
+    print(f"{folder.path} is finished: {num_rows:,} rows, {failed:,} errors{hint}")
 
 
 def _open(config: CaptionConfig, folder: RunFolder) -> Manifest:
@@ -180,6 +217,38 @@ def _check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) 
 
 
 def _run(ready: Run, console: Console) -> int:
+    """Run to the end, or say in run.json and on the screen how far it came; at whatever moment it is stopped."""
+    config = ready.config
+    tally = Tally(ready.numbering.num_rows, len(ready.finished.done), len(ready.finished.failed))
+    writer = FragmentWriter(
+        ready.folder,
+        ready.numbering,
+        result_schema(ready.kept),
+        config.output.rows_per_fragment,
+        config.output.seconds_per_fragment,
+    )
+    reports: list[dict[str, Any]] = []
+    try:
+        _work(ready, tally, writer, reports, console)
+    except KeyboardInterrupt:
+        writer.flush()
+        if ready.began:
+            _close_record(ready, tally, "interrupted", reports)
+        console.print(f"stopped: {tally.done:,} of {tally.total:,} rows are done; the same command goes on")
+        return EXIT_INTERRUPTED
+    except BaseException:
+        writer.flush()
+        if ready.began:
+            _close_record(ready, tally, "failed", reports)
+        raise
+    _report(config, ready.folder, console)
+    print_summary(console, tally, ready.folder.path, ready.record["errors"], ready.record["bottleneck"])
+    _print_samples(console, ready.folder, ready.kept.names)
+    return 0
+
+
+def _work(ready: Run, tally: Tally, writer: FragmentWriter, reports: list[dict[str, Any]], console: Console) -> None:
+    """Everything from Ray's start to the part files. `reports` gets what the actors said of themselves."""
     from jobs import flow
     from jobs.nodes import live_nodes
 
@@ -192,28 +261,16 @@ def _run(ready: Run, console: Console) -> int:
         ready.record["placement"] = vars(placement)
         sizes = _sizes(ready, placement, nodes, console)
         folder.write_run(ready.record)
-        tally = Tally(ready.numbering.num_rows, len(ready.finished.done), len(ready.finished.failed))
-        writer = FragmentWriter(
-            folder,
-            ready.numbering,
-            result_schema(ready.kept),
-            config.output.rows_per_fragment,
-            config.output.seconds_per_fragment,
-        )
+        ready.began = True
         ledger = flow.start_ledger()
         try:
             _generate(ready, placement, sizes, tally, writer, ledger, console)
         except KeyboardInterrupt:
-            writer.flush()
+            writer.flush()  # before anything that may take a while
             _end_start_up(tally, ledger)
-            _close_record(ready, tally, "interrupted", flow.reports(ledger))
-            console.print(f"stopped: {tally.done:,} of {tally.total:,} rows are done; the same command goes on")
-            return EXIT_INTERRUPTED
-        except BaseException:
-            writer.flush()
-            _close_record(ready, tally, "failed", [])
+            reports += flow.reports(ledger)
             raise
-        reports = flow.reports(ledger)
+        reports += flow.reports(ledger)
         _end_start_up(tally, ledger)
     _check_errors(tally, config.run.max_error_fraction, at_end=True)
     finalise(
@@ -224,10 +281,6 @@ def _run(ready: Run, console: Console) -> int:
         partition_by=config.output.partition_by,
     )
     _close_record(ready, tally, "finished", reports)
-    _report(config, folder, console)
-    print_summary(console, tally, folder.path, ready.record["errors"], ready.record["bottleneck"])
-    _print_samples(console, folder, ready.kept.names)
-    return 0
 
 
 def _place(ready: Run, nodes: Sequence[Node]) -> Placement:
@@ -277,7 +330,7 @@ def _generate(
     """Run what is not done, and publish rows as they finish."""
     from jobs import flow
     from jobs.nodes import live_nodes
-    from jobs.recovery import RecoveryLimits, run_flows
+    from jobs.recovery import RecoveryLimits, ended_on_error, run_flows
 
     limits = RecoveryLimits(ready.config.run.max_flow_restarts, ready.config.run.node_loss_timeout_s)
 
@@ -289,9 +342,10 @@ def _generate(
 
     files = [file.path for file in ready.manifest.files]
     watch = Watch(ready.folder, tally, files, ledger, ready.config.run.profile_steps)
-    with watch, Progress(console, tally) as progress:
+    flows = run_flows(start, limits, lambda line: console.print(line, markup=False))
+    with watch, Progress(console, tally) as progress, ended_on_error(flows) as tables:
         watchdog = Watchdog(ready.config.run.stall_timeout_s, functools.partial(flow.break_stall, ledger))
-        for table in run_flows(start, limits, lambda line: console.print(line, markup=False)):
+        for table in tables:
             for line in watchdog.look(finished_row=table is not None):
                 console.print(line, markup=False)
             if table is not None:
@@ -343,12 +397,7 @@ def _end_start_up(tally: Tally, ledger: Any) -> None:
 
 def _close_record(ready: Run, tally: Tally, state: str, reports: Sequence[dict[str, Any]]) -> None:
     """Write run.json with what is known at the end of the run, however it ended."""
-    counts: Counter[str] = Counter()
-    if state == "finished":
-        for table in iter_results(ready.folder, ["error_type"]):
-            counts.update(kind for kind in table.column("error_type").to_pylist() if kind is not None)
-    else:
-        counts = tally.errors
+    counts = count_errors(ready.folder) if state == "finished" else tally.errors
     rows_s, tokens_s = run_pace(tally)
     engines = [report for report in reports if report.get("kind") == "engine"]
     ready.record.update(

@@ -48,6 +48,12 @@ def quiet_output(log_path: str, *, verbose: bool) -> Iterator[Console]:
         os.close(log)
 
 
+def stop_on_sigterm() -> None:
+    """Have SIGTERM, by which a cluster or a container's host stops a job, end it as cleanly as Ctrl-C does."""
+    with contextlib.suppress(ValueError):  # not the main thread: then there is nothing to set
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
 def _interrupt(number: int, frame: types.FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -75,10 +81,7 @@ def ray_cluster(resources: ResourcesConfig) -> Iterator[dict[str, float]]:
         except Exception as error:  # Ray raises that very class where its daemons come too late
             first = str(error).strip().splitlines()[0]
             raise ResourceError(f"can't reach or start Ray ({resources.address or 'here'}): {first}") from error
-    # A cluster stops a job with SIGTERM: it is to leave as clean a folder as Ctrl-C does. Set only now, since
-    # ray.init has put its own handler there, which would end the process on the spot.
-    with contextlib.suppress(ValueError):  # not the main thread: then there is nothing to set
-        signal.signal(signal.SIGTERM, _interrupt)
+    stop_on_sigterm()  # again: ray.init has put its own handler there, which would end the process on the spot
     try:
         yield {name: float(value) for name, value in ray.cluster_resources().items()}
     finally:

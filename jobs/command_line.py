@@ -53,6 +53,9 @@ def run_job(
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except StorageError as error:
         print(f"error: {error}", file=sys.stderr)
         return JobError.exit_code

@@ -8,10 +8,11 @@ Knows flows and nodes; not rows, nor how work is planned.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,6 +93,9 @@ def run_flows(
             log.exception("the flow broke after a node was lost")
         except _StandsStill as error:
             what = str(error)
+        except (GeneratorExit, Exception):
+            flow.stop()  # on a Ray that goes on without this job, its actors would keep their CPUs
+            raise
         flow.stop()
         fruitless = 0 if found else fruitless + 1
         if fruitless > limits.max_restarts:
@@ -103,6 +107,18 @@ def run_flows(
         again = "some rows never came back: they are run again"
         if lost:
             again = f"{lost} of the cluster's {nodes.num_nodes} nodes lost: rows in flight are run again on the others"
+
+
+@contextlib.contextmanager
+def ended_on_error(tables: Iterator[pa.Table | None]) -> Iterator[Iterator[pa.Table | None]]:
+    """The tables of `run_flows`, whose flow is torn down when the caller fails over them. An interrupt is not waited
+    for: there is little time then, and it is needed to publish what is done."""
+    try:
+        yield tables
+    except Exception:
+        if isinstance(tables, Generator):
+            tables.close()
+        raise
 
 
 class _StandsStill(Exception):

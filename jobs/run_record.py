@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import CaptionConfig
-from pipeline.errors import OutputError
+from pipeline.errors import CheckpointError, OutputError
 from pipeline.manifest import Manifest, difference, keep_file_numbers, only_appended
+from pipeline.model_identity import model_changes, model_identity
 
 _PACKAGES = ("torch", "transformers", "ray", "pyarrow", "pandas", "pillow", "av", "numpy", "fsspec", "flash-attn")
 # Settings under these sections alter the rows' answers; the others alter only how the work is done.
@@ -23,10 +24,18 @@ _IDENTITY_SECTIONS = ("prompt", "media", "sampling")
 _NO_IDENTITY = {"media.timeout_s", "media.memory_limit_mb"}
 
 
+_MODEL_FILES = "model.files"
+
+
 def identity(config: CaptionConfig, model_path: str) -> dict[str, Any]:
-    """Every setting that alters outputs, by full name."""
+    """Every setting that alters outputs, by full name, and the model's files. Raises CheckpointError."""
+    try:
+        files = model_identity(model_path, revision=config.model.revision, storage_options=config.model.storage_options)
+    except OSError as error:
+        raise CheckpointError(f"model.path {model_path} can't be read: {error}") from error
     values: dict[str, Any] = {
         "model.path": model_path,
+        _MODEL_FILES: files,
         "model.revision": config.model.revision,
         "model.dtype": config.model.dtype,
         "input.columns": dict(sorted(config.input.columns.items())),
@@ -44,11 +53,15 @@ def check_unchanged(
     record: Mapping[str, Any], config: CaptionConfig, asked: Mapping[str, Any], manifest: Manifest, *, folder: str
 ) -> Manifest:
     """The manifest to go on with, its old files first. Raises OutputError that shows what changed."""
+    before = record.get("identity", {})
     settings = [
         f"{name}: was {old!r}, is {asked.get(name)!r}"
-        for name, old in record.get("identity", {}).items()
-        if asked.get(name) != old
+        for name, old in before.items()
+        if name != _MODEL_FILES and asked.get(name) != old
     ]
+    if not any(line.startswith("model.") for line in settings):  # another model has other files, which is no news
+        changes = model_changes(before.get(_MODEL_FILES, {}), asked.get(_MODEL_FILES, {}))
+        settings += [f"{asked['model.path']}: {line}" for line in changes]
     old, new = record["manifest"]["fingerprint"], manifest.fingerprint()
     rows = difference(old, new)
     if config.run.on_change == "new-rows":
@@ -76,7 +89,11 @@ def new_record(config: CaptionConfig, asked: Mapping[str, Any], manifest: Manife
         "state": "running",
         "config": _without_secrets(config.model_dump(mode="json")),
         "identity": dict(asked),
-        "manifest": {"path": manifest.path, "fingerprint": manifest.fingerprint()},
+        "manifest": {
+            "path": manifest.path,
+            "fingerprint": manifest.fingerprint(),
+            "versions": [file.version for file in manifest.files],
+        },
         "model": {"path": asked["model.path"], "revision": config.model.revision},
         "versions": versions(),
         "hardware": hardware(),

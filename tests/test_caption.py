@@ -193,14 +193,21 @@ def test_several_answers_with_logprobs_and_seeds_come_the_same_again(tmp_path: P
     assert all(row["logprobs"] and max(row["logprobs"]) <= 0 for row in first)
 
 
-def test_failed_rows_are_run_again_when_asked_and_the_others_left_alone(tmp_path: Path, photos: Path) -> None:
+def test_failed_rows_are_run_again_when_asked_and_the_others_left_alone(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"image": "late.png", "prompt": "?"}, {"prompt": "Hello."}, {"prompt": "<|im_end|>"}]
     source, output = jsonl(tmp_path / "m.jsonl", rows), tmp_path / "out"
     assert caption(source, output) == 0
     before = results(output)
     assert [row["error_type"] for row in before] == ["MediaNotFound", None, "ReservedTokenError"]
+    files = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    capsys.readouterr()
+    assert caption(source, output, "--retry-failed=MediaTimeout") == 0
+    assert "has no such errors to run again: it has 1 MediaNotFound, 1 ReservedTokenError" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == files
     shutil.copy(photos / "coffee.png", tmp_path / "late.png")
-    assert caption(source, output, "--retry-failed=MediaNotFound") == 0
+    assert caption(source, output, "--retry-failed=FetchError") == 0
     after = results(output)
     assert [(row["status"], row["attempts"]) for row in after] == [("ok", 2), ("ok", 1), ("error", 1)]
     assert after[1] == before[1]
@@ -219,6 +226,57 @@ def test_a_finished_folder_is_left_alone_and_says_so_at_once(
     assert time.monotonic() - started < 2
     assert "is finished: 1 rows, 0 errors" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+    # Nor was the manifest opened: there is nothing in it any more, and its listing does not show that.
+    size, times = source.stat().st_size, source.stat()
+    source.write_text("\n" * size)
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert caption(source, output) == 0
+    assert "is finished: 1 rows" in capsys.readouterr().out
+    os.utime(source)
+    assert caption(source, output) == 2
+    assert "m.jsonl had 1 rows and has 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", ["_place", "finalise"])
+def test_a_run_that_is_stopped_before_its_first_row_or_after_its_last_says_so_and_the_next_one_finishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], moment: str
+) -> None:
+    source, output = jsonl(tmp_path / "m.jsonl", [{"prompt": "Hello."}]), tmp_path / "out"
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    done = int(moment == "finalise")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"jobs.caption.{moment}", stopped)
+        assert caption(source, output) == 130
+    assert f"stopped: {done} of 1 rows are done; the same command goes on" in capfd.readouterr().out
+    assert not (output / ".lease").exists() and not (output / "_SUCCESS").exists()
+    if done:
+        record = json.loads((output / "run.json").read_text())
+        assert (record["state"], record["counts"]["done"]) == ("interrupted", 1)
+    else:
+        assert not (output / "run.json").exists(), "nothing is done, so the folder takes any settings"
+    assert caption(source, output) == 0
+    assert [row["status"] for row in results(output)] == ["ok"]
+    assert json.loads((output / "run.json").read_text())["counts"]["this_run"] == 1 - done
+
+
+def test_another_model_at_the_same_path_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, source, output = tmp_path / "model", jsonl(tmp_path / "m.jsonl", [{"prompt": "Hello."}]), tmp_path / "out"
+    shutil.copytree(CHECKPOINT, model)
+    words = ("--model.path", str(model))
+    assert caption(source, output, *words) == 0
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# other #}")
+    assert caption(source, output, *words) == 2
+    assert f"{model}: chat_template.jinja: was " in capsys.readouterr().err
+    record = json.loads((output / "run.json").read_text())
+    del record["identity"]["model.files"], record["manifest"]["versions"]  # as earlier versions wrote it
+    (output / "run.json").write_text(json.dumps(record))
+    assert caption(source, output, *words) == 0
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_changed_settings_and_rows_are_refused_with_the_difference(

@@ -3,7 +3,7 @@
 jobs      caption  plan  evaluate  report  benchmark         the only home of `import ray`
 stages    preprocess  generate  work  survey  forecast
 steps     manifest  media  patches  messages  prompt | engine | results  lease  metrics  report
-ground    config  storage  placement  feeding  model_cache  model_files  row_set  roofline
+ground    config  storage  placement  feeding  model_cache  model_files  model_identity  row_set  roofline
 base      errors  schema  conversation  credentials
 """
 
@@ -21,7 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     {"errors", "schema", "conversation", "credentials"},
-    {"config", "storage", "placement", "feeding", "model_cache", "model_files", "row_set", "roofline"},
+    {
+        "config",
+        "storage",
+        "placement",
+        "feeding",
+        "model_cache",
+        "model_files",
+        "model_identity",
+        "row_set",
+        "roofline",
+    },
     {"manifest", "media", "patches", "messages", "prompt", "engine", "results", "lease", "metrics", "report"},
     {"preprocess", "generate", "work", "survey", "forecast"},
 )
@@ -30,6 +40,7 @@ ALLOWED_NEIGHBOURS = {
     ("schema", "conversation"): "a receipt names a medium's kind",
     ("config", "schema"): "below",
     ("model_cache", "storage"): "checkpoints lie in buckets too",
+    ("model_identity", "storage"): "and may be changed there",
     ("placement", "config"): "what is asked for is a part of the config",
     ("feeding", "config"): "the same",
     ("feeding", "placement"): "sizes are those of a placement's actors",

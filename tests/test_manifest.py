@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import pickle
 import time
 import uuid
@@ -32,6 +33,7 @@ from pipeline.manifest import (
     parquet,
     read_unit,
     read_units,
+    recorded_manifest,
     unit_of,
 )
 
@@ -636,3 +638,27 @@ def test_s3_manifests_of_every_format_are_read_through_faults(format: str, tmp_p
             assert (found.format, found.base) == (format, root)
             server.faults += [Fault(503, method="GET"), Fault(cut_after=100, method="GET")]
             assert [row["id"] for row in rows_of(found, rows_per_unit=70)] == ids
+
+
+def test_an_earlier_run_s_counts_are_used_while_the_listing_is_the_same(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        pq.write_table(pa.table({"prompt": [name] * 3}), tmp_path / f"{name}.parquet")
+    opened = open_manifest(str(tmp_path), listing_path=str(tmp_path / "none"))
+    record = {"fingerprint": opened.fingerprint(), "versions": [file.version for file in opened.files]}
+    record = json.loads(json.dumps(record))
+    times = (tmp_path / "a.parquet").stat()
+    (tmp_path / "a.parquet").write_bytes(b"x" * times.st_size)  # no Parquet file: opening it would be an error
+    os.utime(tmp_path / "a.parquet", ns=(times.st_atime_ns, times.st_mtime_ns))
+    found = recorded_manifest(str(tmp_path), record)
+    assert found is not None
+    assert found.files == opened.files
+    assert found.fingerprint() == opened.fingerprint()
+    assert recorded_manifest(str(tmp_path), {**record, "versions": None}) is None
+    assert recorded_manifest(str(tmp_path), {"fingerprint": record["fingerprint"]}) is None
+    assert recorded_manifest(str(tmp_path), record, format="jsonl") is None
+    pq.write_table(pa.table({"prompt": ["c"]}), tmp_path / "c.parquet")
+    assert recorded_manifest(str(tmp_path), record) is None
+    (tmp_path / "c.parquet").unlink()
+    os.utime(tmp_path / "b.parquet")
+    assert recorded_manifest(str(tmp_path), record) is None
+    assert recorded_manifest(str(tmp_path / "gone"), record) is None

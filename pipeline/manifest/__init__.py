@@ -35,7 +35,7 @@ from pipeline.manifest.files import (
     WorkUnit,
     unit_of,
 )
-from pipeline.manifest.find import open_manifest
+from pipeline.manifest.find import open_manifest, recorded_manifest
 from pipeline.manifest.read import read_unit, read_units
 
 __all__ = [
@@ -52,5 +52,6 @@ __all__ = [
     "open_manifest",
     "read_unit",
     "read_units",
+    "recorded_manifest",
     "unit_of",
 ]

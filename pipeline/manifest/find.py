@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
 from pipeline import storage
 from pipeline.errors import ManifestError
 from pipeline.manifest.files import (
@@ -9,6 +14,7 @@ from pipeline.manifest.files import (
     SUFFIXES,
     VIDEO_SUFFIXES,
     Manifest,
+    ManifestFile,
     ManifestFormat,
     first_line,
     kind_of,
@@ -60,6 +66,40 @@ def open_manifest(
         return open_text(path, base, chosen, kind, storage_options)
     except OSError as error:
         raise ManifestError(f"can't read the manifest {path}: {first_line(error)}") from error
+
+
+def recorded_manifest(
+    path: str,
+    recorded: Mapping[str, Any],
+    *,
+    format: str = "auto",
+    storage_options: StorageOptions = None,
+) -> Manifest | None:
+    """The manifest with an earlier run's row counts, where a listing shows the very files of that run.
+
+    `recorded` holds that run's `fingerprint` and file `versions`. No file is opened, so the schema is empty: enough to
+    compare and to count, not to read. None where anything differs or is not known, and for folders of media, whose
+    listing is quick to open.
+    """
+    fingerprint, versions = recorded["fingerprint"], recorded.get("versions") or [None]
+    if fingerprint["format"] == "media" or None in versions:
+        return None
+    path = storage.absolute(path)
+    try:
+        base, found = _find(path, storage_options)
+        kind, chosen = _choose(path, base, found, format)
+    except (OSError, ManifestError):
+        return None  # opening it says what is wrong
+    then = {name: (size, version) for (name, size, _), version in zip(fingerprint["files"], versions, strict=True)}
+    names = [relative(info.path, base) for info in chosen]
+    now = {name: (info.size, info.version) for name, info in zip(names, chosen, strict=True)}
+    if kind != fingerprint["format"] or now != then:
+        return None
+    rows = {name: count for name, _, count in fingerprint["files"]}
+    files = [
+        ManifestFile(info.path, rows[name], info.size, info.version) for name, info in zip(names, chosen, strict=True)
+    ]
+    return Manifest(path, kind, tuple(files), pa.schema([]), base, storage_options)
 
 
 def _find(path: str, options: StorageOptions) -> tuple[str, list[FileInfo]]:
