@@ -115,7 +115,7 @@ def demo_world(num_rows: int) -> World:
     from transformers import Qwen2VLForConditionalGeneration
 
     model = Qwen2VLForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
-    scenes = _Scenes()
+    scenes = Scenes()
     requests = list(scenes.rows(num_rows + num_rows // 4))
     assert all(map(numbered_alike, requests))
     return _world(model, requests, scenes.pixels, [], num_rows, pixel_table(resize="pil"))
@@ -131,7 +131,7 @@ def _world(
     return World(model, [request for request, _ in rows], [tokens for _, tokens in rows], odd, table)
 
 
-class _Scenes:
+class Scenes:
     """Rows of the drawn world: questions about none to five pictures and clips, some of them shared."""
 
     def __init__(self) -> None:

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen2VLForConditionalGeneration
 
+from pipeline.demo import CHECKPOINT
 from pipeline.engine import EngineOptions
 from pipeline.engine.checkpoint import from_model
 from pipeline.engine.dense import Dense
 from pipeline.engine.engine import NativeEngine
 from pipeline.engine.reference import ReferenceEngine
+from tests.engine.plain_generate import Scenes
 from tests.engine.rounding import assert_rounding_explains
 from tests.engine.tiny import make_model, mixed_requests, tokens_of
 
@@ -40,6 +43,24 @@ def test_every_first_difference_lies_at_a_margin_that_rounding_explains(rounded:
         for request, mine, other in zip(requests, ours, theirs, strict=True)
     )
     assert differing < len(requests) // 2
+
+
+@pytest.mark.parametrize("num_rows", [24, pytest.param(200, marks=pytest.mark.slow)])
+def test_the_demo_checkpoint_parts_from_transformers_only_where_rounding_explains_it(num_rows: int) -> None:
+    """Its weights are bfloat16 already, so the exact model has the same."""
+    half, full = (
+        Qwen2VLForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=dtype).eval()
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    requests = list(Scenes().rows(num_rows))
+    checkpoint = from_model(half)
+    theirs = tokens_of(ReferenceEngine(checkpoint, EngineOptions("demo", batch_size=1)).generate(requests))
+    ours = tokens_of(NativeEngine(checkpoint, EngineOptions("demo", max_batch_tokens=200)).generate(requests))
+    differing = sum(
+        assert_rounding_explains(request, mine, other, half, full)
+        for request, mine, other in zip(requests, ours, theirs, strict=True)
+    )
+    assert differing <= num_rows // 8
 
 
 def test_a_margin_above_rounding_is_not_excused(rounded: Any, exact: Any) -> None:
