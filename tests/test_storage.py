@@ -421,3 +421,11 @@ def test_s3_expired_and_refused_credentials_stop_at_once(bucket: tuple[Any, str,
         with pytest.raises(OSError, match=fault.code):
             storage.publish(f"{root}/file", b"x", options)
         assert len(server.requests) == 1
+
+
+def test_s3_a_file_is_made_once(bucket: tuple[Any, str, dict[str, Any]]) -> None:
+    _, root, options = bucket
+    storage.create(f"{root}/lease", b"first", options)
+    with pytest.raises(FileExistsError):
+        storage.create(f"{root}/lease", b"second", options)
+    assert storage.read_bytes(f"{root}/lease", options) == b"first"
