@@ -46,7 +46,7 @@ class SlowPreprocessActor(flow.PreprocessActor):
     """The real one, a twentieth of a second a row: it is still at work when the node is lost."""
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        time.sleep(0.05 * table.num_rows)
+        time.sleep(0.05 * flow.unpacked(table).num_rows)
         yield from super().__call__(table)
 
 
