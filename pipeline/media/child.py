@@ -34,6 +34,7 @@ from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.errors import DecoderCrash, MediaMemoryError, RowError
 from pipeline.media.limits import MediaOptions
 from pipeline.media.segment import Segment
+from pipeline.patches import Resize
 
 if TYPE_CHECKING:
     from pipeline.media.decode import OpenMedium
@@ -92,12 +93,12 @@ class Request(NamedTuple):
     """Segments that are no longer used."""
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, resize: Resize) -> None:
     """The nursery: fork decoders and end them, as the actor says over the socket behind `descriptor`."""
     control = socket.socket(fileno=descriptor)
     control.settimeout(_PARENT_CHECK_S)
     parent = os.getppid()
-    _import_codecs()
+    _import_codecs(resize)
     gc.freeze()  # so that collecting garbage in a decoder does not copy the nursery's memory
     control.sendall(b"!")
     decoder = 0
@@ -140,16 +141,18 @@ def _end(decoder: int, *, wait_s: float = 0.0) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def _import_codecs() -> None:
+def _import_codecs(resize: Resize) -> None:
     import av.logging
-    import torch
     from PIL import Image
 
     import pipeline.media.decode  # noqa: F401
 
     av.logging.set_level(None)
     Image.init()
-    torch.set_num_threads(1)
+    if resize == "torch":  # for Pillow's it would be a second and 150 MB for nothing
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def _run_decoder(answers: socket.socket) -> None:

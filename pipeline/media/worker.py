@@ -43,7 +43,7 @@ from pipeline.media.child import AWAIT, KILL, LENGTH_BYTES, SPAWN, MediumRequest
 from pipeline.media.limits import MIB, MediaOptions
 from pipeline.media.seen import SeenMedium, shown_source
 from pipeline.media.segment import Segment
-from pipeline.patches import Uint8Array
+from pipeline.patches import Resize, Uint8Array
 from pipeline.schema import MediumReceipt
 
 Medium: TypeAlias = tuple[MediumKind, bytes, MediumSettings, str]
@@ -71,7 +71,7 @@ class MediaWorker:
         self._lock = threading.Lock()
         self._input = Segment.create()
         self._outputs = _Outputs()
-        self._decoder = _DecoderProcess()
+        self._decoder = _DecoderProcess(options.resize)
 
     def see_media(self, media: Sequence[Medium]) -> list[SeenMedium | RowError]:
         """One result for each medium of a row, in order: what the model gets, or the error that makes an error row.
@@ -226,11 +226,11 @@ class _Outputs:
 class _DecoderProcess:
     """The nursery, and the decoder that it has forked, if any."""
 
-    def __init__(self) -> None:
+    def __init__(self, resize: Resize) -> None:
         self._control, theirs = socket.socketpair()
         with theirs:
             self._nursery = subprocess.Popen(
-                [sys.executable, "-c", f"from pipeline.media.child import main; main({theirs.fileno()})"],
+                [sys.executable, "-c", f"from pipeline.media.child import main; main({theirs.fileno()}, {resize!r})"],
                 pass_fds=[theirs.fileno()],
                 env=_environment(),
                 stdin=subprocess.DEVNULL,
