@@ -1,8 +1,8 @@
 """Runs that are killed at random moments, and finished: every row once, the same answers, no stray files.
 
 `make test-faults` runs these: FAULT_RUNS says how many (40), FAULT_SEED=17 repeats one alone, and after FAULT_MINUTES
-no more are begun (on a slow machine). Two go on side by side, each on a Ray of its own. The last printed line of JSON:
-runs, kills, rows, rows lost, rows doubled.
+no more are begun, save for the first few (on a slow machine). Two go on side by side, each on a Ray of its own. The
+last printed line of JSON: runs, kills, rows, rows lost, rows doubled.
 
 Every run has good, slow and bad rows, a row that hangs while it is fetched and one that eats its decoder's memory.
 By its seed it also has one of: the real engine; a row that kills its preprocessing actor; one that kills its engine
@@ -234,7 +234,7 @@ def start(kind: str, manifest: Path, output: Path, head: Head) -> Driver:
         "resources.address": head.address,
         "resources.min_rows_per_unit": "4",
         "resources.max_rows_per_unit": "8",
-        "run.stall_timeout_s": "8" if "hangs" in kind else "120",
+        "run.stall_timeout_s": "12" if "hangs" in kind else "120",
     }
     log = output.parent / f"{output.name}.txt"
     flat = [word for name, value in words.items() for word in (f"--{name}", value)]
@@ -325,7 +325,7 @@ def test_killed_runs_end_with_every_row_once_and_the_same_answers(
             free.put(head)
 
     def disturbed_one(seed: int) -> Disturbed | None:
-        if time.monotonic() - began > 60 * MINUTES:
+        if time.monotonic() - calm_at > 60 * MINUTES and seed not in SEEDS[: 2 * SIDE_BY_SIDE]:
             return None
         head = free.get()
         try:
@@ -341,6 +341,7 @@ def test_killed_runs_end_with_every_row_once_and_the_same_answers(
     with ThreadPoolExecutor(len(heads)) as pool:
         kinds = list(dict.fromkeys(["real engine", *map(kind_of, SEEDS)]))
         calm = dict(zip(kinds, pool.map(calm_one, kinds), strict=True))
+        calm_at = time.monotonic()
         runs = [run for run in pool.map(disturbed_one, SEEDS) if run is not None]
     kills: Counter[str] = Counter()
     summary: Counter[str] = Counter()
@@ -366,7 +367,6 @@ def test_killed_runs_end_with_every_row_once_and_the_same_answers(
         print("\n" + json.dumps(report))
     assert summary["lost"] == summary["doubled"] == 0
     assert not wrong, "\n".join(wrong)
-    assert runs
     assert len(runs) == 1 or kills.total() >= len(runs) // 2
 
 
