@@ -90,6 +90,7 @@ def run(config: CaptionConfig) -> int:
     folder.prepare()
     with Lease(folder.file(".lease"), folder.storage_options) as lease:
         folder.guard = lease.check
+        folder.sweep()
         ready = _prepare(config, folder)
         if ready is None:
             return 0

@@ -130,6 +130,11 @@ class RunFolder:
         for part in self.parts():
             self._delete(part)
 
+    def sweep(self) -> None:
+        """Remove what runs that were killed in the middle of writing left behind."""
+        self.guard()
+        storage.sweep(self.path)
+
     def discard_fragments(self) -> None:
         """Remove the fragments' folder; the parts hold their rows."""
         self._delete(self.file("fragments"), recursive=True)

@@ -16,6 +16,7 @@ import glob as local_glob
 import io
 import os
 import random
+import re
 import secrets
 import shutil
 import time
@@ -38,6 +39,7 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 _READ_BUFFER = 1 << 20
 _GLOB_MAGIC = frozenset("*?[")
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 _TRANSIENT_ERRNO = {
     errno.EBUSY, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED,
     errno.ECONNABORTED, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH,
@@ -182,8 +184,7 @@ def read_bytes(path: str, storage_options: StorageOptions = None) -> bytes:
 
 def download(file: FileInfo, local: str, storage_options: StorageOptions = None) -> None:
     """Copy a file to a place on disk, whole or not at all. Raises StorageError when its size is not the listing's."""
-    folder, file_name = os.path.split(local)
-    temporary = os.path.join(folder, f".{file_name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(local)
     try:
         if is_remote(file.path):
             fs, key = _filesystem(file.path, storage_options)
@@ -348,9 +349,26 @@ def delete(path: str, storage_options: StorageOptions = None, *, recursive: bool
         _retrying(lambda: fs.rm(key, recursive=recursive), path)
 
 
+def sweep(path: str) -> None:
+    """Remove what writers that were killed left below a folder on disk. For whoever alone may write there. A bucket's
+    puts leave nothing."""
+    if is_remote(path):
+        return
+    for folder, _, names in os.walk(local_path(path)):
+        for name in names:
+            if _TEMPORARY.fullmatch(name):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, name))
+
+
+def _temporary(path: str) -> str:
+    """A name beside `path` for what is not whole yet; hidden, so that no listing shows it."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 def _publish_local(path: str, write: Callable[[BinaryIO], object]) -> None:
-    folder, file_name = os.path.split(path)
-    temporary = os.path.join(folder, f".{file_name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    folder, temporary = os.path.dirname(path), _temporary(path)
     try:
         with open(temporary, "xb") as file:
             write(file)

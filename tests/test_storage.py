@@ -197,6 +197,28 @@ def test_a_reader_sees_the_old_or_the_new_file_and_never_a_part(tmp_path: Path) 
     assert not broken
 
 
+def test_what_killed_writers_left_is_swept_away_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "task=count").mkdir()
+    kept = [".lease", ".hidden.tmp", "notes.tmp", "part-00000.parquet", "task=count/part-00000.parquet"]
+    for name in [*kept, ".run.json.4711-0123abcd.tmp", "task=count/.part-00000.parquet.4711-0123abcd.tmp"]:
+        (tmp_path / name).write_text("?")
+    (tmp_path / "own").write_text("?")
+    seen: list[str] = []
+
+    def write(file: Any) -> None:
+        seen.extend(path.name for path in tmp_path.glob(".own.*"))
+        file.write(b"!")
+        storage.sweep(str(tmp_path))
+        assert not list(tmp_path.glob(".own.*")), "the sweep knows the names that writers give"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        storage._publish_local(str(tmp_path / "own"), write)
+    assert len(seen) == 1
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == sorted([*kept, "own"])
+
+
 def test_a_writer_killed_half_way_leaves_nothing_that_is_listed(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pipeline import storage\n"
