@@ -109,6 +109,7 @@ def test_a_job_lives_in_a_bucket_that_throttles_delays_and_cuts_connections(buck
     assert record["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_credentials_that_expire_half_way_stop_the_job_and_the_next_run_finishes(
     bucket: S3Server, photos: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -380,7 +380,8 @@ def test_a_stopped_run_leaves_a_folder_that_the_next_one_finishes(tmp_path: Path
     assert record["counts"]["this_run"] < 400
 
 
-@pytest.mark.parametrize("cpus", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", [1, 2])
 def test_the_demo_is_answered_right_on_one_cpu_and_on_two(tmp_path: Path, cpus: int) -> None:
     write_demo_world(tmp_path / "world", rows_per_task=20)
     command = [sys.executable, "-m", "jobs.caption", "--config", "configs/demo.yaml"]

@@ -64,6 +64,7 @@ def test_a_row_that_kills_its_actor_becomes_an_error_row(tmp_path: Path, monkeyp
     assert all(row["status"] == "ok" and row["text"] == name for name, row in rows.items())
 
 
+@pytest.mark.slow
 def test_a_row_that_hangs_is_killed_and_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
