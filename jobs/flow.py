@@ -109,34 +109,53 @@ def unpacked(table: pa.Table) -> pa.Table:
 
 
 class _Desk:
-    """An actor's side of the ledger: who it is, what it has under way, and its figures, told every second."""
+    """An actor's side of the ledger: who it is, what it has under way, and its figures.
+
+    Figures are told every second, and once more whenever nothing is left under way: the actor may end at any moment
+    after that, and takes along what it has not told.
+    """
 
     def __init__(self, ledger: Any, kind: str, figures: Callable[[], dict[str, Any]]) -> None:
         context = ray.get_runtime_context()
         self._ledger, self._who, self._node = ledger, context.get_actor_id(), context.get_node_id()
+        self._kind, self._figures, self._meter = kind, figures, Meter()
+        self._under_way = 0
+        self._counting, self._telling = threading.Lock(), threading.Lock()
         ray.get(ledger.born.remote(self._who, kind, context.current_actor))
-        threading.Thread(target=self._tell, args=(kind, figures), name="figures", daemon=True).start()
+        threading.Thread(target=self._tell_for_ever, name="figures", daemon=True).start()
 
-    def _tell(self, kind: str, figures: Callable[[], dict[str, Any]]) -> None:
-        meter = Meter()
+    def _tell_for_ever(self) -> None:
         while True:
-            latest = figures()
-            self._ledger.report.remote(self._who, {"node": self._node, **latest})
-            meter.actor(kind, latest)
+            self._tell()
             time.sleep(1.0)
+
+    def _tell(self) -> Any:
+        with self._telling:
+            latest = self._figures()
+            self._meter.actor(self._kind, latest)
+            return self._ledger.report.remote(self._who, {"node": self._node, **latest})
 
     def begin(self, places: Sequence[Place]) -> dict[Place, int]:
         """Note rows that run together; gives those that must not."""
         suspects: dict[Place, int] = ray.get(self._ledger.begin.remote(self._who, places))
+        self._count(len(places) - len(suspects))
         return suspects
 
     def begin_alone(self, place: Place) -> None:
         """Note a row that runs alone."""
         ray.get(self._ledger.begin_alone.remote(self._who, place))
+        self._count(1)
 
     def end(self, places: Sequence[Place]) -> None:
         """Note rows that are done."""
         self._ledger.end.remote(self._who, places)
+        if places and not self._count(-len(places)):
+            ray.get(self._tell())
+
+    def _count(self, change: int) -> int:
+        with self._counting:
+            self._under_way += change
+            return self._under_way
 
     def keep_trace(self, trace: bytes) -> None:
         """Hand over a profile; returns once it is safe from this actor's end."""

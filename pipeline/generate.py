@@ -123,11 +123,11 @@ class EngineThread:
             except Exception:
                 log.exception("engine step failed with %d rows; running them one at a time", len(self._jobs))
                 self._run_alone(list(self._jobs.values()))
-            else:
-                self._deliver(completions)
+                completions = []
             seconds = time.perf_counter() - started
             self.busy_s += seconds
             self._unfilled += free * seconds
+            self._deliver(completions)  # last: whoever has the answer may ask for the seconds that it took
 
     def _free_share(self) -> float:
         """Share of the engine's places that no row is there for; 0 while rows wait, as for room in a prefill."""

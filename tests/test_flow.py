@@ -36,6 +36,19 @@ class EchoStage(StandInStage):
         return self.rows(table, {"text": ids})
 
 
+class CountingStage(EchoStage):
+    """Tells how many rows it answered."""
+
+    answered = 0
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        self.answered += table.num_rows
+        return super().__call__(table)
+
+    def stats(self) -> dict[str, float]:
+        return {"answered": float(self.answered)}
+
+
 class EchoActor(flow.EngineActor):
     """The real actor around the stage above."""
 
@@ -43,8 +56,10 @@ class EchoActor(flow.EngineActor):
         return EchoStage(options.kept)
 
 
-def run(tmp_path: Path, ids: list[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, dict[str, Any]]:
-    monkeypatch.setattr(flow, "ENGINE_ACTOR", EchoActor)
+def run(
+    tmp_path: Path, ids: list[str], monkeypatch: pytest.MonkeyPatch, *words: str, actor: type = EchoActor
+) -> dict[str, dict[str, Any]]:
+    monkeypatch.setattr(flow, "ENGINE_ACTOR", actor)
     pq.write_table(pa.table({"id": ids, "prompt": ["?"] * len(ids)}), tmp_path / "m.parquet")
     output = tmp_path / "out"
     command = ["--input.path", str(tmp_path / "m.parquet"), "--output.path", str(output), "--model.path", "demo"]
@@ -84,6 +99,23 @@ def test_pools_that_may_grow_answer_every_row(tmp_path: Path, monkeypatch: pytes
     assert all(row["status"] == "ok" and row["text"] == name for name, row in rows.items())
     placement = json.loads((tmp_path / "out" / "run.json").read_text())["placement"]
     assert (placement["preprocess_pool"], placement["engine_pool"]) == ([1, 2], [1, 2])
+
+
+class CountingActor(flow.EngineActor):
+    """The real actor around the counting stage."""
+
+    def make_stage(self, options: Any) -> Any:
+        return CountingStage(options.kept)
+
+
+def test_what_an_actor_did_is_known_to_the_last_row_though_the_job_ended_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [f"row {number}" for number in range(5)]
+    run(tmp_path, ids, monkeypatch, actor=CountingActor)
+    stages = json.loads((tmp_path / "out" / "run.json").read_text())["stages"]
+    assert sum(stage["rows"] for stage in stages if stage["kind"] == "preprocess") == len(ids)
+    assert sum(stage["answered"] for stage in stages if stage["kind"] == "engine") == len(ids)
 
 
 class OpenRows:
