@@ -32,7 +32,6 @@ import pyarrow.parquet as pq
 from pipeline.manifest import Manifest, ManifestFile
 from pipeline.results import RunFolder, read_finished
 from pipeline.row_set import RowNumbering
-from pipeline.schema import result_schema
 from pipeline.work import plan_work
 
 _FILES = 10_000
@@ -112,6 +111,7 @@ def _write_half(folder: RunFolder, numbering: RowNumbering) -> None:
 def _flow(rows: int) -> dict[str, Any]:
     """The job over text rows, with an engine actor that answers at once."""
     from jobs import flow
+    from jobs.answer_at_once import AnswerAtOnce
     from jobs.caption import main as caption
     from pipeline.demo import CHECKPOINT
 
@@ -134,26 +134,6 @@ def _flow(rows: int) -> dict[str, Any]:
         "driver_mb": _peak_mb(),
         "store_mb": store.peak_mb,
     }
-
-
-class AnswerAtOnce:
-    """In the engine actor's place: every request is answered, none is looked at."""
-
-    def __init__(self, options: Any, ledger: Any) -> None:
-        import ray
-
-        self._schema = result_schema(options.kept)
-        context = ray.get_runtime_context()  # the ledger's clock leaves start-up out from an engine's birth on
-        who = context.get_actor_id()
-        ray.get(ledger.born.remote(who, "engine", context.current_actor))
-        ray.get(ledger.report.remote(who, {"describe": {"kind": "answers at once"}}))
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        columns = [
-            table.column(field.name) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
-            for field in self._schema
-        ]
-        return pa.table(columns, schema=self._schema)
 
 
 class _SharedMemory:

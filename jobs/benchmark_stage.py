@@ -102,7 +102,7 @@ def _loop(manifest: Path, barrier: Any, queue: Any) -> None:
 
 def _through_ray(manifest: Path, output: Path, actors: int, block_mb: float) -> float:
     from jobs import flow
-    from jobs.benchmark_scale import AnswerAtOnce
+    from jobs.answer_at_once import AnswerAtOnce
     from jobs.caption import main as caption
 
     flow.ENGINE_ACTOR = AnswerAtOnce

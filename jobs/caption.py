@@ -336,7 +336,11 @@ def _generate(
     limits = RecoveryLimits(ready.config.run.max_flow_restarts, ready.config.run.node_loss_timeout_s)
 
     def start(number: int) -> flow.RunningFlow | None:
-        placed = place_again(ready.config.resources, placement, live_nodes()) if number else placement
+        placed = placement
+        if number:
+            placed = place_again(ready.config.resources, placement, live_nodes())
+            ready.record["placement"] = vars(placed)
+            ready.folder.write_run(ready.record)
         work = _plan(ready, placed, sizes)
         options = replace(_flow(ready.config, ready.model_path, ready.manifest, placed), sizes=sizes)
         return flow.RunningFlow(options, ready.manifest.spec, work, ledger) if work else None

@@ -21,6 +21,11 @@ from pipeline import storage
 from pipeline.config import CaptionConfig, ResourcesConfig
 from pipeline.errors import ResourceError
 
+_JOINING_HINT = (
+    "; a cluster that asks for a token wants RAY_AUTH_MODE=token here, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; "
+    "resources.address local starts a Ray of the job's own; log.txt in the run folder has Ray's own lines"
+)
+
 
 @contextlib.contextmanager
 def quiet_output(log_path: str, *, verbose: bool) -> Iterator[Console]:
@@ -73,14 +78,25 @@ def ray_cluster(resources: ResourcesConfig) -> Iterator[dict[str, float]]:
 
     started_here = not ray.is_initialized()
     if started_here:
-        options: dict[str, Any] = {"address": resources.address}
-        if resources.address is None and not os.environ.get("RAY_ADDRESS"):
-            options = {"num_cpus": resources.num_cpus, "include_dashboard": False}
+        named = resources.address or os.environ.get("RAY_ADDRESS") or None
+        if named and named.startswith("ray://"):
+            raise ResourceError(
+                f"{named} is for Ray's client, through which no batch job can be run: "
+                "`python -m jobs.submit --address http://HOST:8265` runs it on the cluster, or give HOST:6379 from one "
+                "of its nodes"
+            )
+        options: dict[str, Any] = {"address": named}
+        if named == "local" or (named is None and resources.num_cpus):
+            # Without an address Ray would join one that `ray start` has left running here; that has its own CPUs.
+            options = {"address": "local", "num_cpus": resources.num_cpus, "include_dashboard": False}
+        elif named is None:
+            options = {"include_dashboard": False}
         try:
             ray.init(**options)
         except Exception as error:  # Ray raises that very class where its daemons come too late
             first = str(error).strip().splitlines()[0]
-            raise ResourceError(f"can't reach or start Ray ({resources.address or 'here'}): {first}") from error
+            hint = _JOINING_HINT if isinstance(error, ConnectionError) else ""
+            raise ResourceError(f"can't reach or start Ray ({named or 'here'}): {first}{hint}") from error
     stop_on_sigterm()  # again: ray.init has put its own handler there, which would end the process on the spot
     try:
         yield {name: float(value) for name, value in ray.cluster_resources().items()}

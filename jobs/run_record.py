@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ _NO_IDENTITY = {"media.timeout_s", "media.memory_limit_mb"}
 
 
 _MODEL_FILES = "model.files"
+
+_ROOT = Path(__file__).resolve().parent.parent
+COMMIT_VARIABLE = "QWEN2_VL_BATCH_COMMIT"
+"""Environment variable with the commit of code that travels without its history."""
 
 
 def identity(config: CaptionConfig, model_path: str) -> dict[str, Any]:
@@ -123,19 +128,19 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    commit = _git_commit()
+    commit = code_commit(_ROOT)
     return {**found, "commit": commit} if commit else found
 
 
-def _git_commit() -> str | None:
-    """The code's commit, read from the checkout's files; None outside a checkout."""
-    git = Path(__file__).resolve().parent.parent / ".git"
+def code_commit(root: Path) -> str | None:
+    """The commit of the code in a folder, with `-dirty` where tracked files differ from it. None where that is not
+    known: no checkout, or no git; a submitted job is told by whoever sent the code (COMMIT_VARIABLE)."""
+    if not (root / ".git").exists():  # git itself would go on to look in the folders above
+        return os.environ.get(COMMIT_VARIABLE)
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        return (git / head.removeprefix("ref: ")).read_text().strip()
-    except OSError:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
         return None
 
 

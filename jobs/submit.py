@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.command_line import EXIT_INTERRUPTED, parse_words
+from jobs.run_record import COMMIT_VARIABLE, code_commit
 from pipeline import storage
 from pipeline.config import CaptionConfig, load_config
 from pipeline.errors import ClusterError, ConfigError, JobError
@@ -230,10 +231,14 @@ def entrypoint(job: str, config_paths: Sequence[str], overrides: Mapping[str, st
 
 def runtime_environment(env: str, paths: Mapping[str, str]) -> dict[str, Any]:
     """Ray's runtime environment: the code, and the packages where the image does not bring them."""
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    commit = code_commit(ROOT)
+    if commit:
+        variables[COMMIT_VARIABLE] = commit
     found: dict[str, Any] = {
         "working_dir": str(ROOT),
         "excludes": [] if paths["model.path"] == DEMO else [_DEMO_CHECKPOINT],
-        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+        "env_vars": variables,
     }
     if env == "pip":
         schemes = {value.partition("://")[0] for value in paths.values() if storage.is_remote(value)}

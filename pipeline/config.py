@@ -254,9 +254,11 @@ class ResourcesConfig(Section):
     """Ray's share: actors and what each reserves."""
 
     address: str | None = None
-    """Ray cluster to join: `auto`, `ray://host:port`. Default: the cluster this runs on, or one of its own."""
+    """Ray cluster to join: `auto` or `host:port`; `local` starts one for this job. Default: what RAY_ADDRESS
+    says; else the Ray that runs on this machine, or one of the job's own."""
     num_cpus: Positive | None = None
-    """CPUs of the Ray that the job starts for itself. Default: this machine's."""
+    """CPUs of a Ray that the job starts for itself, which it then does whatever else runs on this machine. Default:
+    this machine's."""
     preprocess_actors: Pool = None
     """CPU actors that fetch, decode and patchify: a number, or fewest and most as in `2,16`, for a pool that grows
     and shrinks with the work and the cluster. Default: from the cluster's CPUs."""

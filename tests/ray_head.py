@@ -32,6 +32,8 @@ class RayHead:
 
     address: str
     """Of its dashboard, as `http://127.0.0.1:PORT`."""
+    gcs_address: str
+    """For drivers that join directly."""
     metrics_url: str
     token_path: Path
     session: Path
@@ -86,6 +88,7 @@ def ray_head(*, num_cpus: int = 2) -> Iterator[RayHead]:
     )
     head = RayHead(
         f"http://127.0.0.1:{dashboard}",
+        f"127.0.0.1:{gcs}",
         f"http://127.0.0.1:{metrics}/metrics",
         token_path,
         folder / "session_latest",

@@ -119,6 +119,7 @@ def test_a_lost_node_costs_no_row(
     told = capfd.readouterr().out
     if not fits:
         assert "1 of the cluster's 2 nodes lost: rows in flight are run again on the others" in told
+        assert record["placement"]["engine_cpus"] < 1.9, "the record tells of the actors that are left"
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.run_record import code_commit
 from pipeline.demo.manifest import write_demo_world
 from tests.ray_head import ROOT, RayHead, ray_head
 from tests.test_watching import queried, samples
@@ -103,6 +104,7 @@ def test_the_demo_runs_as_a_job_with_its_logs_exit_code_and_metrics(head: RayHea
     assert submission is not None
     assert "1 ReservedTokenError" in ray_job(head, "logs", submission[1])
     assert needed <= scraped
+    assert json.loads((output / "run.json").read_text())["versions"].get("commit") == code_commit(ROOT)
     (sent,) = (path for path in head.session.glob("runtime_resources/working_dir_files/*") if path.is_dir())
     assert {path.name for path in sent.iterdir()} >= {"pipeline", "jobs", "configs", "constraints.txt"}
     assert not {path.name for path in sent.iterdir()} & {"tests", "docs", "out", ".venv", ".git", "data"}
@@ -204,3 +206,20 @@ def test_a_wrong_or_missing_token_is_our_error(head: RayHead, tmp_path: Path, to
     assert done.returncode == 1
     assert expected in done.stderr and "ray get-auth-token" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_driver_that_joins_directly_is_told_of_the_token_that_it_lacks(head: RayHead, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(json.dumps({"prompt": "Say one."}) + "\n")
+    words = ["--input.path", str(manifest), "--output.path", str(tmp_path / "out"), "--model.path", "demo"]
+    command = [sys.executable, "-m", "jobs.caption", *words, "--resources.address", head.gcs_address]
+    done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(rf"can't reach or start Ray \({re.escape(head.gcs_address)}\): Failed to connect .*", done.stderr)
+    assert "a cluster that asks for a token wants RAY_AUTH_MODE=token here" in done.stderr
+    assert "InvalidAuthToken" in (tmp_path / "out" / "log.txt").read_text()
+    done = subprocess.run(
+        command, cwd=ROOT, env={**head.environment, "RAY_AUTH_MODE": "token"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(results(tmp_path / "out")) == 1

@@ -293,7 +293,10 @@ def _version(versions: Mapping[str, Any]) -> str | None:
 
 
 def _commit(value: Any) -> str | None:
-    return f"commit {str(value)[:12]}" if value else None
+    if not value:
+        return None
+    commit, _, changed = str(value).partition("-")
+    return f"commit {commit[:12]}" + (" with changes" if changed else "")
 
 
 def _sampling(sampling: Mapping[str, Any]) -> str | None:

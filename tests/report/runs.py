@@ -42,7 +42,12 @@ RUN: dict[str, Any] = {
     "model": {"path": "Qwen/Qwen2-VL-2B-Instruct", "revision": "895c3a4"},
     "engine": {"kind": "native", "dtype": "bfloat16", "device": "cuda", "attention": "flash", "gpu": "NVIDIA H200"},
     "placement": {"engine_actors": 2, "gpus_per_engine": 1.0},
-    "versions": {"qwen2-vl-batch": "0.1.0", "commit": "0123456789abcdef", "torch": "2.13.0", "transformers": "5.23.0"},
+    "versions": {
+        "qwen2-vl-batch": "0.1.0",
+        "commit": "0123456789abcdef-dirty",
+        "torch": "2.13.0",
+        "transformers": "5.23.0",
+    },
     "hardware": {"cpus": 16, "processor": "Some CPU", "system": "Linux"},
     "started": "2026-05-01T12:00:00+00:00",
     "finished": "2026-05-01T12:30:00+00:00",

@@ -73,7 +73,7 @@ def test_scores_stand_with_their_intervals_overall_and_by_slice(page: str, repor
 def test_what_ran_is_said_in_full(page: str) -> None:
     text = " ".join(_Tags(page).text.split())
     for fact in (
-        "Qwen/Qwen2-VL-2B-Instruct, revision 895c3a4", "greedy, at most 64 tokens", "commit 0123456789ab",
+        "Qwen/Qwen2-VL-2B-Instruct, revision 895c3a4", "greedy, at most 64 tokens", "commit 0123456789ab with changes",
         "2 x NVIDIA H200", "flash attention", "60 rows in 1 file", "torch 2.13.0",
     ):  # fmt: skip
         assert fact in text
