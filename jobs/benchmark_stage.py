@@ -1,6 +1,6 @@
 """Preprocessing through Ray against the same function in plain loops: what does moving the rows cost?
 
-    python -m jobs.benchmark stage [--images 1500] [--actors 2]
+    python -m jobs.benchmark stage [--images 6000] [--actors 2]
 
 Photographs of 1024 x 1024 pixels; an engine actor that answers at once. The loops run in as many processes as Ray has
 actors, side by side, so that both sides have the same cores. Start-up is left out of both. Last line: JSON.
@@ -26,7 +26,7 @@ _DISTINCT = 24
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m jobs.benchmark stage", description=__doc__)
-    parser.add_argument("--images", type=int, default=1500)
+    parser.add_argument("--images", type=int, default=6000)
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--block-mb", type=float, default=128.0, help="resources.block_mb")
     args = parser.parse_args(argv)

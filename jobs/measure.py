@@ -26,7 +26,7 @@ _PATIENCE_S = 30.0
 """Seconds in all, start-up included, after which the job begins without a rate."""
 _SAMPLES = 3
 _ROWS_AT_ONCE = 4
-_MOST_ROWS = 256
+_MOST_ROWS = 64
 
 
 def measure(flow: Flow, spec: ManifestSpec, work: Sequence[Work]) -> PreprocessRate | None:
