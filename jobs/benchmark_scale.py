@@ -111,8 +111,8 @@ def _write_half(folder: RunFolder, numbering: RowNumbering) -> None:
 def _flow(rows: int) -> dict[str, Any]:
     """The job over text rows, with an engine actor that answers at once."""
     from jobs import flow
-    from jobs.answer_at_once import AnswerAtOnce
     from jobs.caption import main as caption
+    from jobs.stand_in import AnswerAtOnce
     from pipeline.demo import CHECKPOINT
 
     flow.ENGINE_ACTOR = AnswerAtOnce

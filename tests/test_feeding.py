@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from jobs import flow
 from jobs.caption import main
+from jobs.stand_in import StandInStage
 from pipeline.config import PoolSize, ResourcesConfig
 from pipeline.feeding import PreprocessRate, choose_sizes, enough_actors, rate_of, start_with
 from pipeline.placement import Node, Placement, place
-from tests.stand_in_stage import StandInStage
 
 MB = 1024**2
 

@@ -17,8 +17,8 @@ import pytest
 
 from jobs import flow
 from jobs.caption import main
+from jobs.stand_in import StandInStage
 from pipeline.schema import RESULT_COLUMNS, UnitColumn
-from tests.stand_in_stage import StandInStage
 
 pytestmark = pytest.mark.usefixtures("ray_with_two_cpus")
 

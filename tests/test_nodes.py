@@ -16,8 +16,8 @@ import pytest
 from jobs import flow
 from jobs.caption import main
 from jobs.nodes import live_nodes
+from jobs.stand_in import StandInStage
 from pipeline.demo.manifest import write_demo_world
-from tests.stand_in_stage import StandInStage
 
 QUICK_HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 0,

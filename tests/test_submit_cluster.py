@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import json
 import re
 import subprocess
@@ -20,6 +19,7 @@ import pytest
 
 from jobs.run_record import code_commit
 from pipeline.demo.manifest import write_demo_world
+from tests.late_pictures import late_pictures
 from tests.ray_head import ROOT, RayHead, ray_head
 from tests.test_watching import queried, samples
 
@@ -112,46 +112,24 @@ def test_the_demo_runs_as_a_job_with_its_logs_exit_code_and_metrics(head: RayHea
     assert 50 < len(code) < 500 and sum(path.stat().st_size for path in code) < 2_000_000
 
 
-class HeldPicture(http.server.BaseHTTPRequestHandler):
-    """A picture that is not given before it is released."""
-
-    picture = b""
-    released = threading.Event()
-
-    def do_GET(self) -> None:
-        self.released.wait()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.picture)))
-        with contextlib.suppress(ConnectionError):  # whoever asked has been stopped
-            self.end_headers()
-            self.wfile.write(self.picture)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Silence."""
-
-
-@pytest.fixture
-def held_url() -> Iterator[str]:
-    """Where the picture lies; HeldPicture.released lets it go."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HeldPicture) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/held.png"
-        HeldPicture.released.set()
-        server.shutdown()
-
-
-def test_a_stopped_job_goes_on_when_it_is_submitted_again(head: RayHead, tmp_path: Path, held_url: str) -> None:
+def test_a_stopped_job_goes_on_when_it_is_submitted_again(head: RayHead, tmp_path: Path) -> None:
     manifest = write_demo_world(tmp_path / "world", rows_per_task=4)
     table = pq.read_table(manifest)
+    picture = next(row["image"] for row in table.to_pylist() if row["image"])
+    released = threading.Event()
+    with late_pictures((manifest.parent / picture).read_bytes(), lambda path: released.wait()) as url:
+        stop_and_go_on(head, manifest, f"{url}/held.png", released, tmp_path / "out")
+
+
+def stop_and_go_on(head: RayHead, manifest: Path, held: str, released: threading.Event, output: Path) -> None:
+    """Stop a job in its middle, and submit it again once the picture of its last row is released."""
+    table = pq.read_table(manifest)
     rows = table.to_pylist()
-    picture = next(row["image"] for row in rows if row["image"])
-    HeldPicture.picture = (manifest.parent / picture).read_bytes()
     # The last row keeps the job from its end for as long as it takes to stop it.
-    rows.append({**rows[0], "id": "held", "image": held_url})
+    rows.append({**rows[0], "id": "held", "image": held})
     num_rows = len(rows)
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), manifest)
-    output = tmp_path / "out"
-    places_of = ("--input.path", str(tmp_path / "world"), "--output.path", str(output))
+    places_of = ("--input.path", str(manifest.parent), "--output.path", str(output))
     words = (*places_of, "--input.allow_private_hosts", "true", "--input.fetch_timeout_s", str(WAIT_S))
     soon = ("--output.rows_per_fragment", "1", "--resources.block_mb", "0.01")
     job = submitting(head, *words, *soon)
@@ -163,7 +141,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(head: RayHead, tmp_pat
     ray_job(head, "stop", submission)
     printed = job.stdout.read()
     job.wait()
-    HeldPicture.released.set()
+    released.set()
     assert "submitting it again goes on where it was" in printed
     assert re.search(rf"stopped: \d+ of {num_rows} rows are done; the same command goes on", printed), printed
     assert job.returncode == 2, "make's own, for our 130"

@@ -22,9 +22,9 @@ import pyarrow as pa
 
 from jobs import flow
 from jobs.caption import main
+from jobs.stand_in import StandInStage
 from pipeline.prompt import spare_torch
 from pipeline.schema import UnitColumn
-from tests.stand_in_stage import StandInStage
 
 KILL_PREPROCESSING = "kill preprocessing"
 KILL_ENGINE = "kill the engine"

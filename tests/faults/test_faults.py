@@ -11,8 +11,6 @@ actor; one that hangs in the engine until the watchdog comes.
 
 from __future__ import annotations
 
-import contextlib
-import http.server
 import json
 import multiprocessing
 import os
@@ -22,7 +20,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -36,6 +33,7 @@ import pytest
 from PIL import Image
 
 from tests.faults import job
+from tests.late_pictures import late_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = int(os.environ.get("FAULT_RUNS", "40"))
@@ -82,30 +80,12 @@ def kind_of(seed: int) -> str:
     return (real, preprocessing, engine, preprocessing, real, engine, engine, hangs)[seed % 8]
 
 
-class SlowServer(http.server.BaseHTTPRequestHandler):
-    """`/slow` answers after a while, `/hang` never does."""
-
-    picture = b""
-
-    def do_GET(self) -> None:
-        time.sleep(20.0 if "hang" in self.path else 0.3)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.picture)))
-        with contextlib.suppress(ConnectionError):  # whoever asked may have been killed, or lost its patience
-            self.end_headers()
-            self.wfile.write(self.picture)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Silence."""
-
-
 @pytest.fixture(scope="module")
 def slow_server(photos: Path) -> Iterator[str]:
-    SlowServer.picture = (photos / "rocket.jpg").read_bytes()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowServer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    """`/slow` answers after a while, `/hang` never does."""
+    picture = (photos / "rocket.jpg").read_bytes()
+    with late_pictures(picture, lambda path: time.sleep(20.0 if "hang" in path else 0.3)) as url:
+        yield url
 
 
 @dataclass

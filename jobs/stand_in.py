@@ -1,24 +1,31 @@
-"""The engine stage's stand-in for tests of the flow around it: result rows without a model.
+"""The engine stage's stand-in, for measuring and testing the flow around it: result rows without a model.
 
-Knows the result schema; what a row's answer is, and what else befalls, is for the tests that derive from it.
+Knows the flow's engine actor, which it leaves as it is, and the result schema; what else befalls a row is for those
+that derive from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
+from jobs.flow import EngineActor
 from pipeline.errors import RowError
+from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.schema import result_schema
 
 
 class StandInStage:
-    """What `flow.EngineActor` asks of its stage, save for the call itself."""
+    """What `flow.EngineActor` asks of its stage; answers every request at once and looks at none."""
 
     def __init__(self, kept: pa.Schema) -> None:
         self._schema = result_schema(kept)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Result rows (schema.result_schema) for request rows (schema.request_schema): what they had, and nulls."""
+        return self.rows(table, {})
 
     def crashed(self, table: pa.Table, error: RowError) -> pa.Table:
         """The rows as errors."""
@@ -43,7 +50,17 @@ class StandInStage:
         return pa.table(columns, schema=self._schema)
 
     def describe(self) -> dict[str, Any]:
+        """Its kind."""
         return {"kind": "stand-in"}
 
     def stats(self) -> dict[str, float]:
+        """No figures."""
         return {}
+
+
+class AnswerAtOnce(EngineActor):
+    """The real engine actor around the stage above; goes in the place of `flow.ENGINE_ACTOR`."""
+
+    def make_stage(self, options: GenerateOptions) -> GenerateStage:
+        """The stand-in."""
+        return cast(GenerateStage, StandInStage(options.kept))
