@@ -20,24 +20,25 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from jobs.cluster import local_path_notes, quiet_output, ray_cluster, stop_on_sigterm
 from jobs.command_line import EXIT_INTERRUPTED, run_job
-from jobs.progress import Progress, Tally, bottleneck, print_samples, print_summary, run_pace
-from jobs.run_record import check_unchanged, identity, new_record, now
-from jobs.watch import Watch
-from jobs.watchdog import Watchdog
 from pipeline import storage
+from pipeline.checkpoint.cache import DEFAULT_FOLDER, ModelCache
+from pipeline.checkpoint.locate import check_model, read_processor_facts, resolve_model
 from pipeline.config import CaptionConfig, ResourcesConfig
 from pipeline.errors import ConfigError, TooManyErrors
-from pipeline.feeding import Sizes, choose_sizes, enough_actors, rate_of, start_with
-from pipeline.lease import Lease
+from pipeline.execution.cluster import local_path_notes, quiet_output, ray_cluster, stop_on_sigterm
+from pipeline.execution.feeding import Sizes, choose_sizes, enough_actors, rate_of, start_with
+from pipeline.execution.placement import Node, Placement, place, place_again, store_share
+from pipeline.execution.progress import Progress, Tally, bottleneck, print_samples, print_summary, run_pace
+from pipeline.execution.watch import Watch
+from pipeline.execution.watchdog import Watchdog
 from pipeline.manifest import ERROR_COLUMN, Manifest, open_manifest, recorded_manifest
-from pipeline.messages import MessageOptions, check_columns, needed_columns
-from pipeline.model_cache import DEFAULT_FOLDER, ModelCache
-from pipeline.model_files import check_model, read_processor_facts, resolve_model
-from pipeline.placement import Node, Placement, place, place_again, store_share
-from pipeline.prompt import spare_torch
-from pipeline.results import (
+from pipeline.manifest.row_set import RowNumbering, RowSet
+from pipeline.manifest.work import Retries, Work, plan_work
+from pipeline.preprocess.messages import MessageOptions, check_columns, needed_columns
+from pipeline.preprocess.prompt import spare_torch
+from pipeline.results.lease import Lease
+from pipeline.results.run_folder import (
     FinishedRows,
     FragmentWriter,
     RunFolder,
@@ -47,9 +48,8 @@ from pipeline.results import (
     read_finished,
     take_new,
 )
-from pipeline.row_set import RowNumbering, RowSet
+from pipeline.results.run_record import check_unchanged, identity, new_record, now
 from pipeline.schema import result_schema
-from pipeline.work import Retries, Work, plan_work
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def _number(manifest: Manifest, limit: int | None) -> RowNumbering:
 
 def _check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -> None:
     """Refuse now what every actor would otherwise refuse later: columns, model, settings."""
-    from pipeline.prompt import ChatTokenizer
+    from pipeline.preprocess.prompt import ChatTokenizer
 
     missing = [name for name in config.input.keep if name not in manifest.schema.names]
     if missing and manifest.format != "media":  # a bare folder has no columns to keep, whatever the config says
@@ -250,8 +250,8 @@ def _run(ready: Run, console: Console) -> int:
 
 def _work(ready: Run, tally: Tally, writer: FragmentWriter, reports: list[dict[str, Any]], console: Console) -> None:
     """Everything from Ray's start to the part files. `reports` gets what the actors said of themselves."""
-    from jobs import flow
-    from jobs.nodes import live_nodes
+    from pipeline.execution import dataset as flow
+    from pipeline.execution.nodes import live_nodes
 
     config, folder = ready.config, ready.folder
     with ray_cluster(config.resources):
@@ -292,7 +292,7 @@ def _place(ready: Run, nodes: Sequence[Node]) -> Placement:
 
 def _sizes(ready: Run, placement: Placement, nodes: Sequence[Node], console: Console) -> Sizes:
     """What travels between the stages at once, from the folder's last run or, in a large job, from a few rows."""
-    from jobs.measure import measure
+    from pipeline.execution.measure import measure
 
     resources = ready.config.resources
     rate, source = rate_of(ready.last.get("stages") or []), "in the last run"
@@ -329,9 +329,9 @@ def _generate(
     console: Console,
 ) -> None:
     """Run what is not done, and publish rows as they finish."""
-    from jobs import flow
-    from jobs.nodes import live_nodes
-    from jobs.recovery import RecoveryLimits, ended_on_error, run_flows
+    from pipeline.execution import dataset as flow
+    from pipeline.execution.nodes import live_nodes
+    from pipeline.execution.recovery import RecoveryLimits, ended_on_error, run_flows
 
     limits = RecoveryLimits(ready.config.run.max_flow_restarts, ready.config.run.node_loss_timeout_s)
 
@@ -393,7 +393,7 @@ def _check_errors(tally: Tally, allowed: float, *, at_end: bool = False) -> None
 
 
 def _end_start_up(tally: Tally, ledger: Any) -> None:
-    from jobs import flow
+    from pipeline.execution import dataset as flow
 
     working_s = flow.working_s(ledger)
     if working_s:
@@ -502,10 +502,10 @@ def prepare_stages(config: CaptionConfig, *, rows_per_unit: int = 32) -> tuple[A
 
 def _flow(config: CaptionConfig, model_path: str, manifest: Manifest, placement: Placement) -> Any:
     """The stages' options, from the config."""
-    from jobs.flow import Flow
+    from pipeline.execution.dataset import Flow
     from pipeline.generate import GenerateOptions
-    from pipeline.media.limits import FetchOptions, MediaOptions
-    from pipeline.preprocess import PreprocessOptions
+    from pipeline.preprocess.limits import FetchOptions, MediaOptions
+    from pipeline.preprocess.stage import PreprocessOptions
 
     cache = _model_cache(config)
     facts = read_processor_facts(cache.local(model_path, weights=False), revision=config.model.revision)

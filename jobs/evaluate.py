@@ -23,13 +23,13 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.command_line import run_job
-from jobs.layout import Layout, prepare_manifest
 from jobs.report import compare_folders, read_report, write_text
 from pipeline import storage
 from pipeline.config import CaptionConfig, NotNegative, Positive, RunConfig, Section
 from pipeline.errors import ConfigError, OutputError
-from pipeline.metrics.scoring import DERIVED_SLICES, Scorer, ScoringSettings
-from pipeline.prompt import spare_torch
+from pipeline.evaluation.layout import Layout, prepare_manifest
+from pipeline.evaluation.scoring import DERIVED_SLICES, Scorer, ScoringSettings
+from pipeline.preprocess.prompt import spare_torch
 from pipeline.report import ReportOptions, RunReader, render_html
 from pipeline.report.page import shown_interval, shown_score
 from pipeline.schema import RESULT_COLUMNS

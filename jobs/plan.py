@@ -30,11 +30,15 @@ from rich.console import Console
 
 from jobs.caption import open_stages
 from jobs.command_line import FLAGS, run_job
-from jobs.plan_page import print_plan
+from pipeline.checkpoint.locate import read_config, resolve_model
 from pipeline.config import CaptionConfig, Fraction, NotNegative, Positive, Section
 from pipeline.engine import check_length
 from pipeline.errors import ConfigError, RowError
-from pipeline.forecast import (
+from pipeline.execution.placement import default_blocks_in_flight
+from pipeline.manifest import Manifest, unit_of
+from pipeline.manifest.row_set import RowNumbering
+from pipeline.manifest.work import Work, read_work, read_works
+from pipeline.planning.forecast import (
     OUTPUT_RANGE,
     Advice,
     Engines,
@@ -51,13 +55,9 @@ from pipeline.forecast import (
     kind_of,
     object_store,
 )
-from pipeline.manifest import Manifest, unit_of
-from pipeline.model_files import read_config, resolve_model
-from pipeline.placement import default_blocks_in_flight
-from pipeline.roofline import GPUS, SHAPES, Gpu, ModelShape, cache_tokens, find_gpu, shape_of
-from pipeline.row_set import RowNumbering
-from pipeline.survey import SurveyedRow
-from pipeline.work import Work, read_work, read_works
+from pipeline.planning.page import print_plan
+from pipeline.planning.roofline import GPUS, SHAPES, Gpu, ModelShape, cache_tokens, find_gpu, shape_of
+from pipeline.planning.survey import SurveyedRow
 
 _RUN_ROWS = 16
 """Neighbouring rows that are sampled together: files are read in runs."""
@@ -249,7 +249,7 @@ def _survey(flow: Any, manifest: Manifest, works: Sequence[Work], asked: PlanSec
     Each pass over the manifest takes every fourth run, so that time which ends after a pass leaves a fair sample; a
     later pass that is cut short is left out.
     """
-    from pipeline.survey import Survey
+    from pipeline.planning.survey import Survey
 
     survey = Survey(flow.preprocess, threads=asked.threads)
     until = time.monotonic() + asked.seconds
@@ -462,7 +462,7 @@ def _probe(
     config: PlanConfig, flow: Any, manifest: Manifest, works: Sequence[Work], sample: Sample, engines: Engines
 ) -> tuple[Times, float | None]:
     """(forecast, mean tokens of an answered row) from running both stages here."""
-    from jobs.plan_probe import probe
+    from pipeline.planning.probe import probe
 
     order = list(works)
     random.Random(config.plan.seed + 1).shuffle(order)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import JobError, OutputError
-from pipeline.metrics.scoring import compare_runs
+from pipeline.evaluation.scoring import compare_runs
 from pipeline.report import Report, ReportOptions, RunReader, gather, render_html, render_markdown
 
 

@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs.command_line import EXIT_INTERRUPTED, parse_words
-from jobs.run_record import COMMIT_VARIABLE, code_commit
 from pipeline import storage
+from pipeline.checkpoint.locate import DEMO
 from pipeline.config import CaptionConfig, load_config
 from pipeline.errors import ClusterError, ConfigError, JobError
-from pipeline.model_files import DEMO
+from pipeline.results.run_record import COMMIT_VARIABLE, code_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_WAIT_S = 60

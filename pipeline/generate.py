@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.checkpoint.cache import ModelCache
 from pipeline.engine import (
     Completion,
     Engine,
@@ -31,9 +32,8 @@ from pipeline.engine import (
     parse_sampling,
 )
 from pipeline.errors import EngineCrash, RowError, SettingError
-from pipeline.model_cache import ModelCache
-from pipeline.patches import IMAGE_PATCH_BYTES, VIDEO_PATCH_BYTES, Resize, pixel_table
-from pipeline.prompt import ChatTokenizer
+from pipeline.preprocess.patches import IMAGE_PATCH_BYTES, VIDEO_PATCH_BYTES, Resize, pixel_table
+from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.schema import ANSWER_FIELDS, Status, result_schema
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@
     tokens      the small byte-level tokenizer and the chat template
     samples     one question as the model's input, through the pipeline's own preprocessing
     recipe      the shape of the model and of its preprocessing
-    train       the recipe itself: python -m pipeline.demo.train
-    evaluate    exact match on held-out questions: python -m pipeline.demo.evaluate
+    train       the recipe itself: python -m pipeline.demo.training.train
+    evaluate    exact match on held-out questions: python -m pipeline.demo.training.evaluate
 
 The checkpoint knows this world only; it is there so that the whole job runs for real on a bare machine.
 """

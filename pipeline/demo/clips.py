@@ -13,7 +13,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from pipeline.patches import Uint8Array
+from pipeline.preprocess.patches import Uint8Array
 
 # A reformatter keeps its scaler from frame to frame; making one for each frame costs four times as much.
 _TO_YUV, _TO_RGB = VideoReformatter(), VideoReformatter()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipeline.patches import Uint8Array
+from pipeline.preprocess.patches import Uint8Array
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 20, 30),

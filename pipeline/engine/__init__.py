@@ -56,7 +56,8 @@ the tests compare the first with the second, and the benchmarks measure them sid
 """
 
 from pipeline.engine.admission import check_length
-from pipeline.engine.options import Detokenize, Engine, EngineOptions, load_engine
+from pipeline.engine.load import load_engine
+from pipeline.engine.options import Detokenize, Engine, EngineOptions
 from pipeline.engine.sequence import (
     Completion,
     FinishReason,

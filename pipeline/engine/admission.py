@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.engine.mrope import lay_out_prompt
+from pipeline.engine.models.mrope import lay_out_prompt
 from pipeline.engine.sequence import PromptLayout, Request
 from pipeline.errors import GenerateError, PromptTooLong
 

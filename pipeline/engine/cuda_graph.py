@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.engine.attention import DecodeInfo
+from pipeline.engine.attention.interface import DecodeInfo
 
 Forward = Callable[[torch.Tensor, torch.Tensor, DecodeInfo], torch.Tensor]
 """(tokens [R], positions [R], info) -> logits [R, vocabulary]"""

@@ -18,23 +18,24 @@ import numpy.typing as npt
 import torch
 
 from pipeline.engine.admission import AdmissionRules
-from pipeline.engine.attention import AttentionBackend, DecodeInfo, pick_attention
+from pipeline.engine.attention.choose import pick_attention
+from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo
 from pipeline.engine.block_manager import BlockManager
-from pipeline.engine.checkpoint import Checkpoint
 from pipeline.engine.cuda_graph import DecodeGraphs
 from pipeline.engine.device import current
 from pipeline.engine.kv_cache import KVCache, block_bytes
 from pipeline.engine.media_ledger import MediaLedger
 from pipeline.engine.model_runner import ModelRunner, PassResult, decode_forward
+from pipeline.engine.models.text_model import TextModel
+from pipeline.engine.models.vision import VisionModel
 from pipeline.engine.options import Detokenize, EngineOptions
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.scheduler import Plan, PrefillPlan, Scheduler
 from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, error_completions
 from pipeline.engine.shard import ShardedAttention, ShardedCache
 from pipeline.engine.stopping import StopRules
-from pipeline.engine.text_model import TextModel
-from pipeline.engine.vision import VisionModel
 from pipeline.engine.warm_up import capture_largest_first, first_request
+from pipeline.engine.weights import Checkpoint
 from pipeline.errors import CheckpointError, EngineOutOfMemory, RowError
 
 MAX_LONE_FAILURES = 4

@@ -18,17 +18,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.engine.attention import AttentionBackend, DecodeInfo, PrefillInfo
+from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo, PrefillInfo
 from pipeline.engine.cuda_graph import DecodeGraphs
 from pipeline.engine.device import upload
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.media_ledger import MediaLedger
+from pipeline.engine.models.text_model import TextModel
+from pipeline.engine.models.vision import VisionModel
 from pipeline.engine.sampler import sample, sample_row
 from pipeline.engine.scheduler import DecodePlan, Plan, PrefillChunk, PrefillPlan
 from pipeline.engine.sequence import Sequence
 from pipeline.engine.stopping import StopRules
-from pipeline.engine.text_model import TextModel
-from pipeline.engine.vision import VisionModel
 
 
 @dataclass

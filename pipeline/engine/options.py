@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from pipeline.engine.sequence import Completion, Request, RequestId
 
 Detokenize = Callable[[Sequence[int]], str]
@@ -107,26 +104,3 @@ class Engine(Protocol):
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges so far."""
-
-
-def load_engine(
-    options: EngineOptions,
-    *,
-    pixel_table: npt.NDArray[np.float32] | None = None,
-    detokenize: Detokenize | None = None,
-) -> Engine:
-    """Load the checkpoint and build the engine `options.kind` names.
-
-    `pixel_table` [3, 256] maps (channel, byte) to the normalised pixel; None is CLIP's mean and deviation.
-    `detokenize` turns token ids into text; needed by requests with stop strings, and by them only.
-    """
-    from pipeline.engine.checkpoint import load_checkpoint
-
-    checkpoint = load_checkpoint(options)
-    if options.kind == "transformers":
-        from pipeline.engine.reference import ReferenceEngine
-
-        return ReferenceEngine(checkpoint, options, pixel_table=pixel_table, detokenize=detokenize)
-    from pipeline.engine.engine import NativeEngine
-
-    return NativeEngine(checkpoint, options, pixel_table=pixel_table, detokenize=detokenize)

@@ -20,13 +20,13 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 from pipeline.engine.admission import AdmissionRules
-from pipeline.engine.checkpoint import Checkpoint
 from pipeline.engine.device import current
 from pipeline.engine.options import Detokenize, EngineOptions
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sampler import sample, sample_row
 from pipeline.engine.sequence import Completion, PromptLayout, Request, RequestId, Sequence, error_completions
 from pipeline.engine.stopping import StopRules
+from pipeline.engine.weights import Checkpoint
 from pipeline.errors import EngineOutOfMemory, RowError
 
 
@@ -195,7 +195,7 @@ def _plain_generation_config(**settings: Any) -> Any:
 
 
 def _pick_attention(checkpoint: Checkpoint, options: EngineOptions) -> str:
-    from pipeline.engine.attention import flash_attn_installed
+    from pipeline.engine.attention.choose import flash_attn_installed
 
     wants_flash = options.attention in ("auto", "flash")
     half = checkpoint.dtype in (torch.bfloat16, torch.float16)

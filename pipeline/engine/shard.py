@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pipeline.engine.attention import AttentionBackend, DecodeInfo, PrefillInfo
+from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo, PrefillInfo
 from pipeline.engine.device import current
 from pipeline.engine.kv_cache import KVCache
 

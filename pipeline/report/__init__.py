@@ -7,7 +7,7 @@
     thumbnails    small pictures, made in a process of their own
     gallery       rows as cards
     plots         inline SVG
-    page          the report: gathered, then HTML by report.html.j2
+    page          the report: gathered, then HTML by page.html.j2
     markdown      the same for a pull request
 
 Works for finished and unfinished runs, with scores or without. Knows no engine and computes no score.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from pipeline.report.markdown import render_markdown
 from pipeline.report.page import Report, ReportOptions, gather, render_html
-from pipeline.report.run_folder import RunReader
+from pipeline.results.reader import RunReader
 
 __all__ = ["Report", "ReportOptions", "RunReader", "build_report", "gather", "render_html", "render_markdown"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.report.facts import Speed, setting_differences, speed
-from pipeline.report.run_folder import Ints, Position, RunReader, place_keys
+from pipeline.results.reader import Ints, Position, RunReader, place_keys
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW
 
 

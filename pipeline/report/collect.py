@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.report.run_folder import Ints, Position, ResultBatch, RunReader, place_keys
+from pipeline.results.reader import Ints, Position, ResultBatch, RunReader, place_keys
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status
 
 Floats = npt.NDArray[np.float64]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.roofline import find_gpu
+from pipeline.planning.roofline import find_gpu
 
 _SECRET = re.compile(r"secret|password|passwd|api_?key|access_?key|credential|auth|private_?key|^token$|_token$", re.I)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+")

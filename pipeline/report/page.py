@@ -23,11 +23,11 @@ from pipeline.report.baseline import OtherRun, read_other_run
 from pipeline.report.collect import Collected, CountHistogram, collect
 from pipeline.report.facts import Speed, headline, rates, settings_lines, shown_source, speed
 from pipeline.report.gallery import Card, CardMaker
-from pipeline.report.run_folder import Position, RunReader, place_key
 from pipeline.report.thumbnails import ThumbnailMaker
+from pipeline.results.reader import Position, RunReader, place_key
 
-_TEMPLATE_FOLDER = Path(__file__).parent.parent
-_TEMPLATE = "report.html.j2"
+_TEMPLATE_FOLDER = Path(__file__).parent
+_TEMPLATE = "page.html.j2"
 _MAX_HTML_BYTES = 5_000_000
 _MAX_ERROR_EXAMPLES = 12
 

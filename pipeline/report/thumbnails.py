@@ -258,8 +258,8 @@ def _video(source: bytes | str) -> list[bytes]:
 
     from pipeline.conversation import MediumSettings
     from pipeline.errors import SettingError
-    from pipeline.media.limits import MediaOptions
-    from pipeline.media.video import OpenVideo
+    from pipeline.preprocess.limits import MediaOptions
+    from pipeline.preprocess.video import OpenVideo
 
     options = MediaOptions(min_frames=_STRIP_FRAMES, max_frames=_STRIP_FRAMES)
     try:

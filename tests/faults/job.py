@@ -20,10 +20,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs import flow
+from jobs.benchmark.stand_in import StandInStage
 from jobs.caption import main
-from jobs.stand_in import StandInStage
-from pipeline.prompt import spare_torch
+from pipeline.execution import dataset as flow
+from pipeline.preprocess.prompt import spare_torch
 from pipeline.schema import UnitColumn
 
 KILL_PREPROCESSING = "kill preprocessing"

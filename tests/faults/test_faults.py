@@ -33,7 +33,7 @@ import pytest
 from PIL import Image
 
 from tests.faults import job
-from tests.late_pictures import late_pictures
+from tests.integration.late_pictures import late_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = int(os.environ.get("FAULT_RUNS", "40"))

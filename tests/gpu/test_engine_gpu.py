@@ -9,22 +9,16 @@ import pytest
 import torch
 
 from pipeline.engine import EngineOptions, SamplingParams
-from pipeline.engine.attention import (
-    AttentionBackend,
-    DecodeInfo,
-    PrefillInfo,
-    flash_attn_installed,
-    pick_attention,
-    torch_varlen_available,
-)
-from pipeline.engine.attention_sdpa import SdpaAttention
-from pipeline.engine.checkpoint import from_model
+from pipeline.engine.attention.choose import flash_attn_installed, pick_attention, torch_varlen_available
+from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo, PrefillInfo
+from pipeline.engine.attention.sdpa import SdpaAttention
 from pipeline.engine.cuda_graph import graph_sizes
 from pipeline.engine.engine import NativeEngine
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.reference import ReferenceEngine
-from tests.engine.rounding import assert_rounding_explains
-from tests.engine.tiny import make_model, mixed_requests, tokens_of
+from pipeline.engine.weights import from_model
+from tests.unit.engine.rounding import assert_rounding_explains
+from tests.unit.engine.tiny import make_model, mixed_requests, tokens_of
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,114 @@
+"""What a checkpoint's small files say: where it is, and which pixels its processor lets the model see.
+
+Knows folders, hub names and `preprocessor_config.json`; not weights, tokenizers or arrays.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import CheckpointError
+
+DEMO = "demo"
+_DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "checkpoint"
+_EXPECTED = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+
+
+@dataclass(frozen=True)
+class ProcessorFacts:
+    """Bounds in pixels of area after resizing, and the normalisation, as the checkpoint was published with."""
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    video_min_pixels: int = 128 * 28 * 28
+    video_max_pixels: int = 768 * 28 * 28
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+def resolve_model(path: str) -> str:
+    """The folder, hub name or bucket prefix that the config's `model.path` stands for."""
+    if path == DEMO:
+        return str(_DEMO_FOLDER)
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
+        raise CheckpointError(f"no model folder at {path}: set model.path to a checkpoint folder or a hub name")
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def check_model(model_path: str, *, revision: str | None = None, weights: bool = True) -> None:
+    """Raise CheckpointError unless there is a Qwen2-VL checkpoint at the folder or hub name, with its weights unless
+    those are known to lie elsewhere."""
+    config = read_config(model_path, revision=revision)
+    if config is None:
+        raise CheckpointError(
+            f"can't find config.json in {model_path!r}: "
+            "set model.path to a folder with a Qwen2-VL checkpoint or to a hub name that this machine can reach"
+        )
+    if config.get("model_type") != "qwen2_vl":
+        raise CheckpointError(
+            f"{model_path!r} is a checkpoint of model type {config.get('model_type')!r}; this pipeline runs qwen2_vl"
+        )
+    if weights and Path(model_path).is_dir() and not any(Path(model_path).glob("*.safetensors")):
+        raise CheckpointError(f"{model_path!r} has a config.json but no *.safetensors: the weights are missing")
+
+
+def read_config(model_path: str, *, revision: str | None = None) -> dict[str, Any] | None:
+    """The checkpoint's `config.json`; None where there is none."""
+    return _read_json(model_path, "config.json", revision)
+
+
+def read_processor_facts(model_path: str, *, revision: str | None = None) -> ProcessorFacts:
+    """Facts from `preprocessor_config.json` (images) and `video_preprocessor_config.json` (videos, if there is one).
+
+    Raises CheckpointError when the first is missing, or describes another family's patches.
+    """
+    image = _read_json(model_path, "preprocessor_config.json", revision)
+    if image is None:
+        raise CheckpointError(
+            f"can't find preprocessor_config.json in {model_path!r}: "
+            "set model.path to a folder with a Qwen2-VL checkpoint or to a hub name"
+        )
+    for name, expected in _EXPECTED.items():
+        if image.get(name, expected) != expected:
+            raise CheckpointError(f"{model_path!r} has {name} {image[name]}; Qwen2-VL has {expected}")
+    video = _read_json(model_path, "video_preprocessor_config.json", revision) or {}
+    default = ProcessorFacts()
+    min_pixels, max_pixels = _bounds(image, default.min_pixels, default.max_pixels)
+    video_min_pixels, video_max_pixels = _bounds(video, default.video_min_pixels, default.video_max_pixels)
+    return ProcessorFacts(
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        video_min_pixels=video_min_pixels,
+        video_max_pixels=video_max_pixels,
+        image_mean=tuple(image.get("image_mean", default.image_mean)),
+        image_std=tuple(image.get("image_std", default.image_std)),
+    )
+
+
+def _bounds(config: dict[str, Any], min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(least, largest) area, in either spelling; the explicit pixels win, as they do in transformers."""
+    size = config.get("size") or {}
+    low = config.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or min_pixels
+    high = config.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or max_pixels
+    return int(low), int(high)
+
+
+def _read_json(model_path: str, name: str, revision: str | None) -> dict[str, Any] | None:
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        model_path,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if not found:
+        return None
+    values = json.loads(Path(found).read_text(encoding="utf-8"))
+    assert isinstance(values, dict)
+    return values

@@ -1,0 +1,31 @@
+"""From options to an engine: loads the checkpoint and builds the engine that the options name."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.engine.options import Detokenize, Engine, EngineOptions
+
+
+def load_engine(
+    options: EngineOptions,
+    *,
+    pixel_table: npt.NDArray[np.float32] | None = None,
+    detokenize: Detokenize | None = None,
+) -> Engine:
+    """Load the checkpoint and build the engine `options.kind` names.
+
+    `pixel_table` [3, 256] maps (channel, byte) to the normalised pixel; None is CLIP's mean and deviation.
+    `detokenize` turns token ids into text; needed by requests with stop strings, and by them only.
+    """
+    from pipeline.engine.weights import load_checkpoint
+
+    checkpoint = load_checkpoint(options)
+    if options.kind == "transformers":
+        from pipeline.engine.reference import ReferenceEngine
+
+        return ReferenceEngine(checkpoint, options, pixel_table=pixel_table, detokenize=detokenize)
+    from pipeline.engine.engine import NativeEngine
+
+    return NativeEngine(checkpoint, options, pixel_table=pixel_table, detokenize=detokenize)

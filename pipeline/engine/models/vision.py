@@ -1,0 +1,188 @@
+"""The vision half of Qwen2-VL: patches of many media in one packed pass -> visual tokens.
+
+    passes    media are cut into frames and packed up to the patch budget, frames of one size side by side
+    pixels    uint8 goes to the device and is normalised there (pixels.py)
+    frames    attention stays within a frame, so a long video may be spread over several passes
+
+transformers' weights, our forward pass; grids stay on the host, so nothing waits for the device.
+
+    N patches   H heads   D head_dim   C embedding size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional as F
+
+from pipeline.engine.attention.interface import AttentionBackend
+from pipeline.engine.dense import Dense, dense
+from pipeline.engine.device import upload
+from pipeline.engine.pixels import PixelTable
+from pipeline.engine.sequence import MERGE_SIZE, PATCH_BYTES, Medium
+
+
+@dataclass
+class _Block:
+    norm1: Any
+    qkv: Dense
+    out: Dense
+    norm2: Any
+    fc1: Dense
+    act: Any
+    fc2: Dense
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Temporal steps [start, stop) of one medium."""
+
+    medium: Medium
+    start: int
+    stop: int
+
+    @property
+    def frame_patches(self) -> int:
+        return self.medium.grid_thw[1] * self.medium.grid_thw[2]
+
+    @property
+    def num_patches(self) -> int:
+        return (self.stop - self.start) * self.frame_patches
+
+    @property
+    def patches(self) -> npt.NDArray[np.uint8]:
+        return self.medium.patches[self.start * self.frame_patches : self.stop * self.frame_patches]
+
+
+def plan_passes(media: Sequence[Medium], max_patches: int) -> list[list[Frames]]:
+    """Pack whole frames into passes of at most `max_patches`; a frame above that has a pass to itself."""
+    passes: list[list[Frames]] = [[]]
+    room = max_patches
+    # Sorted, so that frames of one size are neighbours and attend as one batch.
+    for medium in sorted(media, key=lambda m: (m.kind, m.grid_thw[1] * m.grid_thw[2])):
+        size = medium.grid_thw[1] * medium.grid_thw[2]
+        start = 0
+        while start < medium.grid_thw[0]:
+            count = min(room // size, medium.grid_thw[0] - start)
+            if count <= 0:
+                if passes[-1]:
+                    passes.append([])
+                    room = max_patches
+                    continue
+                count = 1
+            passes[-1].append(Frames(medium, start, start + count))
+            room -= count * size
+            start += count
+    return [frames for frames in passes if frames]
+
+
+class VisionModel:
+    def __init__(self, model: Any, attention: AttentionBackend, pixels: PixelTable) -> None:
+        """`model` is transformers' Qwen2VLForConditionalGeneration."""
+        tower = model.model.visual
+        config = model.config.vision_config
+        self.attention = attention
+        self.pixels = pixels
+        self.num_heads: int = config.num_heads
+        self.head_dim: int = config.embed_dim // config.num_heads
+        # The convolution's kernel is as large as its stride, so it is one product over flat patches.
+        self.embed = Dense(tower.patch_embed.proj.weight.flatten(1), None)
+        self.blocks = [
+            _Block(
+                block.norm1,
+                dense(block.attn.qkv),
+                dense(block.attn.proj),
+                block.norm2,
+                dense(block.mlp.fc1),
+                block.mlp.act,
+                dense(block.mlp.fc2),
+            )
+            for block in tower.blocks
+        ]
+        self.merge_norm = tower.merger.ln_q
+        self.merge1, self.merge2 = dense(tower.merger.mlp[0]), dense(tower.merger.mlp[2])
+        self.device = self.embed.weight.device
+        theta = float((getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0))
+        spatial = self.head_dim // 2
+        steps = torch.arange(0, spatial, 2, dtype=torch.float32)
+        self.inv_freq = (1.0 / (theta ** (steps / spatial))).to(self.device)
+        on_gpu = self.device.type == "cuda"
+        self._copies: Any = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def encode(self, media: Sequence[Medium], max_patches: int) -> Iterator[tuple[Medium, torch.Tensor]]:
+        """Each medium with its visual tokens [tokens, text width], as soon as all its frames are done."""
+        parts: dict[int, list[torch.Tensor]] = {}
+        for frames in plan_passes(media, max_patches):
+            merged = self._run(frames)
+            tokens = [part.num_patches // MERGE_SIZE**2 for part in frames]
+            for part, embedding in zip(frames, torch.split(merged, tokens), strict=True):
+                mine = parts.setdefault(id(part.medium), [])
+                mine.append(embedding)
+                if part.stop == part.medium.grid_thw[0]:
+                    yield part.medium, mine[0].clone() if len(mine) == 1 else torch.cat(mine)
+                    del parts[id(part.medium)]
+
+    def _run(self, frames: Sequence[Frames]) -> torch.Tensor:
+        """One packed pass: visual tokens of all frames [N / 4, text width]."""
+        hidden = self.embed(self._pixel_values(frames))
+        cos, sin = self._rotation(frames)
+        lengths = [part.frame_patches for part in frames for _ in range(part.start, part.stop)]
+        self.attention.begin_vision(lengths, self.device)
+        for block in self.blocks:
+            hidden = self._block(block, hidden, cos, sin)
+        merged = self.merge_norm(hidden).view(-1, MERGE_SIZE**2 * hidden.shape[1])
+        return self.merge2(F.gelu(self.merge1(merged)))
+
+    def _block(self, block: _Block, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        num_patches = hidden.shape[0]
+        qkv = block.qkv(block.norm1(hidden)).view(num_patches, 3, self.num_heads, self.head_dim)
+        # Rotated in float32 and rounded once, as transformers does.
+        wide = qkv[:, :2].float()
+        first, second = wide.chunk(2, dim=-1)
+        rotated = (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(hidden.dtype)
+        attended = self.attention.vision(rotated[:, 0], rotated[:, 1], qkv[:, 2])
+        hidden = hidden + block.out(attended.reshape(num_patches, -1))
+        return hidden + block.fc2(block.act(block.fc1(block.norm2(hidden))))
+
+    def _pixel_values(self, frames: Sequence[Frames]) -> torch.Tensor:  # [N, 1176]
+        values = []
+        for kind in PATCH_BYTES:
+            mine = [part.patches for part in frames if part.medium.kind == kind]
+            if mine:
+                values.append(self.pixels(self._upload(mine)))
+        return values[0] if len(values) == 1 else torch.cat(values)  # plan_passes puts images first
+
+    def _upload(self, parts: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+        """Into one buffer; for a GPU a pinned one, copied on a stream of its own while earlier passes compute."""
+        total = sum(len(part) for part in parts)
+        on_gpu = self.device.type == "cuda"
+        staging = torch.empty((total, parts[0].shape[1]), dtype=torch.uint8, pin_memory=on_gpu)
+        np.concatenate(parts, out=staging.numpy())
+        if not on_gpu:
+            return staging
+        with torch.cuda.stream(self._copies):
+            patches = staging.to(self.device, non_blocking=True)
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_stream(self._copies)
+        patches.record_stream(compute)
+        return patches
+
+    def _rotation(self, frames: Sequence[Frames]) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [N, 1, 1, D]: the first half of the angles by patch row, the second by column."""
+        coordinates = upload(np.concatenate([_patch_coordinates(part) for part in frames]), self.device)
+        angles = (coordinates.float()[:, :, None] * self.inv_freq).flatten(1)  # [N, D / 2]
+        angles = torch.cat([angles, angles], dim=-1)[:, None, None]
+        return angles.cos(), angles.sin()
+
+
+def _patch_coordinates(part: Frames) -> npt.NDArray[np.int32]:
+    """(row, column) [patches, 2] in merge-block order, the same for every frame."""
+    _, h, w = part.medium.grid_thw
+    grid = np.indices((h, w), dtype=np.int32).reshape(2, h // 2, 2, w // 2, 2)
+    one_frame = grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
+    return np.tile(one_frame, (part.stop - part.start, 1))

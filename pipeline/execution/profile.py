@@ -1,0 +1,110 @@
+"""`--profile N`: a torch trace of N engine steps from every engine, and Ray's timeline, in the run folder.
+
+    profile/engine-0.json.gz   for chrome://tracing, Perfetto or TensorBoard
+    profile/ray.json.gz        what ran on which worker when, the whole run
+
+The engine knows nothing of it: its step is wrapped on the way into the engine's thread. The trace travels to the
+driver, which alone writes to the run folder.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from pipeline import storage
+from pipeline.results.run_folder import RunFolder
+
+WARM_UP_STEPS = 10
+"""Steps before the trace begins: the first ones allocate, compile and pick kernels."""
+_COLLECT_EVERY_S = 5.0
+
+Result = TypeVar("Result")
+
+
+class StepProfiler:
+    """Traces `num_steps` calls of a function that one thread calls again and again, once."""
+
+    def __init__(self, num_steps: int, deliver: Callable[[bytes], None]) -> None:
+        """`deliver` is handed the trace: Chrome's JSON, gzipped."""
+        self._first, self._last = WARM_UP_STEPS + 1, WARM_UP_STEPS + num_steps
+        self._deliver = deliver
+        self._count = 0
+
+    def wrap(self, step: Callable[[], Result]) -> Callable[[], Result]:
+        """The function, profiled."""
+        import torch
+        from torch.profiler import ProfilerActivity, profile, record_function
+
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        trace = profile(activities=activities)
+
+        def profiled() -> Result:
+            self._count += 1
+            if self._count > self._last:
+                return step()
+            if self._count == self._first:
+                trace.start()
+            with record_function("engine step"):
+                result = step()
+            if self._count == self._last:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                trace.stop()
+                self._deliver(_exported(trace))
+            return result
+
+        return profiled
+
+
+def _exported(trace: Any) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json.gz"
+        trace.export_chrome_trace(str(path))
+        return path.read_bytes()
+
+
+class ProfileFolder:
+    """Writes the traces into the run folder as they come."""
+
+    def __init__(self, folder: RunFolder, ledger: Any, num_steps: int | None) -> None:
+        self._folder, self._ledger, self._num_steps = folder, ledger, num_steps
+        self._num_written = 0
+        self._looked = time.monotonic()
+
+    def collect(self, *, if_old: bool = False) -> None:
+        """Write traces that have come since the last time; with `if_old`, only look when that is a while ago."""
+        import ray
+
+        if self._num_steps is None or (if_old and time.monotonic() - self._looked < _COLLECT_EVERY_S):
+            return
+        self._looked = time.monotonic()
+        for trace in ray.get(self._ledger.traces.remote(self._num_written)):
+            self._write(f"engine-{self._num_written}.json.gz", trace)
+            self._num_written += 1
+
+    def close(self, console: Console) -> None:
+        """Write the rest and Ray's timeline; say where they are."""
+        import ray
+
+        if self._num_steps is None:
+            return
+        self.collect()
+        self._write("ray.json.gz", gzip.compress(json.dumps(ray.timeline()).encode()))
+        if not self._num_written:
+            console.print(
+                f"no engine made {WARM_UP_STEPS + self._num_steps} steps, {WARM_UP_STEPS} of them to warm up, so there "
+                "is no trace of one: profile fewer steps, or run more rows"
+            )
+        console.print(f"profile   {self._folder.file('profile')}", markup=False)
+
+    def _write(self, name: str, data: bytes) -> None:
+        storage.make_dir(self._folder.file("profile"), self._folder.storage_options)
+        storage.publish(self._folder.file("profile", name), data, self._folder.storage_options)

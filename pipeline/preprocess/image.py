@@ -1,0 +1,215 @@
+"""An encoded image to RGB pixels, by Pillow.
+
+Knows codecs; not files, resizing or patches. Every exception of Pillow ends here, as a MediaError.
+
+What is decoded how: EXIF orientation is applied; transparency is laid on white, as transformers does; 16-bit
+channels keep their high byte, as Pillow does for colour; CMYK is converted by Pillow without a colour profile; of an
+animation the first frame is taken. Formats are limited to those a browser or camera writes: Pillow's others include
+one that starts Ghostscript.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from typing import IO, Protocol, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.errors import (
+    AspectRatioError,
+    DecompressionBomb,
+    MediaError,
+    MediaMemoryError,
+    TruncatedMedia,
+    UnsupportedMedia,
+)
+from pipeline.preprocess.limits import MediaOptions
+
+# Our own limit, `max_image_pixels`, is checked on the header before any pixel is decoded; Pillow's fixed one would
+# overrule a larger setting and warn below it.
+Image.MAX_IMAGE_PIXELS = None
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA", "ICO")
+MAX_ASPECT_RATIO = 200
+
+_ORIENTATION_TAG = 0x0112
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TRUNCATED = re.compile(r"truncated|unexpected end|end of file|no more data|not enough image data", re.IGNORECASE)
+_BOMB = re.compile(r"too large|too much memory|decompress", re.IGNORECASE)
+
+# Pillow has no exception of its own for broken files: its parsers raise whatever their arithmetic stumbles on.
+_PILLOW_ERRORS = (
+    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
+    AssertionError, RuntimeError, struct.error, zlib.error,
+)  # fmt: skip
+
+_SIGNATURES = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"RIFF": "WebP or AVI", b"BM": "BMP"}
+
+T = TypeVar("T")
+
+
+class Encoded(Protocol):
+    """A medium's file as it can be looked at: bytes, or a file of which only the parts asked for are read."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> bytes | memoryview: ...
+
+
+class OpenImage:
+    """An image whose header has been read and checked, and whose pixels have not been decoded.
+
+    Raises MediaError subclasses: UnsupportedMedia, TruncatedMedia, DecompressionBomb, AspectRatioError.
+    """
+
+    def __init__(self, data: Encoded, options: MediaOptions) -> None:
+        self._data = data
+        self._image: Image.Image = _translate(self._open, data)
+        self.width, self.height = self._image.size
+        """Pixels as stored, before EXIF orientation."""
+        if self.width * self.height > options.max_image_pixels:
+            raise DecompressionBomb(
+                f"the image is {self.width}x{self.height} = {self.width * self.height:,} pixels; at most "
+                f"{options.max_image_pixels:,} are decoded (max_image_pixels)"
+            )
+        short, long = sorted((self.width, self.height))
+        if short < 1:
+            raise UnsupportedMedia(f"the image is {self.width}x{self.height} pixels; both sides must be at least 1")
+        if long > MAX_ASPECT_RATIO * short:
+            raise AspectRatioError(
+                f"{self.width}x{self.height} pixels is {long / short:.0f}:1; the model takes at most "
+                f"{MAX_ASPECT_RATIO}:1: crop or pad the image"
+            )
+
+    def _open(self) -> Image.Image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata; the pixels speak for themselves
+            return Image.open(_as_file(self._data), formats=FORMATS)
+
+    def decode(self) -> npt.NDArray[np.uint8]:
+        """RGB pixels [H, W, 3], upright. The array may be read-only."""
+        return _translate(self._decode, self._data)
+
+    def _decode(self) -> npt.NDArray[np.uint8]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = self._image
+            image.load()
+            image = _to_rgb(image, _orientation(image))
+            return np.asarray(image)
+
+
+def decode_image(data: bytes | memoryview, options: MediaOptions) -> npt.NDArray[np.uint8]:
+    """RGB pixels [H, W, 3] of an encoded image, upright. The array may be read-only; errors as OpenImage."""
+    return OpenImage(data, options).decode()
+
+
+def _as_file(data: Encoded) -> IO[bytes]:
+    return io.BytesIO(data) if isinstance(data, bytes | memoryview) else cast(IO[bytes], data)
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """How to turn the stored pixels upright; None where they are, or where the EXIF block can't be read."""
+    try:
+        return _ORIENTATIONS.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # whatever a broken EXIF block makes Pillow raise; browsers show such images as stored
+        return None
+
+
+def _to_rgb(image: Image.Image, orientation: Image.Transpose | None) -> Image.Image:
+    if orientation is not None:
+        info = image.info
+        image = image.transpose(orientation)
+        image.info = info  # transparency is kept there, and transposing drops it
+    if image.mode.startswith("I;16") or image.mode == "I":
+        return _from_16_bit(image)
+    if image.mode == "F":
+        raise UnsupportedMedia(
+            "the image holds floating-point pixels, which have no defined range: convert it to 8 or 16 bits"
+        )
+    if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey to RGB by the high byte; Pillow's own conversion would clip everything above 255 to white."""
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise UnsupportedMedia(f"the image holds integers from {low} to {high}; convert it to 8 or 16 bits")
+    return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+
+
+def _translate(step: Callable[[], T], data: Encoded) -> T:
+    """Run a step of Pillow; the border at which its exceptions become MediaErrors."""
+    try:
+        return step()
+    except MediaError:
+        raise
+    except UnidentifiedImageError as error:
+        raise not_an_image(data) from error
+    except MemoryError as error:
+        raise MediaMemoryError(f"the image's pixels don't fit into memory ({len(data):,} bytes encoded)") from error
+    except _PILLOW_ERRORS as error:
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if _TRUNCATED.search(message) or isinstance(error, EOFError):
+            raise TruncatedMedia(f"the image ends too early: {message} ({len(data):,} bytes)") from error
+        if _BOMB.search(message):
+            raise DecompressionBomb(f"the image's metadata unpacks to more than is allowed: {message}") from error
+        raise UnsupportedMedia(f"the image can't be decoded: {message}") from error
+
+
+def not_an_image(data: Encoded) -> MediaError:
+    """The error for bytes that no allowed format claims, naming what they look like."""
+    if not len(data):
+        return TruncatedMedia("the medium has 0 bytes")
+    return UnsupportedMedia(f"not an image that can be decoded: {looks_like(data)}; expected {', '.join(FORMATS)}")
+
+
+def looks_like(data: Encoded) -> str:
+    """A guess at what bytes are, for error messages."""
+    head = bytes(data[:512])
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return f"{len(data):,} bytes of HTML, likely an error page"
+    if text.startswith((b"<?xml", b"<svg")):
+        return f"{len(data):,} bytes of SVG or XML"
+    if text.startswith((b"{", b"[")) and not text.startswith(b"[\x00"):
+        return f"{len(data):,} bytes that look like JSON"
+    if text.startswith(b"#extm3u"):
+        return "an HLS playlist"
+    if text.startswith(b"ffconcat"):
+        return "an FFmpeg concat script"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer; fetch the real file with git lfs pull"
+    if head[4:8] == b"ftyp":
+        brand = head[8:12].decode("latin-1")
+        return (
+            f"an HEIC image (brand {brand})" if brand in ("heic", "heix", "mif1", "hevc") else f"an MP4 file ({brand})"
+        )
+    if head.startswith(b"%PDF"):
+        return "a PDF"
+    if head.startswith(b"%!PS"):
+        return "PostScript"
+    if head.startswith(b"PK\x03\x04"):
+        return "a ZIP archive"
+    if head.startswith(b"\x1f\x8b"):
+        return "gzip data"
+    return f"{len(data):,} bytes beginning {head[:8].hex(' ')}"

@@ -1,0 +1,67 @@
+"""`errors.jsonl` in the run folder: a line of JSON for every failed row, with its place in the manifest.
+
+The results say the same of every row; this file says it while the job runs, to a person with `tail` or `jq`. It goes
+on where an earlier run's ended, is published whole, since buckets can't append, and ends at MAX_LINES.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import storage
+from pipeline.results.run_folder import RunFolder
+from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status
+
+MAX_LINES = 10_000
+_PUBLISH_EVERY_S = 10.0
+_COLUMNS = ["id", "attempts", "error_stage", "error_type", "error_message", MANIFEST_FILE, MANIFEST_ROW]
+
+
+class ErrorLog:
+    """Collects failed rows and publishes them now and then."""
+
+    def __init__(self, folder: RunFolder, manifest_files: Sequence[str]) -> None:
+        """`manifest_files` are the manifest's paths, by the numbers that rows carry."""
+        self._folder, self._files = folder, manifest_files
+        self._path = folder.file("errors.jsonl")
+        self._new = False
+        self._published = time.monotonic()
+        try:
+            self._lines = storage.read_bytes(self._path, folder.storage_options).decode().splitlines()
+        except OSError:
+            self._lines = []
+
+    def add(self, table: pa.Table) -> None:
+        """Note the failed rows among finished ones (schema.result_schema)."""
+        if len(self._lines) >= MAX_LINES:
+            return
+        failed = table.select([*_COLUMNS, "status"]).filter(pc.not_equal(table.column("status"), Status.OK.value))
+        for row in failed.slice(0, MAX_LINES - len(self._lines)).to_pylist():
+            line = {
+                "time": round(time.time(), 1),
+                "manifest_file": self._files[row[MANIFEST_FILE]],
+                "manifest_row": row[MANIFEST_ROW],
+                "id": row["id"],
+                "stage": row["error_stage"],
+                "type": row["error_type"],
+                "message": row["error_message"],
+                "attempts": row["attempts"],
+            }
+            self._lines.append(json.dumps(line, ensure_ascii=False))
+            self._new = True
+        if len(self._lines) == MAX_LINES:
+            self._lines[-1] = json.dumps({"message": f"{MAX_LINES - 1:,} errors are shown; the results have them all"})
+
+    def flush(self, *, if_old: bool = False) -> None:
+        """Publish what is new; with `if_old`, only when the last time is a while ago."""
+        if self._new and not (if_old and time.monotonic() - self._published < _PUBLISH_EVERY_S):
+            text = "\n".join(self._lines) + "\n"
+            self._new, self._published = False, time.monotonic()
+            with contextlib.suppress(OSError):  # the results say the same; a full disk is told where it costs rows
+                storage.publish(self._path, text.encode(), self._folder.storage_options)

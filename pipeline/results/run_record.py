@@ -1,0 +1,162 @@
+"""run.json: what a run was asked to do, on what, by which versions, and how it went.
+
+Also tells whether a folder's run may be continued: whatever changes the outputs must be as it was.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.identity import model_changes, model_identity
+from pipeline.config import CaptionConfig
+from pipeline.errors import CheckpointError, OutputError
+from pipeline.manifest import Manifest, difference, keep_file_numbers, only_appended
+
+_PACKAGES = ("torch", "transformers", "ray", "pyarrow", "pandas", "pillow", "av", "numpy", "fsspec", "flash-attn")
+# Settings under these sections alter the rows' answers; the others alter only how the work is done.
+_IDENTITY_SECTIONS = ("prompt", "media", "sampling")
+_NO_IDENTITY = {"media.timeout_s", "media.memory_limit_mb"}
+
+
+_MODEL_FILES = "model.files"
+
+_ROOT = Path(__file__).resolve().parent.parent.parent
+COMMIT_VARIABLE = "QWEN2_VL_BATCH_COMMIT"
+"""Environment variable with the commit of code that travels without its history."""
+
+
+def identity(config: CaptionConfig, model_path: str) -> dict[str, Any]:
+    """Every setting that alters outputs, by full name, and the model's files. Raises CheckpointError."""
+    try:
+        files = model_identity(model_path, revision=config.model.revision, storage_options=config.model.storage_options)
+    except OSError as error:
+        raise CheckpointError(f"model.path {model_path} can't be read: {error}") from error
+    values: dict[str, Any] = {
+        "model.path": model_path,
+        _MODEL_FILES: files,
+        "model.revision": config.model.revision,
+        "model.dtype": config.model.dtype,
+        "input.columns": dict(sorted(config.input.columns.items())),
+        "input.keep": config.input.keep,
+        "input.limit": config.input.limit,
+    }
+    for section in _IDENTITY_SECTIONS:
+        for key, value in getattr(config, section).model_dump(mode="json").items():
+            if f"{section}.{key}" not in _NO_IDENTITY:
+                values[f"{section}.{key}"] = value
+    return values
+
+
+def check_unchanged(
+    record: Mapping[str, Any], config: CaptionConfig, asked: Mapping[str, Any], manifest: Manifest, *, folder: str
+) -> Manifest:
+    """The manifest to go on with, its old files first. Raises OutputError that shows what changed."""
+    before = record.get("identity", {})
+    settings = [
+        f"{name}: was {old!r}, is {asked.get(name)!r}"
+        for name, old in before.items()
+        if name != _MODEL_FILES and asked.get(name) != old
+    ]
+    if not any(line.startswith("model.") for line in settings):  # another model has other files, which is no news
+        changes = model_changes(before.get(_MODEL_FILES, {}), asked.get(_MODEL_FILES, {}))
+        settings += [f"{asked['model.path']}: {line}" for line in changes]
+    old, new = record["manifest"]["fingerprint"], manifest.fingerprint()
+    rows = difference(old, new)
+    if config.run.on_change == "new-rows":
+        grown = [line for line in settings if line.startswith("input.limit") and _limit_grew(record, asked)]
+        settings = [line for line in settings if line not in grown]
+        if only_appended(old, new):
+            rows = []
+    if settings or rows:
+        way_out = "choose another output.path, or go back to the old settings"
+        if rows and not settings and only_appended(old, new):
+            way_out = "--on-change=new-rows takes up the new files; or choose another output.path"
+        lines = "\n".join(f"  {line}" for line in [*settings, *rows])
+        raise OutputError(f"{folder} holds a run with other settings or rows:\n{lines}\n{way_out}")
+    return keep_file_numbers(manifest, old)
+
+
+def _limit_grew(record: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    old, new = record["identity"].get("input.limit"), asked.get("input.limit")
+    return old is not None and (new is None or new > old)
+
+
+def new_record(config: CaptionConfig, asked: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """run.json as it stands when a run begins."""
+    return {
+        "state": "running",
+        "config": _without_secrets(config.model_dump(mode="json")),
+        "identity": dict(asked),
+        "manifest": {
+            "path": manifest.path,
+            "fingerprint": manifest.fingerprint(),
+            "versions": [file.version for file in manifest.files],
+        },
+        "model": {"path": asked["model.path"], "revision": config.model.revision},
+        "versions": versions(),
+        "hardware": hardware(),
+        "started": now(),
+        "finished": None,
+    }
+
+
+def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """The config without the storage options' values: some are credentials, and run.json is for everybody."""
+    for section in ("input", "model", "output"):
+        options = values[section]["storage_options"]
+        values[section]["storage_options"] = dict.fromkeys(options, "(not recorded)")
+    return values
+
+
+def now() -> str:
+    """This moment, in ISO form."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what may change an answer."""
+    found = {"python": platform.python_version()}
+    for name in (*_PACKAGES, "qwen2-vl-batch"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = code_commit(_ROOT)
+    return {**found, "commit": commit} if commit else found
+
+
+def code_commit(root: Path) -> str | None:
+    """The commit of the code in a folder, with `-dirty` where tracked files differ from it. None where that is not
+    known: no checkout, or no git; a submitted job is told by whoever sent the code (COMMIT_VARIABLE)."""
+    if not (root / ".git").exists():  # git itself would go on to look in the folders above
+        return os.environ.get(COMMIT_VARIABLE)
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    """The driver's machine."""
+    return {
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "system": platform.system(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,404 @@
+"""The caption job, end to end on a real Ray: every manifest and medium form, good and bad rows, resume, retry."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.caption import main
+from pipeline.demo import CHECKPOINT
+from pipeline.demo.check import check
+from pipeline.demo.manifest import write_demo_world
+from pipeline.schema import result_schema
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.usefixtures("ray_with_two_cpus")
+
+
+def caption(source: Path, output: Path, *words: str, max_tokens: int = 8) -> int:
+    return main(
+        [
+            *("--input.path", str(source), "--output.path", str(output), "--model.path", "demo"),
+            *("--sampling.max_tokens", str(max_tokens), *words),
+        ]
+    )
+
+
+def results(output: Path) -> list[dict[str, Any]]:
+    parts = sorted(output.glob("part-*.parquet"))
+    assert parts, f"no part files in {list(output.iterdir())}"
+    return [row for part in parts for row in pq.read_table(part).to_pylist()]
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def user(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def test_one_manifest_may_mix_every_kind_of_row_good_and_bad(tmp_path: Path, photos: Path, clips: Path) -> None:
+    shutil.copy(photos / "astronaut.png", tmp_path / "astronaut.png")
+    shutil.copy(photos / "rocket.jpg", tmp_path / "rocket.jpg")
+    shutil.copy(clips / "bikes.mp4", tmp_path / "bikes.mp4")
+    (tmp_path / "page.png").write_text("<html>not found</html>")
+    inline = "data:image/jpeg;base64," + base64.b64encode((tmp_path / "rocket.jpg").read_bytes()).decode()
+    rows: list[dict[str, Any]] = [
+        {"id": "image", "image": "astronaut.png", "prompt": "Who is this?"},
+        {"id": "images", "images": ["astronaut.png", inline], "prompt": "Compare."},
+        {"id": "video", "video": "bikes.mp4", "prompt": "What happens?", "num_frames": 4},
+        {"id": "segment", "video": "bikes.mp4", "prompt": "And here?", "start_s": 2.0, "end_s": 4.0, "fps": 2.0},
+        {"id": "text", "prompt": "Name a colour."},
+        {
+            "id": "mixed",
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                *user(
+                    {"type": "video", "path": "bikes.mp4", "num_frames": 4},
+                    text("then"),
+                    {"type": "image", "url": inline},
+                ),
+                {"role": "assistant", "content": "Bikes."},
+                *user(text("Sure?")),
+            ],
+        },
+        {"id": "openai", "messages": user({"type": "image_url", "image_url": {"url": "rocket.jpg"}}, text("?"))},
+        {"id": "small", "image": "astronaut.png", "prompt": "?", "max_pixels": 28 * 28 * 4, "max_tokens": 3},
+        {"id": "missing", "image": "nowhere.png", "prompt": "?"},
+        {"id": "html", "image": "page.png", "prompt": "?"},
+        {"id": "outside", "image": "/etc/hostname", "prompt": "?"},
+        {"id": "reserved", "prompt": "Look: <|image_pad|>"},
+        {"id": "setting", "image": "astronaut.png", "prompt": "?", "fps": 2.0},
+        {"id": "sampling", "prompt": "?", "temperature": -1.0},
+        {"id": "nothing"},
+        {"id": "role", "messages": [{"role": "robot", "content": "?"}]},
+    ]
+    output = tmp_path / "out"
+    assert caption(jsonl(tmp_path / "rows.jsonl", rows), output) == 0
+    found = {row["id"]: row for row in results(output)}
+    assert list(found) == [row["id"] for row in rows]
+    errors = {name: (row["error_stage"], row["error_type"]) for name, row in found.items() if row["status"] == "error"}
+    assert errors == {
+        "missing": ("fetch", "MediaNotFound"),
+        "html": ("decode", "UnsupportedMedia"),
+        "outside": ("fetch", "AccessDenied"),
+        "reserved": ("prompt", "ReservedTokenError"),
+        "setting": ("prompt", "SettingError"),
+        "sampling": ("prompt", "SettingError"),
+        "nothing": ("prompt", "MessageError"),
+        "role": ("prompt", "MessageError"),
+    }
+    for row in found.values():
+        assert row["attempts"] == 1
+        assert (row["text"] is None) == (row["status"] == "error")
+        assert (row["error_message"] is None) == (row["status"] == "ok")
+    assert [medium["kind"] for medium in found["mixed"]["media"]] == ["video", "image"]
+    assert found["video"]["media"][0]["grid_thw"][0] == 2
+    assert len(found["video"]["media"][0]["timestamps"]) == 4
+    assert all(2.0 <= second <= 4.0 for second in found["segment"]["media"][0]["timestamps"])
+    assert found["small"]["num_visual_tokens"] == 4
+    assert found["small"]["num_output_tokens"] <= 3
+    assert found["image"]["media"][0]["source_width"] == 512
+    assert found["image"]["num_prompt_tokens"] > found["image"]["num_visual_tokens"] > 0
+    schema = pq.read_schema(output / "part-00000.parquet")
+    assert schema.equals(result_schema(pa.schema([])))
+    record = json.loads((output / "run.json").read_text())
+    assert record["state"] == "finished"
+    assert record["errors"]["SettingError"] == 2
+    told = [json.loads(line) for line in (output / "errors.jsonl").read_text().splitlines()]
+    assert {line["id"]: (line["stage"], line["type"]) for line in told} == errors
+    assert all(rows[line["manifest_row"]]["id"] == line["id"] for line in told)
+    assert {line["manifest_file"] for line in told} == {str(tmp_path / "rows.jsonl")}
+    assert "nowhere.png" in next(line["message"] for line in told if line["id"] == "missing")
+    assert record["engine"]["device"].startswith("cpu")
+    assert not (output / "fragments").exists()
+    assert (output / "_SUCCESS").exists()
+
+
+def test_embedded_bytes_and_structs_in_parquet_and_kept_columns(tmp_path: Path, photos: Path) -> None:
+    data = (photos / "rocket.jpg").read_bytes()
+    table = pa.table(
+        {
+            "picture": pa.array([{"bytes": data, "path": "x.jpg"}, {"bytes": None, "path": "rocket.jpg"}]),
+            "question": ["What?", "Where?"],
+            "score": pa.array([1.5, None], pa.float32()),
+            "tags": pa.array([["a", "b"], []], pa.list_(pa.string())),
+        }
+    )
+    shutil.copy(photos / "rocket.jpg", tmp_path / "rocket.jpg")
+    pq.write_table(table, tmp_path / "m.parquet")
+    words = [
+        "--input.columns",
+        '{"image": "picture"}',
+        "--prompt.template",
+        "{question} Answer:",
+        "--input.keep",
+        "tags,score",
+    ]
+    assert caption(tmp_path / "m.parquet", tmp_path / "out", *words) == 0
+    found = results(tmp_path / "out")
+    assert [row["status"] for row in found] == ["ok", "ok"]
+    assert found[0]["text"] is not None
+    assert found[0]["media"][0]["grid_thw"] == found[1]["media"][0]["grid_thw"]
+    assert [(row["tags"], row["score"]) for row in found] == [(["a", "b"], 1.5), ([], None)]
+    kept = pq.read_schema(tmp_path / "out" / "part-00000.parquet")
+    assert kept.field("score").type == pa.float32()
+    assert kept.field("tags").type == pa.list_(pa.string())
+
+
+def test_a_bare_folder_is_captioned_with_the_config_s_prompt(tmp_path: Path, photos: Path, clips: Path) -> None:
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    shutil.copy(photos / "coffee.png", folder / "deep" / "b.png")
+    shutil.copy(photos / "rocket.jpg", folder / "a.jpg")
+    shutil.copy(clips / "carphone_distorted.mp4", folder / "c.mp4")
+    (folder / "notes.txt").write_text("not a picture")
+    assert (
+        main(["--config", str(ROOT / "configs/demo.yaml"), f"--input.path={folder}", f"--output.path={tmp_path / 'o'}"])
+        == 0
+    )
+    found = results(tmp_path / "o")
+    assert [(row["id"], row["status"]) for row in found] == [("a.jpg", "ok"), ("c.mp4", "ok"), ("deep/b.png", "ok")]
+
+
+def test_several_answers_with_logprobs_and_seeds_come_the_same_again(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say something {i}.", "seed": i} for i in range(3)]
+    words = ["--sampling.n", "2", "--sampling.temperature", "1.0", "--sampling.logprobs", "true"]
+    source = jsonl(tmp_path / "m.jsonl", rows)
+    for name in ("a", "b"):
+        assert caption(source, tmp_path / name, *words) == 0
+    first, second = results(tmp_path / "a"), results(tmp_path / "b")
+    assert [row["texts"] for row in first] == [row["texts"] for row in second]
+    assert all(len(row["texts"]) == 2 and row["texts"][0] == row["text"] for row in first)
+    assert all(row["logprobs"] and max(row["logprobs"]) <= 0 for row in first)
+
+
+def test_failed_rows_are_run_again_when_asked_and_the_others_left_alone(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"image": "late.png", "prompt": "?"}, {"prompt": "Hello."}, {"prompt": "<|im_end|>"}]
+    source, output = jsonl(tmp_path / "m.jsonl", rows), tmp_path / "out"
+    assert caption(source, output) == 0
+    before = results(output)
+    assert [row["error_type"] for row in before] == ["MediaNotFound", None, "ReservedTokenError"]
+    files = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    capsys.readouterr()
+    assert caption(source, output, "--retry-failed=MediaTimeout") == 0
+    assert "has no such errors to run again: it has 1 MediaNotFound, 1 ReservedTokenError" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == files
+    shutil.copy(photos / "coffee.png", tmp_path / "late.png")
+    assert caption(source, output, "--retry-failed=FetchError") == 0
+    after = results(output)
+    assert [(row["status"], row["attempts"]) for row in after] == [("ok", 2), ("ok", 1), ("error", 1)]
+    assert after[1] == before[1]
+    assert after[2] == before[2]
+
+
+def test_a_finished_folder_is_left_alone_and_says_so_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = jsonl(tmp_path / "m.jsonl", [{"prompt": "Hello."}]), tmp_path / "out"
+    assert caption(source, output) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    capsys.readouterr()
+    started = time.monotonic()
+    assert caption(source, output) == 0
+    assert time.monotonic() - started < 2
+    assert "is finished: 1 rows, 0 errors" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+    # Nor was the manifest opened: there is nothing in it any more, and its listing does not show that.
+    size, times = source.stat().st_size, source.stat()
+    source.write_text("\n" * size)
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert caption(source, output) == 0
+    assert "is finished: 1 rows" in capsys.readouterr().out
+    os.utime(source)
+    assert caption(source, output) == 2
+    assert "m.jsonl had 1 rows and has 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", ["_place", "finalise"])
+def test_a_run_that_is_stopped_before_its_first_row_or_after_its_last_says_so_and_the_next_one_finishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], moment: str
+) -> None:
+    source, output = jsonl(tmp_path / "m.jsonl", [{"prompt": "Hello."}]), tmp_path / "out"
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    done = int(moment == "finalise")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"jobs.caption.{moment}", stopped)
+        assert caption(source, output) == 130
+    assert f"stopped: {done} of 1 rows are done; the same command goes on" in capfd.readouterr().out
+    assert not (output / ".lease").exists() and not (output / "_SUCCESS").exists()
+    if done:
+        record = json.loads((output / "run.json").read_text())
+        assert (record["state"], record["counts"]["done"]) == ("interrupted", 1)
+    else:
+        assert not (output / "run.json").exists(), "nothing is done, so the folder takes any settings"
+    assert caption(source, output) == 0
+    assert [row["status"] for row in results(output)] == ["ok"]
+    assert json.loads((output / "run.json").read_text())["counts"]["this_run"] == 1 - done
+
+
+def test_another_model_at_the_same_path_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, source, output = tmp_path / "model", jsonl(tmp_path / "m.jsonl", [{"prompt": "Hello."}]), tmp_path / "out"
+    shutil.copytree(CHECKPOINT, model)
+    words = ("--model.path", str(model))
+    assert caption(source, output, *words) == 0
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# other #}")
+    assert caption(source, output, *words) == 2
+    assert f"{model}: chat_template.jinja: was " in capsys.readouterr().err
+    record = json.loads((output / "run.json").read_text())
+    del record["identity"]["model.files"], record["manifest"]["versions"]  # as earlier versions wrote it
+    (output / "run.json").write_text(json.dumps(record))
+    assert caption(source, output, *words) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_changed_settings_and_rows_are_refused_with_the_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    jsonl(folder / "a.jsonl", [{"prompt": "Hello."}])
+    assert caption(folder, output) == 0
+    assert caption(folder, output, "--sampling.temperature", "0.5") == 2
+    assert "sampling.temperature: was 0.0, is 0.5" in capsys.readouterr().err
+    jsonl(folder / "0.jsonl", [{"prompt": "New."}, {"prompt": "Newer."}])
+    assert caption(folder, output) == 2
+    assert "0.jsonl is new (2 rows)" in capsys.readouterr().err
+    assert caption(folder, output, "--on-change=new-rows") == 0
+    assert [(row["manifest_file"], row["manifest_row"]) for row in results(output)] == [(0, 0), (1, 0), (1, 1)]
+
+
+def test_too_many_errors_stop_the_job_and_keep_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"image": f"{i}.png", "prompt": "?"} for i in range(3)] + [{"prompt": "Hello."}]
+    source, output = jsonl(tmp_path / "m.jsonl", rows), tmp_path / "out"
+    assert caption(source, output, "--run.max_error_fraction", "0.5") == 3
+    assert "3 of 4 rows failed (75%), more than run.max_error_fraction 0.5: 3 MediaNotFound" in capsys.readouterr().err
+    assert not (output / "_SUCCESS").exists()
+    assert caption(source, output, "--run.max_error_fraction", "0.8") == 0
+    assert len(results(output)) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model.path", "./no-such-model"], "no model folder at ./no-such-model"),
+        (["--input.path", "no-such-manifest.parquet"], "no-such-manifest.parquet"),
+        (["--sampling.top_p", "7"], "sampling.top_p: found '7'"),
+        (["--input.keep", "nope"], "no column nope"),
+        (["--prompt.template", "{nope}"], "nope"),
+        (["--config", "no-such-config.yaml"], "can't read the config no-such-config.yaml"),
+    ],
+)
+def test_what_is_broken_stops_the_job_before_ray_starts(tmp_path: Path, words: list[str], expected: str) -> None:
+    source = jsonl(tmp_path / "m.jsonl", [{"question": "Hello."}])
+    command = [sys.executable, "-m", "jobs.caption", "--input.path", str(source), "--output.path", str(tmp_path / "o")]
+    command += ["--model.path", "demo", "--prompt.template", "{question}", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "o" / "log.txt").exists()
+
+
+def test_a_manifest_without_usable_columns_names_what_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = jsonl(tmp_path / "m.jsonl", [{"question": "Hello.", "photo": "a.png"}])
+    assert caption(source, tmp_path / "o") == 2
+    message = capsys.readouterr().err
+    assert "question" in message
+    assert "photo" in message
+    assert "input.columns" in message
+
+
+def test_a_profile_traces_the_steps_that_were_asked_for(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Name {number} colours."} for number in range(3)]
+    output = tmp_path / "out"
+    more = ("--profile", "4", "--sampling.ignore_eos", "true")
+    assert caption(jsonl(tmp_path / "rows.jsonl", rows), output, *more, max_tokens=24) == 0
+    trace = json.loads(gzip.decompress((output / "profile" / "engine-0.json.gz").read_bytes()))
+    steps = [event for event in trace["traceEvents"] if event["name"] == "engine step" and event.get("ph") == "X"]
+    assert len(steps) == 4
+    named = {event["name"] for event in trace["traceEvents"]}
+    assert any("attention" in name for name in named) and any("mm" in name for name in named), sorted(named)[:50]
+    timeline = json.loads(gzip.decompress((output / "profile" / "ray.json.gz").read_bytes()))
+    assert any("EngineActor" in event["cat"] for event in timeline)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_leaves_a_folder_that_the_next_one_finishes(tmp_path: Path) -> None:
+    rows = [{"id": str(i), "prompt": f"Say {i}.", "max_tokens": 40} for i in range(400)]
+    source, output = jsonl(tmp_path / "m.jsonl", rows), tmp_path / "out"
+    command = [sys.executable, "-m", "jobs.caption", "--input.path", str(source), "--output.path", str(output)]
+    command += ["--model.path", "demo", "--output.seconds_per_fragment", "0.1", "--sampling.ignore_eos", "true"]
+    command += ["--resources.num_cpus", "2", "--engine.max_running", "4"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 900
+    while not list((output / "fragments").glob("*.parquet")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, printed
+    assert "the same command goes on" in printed
+    record = json.loads((output / "run.json").read_text())
+    assert record["state"] == "interrupted"
+    assert 0 < record["counts"]["done"] < 400
+    assert not (output / "_SUCCESS").exists()
+    assert caption(source, output, "--sampling.ignore_eos", "true", max_tokens=128) == 0
+    assert [row["id"] for row in results(output)] == [str(i) for i in range(400)]
+    record = json.loads((output / "run.json").read_text())
+    assert record["num_runs"] == 2
+    assert record["counts"]["this_run"] < 400
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_the_demo_is_answered_right_on_one_cpu_and_on_two(tmp_path: Path, cpus: int) -> None:
+    write_demo_world(tmp_path / "world", rows_per_task=20)
+    command = [sys.executable, "-m", "jobs.caption", "--config", "configs/demo.yaml"]
+    command += ["--input.path", str(tmp_path / "world"), "--output.path", str(tmp_path / "out")]
+    command += ["--resources.num_cpus", str(cpus)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, env=environment)
+    assert done.returncode == 0, done.stderr
+    problems, scores = check(tmp_path / "out", 0.95)
+    assert problems == []
+    assert sum(rows for _, rows in scores.values()) == 140
+
+
+def test_the_demo_checkpoint_is_named_in_the_run_s_record(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "m.jsonl", [{"prompt": "Hello."}])
+    assert caption(source, tmp_path / "o") == 0
+    record = json.loads((tmp_path / "o" / "run.json").read_text())
+    assert record["model"]["path"] == str(CHECKPOINT)
+    assert record["versions"]["torch"]
+    assert record["identity"]["sampling.max_tokens"] == 8

@@ -1,0 +1,66 @@
+"""Which Ray a job runs on: one that is named, one that runs here already, or one of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import ResourcesConfig
+from pipeline.errors import ResourceError
+from pipeline.execution.cluster import ray_cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def cpus(environment: dict[str, str], **resources: Any) -> float:
+    """CPUs of the Ray that a fresh process gets for these settings."""
+    code = f"""
+from pipeline.execution.cluster import ray_cluster
+from pipeline.config import ResourcesConfig
+with ray_cluster(ResourcesConfig(**{resources!r})) as found:
+    print("CPUs", found["CPU"])
+"""
+    clean = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**clean, **environment}, capture_output=True, text=True
+    )
+    found = re.search(r"CPUs ([\d.]+)", done.stdout)
+    assert found, done.stderr
+    return float(found[1])
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[str]:
+    """Address of a Ray with seven CPUs, started where jobs without an address look for one."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 7, "num_gpus": 0, "object_store_memory": 100_000_000, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_job_joins_the_ray_that_runs_here_unless_it_asks_for_one_of_its_own(running: str) -> None:
+    assert cpus({}) == 7
+    assert cpus({"RAY_ADDRESS": running}, num_cpus=3) == 7, "an address is an address"
+    assert cpus({}, num_cpus=3) == 3
+    assert cpus({"RAY_ADDRESS": running}, address="local", num_cpus=3) == 3
+    assert cpus({"RAY_ADDRESS": "local"}, num_cpus=3) == 3
+
+
+def test_ray_s_client_is_refused_with_the_way_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # other tests of this process may have started one
+    for resources, environment in ((ResourcesConfig(address="ray://head:10001"), ""), (ResourcesConfig(), "ray://a:1")):
+        monkeypatch.setenv("RAY_ADDRESS", environment)
+        with pytest.raises(ResourceError, match=r"jobs.submit --address http://HOST:8265"), ray_cluster(resources):
+            pass

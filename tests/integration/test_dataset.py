@@ -1,0 +1,163 @@
+"""The flow on a real Ray: a row that kills or hangs its actor is found and left out, and no other row notices."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.benchmark.stand_in import StandInStage
+from jobs.caption import main
+from pipeline.execution import dataset as flow
+from pipeline.schema import RESULT_COLUMNS, UnitColumn
+
+pytestmark = pytest.mark.usefixtures("ray_with_two_cpus")
+
+
+class EchoStage(StandInStage):
+    """Answers each row with its id; the ids `kill` and `hang` do just that, every time."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        ids = table.column("id").to_pylist()
+        if "kill" in ids:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "hang" in ids:
+            time.sleep(600)
+        return self.rows(table, {"text": ids})
+
+
+class CountingStage(EchoStage):
+    """Tells how many rows it answered."""
+
+    answered = 0
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        self.answered += table.num_rows
+        return super().__call__(table)
+
+    def stats(self) -> dict[str, float]:
+        return {"answered": float(self.answered)}
+
+
+class EchoActor(flow.EngineActor):
+    """The real actor around the stage above."""
+
+    def make_stage(self, options: Any) -> Any:
+        return EchoStage(options.kept)
+
+
+def run(
+    tmp_path: Path, ids: list[str], monkeypatch: pytest.MonkeyPatch, *words: str, actor: type = EchoActor
+) -> dict[str, dict[str, Any]]:
+    monkeypatch.setattr(flow, "ENGINE_ACTOR", actor)
+    pq.write_table(pa.table({"id": ids, "prompt": ["?"] * len(ids)}), tmp_path / "m.parquet")
+    output = tmp_path / "out"
+    command = ["--input.path", str(tmp_path / "m.parquet"), "--output.path", str(output), "--model.path", "demo"]
+    assert main([*command, "--output.report", "false", *words]) == 0
+    rows = pq.read_table(output / "part-00000.parquet").to_pylist()
+    assert [row["id"] for row in rows] == ids
+    assert set(RESULT_COLUMNS) == set(rows[0])
+    return {row["id"]: row for row in rows}
+
+
+def test_a_row_that_kills_its_actor_becomes_an_error_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [f"row {number}" for number in range(20)] + ["kill"] + [f"row {number}" for number in range(20, 40)]
+    rows = run(tmp_path, ids, monkeypatch)
+    killer = rows.pop("kill")
+    assert (killer["status"], killer["error_type"]) == ("error", "EngineCrash")
+    assert "died 2 times with nothing but this row under way" in killer["error_message"]
+    assert all(row["status"] == "ok" and row["text"] == name for name, row in rows.items())
+
+
+@pytest.mark.slow
+def test_a_row_that_hangs_is_killed_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ids = [f"row {number}" for number in range(10)] + ["hang"]
+    rows = run(tmp_path, ids, monkeypatch, "--run.stall_timeout_s", "4")
+    assert (rows.pop("hang")["error_type"], {row["status"] for row in rows.values()}) == ("EngineCrash", {"ok"})
+    told = capfd.readouterr().out
+    assert "for 4 s:" in told
+    assert "engine actor" in told
+    assert "killed" in told
+
+
+def test_pools_that_may_grow_answer_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [f"row {number}" for number in range(40)]
+    pools = ("--resources.preprocess_actors", "1,2", "--resources.engine_actors", "1,2")
+    rows = run(tmp_path, ids, monkeypatch, *pools)
+    assert all(row["status"] == "ok" and row["text"] == name for name, row in rows.items())
+    placement = json.loads((tmp_path / "out" / "run.json").read_text())["placement"]
+    assert (placement["preprocess_pool"], placement["engine_pool"]) == ([1, 2], [1, 2])
+
+
+class CountingActor(flow.EngineActor):
+    """The real actor around the counting stage."""
+
+    def make_stage(self, options: Any) -> Any:
+        return CountingStage(options.kept)
+
+
+def test_what_an_actor_did_is_known_to_the_last_row_though_the_job_ended_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [f"row {number}" for number in range(5)]
+    run(tmp_path, ids, monkeypatch, actor=CountingActor)
+    stages = json.loads((tmp_path / "out" / "run.json").read_text())["stages"]
+    assert sum(stage["rows"] for stage in stages if stage["kind"] == "preprocess") == len(ids)
+    assert sum(stage["answered"] for stage in stages if stage["kind"] == "engine") == len(ids)
+
+
+class OpenRows:
+    """In the ledger's place: which rows are under way."""
+
+    def __init__(self) -> None:
+        self.open: set[tuple[int, int]] = set()
+
+    def begin(self, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
+        suspects = {place: 0 for place in places if place[1] == 9}
+        self.open.update(set(places) - set(suspects))
+        return suspects
+
+    def begin_alone(self, place: tuple[int, int]) -> None:
+        self.open.add(place)
+
+    def end(self, places: Sequence[tuple[int, int]]) -> None:
+        self.open.difference_update(places)
+
+
+class TwoRowsATable:
+    """In the preprocessing stage's place; notes which rows were under way while it worked on each table."""
+
+    def __init__(self, desk: OpenRows) -> None:
+        self.desk = desk
+        self.under_way: list[int] = []
+
+    def tables(self, table: pa.Table, block_bytes: int, block_rows: int) -> Iterator[pa.Table]:
+        for start in range(0, table.num_rows, 2):
+            self.under_way.append(len(self.desk.open))
+            yield table.slice(start, 2)
+
+
+def test_no_row_counts_as_under_way_while_a_table_waits_to_be_taken() -> None:
+    actor = flow.PreprocessActor.__new__(flow.PreprocessActor)
+    desk = OpenRows()
+    stage = TwoRowsATable(desk)
+    actor.__dict__.update(_desk=desk, _stage=stage, _block_bytes=1, _block_rows=2, _figures=Counter())
+    table = pa.table({UnitColumn.FILE: [0] * 6, UnitColumn.ROW: [0, 1, 2, 3, 4, 9], "patches": [b"12"] * 6})
+    taken = []
+    for requests in actor(flow.packed(table)):
+        assert desk.open == set()
+        taken += requests.column(UnitColumn.ROW).to_pylist()
+    assert taken == [0, 1, 2, 3, 4, 9]
+    assert stage.under_way == [5, 3, 1, 1]

@@ -1,0 +1,139 @@
+"""The evaluation job: scoring a run folder, comparing with another, canary rows, what it asks the caption job for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import caption
+from jobs.evaluate import EvaluateConfig, compare_canaries, main
+from pipeline.config import CaptionConfig, load_config
+from pipeline.demo import CHECKPOINT
+from pipeline.report import RunReader
+from tests.unit.report.runs import error_row, result_row, write_run
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "evaluate.yaml")
+
+
+def _rows(wrong: int = 0) -> list[dict[str, Any]]:
+    rows = [result_row(number, text="right", reference="right") for number in range(30)]
+    for number in range(wrong):
+        rows[number]["text"] = "wrong"
+    return rows
+
+
+def _evaluate(*words: str) -> int:
+    return main(["--config", CONFIG, "--evaluate.thumbnails", "false", *words])
+
+
+def test_a_finished_run_is_scored_where_it_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run", [*_rows(wrong=3), error_row(30, "FetchTimeout", "fetch", "late")])
+    assert _evaluate("--run.path", str(folder)) == 0
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["overall"]["exact_match"]["value"] == pytest.approx(27 / 31), "the row that failed counts as wrong"
+    assert {entry["value"] for entry in metrics["slices"]["task"]} == {"colour", "count", "caption", "video"}
+    scores = pq.read_table(folder / "scores.parquet")
+    assert scores.num_rows == 31 and scores.column("score").to_pylist()[:4] == [0, 0, 0, 1]
+    page = (folder / "report.html").read_text()
+    assert "87.1 %" in page and "Exact match" in page
+    assert "87.1 %" in capsys.readouterr().out
+
+
+def test_scoring_again_changes_nothing(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", _rows(wrong=3))
+    _evaluate("--run.path", str(folder))
+    before = [(folder / name).read_bytes() for name in ("metrics.json", "scores.parquet")]
+    _evaluate("--run.path", str(folder))
+    assert [(folder / name).read_bytes() for name in ("metrics.json", "scores.parquet")] == before
+
+
+def test_a_baseline_is_compared_and_the_verdict_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    baseline, worse = write_run(tmp_path / "a", _rows()), write_run(tmp_path / "b", _rows(wrong=12))
+    assert _evaluate("--run.path", str(worse), "--evaluate.baseline", str(baseline)) == 2
+    assert "score it first" in capsys.readouterr().err
+    assert _evaluate("--run.path", str(baseline)) == 0
+    assert _evaluate("--run.path", str(worse), "--evaluate.baseline", str(baseline)) == 0
+    found = json.loads((worse / "metrics.json").read_text())["baseline"]["metrics"]["exact_match"]
+    assert found["verdict"] == "worse" and found["p_permutation"] < 0.01 and found["difference"] == pytest.approx(-0.4)
+    assert "12 lost: worse" in capsys.readouterr().out
+    assert "Worse than the baseline" in (worse / "report.html").read_text()
+
+
+def test_a_run_that_kept_no_references_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run", _rows(), kept=pa.schema([("prompt", pa.string()), ("task", pa.string())]))
+    assert _evaluate("--run.path", str(folder)) == 2
+    assert "kept no column reference" in capsys.readouterr().err
+
+
+def test_mistakes_in_metrics_are_found_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caption, "run", lambda config: pytest.fail("nothing may run"))
+    assert _evaluate("--evaluate.metrics", "exactmatch", "--output.path", str(tmp_path / "out")) == 2
+    assert "unknown metric exactmatch" in capsys.readouterr().err
+
+
+class _Caption:
+    """Stands for the caption job: answers every row it is asked for, and remembers what it was asked."""
+
+    def __init__(self, alone: str) -> None:
+        self.configs: list[CaptionConfig] = []
+        self.alone = alone
+
+    def run(self, config: CaptionConfig) -> int:
+        self.configs.append(config)
+        rows = _rows()[: config.input.limit or 30]
+        if config.engine.max_running == 1:
+            rows[2]["text"] = self.alone
+        write_run(Path(config.output.path), rows)
+        return 0
+
+
+@pytest.mark.parametrize("alone", ["right", "another"])
+def test_canary_rows_run_alone_and_the_run_says_whether_they_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alone: str
+) -> None:
+    job = _Caption(alone)
+    monkeypatch.setattr(caption, "run", job.run)
+    assert _evaluate("--evaluate.canaries", "5", "--output.path", str(tmp_path / "out")) == 0
+    mixed, single = job.configs
+    assert mixed.engine.max_running is None and single.engine.max_running == 1 and single.input.limit == 5
+    assert {"reference", "task", "prompt"} <= set(mixed.input.keep)
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["canaries"]
+    assert found["num_rows"] == 5 and found["num_same"] == (5 if alone == "right" else 4)
+    assert [one["id"] for one in found["differing"]] == ([] if alone == "right" else ["row-0002"])
+    said = f"{found['num_same']} of 5 rows gave the same answer alone"
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_canaries_look_at_tokens_and_endings_too(tmp_path: Path) -> None:
+    mixed, alone = _rows(), _rows()[:4]
+    alone[1]["num_output_tokens"] += 1
+    alone[2]["finish_reason"] = "length"
+    readers = [RunReader(str(write_run(tmp_path / name, rows))) for name, rows in (("mixed", mixed), ("alone", alone))]
+    assert compare_canaries(*readers)["num_same"] == 2
+
+
+def test_the_config_is_a_caption_config_and_more() -> None:
+    config = load_config(EvaluateConfig, CONFIG, {"run.path": "out/x", "evaluate.tasks": "{a: [anls]}"})
+    assert isinstance(config, CaptionConfig)
+    assert config.run.path == "out/x" and config.evaluate.tasks == {"a": ["anls"]}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (CHECKPOINT / "config.json").exists(), reason="the demo checkpoint is not here")
+def test_the_demo_checkpoint_is_evaluated_end_to_end(tmp_path: Path) -> None:
+    from pipeline.demo.manifest import write_demo_world
+
+    world, out = tmp_path / "world", tmp_path / "out"
+    write_demo_world(world, rows_per_task=2, seed=1)
+    assert _evaluate("--input.path", str(world), "--output.path", str(out), "--evaluate.canaries", "3") == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["overall"]["exact_match"]["value"] > 0.8
+    assert metrics["canaries"]["num_same"] == 3

@@ -1,0 +1,74 @@
+"""Which option an answer chose, and MMMU's rule for open questions."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.evaluation.metrics.choice import choice_letter, extract_letter, multiple_choice, open_answer
+
+ANIMALS = ("cat", "dog", "a blue bird", "blue")
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("B", "B"),
+        ("b", "B"),
+        (" (C). ", "C"),
+        ("B. dog", "B"),
+        ("B) dog", "B"),
+        ("dog", "B"),
+        ("The dog.", "B"),
+        ("The answer is B", "B"),
+        ("The best answer is: **C**", "C"),
+        ("Answer: (D) because of its colour", "D"),
+        ("The correct option is A because it purrs", "A"),
+        ("I think (A) is wrong, so (C)", "C"),
+        ("It shows a dog on the grass of a garden", "B"),
+        ("In the picture one sees a blue bird", "C"),
+        ("A dog", "B"),
+        ("I see nothing of the kind", None),
+        ("Option E", None),
+        ("", None),
+        ("hotdogs are served", None),
+    ],
+)
+def test_the_letter_is_read_from_free_answers(response: str, letter: str | None) -> None:
+    assert extract_letter(response, ANIMALS) == letter
+
+
+def test_an_answer_that_names_no_option_is_wrong_every_time() -> None:
+    assert [multiple_choice("no idea", ["A"], ANIMALS) for _ in range(50)] == [0.0] * 50
+
+
+@pytest.mark.parametrize(("reference", "letter"), [("C", "C"), ("dog", "B"), ("0", "A"), ("3", "D"), ("9", None)])
+def test_references_are_letters_texts_or_numbers_from_zero(reference: str, letter: str | None) -> None:
+    assert choice_letter(reference, ANIMALS) == letter
+
+
+def test_the_text_of_an_option_comes_before_its_number() -> None:
+    assert choice_letter("1", ("3", "2", "1")) == "C"
+
+
+def test_multiple_choice_compares_letters_whatever_form_either_side_has() -> None:
+    assert multiple_choice("The answer is (B).", ["1"], ANIMALS) == 1
+    assert multiple_choice("dog", ["B"], ANIMALS) == 1
+    assert multiple_choice("cat", ["B"], ANIMALS) == 0
+    assert multiple_choice("C", ["C"]) == 1, "letters need no texts"
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "right"),
+    [
+        ("So the result is 12.5.", "12.5", True),
+        ("The total is $1,234.00", "1234", True),
+        ("x = 4", "4", True),
+        ("Therefore the answer is the Krebs cycle", "krebs cycle", True),
+        ("14", "4", False),
+        ("The answer is 3.14159", "3.14", True),
+        ("it is glucose", "fructose", False),
+        ("b", "b", True),
+    ],
+)
+def test_open_answers_follow_the_rule_of_mmmu(response: str, reference: str, right: bool) -> None:
+    assert open_answer(response, [reference]) == float(right)

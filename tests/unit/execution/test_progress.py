@@ -1,0 +1,38 @@
+"""What a run says of itself at its end: its pace without start-up, and the stage that set it."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.execution.progress import Tally, bottleneck, run_pace
+
+
+def test_the_pace_counts_from_the_first_row_s_beginning_to_the_last_one_s_end() -> None:
+    tally = Tally(total=600, done_before=0, rows=600, output_tokens=6000, started=100.0, began=160.0, last_row=220.0)
+    assert run_pace(tally) == (10.0, 100.0)
+    tally.began = None  # nobody could tell when the stages were up: start-up counts
+    assert run_pace(tally) == (5.0, 50.0)
+    assert run_pace(Tally(total=600, done_before=600)) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("busy", "idle", "unfilled", "actors", "told"),
+    [
+        (59.0, 41.0, 0.0, 3, "preprocessing held the engine back for 41% of the time: 3 more CPU actors"),
+        (100.0, 0.0, 50.0, 8, "preprocessing held the engine back for 50% of the time: 8 more CPU actors"),
+        (80.0, 20.0, 0.0, 2, "preprocessing held the engine back for 20% of the time: 1 more CPU actor "),
+        (97.0, 2.0, 1.0, 3, "the engine was busy 97% of the time: more or faster engines would help"),
+    ],
+)
+def test_the_bottleneck_is_named_with_what_to_change(
+    busy: float, idle: float, unfilled: float, actors: int, told: str
+) -> None:
+    engine = {"kind": "engine", "busy_s": busy, "idle_s": idle, "unfilled_s": unfilled}
+    sentence = bottleneck([*[{"kind": "preprocess", "busy_s": 90.0}] * actors, engine])
+    assert sentence is not None
+    assert sentence.startswith(told)
+
+
+def test_a_run_too_short_to_tell_names_no_bottleneck() -> None:
+    assert bottleneck([{"kind": "engine", "busy_s": 0.5, "idle_s": 0.1}]) is None
+    assert bottleneck([]) is None

@@ -1,0 +1,93 @@
+"""Units of work: every row that is left, once, large units first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.manifest import Manifest, ManifestFile, open_manifest
+from pipeline.manifest.row_set import RowNumbering, RowSet
+from pipeline.manifest.work import Retries, plan_work, read_work
+from pipeline.schema import UnitColumn
+
+
+def manifest_of(counts: list[int], size: int = 0) -> Manifest:
+    files = tuple(ManifestFile(f"{n}.parquet", count, size, None) for n, count in enumerate(counts))
+    return Manifest("m", "parquet", files, pa.schema([("prompt", pa.string())]), "m")
+
+
+@given(st.lists(st.integers(0, 60), max_size=4), st.sets(st.integers(0, 239)), st.integers(1, 5), st.integers(1, 16))
+def test_units_cover_just_the_rows_that_are_left(counts: list[int], done: set[int], actors: int, smallest: int) -> None:
+    numbering = RowNumbering(counts)
+    finished = RowSet(numbering.num_rows)
+    done = {i for i in done if i < numbering.num_rows}
+    finished.add(np.array(sorted(done), dtype=np.int64))
+    planned = []
+    for work in plan_work(manifest_of(counts), numbering, finished, actors=actors, min_rows=smallest, max_rows=40):
+        rows = np.arange(work.unit.start, work.unit.stop)
+        rows = rows if work.wanted is None else rows[work.wanted]
+        assert work.num_rows == len(rows) <= 40
+        planned += (numbering.first[work.unit.file] + rows).tolist()
+    assert planned == [i for i in range(numbering.num_rows) if i not in done]
+
+
+def test_units_shrink_towards_the_end() -> None:
+    numbering = RowNumbering([100_000])
+    sizes = [
+        work.num_rows
+        for work in plan_work(manifest_of([100_000]), numbering, RowSet(100_000), actors=4, min_rows=8, max_rows=2048)
+    ]
+    assert sizes[0] == 2048
+    assert sizes[-2] <= 8
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_huge_manifest_has_a_bounded_number_of_units() -> None:
+    numbering = RowNumbering([100_000_000])
+    works = plan_work(manifest_of([100_000_000]), numbering, RowSet(100_000_000), actors=64, min_rows=8, max_rows=2048)
+    assert sum(1 for _ in works) < 12_000
+
+
+def test_rows_with_large_files_inside_make_small_units() -> None:
+    numbering = RowNumbering([1000])
+    manifest = manifest_of([1000], size=1000 * 32 * 1024**2)
+    sizes = [
+        work.num_rows for work in plan_work(manifest, numbering, RowSet(1000), actors=1, min_rows=8, max_rows=2048)
+    ]
+    assert max(sizes) == 2
+
+
+def test_reading_gives_the_wanted_rows_with_place_and_attempt(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": [f"p{i}" for i in range(10)]}), tmp_path / "m.parquet")
+    manifest = open_manifest(str(tmp_path / "m.parquet"), listing_path=str(tmp_path / "listing.parquet"))
+    numbering, finished = RowNumbering([10]), RowSet(10)
+    finished.add(np.array([0, 3, 4, 9]))
+    retries = Retries(np.array([2, 6]), np.array([1, 4], dtype=np.int32))
+    works = list(plan_work(manifest, numbering, finished, actors=1, min_rows=8, max_rows=64, retries=retries))
+    tables = [read_work(manifest.spec, work, ["prompt"]) for work in works]
+    table = pa.concat_tables(tables)
+    assert table.column("prompt").to_pylist() == ["p1", "p2", "p5", "p6", "p7", "p8"]
+    assert table.column(UnitColumn.ROW).to_pylist() == [1, 2, 5, 6, 7, 8]
+    assert table.column(UnitColumn.FILE).to_pylist() == [0] * 6
+    assert table.column(UnitColumn.ATTEMPTS).to_pylist() == [1, 2, 1, 5, 1, 1]
+
+
+def test_rows_between_those_to_retry_are_not_read(tmp_path: Path) -> None:
+    """They may hold gigabytes of images. Here they hold rubbish, which reading would not survive."""
+    path = tmp_path / "m.parquet"
+    prompts = [f"p{i}" for i in range(300)]
+    pq.write_table(pa.table({"prompt": prompts}), path, row_group_size=100, use_dictionary=False)
+    column = pq.read_metadata(path).row_group(1).column(0)
+    with path.open("r+b") as file:
+        file.seek(column.data_page_offset)
+        file.write(b"\xff" * column.total_compressed_size)
+    manifest = open_manifest(str(path), listing_path=str(tmp_path / "listing.parquet"))
+    finished = RowSet(300)
+    finished.add(np.array([i for i in range(300) if i not in (5, 6, 299)]))
+    (work,) = plan_work(manifest, RowNumbering([300]), finished, actors=1, min_rows=8, max_rows=64)
+    assert read_work(manifest.spec, work, ["prompt"]).column("prompt").to_pylist() == ["p5", "p6", "p299"]

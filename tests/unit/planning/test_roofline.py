@@ -1,0 +1,95 @@
+"""The arithmetic of Qwen2-VL against counts by hand, and the GPUs' names."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from pipeline.demo import CHECKPOINT
+from pipeline.planning.roofline import (
+    SHAPES,
+    Gpu,
+    RowWork,
+    cache_tokens,
+    decode_flops,
+    find_gpu,
+    prefill_flops,
+    row_seconds,
+    shape_of,
+    total_flops,
+    vision_flops,
+)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("2b", 2.209), ("7b", 8.291), ("72b", 73.404)])
+def test_parameters_are_those_of_the_published_checkpoints(name: str, billions: float) -> None:
+    assert SHAPES[name].num_parameters == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+def test_shape_of_a_checkpoint_counts_its_weights() -> None:
+    from safetensors import safe_open
+
+    shape = shape_of(json.loads((CHECKPOINT / "config.json").read_text()))
+    weights = 0
+    for path in CHECKPOINT.glob("*.safetensors"):
+        with safe_open(str(path), framework="np") as file:
+            for key in file.keys():  # noqa: SIM118
+                size = file.get_slice(key).get_shape()
+                weights += math.prod(size) if len(size) > 1 else 0
+    assert shape.num_parameters == weights
+
+
+def test_flat_and_nested_configs_give_the_same_shape() -> None:
+    text = {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
+    text |= {"intermediate_size": 8960, "vocab_size": 151936}
+    vision = {"vision_config": {"embed_dim": 1280, "depth": 32, "num_heads": 16}, "tie_word_embeddings": True}
+    assert shape_of({**text, **vision}) == shape_of({"text_config": text, **vision}) == SHAPES["2b"]
+
+
+def test_flops_of_a_megapixel_image_on_2b() -> None:
+    # 1036 x 1036 pixels are 74 x 74 patches and 1,369 visual tokens; 25 tokens of text, 100 of answer.
+    shape = SHAPES["2b"]
+    linear = 2 * 5476 * (32 * 12 * 1280**2 + 1176 * 1280) + 2 * 1369 * (5120**2 + 5120 * 1536)
+    assert vision_flops(shape, (1, 74, 74)) == linear + 4 * 5476**2 * 1280 * 32
+    assert prefill_flops(shape, 1394) == pytest.approx(3.82e12, rel=0.01)
+    assert decode_flops(shape, 1394, 100) == pytest.approx(0.33e12, rel=0.01)
+    row = RowWork(((1, 74, 74),), 1394, 100)
+    assert total_flops(shape, [row]) == pytest.approx(16.06e12, rel=0.01)
+    assert 1 / row_seconds(shape, row, Gpu("", 790e12, 4.3e12, 141), running=256) == pytest.approx(47.3, rel=0.01)
+
+
+def test_attention_of_a_video_stays_within_its_temporal_steps() -> None:
+    shape = SHAPES["2b"]
+    assert vision_flops(shape, (8, 20, 20)) == 8 * vision_flops(shape, (1, 20, 20))
+    assert vision_flops(shape, (1, 40, 40)) > 4 * vision_flops(shape, (1, 20, 20))
+
+
+def test_further_answers_cost_decoding_only() -> None:
+    shape, gpu = SHAPES["2b"], find_gpu("H200")
+    assert gpu is not None
+    one, three = (row_seconds(shape, RowWork((), 1000, 100, n), gpu, running=64) for n in (1, 3))
+    assert one < three < 3 * one
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("h100_pcie", "H100 PCIe"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
+        ("A100-80", "A100"), ("NVIDIA L40S", "L40S"), ("NVIDIA L40", "L40"), ("NVIDIA L4", "L4"),
+        ("NVIDIA A10G", "A10G"), ("NVIDIA A10", "A10"), ("Tesla T4", "T4"), ("abacus", None),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_found_under_its_many_names(name: str, found: str | None) -> None:
+    gpu = find_gpu(name)
+    assert (gpu.name if gpu else None) == found
+
+
+def test_weights_that_do_not_fit_leave_no_cache() -> None:
+    h200 = find_gpu("H200")
+    assert h200 is not None
+    assert cache_tokens(SHAPES["72b"], h200, gpus=1, cache_fraction=0.85) == 0
+    assert cache_tokens(SHAPES["72b"], h200, gpus=2, cache_fraction=0.85) > 100_000
+    assert cache_tokens(SHAPES["2b"], h200, gpus=1, cache_fraction=0.85) > 4_000_000

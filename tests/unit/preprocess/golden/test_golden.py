@@ -1,0 +1,103 @@
+"""Our patches, after the device-side map, against what transformers' torchvision processors made of the same media."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from pipeline.conversation import MediumSettings
+from pipeline.errors import SettingError
+from pipeline.preprocess.decode import see_medium
+from pipeline.preprocess.limits import MediaOptions
+from pipeline.preprocess.patches import (
+    grid_thw,
+    patchify_video,
+    pixel_table,
+    resize_frames,
+    smart_resize,
+    video_max_pixels,
+)
+from pipeline.preprocess.video import even_places, num_sampled_frames
+from tests.unit.preprocess.golden import cases
+
+GOLDEN: dict[str, Any] = json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))
+TABLE = pixel_table()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def digest(values: npt.NDArray[Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values, dtype=np.float32).tobytes()).hexdigest()[:16]
+
+
+def pixel_values(patches: npt.NDArray[np.uint8], halves: int) -> npt.NDArray[np.float32]:
+    """Patches [N, 3 * halves * 196] by the table, as transformers lays them out: [N, 3 * 2 * 196]."""
+    bytes_of = patches.reshape(len(patches), 3, halves, 196)
+    values = np.stack([TABLE[channel][bytes_of[:, channel]] for channel in range(3)], axis=1)
+    if halves == 1:
+        values = np.repeat(values, 2, axis=2)
+    return values.reshape(len(patches), -1)
+
+
+def test_images_are_bit_equal_to_the_torchvision_processor_in_every_mode_and_size() -> None:
+    wrong = []
+    for case in cases.image_cases():
+        options = MediaOptions(min_pixels=case.min_pixels, max_pixels=case.max_pixels)
+        data = cases.encode(cases.make_image(case))
+        seen = see_medium("image", data, MediumSettings(), options, source="golden")
+        ours = [*seen.receipt.grid_thw, digest(pixel_values(seen.patches, 1))]
+        if ours != GOLDEN["images"][cases.key(case)]:
+            wrong.append((cases.key(case), ours, GOLDEN["images"][cases.key(case)]))
+    assert not wrong, f"{len(wrong)} of {len(GOLDEN['images'])} differ, first {wrong[:3]}"
+
+
+def test_videos_are_bit_equal_to_the_torchvision_processor_with_its_total_pixel_cap() -> None:
+    wrong = []
+    for case in cases.video_cases():
+        most = video_max_pixels(
+            num_frames=case.num_frames,
+            min_pixels=case.min_pixels,
+            max_pixels=case.max_pixels,
+            total_pixels=int(case.max_video_tokens * 28 * 28 * 0.9),
+        )
+        height, width = smart_resize(case.height, case.width, min_pixels=case.min_pixels, max_pixels=most)
+        patches = patchify_video(resize_frames(cases.make_video(case), height, width))
+        ours = [*grid_thw(case.num_frames, height, width), digest(pixel_values(patches, 2))]
+        if ours != GOLDEN["videos"][cases.key(case)]:
+            wrong.append((cases.key(case), ours, GOLDEN["videos"][cases.key(case)]))
+    assert not wrong, f"{len(wrong)} of {len(GOLDEN['videos'])} differ, first {wrong[:3]}"
+
+
+@pytest.mark.parametrize("case", cases.sampling_cases(), ids=cases.key)
+def test_the_sampled_frames_are_those_of_transformers(case: cases.SamplingCase) -> None:
+    def sample() -> list[int]:
+        count = num_sampled_frames(
+            case.total,
+            case.total / case.source_fps,
+            fps=case.fps,
+            num_frames=case.num_frames,
+            min_frames=4,
+            max_frames=768,
+        )
+        return even_places(case.total, count)
+
+    expected = GOLDEN["samples"][cases.key(case)]
+    if expected is None:
+        with pytest.raises(SettingError):
+            sample()
+        return
+    places = sample()
+    assert places[-1] < case.total
+    if expected[1] == case.total:  # rounding led transformers one place past the end, where it finds no frame
+        places.append(case.total)
+    assert [len(places), places[-1], digest(np.array(places))] == expected

@@ -1,0 +1,136 @@
+"""One medium from its bytes to patches: sizes, settings, budgets and what the receipt says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.conversation import MediumSettings
+from pipeline.errors import SettingError
+from pipeline.preprocess.decode import OpenMedium, see_medium
+from pipeline.preprocess.limits import MediaOptions
+from pipeline.preprocess.patches import patchify_video, resize_frames, smart_resize
+from pipeline.preprocess.receipt import SeenMedium
+from pipeline.preprocess.size import fit_row
+from pipeline.preprocess.video import decode_video
+from tests.unit.preprocess.conftest import encode_image, encode_video, picture
+
+
+def see(kind: Any, data: bytes, options: MediaOptions | None = None, **settings: Any) -> SeenMedium:
+    return see_medium(kind, data, MediumSettings(**settings), options or MediaOptions(), source="here")
+
+
+def photo(width: int, height: int) -> bytes:
+    return encode_image(Image.fromarray(picture(width, height)))
+
+
+def test_the_receipt_of_an_image_says_what_was_seen() -> None:
+    seen = see("image", photo(640, 480))
+    receipt = seen.receipt
+    assert (receipt.kind, receipt.source) == ("image", "here")
+    assert (receipt.source_width, receipt.source_height) == (640, 480)
+    assert (receipt.resized_width, receipt.resized_height) == (644, 476)
+    assert receipt.grid_thw == (1, 34, 46) and seen.patches.shape == (34 * 46, 588)
+    assert receipt.timestamps is None and receipt.note is None
+
+
+def test_the_receipt_of_a_turned_photo_has_its_upright_size() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    receipt = see("image", encode_image(Image.fromarray(picture(640, 480)), "JPEG", exif=exif)).receipt
+    assert (receipt.source_width, receipt.source_height) == (480, 640)
+    assert (receipt.resized_width, receipt.resized_height) == (476, 644) and receipt.grid_thw == (1, 46, 34)
+
+
+def test_a_videos_patches_are_those_of_its_frames_resized_together() -> None:
+    data = encode_video(np.stack([np.roll(picture(96, 64), 3 * n, axis=1) for n in range(21)]), rate=10)
+    for options in (MediaOptions(), MediaOptions(resize="pil")):
+        seen = see("video", data, options, num_frames=7)
+        frames = decode_video(data, MediumSettings(num_frames=7), options)
+        height, width = smart_resize(64, 96, min_pixels=options.video_min_pixels, max_pixels=options.video_max_pixels)
+        expected = patchify_video(resize_frames(frames.frames, height, width, resize=options.resize))
+        assert np.array_equal(seen.patches, expected)
+        assert seen.receipt.timestamps == frames.timestamps and seen.receipt.grid_thw[0] == 4
+
+
+def test_a_one_frame_video_is_a_video_of_one_step() -> None:
+    seen = see("video", encode_video(1))
+    assert seen.receipt.grid_thw[0] == 1 and seen.receipt.timestamps == (0.0,)
+    halves = seen.patches.reshape(-1, 3, 2, 196)
+    assert np.array_equal(halves[:, :, 0], halves[:, :, 1])
+
+
+def test_a_rows_settings_win_over_the_jobs() -> None:
+    tokens = {
+        name: see("image", photo(560, 560), **settings).patches.shape[0] // 4
+        for name, settings in {
+            "as it is": {},
+            "less": {"max_pixels": 28 * 28 * 100},
+            "more": {"min_pixels": 28 * 28 * 900},
+            "tiny": {"max_pixels": 784},
+        }.items()
+    }
+    assert tokens == {"as it is": 400, "less": 100, "more": 900, "tiny": 1}
+    video = see("video", encode_video(20, size=(560, 560)), max_pixels=28 * 28 * 16)
+    assert video.patches.shape[0] // 4 == 16 * video.receipt.grid_thw[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("image", {"fps": 2.0}, "fps can't be applied to an image"),
+        ("image", {"num_frames": 4}, "num_frames can't be applied to an image"),
+        ("image", {"start_s": 0.0}, "start_s can't be applied to an image"),
+        ("image", {"min_pixels": 10_000, "max_pixels": 5000}, "min_pixels 10000 is above max_pixels 5000"),
+        ("image", {"max_pixels": 783}, "max_pixels is 783; expected at least 784"),
+        ("video", {"min_pixels": 0}, "min_pixels is 0; expected at least 784"),
+    ],
+)
+def test_settings_that_cannot_be_applied_are_errors(kind: str, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        see(kind, photo(64, 64) if kind == "image" else encode_video(4), **settings)
+
+
+def test_a_long_video_is_shrunk_by_the_total_pixel_cap() -> None:
+    data = encode_video(40, size=(560, 560))
+    free, capped = (
+        see("video", data, MediaOptions(video_total_pixels=total), fps=10.0) for total in (10**9, 4_000_000)
+    )
+    assert free.receipt.grid_thw == (20, 40, 40)
+    steps, grid_h, grid_w = capped.receipt.grid_thw
+    assert steps == 20 and grid_h == grid_w == 30 and grid_h * grid_w * 196 <= 4_000_000 * 2 / 40 * 1.05 * 1.05
+
+
+def test_a_budget_shrinks_media_by_the_same_share_and_leaves_fitting_rows_alone() -> None:
+    def row() -> list[OpenMedium]:
+        return [
+            OpenMedium("image", photo(560, 560), MediumSettings(), MediaOptions()),
+            OpenMedium("image", photo(1120, 560), MediumSettings(), MediaOptions()),
+        ]
+
+    media = row()
+    assert [medium.size.num_visual_tokens for medium in media] == [400, 800]
+    fit_row(media, 1200)
+    assert [medium.see(source="").receipt.note for medium in media] == [None, None]
+    media = row()
+    fit_row(media, 300)
+    first, second = (medium.size.num_visual_tokens for medium in media)
+    assert first + second <= 300 and 1.5 < second / first < 2.7
+    note = media[0].see(source="").receipt.note
+    assert note == f"shrunk from 400 to {first} visual tokens: the row's media wanted 1200, max_visual_tokens is 300"
+
+
+def test_patches_are_written_where_the_caller_says() -> None:
+    buffers: list[Any] = []
+
+    def allocate(num_bytes: int) -> Any:
+        buffers.append(np.zeros(num_bytes, dtype=np.uint8))
+        return buffers[-1]
+
+    for kind, data in (("image", photo(64, 64)), ("video", encode_video(6))):
+        seen = see_medium(kind, data, MediumSettings(), MediaOptions(), source="", allocate=allocate)
+        assert np.shares_memory(seen.patches, buffers[-1]) and seen.patches.nbytes == buffers[-1].nbytes
+    assert len(buffers) == 2

@@ -1,0 +1,497 @@
+"""Where rows may take their media from, what they may not reach, and which faults are tried again."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+import pipeline.preprocess.fetch as fetch_module
+from pipeline.errors import AccessDenied, CredentialError, FetchError, FetchTimeout, MediaNotFound, MediaTooLarge
+from pipeline.preprocess.fetch import Fetcher
+from pipeline.preprocess.limits import FetchOptions
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A web server on this machine that answers as its `answers` say, path by path."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers: dict[str, Callable[[http.server.BaseHTTPRequestHandler], None]] = {}
+        self.asked: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def give(self, path: str, body: bytes, status: int = 200, **headers: str) -> None:
+        def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+            request.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                request.send_header(name.replace("_", "-"), value)
+            request.end_headers()
+            request.wfile.write(body)
+
+        self.answers[path] = answer
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        assert isinstance(self.server, Server)
+        self.server.asked.append(self.path)
+        self.server.answers[self.path](self)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(fetch_module, "_FIRST_BACKOFF_S", 0.01)
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def fetcher(base: Path | str = "/nowhere", **options: Any) -> Fetcher:
+    return Fetcher(FetchOptions(str(base), **{"retries": 2, "timeout_s": 5.0, **options}))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A manifest's folder with a picture, and a secret beside it."""
+    folder = tmp_path / "manifest"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a b.jpg").write_bytes(b"picture")
+    (tmp_path / "secret.txt").write_bytes(b"secret")
+    return folder
+
+
+def test_a_file_is_found_by_every_way_of_naming_it(tree: Path) -> None:
+    fetch = fetcher(tree).fetch
+    whole = tree / "sub" / "a b.jpg"
+    for source in ("sub/a b.jpg", str(whole), f"file://{whole}", f"file://localhost{whole}", whole.as_uri()):
+        assert fetch(source) == b"picture"
+    assert fetch(b"bytes in the row") == b"bytes in the row"
+    assert fetch("sub/../sub/a b.jpg") == b"picture"
+
+
+def test_a_missing_file_is_not_found(tree: Path) -> None:
+    for source in ("nothing.jpg", "sub/a b.jpg/inside", "sub/\x00"):
+        with pytest.raises(MediaNotFound):
+            fetcher(tree).fetch(source)
+
+
+@pytest.mark.parametrize("source", ["../secret.txt", "/etc/passwd", "file:///etc/passwd", "sub/../../secret.txt"])
+def test_files_outside_the_manifests_tree_are_refused_with_the_rule(tree: Path, source: str) -> None:
+    with pytest.raises(AccessDenied, match=r"outside the folders that rows may read.*input\.allow"):
+        fetcher(tree).fetch(source)
+
+
+def test_a_symbolic_link_out_of_the_tree_is_refused_and_one_within_is_followed(tree: Path) -> None:
+    (tree / "leak.jpg").symlink_to(tree.parent / "secret.txt")
+    (tree / "up").symlink_to(tree.parent)
+    (tree / "fine.jpg").symlink_to(tree / "sub" / "a b.jpg")
+    for source in ("leak.jpg", "up/secret.txt"):
+        with pytest.raises(AccessDenied, match="symbolic link"):
+            fetcher(tree).fetch(source)
+    assert fetcher(tree).fetch("fine.jpg") == b"picture"
+
+
+def test_a_tree_that_is_itself_reached_by_a_link_is_allowed(tree: Path) -> None:
+    (tree.parent / "alias").symlink_to(tree)
+    assert fetcher(tree.parent / "alias").fetch("sub/a b.jpg") == b"picture"
+
+
+def test_allow_opens_a_folder_and_a_star_opens_all_of_them(tree: Path) -> None:
+    secret = str(tree.parent / "secret.txt")
+    assert fetcher(tree, allow=(str(tree.parent),)).fetch(secret) == b"secret"
+    assert fetcher(tree, allow=("*",)).fetch(secret) == b"secret"
+    with pytest.raises(AccessDenied):
+        fetcher(tree, allow=(str(tree.parent / "sec"),)).fetch(secret)
+
+
+def test_a_file_uri_of_another_host_is_refused(tree: Path) -> None:
+    with pytest.raises(AccessDenied, match="host nas"):
+        fetcher(tree).fetch("file://nas/share/a.jpg")
+
+
+def test_pipes_and_devices_do_not_hang(tree: Path) -> None:
+    os.mkfifo(tree / "pipe.jpg")
+    with pytest.raises(AccessDenied, match="not a regular file"):
+        fetcher(tree).fetch("pipe.jpg")
+    with pytest.raises(FetchError):
+        fetcher(tree, allow=("*",)).fetch("/dev/zero")
+    with pytest.raises(FetchError):
+        fetcher(tree).fetch("sub")
+
+
+def test_more_bytes_than_allowed_are_refused_with_both_numbers(tree: Path) -> None:
+    for source in ("sub/a b.jpg", b"picture", "data:,picture"):
+        with pytest.raises(MediaTooLarge, match=r"7 bytes; at most 6 are fetched \(media\.max_bytes\)"):
+            fetcher(tree, max_bytes=6).fetch(source)
+
+
+def test_data_uris_are_read_with_and_without_base64() -> None:
+    fetch = fetcher().fetch
+    assert fetch("data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()) == b"\x89PNG"
+    assert fetch("data:,a%20b") == b"a b"
+    assert fetch("data:;base64,YW Jj\n") == b"abc"
+    for broken in ("data:image/png;base64", "data:;base64,a*b"):
+        with pytest.raises(FetchError):
+            fetch(broken)
+
+
+def test_unknown_schemes_are_refused() -> None:
+    for source in ("ftp://host/a.jpg", "gopher://host/", "sftp://host/a"):
+        with pytest.raises(AccessDenied):
+            fetcher().fetch(source)
+
+
+# -- buckets, by fsspec's own in-memory one --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket() -> Iterator[Any]:
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/photos/set/a.jpg": b"picture", "/photos/set/empty": b"", "/private/b.jpg": b"secret"})
+    yield memory
+    memory.store.clear()
+
+
+def test_objects_below_the_manifest_are_read_and_others_refused(bucket: Any) -> None:
+    fetch = fetcher("memory://photos/set").fetch
+    assert fetch("a.jpg") == fetch("memory://photos/set/a.jpg") == b"picture"
+    assert fetch("empty") == b""
+    with pytest.raises(MediaNotFound, match="no such object"):
+        fetch("missing.jpg")
+    for source in ("memory://private/b.jpg", "../../private/b.jpg", "memory://photos/set/../../private/b.jpg"):
+        with pytest.raises(AccessDenied, match="outside the buckets"):
+            fetch(source)
+    assert fetcher("memory://photos/set", allow=("memory://private",)).fetch("memory://private/b.jpg") == b"secret"
+    with pytest.raises(AccessDenied, match="absolute path"):
+        fetch("/etc/passwd")
+    with pytest.raises(AccessDenied):
+        fetch("file:///etc/passwd")
+
+
+def test_an_object_that_is_too_large_is_refused(bucket: Any) -> None:
+    with pytest.raises(MediaTooLarge, match="more than 6 bytes"):
+        fetcher("memory://photos/set", max_bytes=6).fetch("a.jpg")
+
+
+def test_the_whole_bucket_of_the_manifest_is_allowed_but_no_other() -> None:
+    from pipeline.preprocess.fetch import _bucket_root
+
+    assert _bucket_root("s3://bucket/deep/prefix") == "s3://bucket"
+    assert _bucket_root("gcs://bucket/deep") == "gs://bucket"
+    assert _bucket_root("hf://datasets/org/name/data") == "hf://datasets/org/name"
+
+
+def test_a_bucket_that_throttles_is_asked_again(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_module, "_FIRST_BACKOFF_S", 0.01)
+    answers = scripted(bucket, monkeypatch)
+    slow_down = as_s3fs_raises("SlowDown", "Please reduce your request rate.")
+    internal = as_s3fs_raises("InternalError", "We encountered an internal error. Please try again.")
+    answers += [slow_down, ConnectionError("reset"), b"picture", internal, b"picture"]
+    assert fetcher("memory://photos/set").fetch("a.jpg") == b"picture"
+    assert fetcher("memory://photos/set").fetch("a.jpg") == b"picture"
+    answers[:] = [slow_down] * 3
+    with pytest.raises(FetchError, match=r"Please reduce your request rate\. \(tried 3 times\)"):
+        fetcher("memory://photos/set").fetch("a.jpg")
+
+
+def test_a_mere_refusal_is_the_row_s_and_final(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = scripted(bucket, monkeypatch)
+    answers += [as_s3fs_raises("AccessDenied", "Access Denied"), as_s3fs_raises("403", "Forbidden"), b"picture"]
+    fetch = fetcher("memory://photos/set").fetch
+    for _ in range(2):
+        with pytest.raises(AccessDenied):
+            fetch("a.jpg")
+    assert fetch("a.jpg") == b"picture"
+
+
+@pytest.mark.parametrize(
+    "code", ["ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId"]
+)
+def test_credentials_that_s3_no_longer_takes_end_the_job_and_mark_no_row(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    scripted(bucket, monkeypatch).append(as_s3fs_raises(code, "The provided token has expired."))
+    fetch = fetcher("memory://photos/set").fetch
+    with pytest.raises(CredentialError, match=rf"{code}: The provided token has expired\.\): renew them and run"):
+        fetch("a.jpg")
+    with pytest.raises(CredentialError):  # nor is the next row asked for
+        fetch("a.jpg")
+
+
+def test_credentials_that_google_no_longer_takes_end_the_job(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    google = pytest.importorskip("google.auth.exceptions")
+    gcsfs_retry = pytest.importorskip("gcsfs.retry")
+    refused = gcsfs_retry.HttpError({"code": 401, "message": "Invalid Credentials"})
+    for error in (google.RefreshError("invalid_grant: Token has been expired or revoked."), refused):
+        scripted(bucket, monkeypatch).append(error)
+        with pytest.raises(CredentialError, match="renew them"):
+            fetcher("memory://photos/set").fetch("a.jpg")
+    # Without credentials of one's own, an object that is not public is that row's error.
+    nobody = gcsfs_retry.HttpError({"code": 401, "message": "Anonymous caller does not have storage.objects.get"})
+    scripted(bucket, monkeypatch).append(nobody)
+    with pytest.raises(FetchError):
+        fetcher("memory://photos/set").fetch("a.jpg")
+
+
+def test_a_client_that_takes_longer_to_give_up_its_credentials_than_a_fetch_may_last_is_found_out(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expired = as_s3fs_raises("ExpiredToken", "The provided token has expired.")
+
+    def cat_file(*args: Any, **options: Any) -> bytes:
+        time.sleep(0.4)
+        raise expired
+
+    monkeypatch.setattr(type(bucket), "cat_file", cat_file)
+    monkeypatch.setattr(fetch_module, "_FIRST_BACKOFF_S", 0.6)
+    with pytest.raises(CredentialError):
+        fetcher("memory://photos/set", timeout_s=0.1, retries=3).fetch("a.jpg")
+
+
+def as_s3fs_raises(code: str, message: str) -> Exception:
+    """The exception that s3fs makes of an answer of S3's."""
+    exceptions, errors = pytest.importorskip("botocore.exceptions"), pytest.importorskip("s3fs.errors")
+    answer = {"Error": {"Code": code, "Message": message}}
+    made: Exception = errors.translate_boto_error(exceptions.ClientError(answer, "GetObject"))
+    return made
+
+
+def scripted(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the bucket's `cat_file` gives or raises, call by call."""
+    answers: list[Any] = []
+
+    def cat_file(*args: Any, **options: Any) -> bytes:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return bytes(answer)
+
+    monkeypatch.setattr(type(bucket), "cat_file", cat_file)
+    return answers
+
+
+def test_a_bucket_that_hangs_is_a_timeout(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    monkeypatch.setattr(type(bucket), "cat_file", lambda *args, **options: never.wait(20))
+    with pytest.raises(FetchTimeout, match=r"no answer within 0\.2 s"):
+        fetcher("memory://photos/set", timeout_s=0.2, retries=0).fetch("a.jpg")
+    never.set()
+
+
+# -- the web ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "localhost", "[::1]", "0.0.0.0", "169.254.169.254", "10.1.2.3", "[::ffff:127.0.0.1]", "2130706433"],
+)
+def test_private_network_urls_are_refused(host: str) -> None:
+    with pytest.raises(AccessDenied, match=r"private network; set input\.allow_private_hosts"):
+        fetcher().fetch(f"http://{host}:9/a.jpg")
+
+
+def test_a_private_host_may_be_allowed_by_setting_or_by_name(server: Server) -> None:
+    server.give("/a.jpg", b"picture")
+    with pytest.raises(AccessDenied):
+        fetcher().fetch(f"{server.url}/a.jpg")
+    assert server.asked == []
+    with pytest.raises(AccessDenied):
+        fetcher(allow=("*",)).fetch(f"{server.url}/a.jpg")
+    assert fetcher(allow_private_hosts=True).fetch(f"{server.url}/a.jpg") == b"picture"
+    assert fetcher(allow=("127.0.0.1",)).fetch(f"{server.url}/a.jpg") == b"picture"
+    assert fetcher(allow=(server.url,)).fetch(f"{server.url}/a.jpg") == b"picture"
+
+
+def test_a_name_is_resolved_once_and_a_private_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [[(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.168.1.1", 80))]]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: answers.pop())
+    with pytest.raises(AccessDenied, match=r"photos\.example is 192\.168\.1\.1"):
+        fetcher().fetch("http://photos.example/a.jpg")
+
+
+def test_a_redirect_into_the_private_network_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.give("/a.jpg", b"", 302, Location="http://169.254.169.254/latest/meta-data/")
+    with pytest.raises(AccessDenied, match=r"redirected to http://169\.254\.169\.254.*private network"):
+        fetcher(allow=(server.url,)).fetch(f"{server.url}/a.jpg")
+    server.give("/b.jpg", b"", 302, Location="file:///etc/passwd")
+    with pytest.raises(AccessDenied, match="only http and https are followed"):
+        fetcher(allow=(server.url,)).fetch(f"{server.url}/b.jpg")
+
+
+def test_redirects_are_followed_but_not_for_ever(server: Server) -> None:
+    server.give("/a.jpg", b"", 301, Location="/b.jpg")
+    server.give("/b.jpg", b"picture")
+    server.give("/loop", b"", 302, Location="/loop")
+    fetch = fetcher(allow_private_hosts=True).fetch
+    assert fetch(f"{server.url}/a.jpg") == b"picture"
+    with pytest.raises(FetchError, match="redirects more than 5 times"):
+        fetch(f"{server.url}/loop")
+
+
+def test_a_response_larger_than_allowed_is_refused_by_header_and_by_count(server: Server) -> None:
+    def endless(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.end_headers()
+        try:
+            while True:
+                request.wfile.write(b"x" * 65536)
+        except OSError:
+            pass
+
+    server.give("/a.jpg", b"x" * 2000)
+    server.answers["/endless"] = endless
+    fetch = fetcher(allow_private_hosts=True, max_bytes=1000).fetch
+    with pytest.raises(MediaTooLarge, match="2,000 bytes; at most 1,000"):
+        fetch(f"{server.url}/a.jpg")
+    with pytest.raises(MediaTooLarge, match="more than 1,000 bytes"):
+        fetch(f"{server.url}/endless")
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(404, MediaNotFound), (410, MediaNotFound), (403, AccessDenied), (401, AccessDenied), (418, FetchError)],
+)
+def test_a_final_answer_is_not_asked_for_again(server: Server, status: int, error: type[FetchError]) -> None:
+    server.give("/a.jpg", b"", status)
+    with pytest.raises(error, match=str(status)):
+        fetcher(allow_private_hosts=True).fetch(f"{server.url}/a.jpg")
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_passing_fault_is_tried_again_and_counted(server: Server, status: int) -> None:
+    server.give("/a.jpg", b"", status)
+    with pytest.raises(FetchError, match=rf"{status}.*\(tried 3 times\)"):
+        fetcher(allow_private_hosts=True).fetch(f"{server.url}/a.jpg")
+    assert len(server.asked) == 3
+
+
+def test_a_connection_that_ends_early_is_tried_again(server: Server) -> None:
+    def short_once(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", "7")
+        request.end_headers()
+        request.wfile.write(b"pic" if len(server.asked) == 1 else b"picture")
+
+    server.answers["/a.jpg"] = short_once
+    assert fetcher(allow_private_hosts=True).fetch(f"{server.url}/a.jpg") == b"picture"
+
+
+def test_a_server_that_trickles_is_a_timeout(server: Server) -> None:
+    stop = threading.Event()
+
+    def trickle(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", "100000")
+        request.end_headers()
+        while not stop.wait(0.05):
+            try:
+                request.wfile.write(b"x")
+            except OSError:
+                return
+
+    server.answers["/a.jpg"] = trickle
+    with pytest.raises(FetchTimeout, match=r"no answer within 0\.5 s"):
+        fetcher(allow_private_hosts=True, timeout_s=0.5, retries=0).fetch(f"{server.url}/a.jpg")
+    stop.set()
+
+
+def test_compressed_answers_that_nobody_asked_for_are_refused(server: Server) -> None:
+    server.give("/a.jpg", b"\x1f\x8b", Content_Encoding="gzip")
+    with pytest.raises(FetchError, match="gzip"):
+        fetcher(allow_private_hosts=True).fetch(f"{server.url}/a.jpg")
+
+
+def test_messages_never_show_signatures_or_passwords(server: Server) -> None:
+    server.give("/a.jpg?X-Amz-Signature=0123", b"", 404)
+    with pytest.raises(MediaNotFound) as caught:
+        fetcher(allow_private_hosts=True).fetch(f"{server.url}/a.jpg?X-Amz-Signature=0123")
+    assert "0123" not in str(caught.value) and "/a.jpg" in str(caught.value)
+    with pytest.raises(AccessDenied) as refused:
+        fetcher().fetch("http://user:hunter2@example.com/a.jpg")
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://host:99999/a", "http://exa mple.com/", "http://[::1/"])
+def test_a_malformed_url_is_an_error_of_its_row(url: str) -> None:
+    with pytest.raises(FetchError):
+        fetcher(retries=0).fetch(url)
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_medium_are_read_wherever_it_is(tree: Path, server: Server, bucket: Any) -> None:
+    data = bytes(range(256)) * 1024
+    (tree / "big.bin").write_bytes(data)
+    fsspec.filesystem("memory").pipe_file("/bucket/in/big.bin", data)
+    asked: list[str] = []
+
+    def ranges(request: http.server.BaseHTTPRequestHandler) -> None:
+        start, stop = map(int, request.headers["Range"].removeprefix("bytes=").split("-"))
+        asked.append(request.headers["Range"])
+        part = data[start : stop + 1]
+        request.send_response(206)
+        request.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
+        request.send_header("Content-Length", str(len(part)))
+        request.end_headers()
+        request.wfile.write(part)
+
+    server.answers["/big.bin"] = ranges
+    server.give("/whole.bin", data)  # a server that knows no ranges
+    server.give("/old.bin", data, 302, Location="/big.bin")
+    web = {"allow_private_hosts": True}
+    for source in (
+        fetcher(tree).open("big.bin"),
+        fetcher("memory://bucket/in").open("big.bin"),
+        fetcher(tree, **web).open(f"{server.url}/big.bin"),
+        fetcher(tree, **web).open(f"{server.url}/old.bin"),
+        fetcher(tree, **web).open(f"{server.url}/whole.bin"),
+        fetcher(tree).open(data),
+        fetcher(tree).open("data:;base64," + base64.b64encode(data).decode()),
+    ):
+        assert source.size == len(data)
+        assert source.first == data[: len(source.first)]
+        assert source.read(100_000, 100_300) == data[100_000:100_300]
+    assert sorted(asked) == ["bytes=0-65535"] * 2 + ["bytes=100000-100299"] * 2
+
+
+def test_parts_are_refused_where_the_whole_is(tree: Path, server: Server) -> None:
+    server.give("/large.jpg", b"x", 206, Content_Range="bytes 0-0/9999999")
+    server.give("/empty.jpg", b"", 416)
+    server.give("/gone.jpg", b"", 404)
+    patient = fetcher(tree, allow_private_hosts=True, max_bytes=1_000_000)
+    with pytest.raises(AccessDenied):
+        patient.open("../secret.txt")
+    with pytest.raises(AccessDenied):
+        patient.open("s3://other/a.jpg")
+    with pytest.raises(AccessDenied):
+        fetcher(tree).open(f"{server.url}/large.jpg")
+    with pytest.raises(MediaNotFound):
+        patient.open("sub/missing.jpg")
+    with pytest.raises(MediaNotFound):
+        patient.open(f"{server.url}/gone.jpg")
+    with pytest.raises(MediaTooLarge):
+        patient.open(f"{server.url}/large.jpg")
+    with pytest.raises(MediaTooLarge):
+        fetcher(tree, max_bytes=3).open("sub/a b.jpg")
+    assert patient.open(f"{server.url}/empty.jpg").size == 0

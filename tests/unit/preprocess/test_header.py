@@ -1,0 +1,218 @@
+"""Headers tell what decoding will show: sizes, frames and tokens, from a part of the file."""
+
+from __future__ import annotations
+
+import functools
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pipeline.preprocess.header as header_module
+from pipeline.conversation import MediumKind, MediumSettings
+from pipeline.errors import (
+    AspectRatioError,
+    DecompressionBomb,
+    FetchTimeout,
+    MediaError,
+    NoVideoStream,
+    RowError,
+    SettingError,
+    TruncatedMedia,
+    UnsupportedMedia,
+)
+from pipeline.preprocess.decode import see_medium
+from pipeline.preprocess.fetch import RangedSource
+from pipeline.preprocess.header import MediumHeader, read_header
+from pipeline.preprocess.limits import MediaOptions
+from pipeline.preprocess.ranged import RangedFile
+from tests.unit.preprocess.conftest import encode_image, encode_video, picture
+
+OPTIONS = MediaOptions()
+
+
+def ranged(data: bytes, seconds: float = 20.0) -> RangedFile:
+    return RangedFile(RangedSource(len(data), lambda start, stop: data[start:stop]), seconds=seconds)
+
+
+def header(kind: MediumKind, data: bytes, options: MediaOptions = OPTIONS, **settings: Any) -> MediumHeader:
+    return read_header(kind, ranged(data), MediumSettings(**settings), options)
+
+
+def assert_as_decoded(kind: MediumKind, data: bytes, options: MediaOptions = OPTIONS, **settings: Any) -> MediumHeader:
+    found = header(kind, data, options, **settings)
+    receipt = see_medium(kind, data, MediumSettings(**settings), options, source="").receipt
+    t, grid_h, grid_w = found.size.grid_thw
+    assert found.size.num_visual_tokens == np.prod(receipt.grid_thw) // 4
+    assert receipt.grid_thw in ((t, grid_h, grid_w), (t, grid_w, grid_h))  # turned upright
+    return found
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
+def test_an_image_is_as_large_as_decoding_will_find_it(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"exif": exif} if kind in ("JPEG", "PNG", "WEBP") else {}
+    found = assert_as_decoded("image", encode_image(Image.fromarray(picture(517, 213)), kind, **options))
+    assert (found.width, found.height) == (517, 213)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_pixels": 20_000}, {"min_pixels": 400_000}, {"min_pixels": 30_000, "max_pixels": 40_000}]
+)
+def test_a_rows_own_bounds_count(settings: dict[str, int]) -> None:
+    assert_as_decoded("image", encode_image(Image.fromarray(picture(300, 200))), **settings)
+
+
+CLIPS: dict[str, dict[str, Any]] = {
+    "mp4": {},
+    "b-frames": {"options": {"bf": "3", "g": "12"}},
+    "odd rate": {"rate": 30},
+    "rotated": {"rotation": 90},
+    "avi": {"codec": "mpeg4", "container": "avi"},
+    "matroska": {"container": "matroska"},
+    "webm": {"codec": "libvpx", "container": "webm"},
+    "mpegts": {"container": "mpegts"},
+    "fragmented": {"container_options": {"movflags": "frag_keyframe+empty_moov"}, "options": {"g": "10"}},
+}
+
+
+@functools.cache
+def clip(name: str) -> bytes:
+    return encode_video(75, size=(160, 96), **CLIPS[name])
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"fps": 5.0}, {"num_frames": 6}, {"start_s": 1.0, "end_s": 2.5}, {"start_s": 2.0, "fps": 3.0}],
+    ids=str,
+)
+def test_a_video_shows_as_many_frames_as_decoding_will(name: str, settings: dict[str, Any]) -> None:
+    data = clip(name)
+    assert assert_as_decoded("video", data, **settings).is_exact
+
+
+def test_a_variable_rate_is_read_from_the_index() -> None:
+    from fractions import Fraction
+
+    times = [n * n for n in range(40)]  # ever slower
+    data = encode_video(40, times=times, time_base=Fraction(1, 100), options={"bf": "0"})
+    for settings in ({}, {"fps": 1.0}, {"start_s": 2.0, "end_s": 12.0}):
+        assert_as_decoded("video", data, **settings)
+
+
+@pytest.mark.parametrize("name", ["matroska", "mpegts"])
+def test_a_large_file_without_an_index_is_taken_at_its_word(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header_module, "_COUNTED_BYTES", 0)
+    data = clip(name)
+    found = header("video", data)
+    assert not found.is_exact
+    seen = see_medium("video", data, MediumSettings(), MediaOptions(), source="").receipt
+    assert found.size.num_visual_tokens == pytest.approx(np.prod(seen.grid_thw) / 4, rel=0.1)
+
+
+def test_keyframes_and_decoded_frames_are_counted() -> None:
+    data = encode_video(100, options={"g": "10", "keyint_min": "10", "sc_threshold": "0", "bf": "0"})
+    exact = assert_as_decoded("video", data, fps=1.0)
+    assert exact.size.num_frames == 10 and exact.num_decoded == 10  # each wanted frame is a keyframe
+    keys = assert_as_decoded("video", data, MediaOptions(video_frames="keyframes"), fps=5.0)
+    assert keys.num_decoded == keys.size.num_frames == 10
+    between = header("video", data, num_frames=4)
+    assert between.num_decoded == 1 + 6 + 1 + 6  # frames 0, 25, 50, 75
+
+
+def test_real_media_are_as_decoded(photos: Path, clips: Path) -> None:
+    for path in [photos / "rocket.jpg", photos / "coffee.png", photos / "retina.jpg"]:
+        assert_as_decoded("image", path.read_bytes())
+    for path in sorted(clips.glob("*.mp4")):
+        assert_as_decoded("video", path.read_bytes())
+
+
+def test_a_large_file_is_read_in_part_alone() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
+    photo = ranged(encode_image(Image.fromarray(noise)))
+    read_header("image", photo, MediumSettings(), MediaOptions())
+    assert len(photo) > 5_000_000 and photo.bytes_read <= 65536
+    frames = np.random.default_rng(0).integers(0, 256, (60, 240, 320, 3), dtype=np.uint8)
+    film = ranged(encode_video(frames, options={"preset": "ultrafast", "crf": "10", "g": "10"}))
+    read_header("video", film, MediumSettings(), MediaOptions())
+    assert len(film) > 4_000_000 and film.bytes_read < len(film) / 3
+
+
+def test_what_can_not_be_seen_is_an_error_of_the_runs_own_kind() -> None:
+    cases: list[tuple[MediumKind, bytes, type[RowError]]] = [
+        ("image", b"", TruncatedMedia),
+        ("image", b"<html>gone</html>", UnsupportedMedia),
+        ("image", encode_image(Image.new("RGB", (3000, 10))), AspectRatioError),
+        ("video", b"", MediaError),
+        ("video", b"nonsense" * 100, UnsupportedMedia),
+        ("video", encode_video(20)[:900], TruncatedMedia),
+        ("video", encode_image(Image.new("RGB", (9, 9)), "JPEG"), MediaError),
+    ]
+    for kind, data, expected in cases:
+        with pytest.raises(expected) as raised:
+            header(kind, data)
+        with pytest.raises(type(raised.value)):
+            see_medium(kind, data, MediumSettings(), MediaOptions(), source="")
+    with pytest.raises(SettingError):
+        header("image", encode_image(Image.new("RGB", (9, 9))), fps=1.0)
+    with pytest.raises(SettingError):
+        header("video", encode_video(20), start_s=9.0)
+    with pytest.raises(DecompressionBomb):
+        header("image", encode_image(Image.new("RGB", (400, 400))), MediaOptions(max_image_pixels=1000))
+    for options in (MediaOptions(max_video_frames=10), MediaOptions(max_video_s=1.0)):
+        with pytest.raises(DecompressionBomb):
+            header("video", encode_video(75), options)
+
+
+def test_a_file_of_sound_alone_has_no_video() -> None:
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as target:
+        stream: Any = target.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        target.mux(stream.encode(frame))
+        target.mux(stream.encode(None))
+    with pytest.raises(NoVideoStream):
+        header("video", file.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_source_that_fails_or_dawdles_is_a_fetch_error_whatever_the_parser_makes_of_it(kind: MediumKind) -> None:
+    data = encode_image(Image.new("RGB", (900, 900)), "BMP") if kind == "image" else encode_video(75)
+
+    def slow(start: int, stop: int) -> bytes:
+        time.sleep(0.1)
+        return data[start : start + 8]
+
+    with pytest.raises(FetchTimeout, match="not read within"):
+        read_header(kind, RangedFile(RangedSource(len(data), slow), seconds=0.3), MediumSettings(), MediaOptions())
+
+    def broken(start: int, stop: int) -> bytes:
+        raise FetchTimeout("the bucket is silent")
+
+    with pytest.raises(FetchTimeout, match="the bucket is silent"):
+        read_header(kind, RangedFile(RangedSource(len(data), broken), seconds=9), MediumSettings(), MediaOptions())
+
+
+def test_a_ranged_file_reads_like_the_bytes_themselves() -> None:
+    data = np.random.default_rng(0).integers(0, 256, 700_000, dtype=np.uint8).tobytes()
+    file, plain = ranged(data), io.BytesIO(data)
+    dice = np.random.default_rng(1)
+    for _ in range(200):
+        if dice.random() < 0.5:
+            place = int(dice.integers(0, 710_000))
+            assert file.seek(place) == plain.seek(place)
+        size = int(dice.integers(0, 90_000))
+        assert file.read(size) == plain.read(size)
+        assert file.tell() == plain.tell()
+    assert file[10:20] == data[10:20] and file[699_990:] == data[699_990:] and len(file) == len(data)
+    assert file.bytes_read <= len(data)  # nothing twice

@@ -1,0 +1,233 @@
+"""The page: self-contained, escaped, complete, and honest about what it does not know."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.report import compare_folders
+from pipeline.errors import OutputError
+from pipeline.report import Report, ReportOptions, build_report, gather, render_html, render_markdown
+from tests.unit.report.runs import HOSTILE, RUN, error_row, result_row, write_run, write_scores
+
+_QUICK = ReportOptions(thumbnails=False)
+
+
+class _Tags(HTMLParser):
+    """Every tag with its attributes, and all text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_one_file_that_loads_nothing(page: str) -> None:
+    tags = _Tags(page).tags
+    assert not [tag for tag, _ in tags if tag in ("script", "iframe", "object", "embed", "form", "base", "video")]
+    links = [value for _, attrs in tags for name, value in attrs.items() if name in ("src", "href", "srcset", "data")]
+    assert links and all(str(link).startswith(("data:image/jpeg;base64,", "data:,", "#")) for link in links)
+    policy = [attrs["content"] for tag, attrs in tags if attrs.get("http-equiv") == "Content-Security-Policy"]
+    assert policy and "default-src 'none'" in str(policy[0])
+    assert "url(" not in page and "@import" not in page
+    assert len(page.encode()) < 5_000_000
+
+
+def test_hostile_strings_stay_text(page: str) -> None:
+    parsed = _Tags(page)
+    for tag, attrs in parsed.tags:
+        assert not [name for name in attrs if name.startswith("on")], (tag, attrs)
+    assert [tag for tag, _ in parsed.tags].count("style") == 1
+    for text in (HOSTILE[0], HOSTILE[1], HOSTILE[2], HOSTILE[3], HOSTILE[4], HOSTILE[5]):
+        assert text in parsed.text
+    assert not set(page) & {"\u202e", "\u0000", "\u001b"}, "nothing that reverses or controls the terminal"
+
+
+def test_secrets_of_settings_and_urls_do_not_leave_the_house(page: str) -> None:
+    assert "AKIA-REAL" not in page
+    assert "input.storage_options.key" in page, "the setting is named, its value is not"
+    assert "http://minio" in page
+    assert "user:pw" not in page
+
+
+def test_scores_stand_with_their_intervals_overall_and_by_slice(page: str, report: Report) -> None:
+    text = " ".join(_Tags(page).text.split())
+    overall = (report.metrics or {})["overall"]["exact_match"]
+    assert f"{100 * overall['value']:.1f} %" in text
+    assert f"{100 * overall['low']:.1f} to {100 * overall['high']:.1f} %" in text
+    for name in ("task", "source", "media_kind", "resolution_bucket", "several images", "one video"):
+        assert name in text
+
+
+def test_what_ran_is_said_in_full(page: str) -> None:
+    text = " ".join(_Tags(page).text.split())
+    for fact in (
+        "Qwen/Qwen2-VL-2B-Instruct, revision 895c3a4", "greedy, at most 64 tokens", "commit 0123456789ab with changes",
+        "2 x NVIDIA H200", "flash attention", "60 rows in 1 file", "torch 2.13.0",
+    ):  # fmt: skip
+        assert fact in text
+
+
+def test_speed_cost_and_utilisation_are_computed_from_the_run(report: Report, page: str) -> None:
+    speed = report.speed
+    assert speed.gpu_hours == pytest.approx(2 * 0.5)
+    assert speed.cost == pytest.approx(2.5)
+    flops = 2 * 1.54e9 * 92e6 + 2 * 0.665e9 * 4 * 70e6
+    assert speed.mfu == pytest.approx(flops / (989e12 * 2 * 1800))
+    stages = {name: (workers, share) for name, workers, _, share in speed.stages}
+    assert {name: workers for name, (workers, _) in stages.items()} == {"preprocess": 2, "engine": 2}
+    assert stages["engine"][1] == pytest.approx(2650 / 3600)
+    assert stages["preprocess"][1] == pytest.approx(2900 / 3600)
+    assert speed.bottleneck and "more CPU actors" in speed.bottleneck
+    assert "€2.50" in page
+    assert page.count('class="line"') >= 2, "rows/s and tokens/s over time"
+
+
+def test_every_section_of_the_gallery_shows_the_rows_it_names(report: Report) -> None:
+    sections = {key: cards for key, _, _, cards in report.sections}
+    assert set(sections) == {
+        "worst", "best", "random", "errors", "truncated", "repeating", "longest", "slowest",
+    }  # fmt: skip
+    assert [card.id for card in sections["truncated"]] == ["row-0003"]
+    assert {card.id for card in sections["repeating"]} == {"row-0003", "row-0005"}
+    assert sections["slowest"][0].id == "row-0007"
+    assert {card.score for card in sections["best"]} == {1.0}
+    assert {card.score for card in sections["worst"]} == {0.0}
+    assert all(card.error for card in sections["errors"])
+    assert "the file ends after 512 of 2,048 bytes" in str(sections["errors"][0].error)
+    assert dict(sections["worst"][0].facts)["prompt tokens"]
+
+
+def test_errors_are_counted_by_type_with_an_example_each(report: Report) -> None:
+    assert next((kind, count) for kind, _, count, _ in report.errors) == ("TruncatedMedia", 2)
+    assert all(card is not None and card.error for *_, card in report.errors)
+
+
+def test_pictures_are_shown_of_images_and_videos_with_words_for_those_who_do_not_see(page: str) -> None:
+    tags = _Tags(page).tags
+    pictures = [attrs for tag, attrs in tags if tag == "span" and "strip" in str(attrs.get("class"))]
+    films = [attrs for attrs in pictures if "film" in str(attrs["class"])]
+    assert pictures and films
+    assert all(attrs["aria-label"] for attrs in pictures)
+    assert "4 frames of it" in str(films[0]["aria-label"])
+    assert all("alt" in attrs for tag, attrs in tags if tag == "img")
+    assert all(attrs.get("aria-label") for tag, attrs in tags if tag == "svg")
+    assert "not on this machine" in page
+
+
+def test_an_unfinished_run_without_references_gets_a_page_too(tmp_path: Path) -> None:
+    rows = [result_row(number, reference=None) for number in range(9)]
+    rows[4] = error_row(4, "FetchTimeout", "fetch", "silent")
+    run = {**RUN, "state": "running", "manifest": {**RUN["manifest"], "num_rows": 60}}
+    folder = write_run(tmp_path / "run", rows, run=run, finished=False)
+    report = gather(str(folder), options=_QUICK)
+    text = " ".join(_Tags(render_html(report)).text.split())
+    assert report.state == "running"
+    assert "9 of 60 rows" in text and "The run is not finished" in text
+    assert "Exact match" not in text and "Scores by slice" not in text
+    assert {key for key, *_ in report.sections} >= {"random", "errors", "longest"}
+
+
+def test_a_row_in_several_fragments_counts_once_and_its_answer_wins(tmp_path: Path) -> None:
+    again = [result_row(2, text="second try", attempts=2), error_row(3, "FetchTimeout", "fetch", "late")]
+    rows = [result_row(0), result_row(1), error_row(2, "FetchTimeout", "fetch", "early"), result_row(3), *again]
+    folder = write_run(tmp_path / "run", rows, finished=False)
+    found = gather(str(folder), options=_QUICK).collected
+    assert (found.num_rows, found.num_ok) == (4, 4)
+
+
+def test_a_folder_without_run_json_or_rows_is_still_a_page_and_a_stranger_is_refused(tmp_path: Path) -> None:
+    bare = write_run(tmp_path / "bare", [result_row(0), result_row(1)], run=None)
+    assert "holds no run.json" in build_report(str(bare), options=_QUICK)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "run.json").write_text(json.dumps({"state": "running"}))
+    assert "0 rows" in build_report(str(empty), options=_QUICK)
+    (tmp_path / "stranger").mkdir()
+    with pytest.raises(OutputError, match=r"no run folder.*part-\*"):
+        build_report(str(tmp_path / "stranger"))
+
+
+def test_scores_of_other_rows_are_not_shown_as_these_rows(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [result_row(number) for number in range(6)])
+    write_scores(folder)
+    write_run(folder, [result_row(number + 1) for number in range(6)])
+    report = gather(str(folder), options=_QUICK)
+    assert not report.collected.scores_fit
+    assert all(card.score is None for _, _, _, cards in report.sections for card in cards)
+    assert "score it again" in render_html(report)
+
+
+def _pair(tmp_path: Path, change: Any) -> tuple[Path, Path]:
+    rows = [result_row(number, text="right", reference="right") for number in range(40)]
+    folders = tmp_path / "candidate", tmp_path / "baseline"
+    write_run(folders[0], [change(row) for row in rows], run={**RUN, "throughput": {"rows_per_s": 10.0}})
+    write_run(folders[1], rows)
+    for folder in folders:
+        write_scores(folder)
+    return folders
+
+
+def test_a_regression_is_called_with_rows_that_show_it(tmp_path: Path) -> None:
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "text": "wrong"} if row["manifest_row"] % 3 == 0 else row
+
+    candidate, baseline = _pair(tmp_path, change)
+    comparison = compare_folders(str(candidate), str(baseline))
+    report = gather(str(candidate), comparison=comparison, baseline=str(baseline), options=_QUICK)
+    text = " ".join(_Tags(render_html(report)).text.split())
+    assert "Worse than the baseline: Exact match -35.0 points" in text
+    assert "0 rows won, 14 lost, 26 tied" in text
+    assert "26 of 40 shared rows have the same answer" in text
+    lost = next(cards for key, _, _, cards in report.sections if key == "lost")
+    assert {(card.answer, card.baseline) for card in lost} == {("wrong", "right")}
+    assert "won" not in {key for key, *_ in report.sections}
+    assert "**Worse than the baseline" in render_markdown(report)
+
+
+@pytest.mark.parametrize(("text", "shown"), [("right", {"best"}), ("wrong", {"worst"})])
+def test_rows_that_all_score_the_same_are_not_both_best_and_worst(tmp_path: Path, text: str, shown: set[str]) -> None:
+    rows = [result_row(number, text=text, reference="right") for number in range(5)]
+    folder = write_run(tmp_path / "run", rows)
+    write_scores(folder)
+    sections = {key for key, *_ in gather(str(folder), options=_QUICK).sections}
+    assert sections & {"best", "worst"} == shown
+
+
+def test_equal_runs_are_called_identical(tmp_path: Path) -> None:
+    candidate, baseline = _pair(tmp_path, lambda row: row)
+    comparison = compare_folders(str(candidate), str(baseline))
+    text = render_html(gather(str(candidate), comparison=comparison, baseline=str(baseline), options=_QUICK))
+    assert "Identical scores on all 40 rows" in text
+
+
+def test_two_runs_without_scores_are_compared_by_their_answers(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", [result_row(number) for number in range(8)])
+    other = write_run(tmp_path / "other", [result_row(number, text=f"answer {number % 2}") for number in range(8)])
+    assert compare_folders(str(one), str(other)) is None
+    text = build_report(str(one), baseline=str(other), options=_QUICK)
+    assert "are the same text as the baseline" in text
+
+
+def test_markdown_fits_a_pull_request_and_escapes_what_it_shows(report: Report) -> None:
+    text = render_markdown(report)
+    assert "| Exact match |" in text and "| TruncatedMedia | decode | 2 |" in text
+    assert "<script>" not in text and "\\<script\\>" in text
+    assert len(text) < 5_000
+
+
+def test_the_same_folder_gives_the_same_gallery(rich: Path, report: Report) -> None:
+    again = gather(str(rich), options=_QUICK)
+    ids = [[card.id for card in cards] for _, _, _, cards in again.sections]
+    assert ids == [[card.id for card in cards] for _, _, _, cards in report.sections]

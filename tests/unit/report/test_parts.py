@@ -1,0 +1,186 @@
+"""The report's parts: one pass over the rows, facts of run.json, thumbnails, the command."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from jobs.report import main
+from pipeline.report.collect import CountHistogram, SecondsHistogram, Top, collect
+from pipeline.report.facts import headline, rates, settings_lines, shown_source, speed, without_secrets
+from pipeline.report.thumbnails import ThumbnailMaker
+from pipeline.results.reader import Position, RunReader
+from tests.unit.report.runs import RUN, make_image, medium, result_row, write_run, write_video
+
+
+def test_histograms_of_counts_are_exact() -> None:
+    values = np.random.default_rng(0).integers(3, 900, 5_000)
+    histogram = CountHistogram()
+    for part in np.array_split(values, 7):
+        histogram.add(part)
+    assert histogram.quantile(0.5) == int(np.quantile(values, 0.5, method="inverted_cdf"))
+    assert (histogram.largest, histogram.total) == (int(values.max()), int(values.sum()))
+    bins = histogram.bins(40)
+    assert len(bins) <= 41
+    assert [rows for first, last, rows in bins] == [
+        int(((values >= first) & (values <= last)).sum()) for first, last, _ in bins
+    ]
+
+
+def test_quantiles_of_seconds_are_right_to_two_per_cent() -> None:
+    values = np.random.default_rng(1).lognormal(0, 2, 20_000)
+    histogram = SecondsHistogram()
+    histogram.add(values)
+    assert histogram.quantile(0.95) == pytest.approx(np.quantile(values, 0.95), rel=0.02)
+
+
+def test_the_top_rows_are_those_of_a_full_sort_whatever_the_batches() -> None:
+    keys = np.random.default_rng(2).permutation(1_000).astype(float)
+    keys[::7] = np.nan
+    top = Top(5, np.random.default_rng(0))
+    for number, part in enumerate(np.array_split(np.arange(1_000), 13)):
+        top.add(keys[part], number, part)
+    best = np.argsort(np.nan_to_num(keys, nan=-1))[::-1][:5]
+    assert [position.row for position in top.positions] == best.tolist()
+
+
+def test_one_pass_reads_rows_in_bounded_batches_and_fetches_only_what_is_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [result_row(number) for number in range(50)])
+    reader = RunReader(str(folder))
+    found = collect(reader, size=3)
+    assert found.num_rows == 50 and found.output_tokens.total == sum(5 + number % 23 for number in range(50))
+    row = reader.fetch({Position(1, 20)})[Position(1, 20)]
+    assert row["id"] == "row-0045" and "logprobs" not in row
+
+
+def test_kept_columns_with_whole_files_are_not_loaded_for_the_page(tmp_path: Path) -> None:
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    kept = pa.schema([("prompt", pa.string()), ("pictures", pa.list_(picture)), ("picture", picture)])
+    row = result_row(0) | {"pictures": [{"bytes": b"x", "path": None}], "picture": {"bytes": b"x", "path": None}}
+    folder = write_run(tmp_path / "run", [row, row | {"manifest_row": 1}], kept=kept)
+    shown = RunReader(str(folder)).fetch({Position(0, 0)})[Position(0, 0)]
+    assert shown["prompt"] and not {"pictures", "picture"} & set(shown)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(RUN)), _JSON))
+def test_whatever_run_json_holds_is_no_reason_to_fail(run: dict[str, Any]) -> None:
+    headline(run)
+    speed(run, price_per_gpu_hour=2.0)
+    list(settings_lines(run))
+
+
+def test_rates_follow_the_pace_and_pass_over_lines_without_the_count() -> None:
+    progress = [{"t": 10.0 + second, "rows": 5 * second + 20 * max(second - 50, 0)} for second in range(101)]
+    points = rates([*progress, {"t": 200.0}], "rows", most=10)
+    assert len(points) <= 11
+    assert points[0][1] == pytest.approx(5) and points[-1][1] == pytest.approx(25)
+    assert rates(progress, "output_tokens") == []
+
+
+def test_sources_lose_their_secrets_and_their_bulk() -> None:
+    assert shown_source("https://me:pw@host/a.png?X-Amz-Signature=1") == "https://host/a.png?…"
+    assert shown_source("data:image/png;base64,AAAA") == "data:image/png;base64,…"
+    assert shown_source("photos/what?.png") == "photos/what?.png"
+    assert without_secrets("GET s3://k:s@bucket/x failed") == "GET s3://bucket/x failed"
+
+
+def test_settings_hide_what_looks_like_a_secret_and_nothing_else() -> None:
+    values = {
+        "sampling": {"max_tokens": 5, "stop_token_ids": [1]},
+        "input": {"storage_options": {"secret": "s3cr3t", "endpoint_url": "http://x", "client_kwargs": {"a": "deep"}}},
+        "hub": {"api_key": "k3y", "token": ""},
+    }
+    shown = dict(settings_lines(values))
+    assert shown["sampling.max_tokens"] == "5" and shown["sampling.stop_token_ids"] == "1"
+    assert shown["input.storage_options.endpoint_url"] == "http://x"
+    assert not {"s3cr3t", "k3y", "deep"} & set(shown.values())
+
+
+def _row(*media: dict[str, Any], row: int = 0) -> dict[str, Any]:
+    return {"media": list(media), "manifest_file": 0, "manifest_row": row}
+
+
+def _size(picture: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(picture)) as image:
+        assert image.format == "JPEG"
+        return image.size
+
+
+def test_thumbnails_are_made_of_files_urls_and_videos_and_say_why_not(tmp_path: Path) -> None:
+    make_image(tmp_path / "tall.png", 3)
+    encoded = base64.b64encode((tmp_path / "tall.png").read_bytes()).decode()
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff" + b"x" * 50)
+    write_video(tmp_path / "clip.mp4")
+    run = {"manifest": {"path": str(tmp_path / "rows.parquet")}}
+    with ThumbnailMaker(run) as maker:
+        tall, url = maker.thumbnails(
+            _row(medium("image", "tall.png"), medium("image", f"data:image/png;base64,{encoded}"))
+        )
+        film, broken = maker.thumbnails(_row(medium("video", "clip.mp4"), medium("image", "broken.jpg")))
+        gone, remote = maker.thumbnails(_row(medium("image", "gone.png"), medium("image", "https://host/a.png")))
+    assert tall.pictures == url.pictures and _size(tall.pictures[0]) == (240, 240)
+    assert [_size(picture) for picture in film.pictures] == [(160, 120)] * 4
+    assert broken.missing == "can't be decoded (UnidentifiedImageError)"
+    assert gone.missing == remote.missing == "not on this machine"
+
+
+def test_embedded_images_are_read_from_the_manifest_by_their_place(tmp_path: Path) -> None:
+    files = [Path(make_image(tmp_path / f"{number}.png", number)).read_bytes() for number in range(4)]
+    column = [[{"bytes": data, "path": None}] for data in files]
+    pq.write_table(pa.table({"pics": column}), tmp_path / "rows.parquet", row_group_size=2)
+    manifest = {"path": str(tmp_path / "rows.parquet"), "fingerprint": {"files": [["rows.parquet", 1, 4]]}}
+    run = {"manifest": manifest, "config": {"input": {"columns": {"images": "pics"}}}}
+    with ThumbnailMaker(run) as maker:
+        shown = [maker.thumbnails(_row(medium("image", "bytes"), row=row))[0] for row in (3, 0, 9)]
+    assert [len(one.pictures) for one in shown] == [1, 1, 0]
+    assert shown[0].pictures != shown[1].pictures
+    assert shown[2].missing == "inside the manifest, which can't be read from here"
+
+
+def test_pictures_stop_where_the_page_would_grow_too_large(tmp_path: Path) -> None:
+    path = make_image(tmp_path / "a.png", 1)
+    with ThumbnailMaker({}, max_bytes=1) as maker:
+        first, second = (maker.thumbnails(_row(medium("image", path)))[0] for _ in range(2))
+    assert first.pictures and second.missing == "left out to keep the page small"
+
+
+def test_a_decoder_that_dies_costs_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_image(tmp_path / "a.png", 1)
+    with ThumbnailMaker({}) as maker:
+        assert maker.thumbnails(_row(medium("image", path)))[0].pictures
+        maker._process.kill()
+        maker._process.join()
+        assert maker.thumbnails(_row(medium("image", path)))[0].missing == "the decoder crashed"
+        assert maker.thumbnails(_row(medium("image", path)))[0].pictures, "a new one takes its place"
+
+
+def test_the_command_writes_a_page_prints_markdown_and_refuses_strangers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run", [result_row(number) for number in range(4)])
+    assert main([str(folder), "--no-thumbnails"]) == 0
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert main([str(folder), "--format", "markdown"]) == 0
+    assert "4 rows, no errors" in capsys.readouterr().out
+    elsewhere = tmp_path / "new" / "page.html"
+    assert main([str(folder), "--output", str(elsewhere), "--no-thumbnails"]) == 0 and elsewhere.exists()
+    assert main([str(tmp_path / "new")]) == 2
+    assert "is no run folder" in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""errors.jsonl: failed rows with their places, over several runs, and no more of them than the file may hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.results import error_log
+from pipeline.results.error_log import ErrorLog
+from pipeline.results.run_folder import RunFolder
+from pipeline.schema import result_schema
+
+SCHEMA = result_schema(pa.schema([]))
+
+
+def finished(*failed: bool) -> pa.Table:
+    rows = [
+        {
+            **dict.fromkeys(SCHEMA.names),
+            "id": f"row {number}",
+            "status": "error" if bad else "ok",
+            "error_stage": "fetch" if bad else None,
+            "error_type": "MediaNotFound" if bad else None,
+            "error_message": f"no file für {number}" if bad else None,
+            "attempts": 1,
+            "manifest_file": 1,
+            "manifest_row": number,
+        }
+        for number, bad in enumerate(failed)
+    ]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "errors.jsonl").read_text().splitlines()]
+
+
+def test_failed_rows_are_told_with_their_place_and_later_runs_add_theirs(tmp_path: Path) -> None:
+    files = ["a.parquet", "b.parquet"]
+    for _ in range(2):
+        log = ErrorLog(RunFolder(str(tmp_path)), files)
+        log.add(finished(False, True, False, True))
+        log.flush()
+    told = lines(tmp_path)
+    assert [(line["manifest_file"], line["manifest_row"]) for line in told] == [("b.parquet", 1), ("b.parquet", 3)] * 2
+    assert told[0]["message"] == "no file für 1"
+    assert told[0]["type"] == "MediaNotFound" and told[0]["stage"] == "fetch" and told[0]["id"] == "row 1"
+
+
+def test_without_failed_rows_there_is_no_file(tmp_path: Path) -> None:
+    log = ErrorLog(RunFolder(str(tmp_path)), ["a"])
+    log.add(finished(False, False))
+    log.flush()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_that_refuses_the_file_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError("The provided token has expired.")
+
+    log = ErrorLog(RunFolder(str(tmp_path)), ["a", "b"])
+    log.add(finished(True))
+    monkeypatch.setattr(error_log.storage, "publish", refuse)
+    log.flush()
+
+
+def test_the_file_ends_at_its_limit_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(error_log, "MAX_LINES", 5)
+    log = ErrorLog(RunFolder(str(tmp_path)), ["a", "b"])
+    for _ in range(3):
+        log.add(finished(True, True, True))
+    log.flush()
+    told = lines(tmp_path)
+    assert len(told) == 5
+    assert told[-1] == {"message": "4 errors are shown; the results have them all"}
