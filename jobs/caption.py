@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -22,20 +22,28 @@ from rich.console import Console
 
 from jobs.command_line import EXIT_INTERRUPTED, run_job
 from pipeline import storage
-from pipeline.checkpoint.cache import DEFAULT_FOLDER, ModelCache
 from pipeline.checkpoint.locate import check_model, read_processor_facts, resolve_model
-from pipeline.config import CaptionConfig, ResourcesConfig
+from pipeline.config import CaptionConfig
 from pipeline.errors import ConfigError, TooManyErrors
 from pipeline.execution.cluster import local_path_notes, quiet_output, ray_cluster, stop_on_sigterm
 from pipeline.execution.feeding import Sizes, choose_sizes, enough_actors, rate_of, start_with
 from pipeline.execution.placement import Node, Placement, place, place_again, store_share
 from pipeline.execution.progress import Progress, Tally, bottleneck, print_samples, print_summary, run_pace
+from pipeline.execution.stages import (
+    build_stages,
+    engine_options,
+    kept_schema,
+    message_options,
+    model_cache,
+    number_rows,
+    open_input,
+)
 from pipeline.execution.watch import Watch
 from pipeline.execution.watchdog import Watchdog
-from pipeline.manifest import ERROR_COLUMN, Manifest, open_manifest, recorded_manifest
-from pipeline.manifest.row_set import RowNumbering, RowSet
+from pipeline.manifest import Manifest, recorded_manifest
+from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import Retries, Work, plan_work
-from pipeline.preprocess.messages import MessageOptions, check_columns, needed_columns
+from pipeline.preprocess.messages import check_columns
 from pipeline.preprocess.prompt import spare_torch
 from pipeline.results.lease import Lease
 from pipeline.results.run_folder import (
@@ -110,10 +118,10 @@ def _prepare(config: CaptionConfig, folder: RunFolder) -> Run | None:
     done_before = folder.is_finished()
     if record is not None and done_before and _is_finished(config, folder, record, asked):
         return None
-    manifest = _open(config, folder)
+    manifest = open_input(config, folder)
     if record is not None:
         manifest = check_unchanged(record, config, asked, manifest, folder=folder.path)
-    numbering = _number(manifest, config.input.limit)
+    numbering = number_rows(manifest, config.input.limit)
     grown = record is not None and record["manifest"].get("num_rows") != numbering.num_rows
     if done_before and not grown and not config.run.retry_failed:
         _say_finished(folder, record or {}, numbering.num_rows)
@@ -137,7 +145,7 @@ def _prepare(config: CaptionConfig, folder: RunFolder) -> Run | None:
     fresh["manifest"]["num_rows"] = numbering.num_rows
     fresh["num_runs"] = (record or {}).get("num_runs", 0) + 1
     fresh["first_started"] = (record or fresh).get("first_started", fresh["started"])
-    kept = _kept_schema(config, manifest)
+    kept = kept_schema(config, manifest)
     return Run(config, model_path, folder, manifest, numbering, finished, retries, kept, fresh, record or {})
 
 
@@ -150,7 +158,7 @@ def _is_finished(config: CaptionConfig, folder: RunFolder, record: dict[str, Any
     if manifest is None:
         return False
     manifest = check_unchanged(record, config, asked, manifest, folder=folder.path)
-    num_rows = _number(manifest, given.limit).num_rows
+    num_rows = number_rows(manifest, given.limit).num_rows
     if num_rows != recorded.get("num_rows"):
         return False
     _say_finished(folder, record, num_rows)
@@ -169,30 +177,6 @@ def _say_finished(folder: RunFolder, record: dict[str, Any], num_rows: int) -> N
     print(f"{folder.path} is finished: {num_rows:,} rows, {failed:,} errors{hint}")
 
 
-def _open(config: CaptionConfig, folder: RunFolder) -> Manifest:
-    return open_manifest(
-        config.input.path,
-        format=config.input.format,
-        storage_options=config.input.storage_options,
-        listing_path=folder.file("manifest.parquet"),
-        listing_options=folder.storage_options,
-        new_media=config.run.on_change == "new-rows",
-    )
-
-
-def _kept_schema(config: CaptionConfig, manifest: Manifest) -> pa.Schema:
-    return pa.schema([manifest.schema.field(name) for name in config.input.keep if name in manifest.schema.names])
-
-
-def _number(manifest: Manifest, limit: int | None) -> RowNumbering:
-    left = manifest.num_rows if limit is None else limit
-    counts: list[int] = []
-    for file in manifest.files:
-        counts.append(min(file.num_rows, left))
-        left -= counts[-1]
-    return RowNumbering(counts)
-
-
 def _check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -> None:
     """Refuse now what every actor would otherwise refuse later: columns, model, settings."""
     from pipeline.preprocess.prompt import ChatTokenizer
@@ -206,13 +190,13 @@ def _check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) 
     if by is not None and by not in config.input.keep:
         raise ConfigError(f"output.partition_by: {by} is not a kept column; input.keep: {', '.join(config.input.keep)}")
     if manifest.num_rows:  # an empty JSONL file has no columns to look at, and no rows that would need any
-        check_columns(manifest.schema.names, _message_options(config))
-    local = _model_cache(config).local(model_path, weights=False)  # looks at a bucket's listing for the weights
+        check_columns(manifest.schema.names, message_options(config))
+    local = model_cache(config).local(model_path, weights=False)  # looks at a bucket's listing for the weights
     check_model(local, revision=config.model.revision, weights=local == model_path)
     read_processor_facts(local, revision=config.model.revision)
     ChatTokenizer(local, revision=config.model.revision)
     try:
-        _engine_options(config, model_path)
+        engine_options(config, model_path)
     except ValueError as error:
         raise ConfigError(f"model, engine: {error}") from error
 
@@ -296,15 +280,16 @@ def _sizes(ready: Run, placement: Placement, nodes: Sequence[Node], console: Con
 
     resources = ready.config.resources
     rate, source = rate_of(ready.last.get("stages") or []), "in the last run"
-    options = _flow(ready.config, ready.model_path, ready.manifest, placement)
+    stages = build_stages(ready.config, ready.model_path, ready.manifest)
+    unmeasured = choose_sizes(resources, placement, None, max_running=stages.generate.engine.max_running)
     if rate is None and ready.numbering.num_rows - len(ready.finished.done) >= _MEASURED_FROM_ROWS:
-        work = _plan(ready, placement, options.sizes)
-        rate, source = measure(options, ready.manifest.spec, work), "on a few rows"
+        work = _plan(ready, placement, unmeasured)
+        rate, source = measure(stages, placement, ready.manifest.spec, work), "on a few rows"
     sizes = choose_sizes(
         resources,
         placement,
         rate,
-        max_running=options.generate.engine.max_running,
+        max_running=stages.generate.engine.max_running,
         store_bytes=store_share(nodes, placement),
     )
     ready.record["sizes"] = {**vars(sizes), "rate": rate and {**vars(rate), "measured": source}}
@@ -342,7 +327,9 @@ def _generate(
             ready.record["placement"] = vars(placed)
             ready.folder.write_run(ready.record)
         work = _plan(ready, placed, sizes)
-        options = replace(_flow(ready.config, ready.model_path, ready.manifest, placed), sizes=sizes)
+        stages = build_stages(ready.config, ready.model_path, ready.manifest)
+        config = ready.config
+        options = flow.Flow(stages, placed, config.resources.block_mb, sizes, config.run.profile_steps)
         return flow.RunningFlow(options, ready.manifest.spec, work, ledger) if work else None
 
     files = [file.path for file in ready.manifest.files]
@@ -452,100 +439,6 @@ def _print_samples(console: Console, folder: RunFolder, keep: Sequence[str]) -> 
                 rows.setdefault(row.get("task", len(rows)), row)
         break
     print_samples(console, list(rows.values())[:_SAMPLE_ROWS])
-
-
-def _message_options(config: CaptionConfig) -> MessageOptions:
-    return MessageOptions(columns=config.input.columns, template=config.prompt.template, system=config.prompt.system)
-
-
-def _model_cache(config: CaptionConfig) -> ModelCache:
-    return ModelCache(config.model.cache_dir or DEFAULT_FOLDER, config.model.storage_options)
-
-
-def _engine_options(config: CaptionConfig, model_path: str) -> Any:
-    from pipeline.engine import EngineOptions
-
-    chosen = {
-        name: value
-        for name, value in config.engine.model_dump().items()
-        if value is not None  # what is left open is the engine's to choose
-    }
-    model = config.model
-    return EngineOptions(
-        model_path=model_path,
-        revision=model.revision,
-        dtype=model.dtype,
-        device=model.device,
-        attention=model.attention,
-        **chosen,
-    )
-
-
-def open_stages(config: CaptionConfig) -> tuple[Any, Manifest, RowNumbering]:
-    """The stages' options, the manifest, and which of its rows are asked for: for looking at them without Ray."""
-    folder = RunFolder(config.output.path, config.output.storage_options)
-    model_path, manifest = resolve_model(config.model.path), _open(config, folder)
-    if manifest.num_rows:
-        check_columns(manifest.schema.names, _message_options(config))
-    placement = place(ResourcesConfig(), [Node("here", cpus=os.cpu_count() or 1, gpus=0)])
-    return _flow(config, model_path, manifest, placement), manifest, _number(manifest, config.input.limit)
-
-
-def prepare_stages(config: CaptionConfig, *, rows_per_unit: int = 32) -> tuple[Any, Any, list[Work]]:
-    """The stages' options, how to read, and the units of a whole manifest: for running the stages without Ray."""
-    flow, manifest, numbering = open_stages(config)
-    work = plan_work(
-        manifest, numbering, RowSet(numbering.num_rows), actors=1, min_rows=rows_per_unit, max_rows=rows_per_unit
-    )
-    return flow, manifest.spec, list(work)
-
-
-def _flow(config: CaptionConfig, model_path: str, manifest: Manifest, placement: Placement) -> Any:
-    """The stages' options, from the config."""
-    from pipeline.execution.dataset import Flow
-    from pipeline.generate import GenerateOptions
-    from pipeline.preprocess.limits import FetchOptions, MediaOptions
-    from pipeline.preprocess.stage import PreprocessOptions
-
-    cache = _model_cache(config)
-    facts = read_processor_facts(cache.local(model_path, weights=False), revision=config.model.revision)
-    media = config.media.model_dump()
-    for name in ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"):
-        media[name] = media[name] or getattr(facts, name)
-    messages = _message_options(config)
-    kept = _kept_schema(config, manifest)
-    preprocess = PreprocessOptions(
-        model_path=model_path,
-        revision=config.model.revision,
-        messages=messages,
-        add_vision_id=config.prompt.add_vision_id,
-        media=MediaOptions(**media),
-        fetch=FetchOptions(
-            base=manifest.base,
-            allow=tuple(config.input.allow),
-            allow_private_hosts=config.input.allow_private_hosts,
-            storage_options=config.input.storage_options,
-            timeout_s=config.input.fetch_timeout_s,
-            max_bytes=config.media.max_bytes,
-            retries=config.input.fetch_retries,
-        ),
-        sampling=config.sampling.model_dump(),
-        kept=kept,
-        model_cache=cache,
-    )
-    generate = GenerateOptions(
-        engine=_engine_options(config, model_path),
-        image_mean=facts.image_mean,
-        image_std=facts.image_std,
-        resize=config.media.resize,
-        kept=kept,
-        model_cache=cache,
-    )
-    columns = list(dict.fromkeys([*needed_columns(manifest.schema.names, messages), *kept.names]))
-    if manifest.format in ("jsonl", "csv"):
-        columns.append(ERROR_COLUMN)
-    sizes = choose_sizes(config.resources, placement, None, max_running=generate.engine.max_running)
-    return Flow(preprocess, generate, placement, columns, config.resources.block_mb, sizes, config.run.profile_steps)
 
 
 def _log_path(folder: RunFolder) -> str:

@@ -18,8 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.caption import prepare_stages
 from pipeline.config import CaptionConfig, load_config
+from pipeline.execution.stages import open_stages
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,12 +57,13 @@ def _loop_rate(config: CaptionConfig) -> float:
     from pipeline.manifest.work import read_work
     from pipeline.preprocess.stage import PreprocessStage
 
-    flow, spec, work = prepare_stages(config, rows_per_unit=128)
-    preprocess, generate = PreprocessStage(flow.preprocess), GenerateStage(flow.generate)
+    opened = open_stages(config)
+    stages, spec, work = opened.stages, opened.manifest.spec, opened.whole_manifest(rows_per_unit=128)
+    preprocess, generate = PreprocessStage(stages.preprocess), GenerateStage(stages.generate)
     first, *rest = work
-    generate(preprocess(read_work(spec, first, flow.columns)))
+    generate(preprocess(read_work(spec, first, stages.columns)))
     started = time.perf_counter()
-    rows: int = sum(generate(preprocess(read_work(spec, one, flow.columns))).num_rows for one in rest)
+    rows: int = sum(generate(preprocess(read_work(spec, one, stages.columns))).num_rows for one in rest)
     seconds = time.perf_counter() - started
     preprocess.close()
     generate.close()

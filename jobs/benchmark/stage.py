@@ -86,21 +86,22 @@ def _loops(manifest: Path, processes: int) -> float:
 def _loop(manifest: Path, barrier: Any, queue: Any) -> None:
     import torch
 
-    from jobs.caption import prepare_stages
     from pipeline.config import CaptionConfig, load_config
+    from pipeline.execution.stages import open_stages
     from pipeline.manifest.work import read_work
     from pipeline.preprocess.stage import PreprocessStage
 
     torch.set_num_threads(1)
     config = load_config(CaptionConfig, None, _words(manifest, manifest.parent / "loop"))
-    flow, spec, work = prepare_stages(config)
-    stage = PreprocessStage(flow.preprocess)
+    opened = open_stages(config)
+    stages, spec, work = opened.stages, opened.manifest.spec, opened.whole_manifest()
+    stage = PreprocessStage(stages.preprocess)
     first, *rest = work
-    stage(read_work(spec, first, flow.columns))
+    stage(read_work(spec, first, stages.columns))
     barrier.wait()
     started, rows = time.perf_counter(), 0
     for one in rest:
-        for table in stage.tables(read_work(spec, one, flow.columns), 8 << 20, 1 << 62):
+        for table in stage.tables(read_work(spec, one, stages.columns), 8 << 20, 1 << 62):
             rows += table.num_rows
     queue.put(rows / (time.perf_counter() - started))
     stage.close()

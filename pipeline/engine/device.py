@@ -23,3 +23,8 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def local_gpu_name() -> str | None:
+    """The first GPU of this machine, as its driver names it; None where there is none."""
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None

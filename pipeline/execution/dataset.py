@@ -30,6 +30,7 @@ from pipeline.execution.feeding import Sizes
 from pipeline.execution.nodes import beside_the_driver
 from pipeline.execution.placement import READ_CPUS, Placement
 from pipeline.execution.profile import StepProfiler
+from pipeline.execution.stages import Stages
 from pipeline.execution.supervision import MAX_LONE_DEATHS, Company, Ledger, Place
 from pipeline.execution.telemetry import Meter
 from pipeline.generate import GenerateOptions, GenerateStage
@@ -50,11 +51,8 @@ _STOP_S = 30.0
 class Flow:
     """A job's two stages, where they run, and what they exchange."""
 
-    preprocess: PreprocessOptions
-    generate: GenerateOptions
+    stages: Stages
     placement: Placement
-    columns: Sequence[str]
-    """Manifest columns to read."""
     block_mb: float
     """Patches in a table between the stages, in MB."""
     sizes: Sizes
@@ -274,7 +272,7 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
     context.target_max_block_size = flow.sizes.block_bytes
     place = flow.placement
     dataset = ray.data.read_datasource(
-        ManifestSource(spec, work, flow.columns),
+        ManifestSource(spec, work, flow.stages.columns),
         override_num_blocks=max(1, len(work)),
         num_cpus=READ_CPUS,
         # A read gives an actor work for long, and each reader is a process of its own to start.
@@ -282,7 +280,7 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
     )
     dataset = dataset.map_batches(
         PreprocessActor,
-        fn_constructor_args=(flow.preprocess, int(flow.block_mb * 1024**2), flow.sizes.rows_per_block, ledger),
+        fn_constructor_args=(flow.stages.preprocess, int(flow.block_mb * 1024**2), flow.sizes.rows_per_block, ledger),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
@@ -296,7 +294,7 @@ def run_flow(flow: Flow, spec: ManifestSpec, work: Sequence[Work], ledger: Any) 
         runtime_env={"env_vars": ONE_THREAD},
     )
     fixed, in_flight = place.engine_pool[0] == place.engine_pool[1], flow.sizes.blocks_in_flight
-    generate = flow.generate
+    generate = flow.stages.generate
     if place.gpus_per_engine:
         num_devices = max(1, int(place.gpus_per_engine))
         generate = replace(generate, engine=replace(generate.engine, num_devices=num_devices))

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.planning.forecast import Range, Spread, Times
-
-if TYPE_CHECKING:
-    from jobs.plan import Plan
+from pipeline.planning.plan import Plan
 
 _BAR = 40
 _MESSAGE = 100

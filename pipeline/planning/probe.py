@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.execution.stages import Stages
 from pipeline.planning.forecast import Measured
 from pipeline.schema import Status
 
@@ -23,7 +24,7 @@ _FIRST_WAVE = 4
 _MOST_BYTES = 512 * 1024**2
 
 
-def probe(flow: Any, tables: Iterator[pa.Table], *, seconds: float) -> tuple[list[Measured], list[Measured]]:
+def probe(stages: Stages, tables: Iterator[pa.Table], *, seconds: float) -> tuple[list[Measured], list[Measured]]:
     """(preprocessing, engine), piece by piece, from manifest rows; about so many seconds after the warm-up.
 
     Rows that fail are among those preprocessed, and never come to the engine.
@@ -32,7 +33,7 @@ def probe(flow: Any, tables: Iterator[pa.Table], *, seconds: float) -> tuple[lis
     from pipeline.preprocess.stage import PreprocessStage
 
     print("probe: loading the model and warming up ...", file=sys.stderr)
-    preprocess_stage, generate_stage = PreprocessStage(flow.preprocess), GenerateStage(flow.generate)
+    preprocess_stage, generate_stage = PreprocessStage(stages.preprocess), GenerateStage(stages.generate)
     try:
         first = next(tables)
         generate_stage(preprocess_stage(first.slice(0, _WARM_ROWS)))

@@ -17,12 +17,12 @@ from PIL import Image
 from jobs import caption
 from jobs.command_line import parse_words
 from jobs.evaluate import EvaluateConfig
-from jobs.plan import PlanConfig
 from pipeline.config import CaptionConfig, load_config
 from pipeline.demo.scenes import Picture, draw_picture
 from pipeline.demo.tasks import example
 from pipeline.errors import ResourceError
 from pipeline.execution.placement import Node, place
+from pipeline.planning.plan import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(

@@ -22,14 +22,15 @@ import pytest
 from PIL import Image
 
 import pipeline.planning.survey as survey_module
-from jobs.caption import prepare_stages
-from jobs.plan import Plan, PlanConfig, draw, main, make_plan
+from jobs.plan import main
 from pipeline.config import CaptionConfig, load_config
 from pipeline.demo.manifest import write_demo_world
 from pipeline.errors import ConfigError
+from pipeline.execution.stages import open_stages
 from pipeline.manifest import open_manifest
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import read_work
+from pipeline.planning.plan import Plan, PlanConfig, draw, make_plan
 from pipeline.planning.survey import Survey
 from pipeline.preprocess.header import MediumHeader
 from pipeline.preprocess.stage import PreprocessStage
@@ -55,7 +56,8 @@ def preprocessed(given: Words) -> list[dict[str, Any]]:
 @functools.cache
 def _preprocessed(given: tuple[tuple[str, str], ...]) -> list[dict[str, Any]]:
     config = load_config(CaptionConfig, None, dict(given))
-    flow, spec, works = prepare_stages(config)
+    opened = open_stages(config)
+    flow, spec, works = opened.stages, opened.manifest.spec, opened.whole_manifest()
     stage = PreprocessStage(flow.preprocess)
     try:
         columns = ["manifest_row", "num_prompt_tokens", "num_visual_tokens", "error_type", "media"]
@@ -67,7 +69,8 @@ def _preprocessed(given: tuple[tuple[str, str], ...]) -> list[dict[str, Any]]:
 def surveyed(given: Words) -> list[dict[str, Any]]:
     """What the plan's survey makes of them."""
     config = load_config(CaptionConfig, None, given)
-    flow, spec, works = prepare_stages(config)
+    opened = open_stages(config)
+    flow, spec, works = opened.stages, opened.manifest.spec, opened.whole_manifest()
     survey = Survey(flow.preprocess)
     return [
         {
@@ -246,7 +249,7 @@ def test_nothing_is_written_to_the_output_even_for_a_folder_of_media(mixed: Path
 def test_a_published_model_is_compared_on_several_gpus_and_too_large_a_one_is_sharded(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.plan._local_gpu", lambda: None)
+    monkeypatch.setattr("pipeline.planning.plan._local_gpu", lambda: None)
     given = words(mixed)
     small = plan_of(given)
     assert small.times == () and any("--probe" in note for note in small.notes)
@@ -284,7 +287,8 @@ def test_a_header_that_keeps_its_parser_busy_is_given_up(demo_world: Path, monke
 
     monkeypatch.setattr(survey_module, "read_header", read_header)
     monkeypatch.setattr(survey_module, "_GRACE_S", 1.0)
-    flow, spec, works = prepare_stages(load_config(CaptionConfig, None, words(demo_world, prompt__template="?")))
+    opened = open_stages(load_config(CaptionConfig, None, words(demo_world, prompt__template="?")))
+    flow, spec, works = opened.stages, opened.manifest.spec, opened.whole_manifest()
     started = time.monotonic()
     rows = Survey(flow.preprocess, threads=1, header_timeout_s=2.0).rows(read_work(spec, works[0], flow.columns))
     assert [type(row.error).__name__ for row in rows if row.error] == ["MediaTimeout"]
@@ -292,7 +296,8 @@ def test_a_header_that_keeps_its_parser_busy_is_given_up(demo_world: Path, monke
 
 
 def test_time_that_ends_leaves_rows_out_instead_of_waiting(demo_world: Path) -> None:
-    flow, spec, works = prepare_stages(load_config(CaptionConfig, None, words(demo_world, prompt__template="?")))
+    opened = open_stages(load_config(CaptionConfig, None, words(demo_world, prompt__template="?")))
+    flow, spec, works = opened.stages, opened.manifest.spec, opened.whole_manifest()
     rows = Survey(flow.preprocess).rows(read_work(spec, works[0], flow.columns), until=time.monotonic() - 1)
     assert all(row.conversation is not None and not row.conversation.media for row in rows)
 

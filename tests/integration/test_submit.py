@@ -1,4 +1,4 @@
-"""Submitting: words, tokens, paths and what is sent, against small real servers; the cluster: test_submit_cluster.py."""
+"""Submitting: words, tokens, paths, what is sent; against small real servers. test_submit_cluster.py has a cluster."""
 
 from __future__ import annotations
 

@@ -1,0 +1,151 @@
+"""From the config to the options of both stages: the one place that the job, its plan and its benchmarks build from.
+
+Knows the config, the checkpoint's facts and the manifest's columns; nothing of Ray or of where a stage runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipeline.checkpoint.cache import DEFAULT_FOLDER, ModelCache
+from pipeline.checkpoint.locate import read_processor_facts, resolve_model
+from pipeline.config import CaptionConfig
+from pipeline.engine import EngineOptions
+from pipeline.generate import GenerateOptions
+from pipeline.manifest import ERROR_COLUMN, Manifest, open_manifest
+from pipeline.manifest.row_set import RowNumbering, RowSet
+from pipeline.manifest.work import Work, plan_work
+from pipeline.preprocess.limits import FetchOptions, MediaOptions
+from pipeline.preprocess.messages import MessageOptions, check_columns, needed_columns
+from pipeline.preprocess.stage import PreprocessOptions
+from pipeline.results.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What both stages need to run, here or in actors."""
+
+    preprocess: PreprocessOptions
+    generate: GenerateOptions
+    columns: tuple[str, ...]
+    """Manifest columns to read."""
+
+
+@dataclass(frozen=True)
+class OpenedStages:
+    """The stages of a job, and the rows that they are asked for."""
+
+    stages: Stages
+    manifest: Manifest
+    numbering: RowNumbering
+
+    def whole_manifest(self, *, rows_per_unit: int = 32) -> list[Work]:
+        """Units of work over every row, finished or not."""
+        done = RowSet(self.numbering.num_rows)
+        return list(
+            plan_work(self.manifest, self.numbering, done, actors=1, min_rows=rows_per_unit, max_rows=rows_per_unit)
+        )
+
+
+def open_stages(config: CaptionConfig) -> OpenedStages:
+    """Open the manifest and build the stages, for looking at rows or running the stages without Ray.
+
+    Raises JobError where the config, the manifest or the checkpoint does not allow it.
+    """
+    folder = RunFolder(config.output.path, config.output.storage_options)
+    model_path, manifest = resolve_model(config.model.path), open_input(config, folder)
+    if manifest.num_rows:
+        check_columns(manifest.schema.names, message_options(config))
+    return OpenedStages(build_stages(config, model_path, manifest), manifest, number_rows(manifest, config.input.limit))
+
+
+def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> Stages:
+    """The stages' options. `model_path` is what `resolve_model` made of the config's."""
+    cache = model_cache(config)
+    facts = read_processor_facts(cache.local(model_path, weights=False), revision=config.model.revision)
+    media = config.media.model_dump()
+    for name in ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"):
+        media[name] = media[name] or getattr(facts, name)
+    messages, kept = message_options(config), kept_schema(config, manifest)
+    preprocess = PreprocessOptions(
+        model_path=model_path,
+        revision=config.model.revision,
+        messages=messages,
+        add_vision_id=config.prompt.add_vision_id,
+        media=MediaOptions(**media),
+        fetch=FetchOptions(
+            base=manifest.base,
+            allow=tuple(config.input.allow),
+            allow_private_hosts=config.input.allow_private_hosts,
+            storage_options=config.input.storage_options,
+            timeout_s=config.input.fetch_timeout_s,
+            max_bytes=config.media.max_bytes,
+            retries=config.input.fetch_retries,
+        ),
+        sampling=config.sampling.model_dump(),
+        kept=kept,
+        model_cache=cache,
+    )
+    generate = GenerateOptions(
+        engine=engine_options(config, model_path),
+        image_mean=facts.image_mean,
+        image_std=facts.image_std,
+        resize=config.media.resize,
+        kept=kept,
+        model_cache=cache,
+    )
+    columns = dict.fromkeys([*needed_columns(manifest.schema.names, messages), *kept.names])
+    if manifest.format in ("jsonl", "csv"):
+        columns[ERROR_COLUMN] = None
+    return Stages(preprocess, generate, tuple(columns))
+
+
+def open_input(config: CaptionConfig, folder: RunFolder) -> Manifest:
+    """The manifest that `input` names; a folder of media is listed into the run folder."""
+    return open_manifest(
+        config.input.path,
+        format=config.input.format,
+        storage_options=config.input.storage_options,
+        listing_path=folder.file("manifest.parquet"),
+        listing_options=folder.storage_options,
+        new_media=config.run.on_change == "new-rows",
+    )
+
+
+def number_rows(manifest: Manifest, limit: int | None) -> RowNumbering:
+    """The rows that `input.limit` leaves, file by file."""
+    left = manifest.num_rows if limit is None else limit
+    counts: list[int] = []
+    for file in manifest.files:
+        counts.append(min(file.num_rows, left))
+        left -= counts[-1]
+    return RowNumbering(counts)
+
+
+def kept_schema(config: CaptionConfig, manifest: Manifest) -> pa.Schema:
+    """The manifest columns that go into the results."""
+    return pa.schema([manifest.schema.field(name) for name in config.input.keep if name in manifest.schema.names])
+
+
+def message_options(config: CaptionConfig) -> MessageOptions:
+    return MessageOptions(columns=config.input.columns, template=config.prompt.template, system=config.prompt.system)
+
+
+def model_cache(config: CaptionConfig) -> ModelCache:
+    return ModelCache(config.model.cache_dir or DEFAULT_FOLDER, config.model.storage_options)
+
+
+def engine_options(config: CaptionConfig, model_path: str) -> EngineOptions:
+    """The engine's options. What the config leaves open is the engine's to choose. Raises ValueError."""
+    chosen = {name: value for name, value in config.engine.model_dump().items() if value is not None}
+    model = config.model
+    return EngineOptions(
+        model_path=model_path,
+        revision=model.revision,
+        dtype=model.dtype,
+        device=model.device,
+        attention=model.attention,
+        **chosen,
+    )
