@@ -100,14 +100,19 @@ class OpenImage:
             warnings.simplefilter("ignore")  # of odd metadata; the pixels speak for themselves
             return Image.open(_as_file(self._data), formats=FORMATS)
 
-    def decode(self) -> npt.NDArray[np.uint8]:
-        """RGB pixels [H, W, 3], upright. The array may be read-only."""
-        return _translate(self._decode, self._data)
+    def decode(self, *, min_side: int | None = None) -> npt.NDArray[np.uint8]:
+        """RGB pixels [H, W, 3], upright. The array may be read-only.
 
-    def _decode(self) -> npt.NDArray[np.uint8]:
+        With `min_side`, a JPEG may come out smaller by a power of two, as long as both sides keep so many pixels.
+        """
+        return _translate(lambda: self._decode(min_side), self._data)
+
+    def _decode(self, min_side: int | None) -> npt.NDArray[np.uint8]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = self._image
+            if min_side is not None:
+                image.draft("RGB", (min_side, min_side))
             image.load()
             image = _to_rgb(image, _orientation(image))
             return np.asarray(image)

@@ -23,8 +23,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -48,6 +48,9 @@ from pipeline.schema import MediumReceipt
 
 Medium: TypeAlias = tuple[MediumKind, bytes, MediumSettings, str]
 """(kind, encoded bytes, settings, source): the source is what the receipt will say."""
+T = TypeVar("T")
+_Read: TypeAlias = Callable[[dict[str, Any], Uint8Array, str], T]
+"""Takes a medium's answer, the output's bytes and the source to what the caller gets."""
 
 # A segment is cut to this size between uses, and all that wait to be used again together to the next.
 _KEPT_BYTES = 64 * MIB
@@ -83,10 +86,27 @@ class MediaWorker:
 
     def see_rows(self, rows: Sequence[Sequence[Medium]]) -> list[list[SeenMedium | RowError]]:
         """`see_media` for several rows with one hand-over to the decoder: cheaper where media are small."""
+        return self._decode(rows, _seen_medium)
+
+    def thumbnails(
+        self, kind: MediumKind, data: bytes, *, max_side: int, num_frames: int = 4, source: str = "the medium"
+    ) -> list[bytes]:
+        """JPEGs of at most `max_side` pixels: one of an image, up to `num_frames` (an even number) of a video.
+
+        Raises MediaError subclasses (MediaTooLarge for too many bytes), and ResourceError when the decoder process
+        can't be started. `MediaOptions(resize="pil")` spares the decoder the loading of torch for images.
+        """
+        media: list[Medium] = [(kind, data, MediumSettings(), source)]
+        ((result,),) = self._decode([media], _pictures, thumbnails=(max_side, num_frames))
+        if isinstance(result, RowError):
+            raise result
+        return result
+
+    def _decode(
+        self, rows: Sequence[Sequence[Medium]], read: _Read[T], *, thumbnails: tuple[int, int] | None = None
+    ) -> list[list[T | RowError]]:
         with self._lock:
-            results: list[list[SeenMedium | RowError | None]] = [
-                [self._too_large(medium) for medium in row] for row in rows
-            ]
+            results: list[list[T | RowError | None]] = [[self._too_large(medium) for medium in row] for row in rows]
             while undone := [
                 (row, place)
                 for row, found in enumerate(results)
@@ -94,7 +114,7 @@ class MediaWorker:
                 if result is None
             ]:
                 # Once, unless a medium kills the decoder: then again with those that it left undone.
-                self._exchange(rows, undone, results)
+                self._exchange(rows, undone, results, read, thumbnails)
             self._input.trim(_KEPT_BYTES)
             return [[result for result in found if result is not None] for found in results]
 
@@ -127,13 +147,16 @@ class MediaWorker:
         self,
         rows: Sequence[Sequence[Medium]],
         undone: Sequence[tuple[int, int]],
-        results: list[list[SeenMedium | RowError | None]],
+        results: list[list[T | RowError | None]],
+        read: _Read[T],
+        thumbnails: tuple[int, int] | None,
     ) -> None:
         """Have the decoder see these media; `results` gets those it finished and the one that ended it."""
         output = self._outputs.free()
         requests = self._write_input(rows, undone)
         decoder = self._decoder
-        request = Request(requests, self._options if decoder.is_new else None, output, self._outputs.forgotten())
+        options = self._options if decoder.is_new else None
+        request = Request(requests, options, output, self._outputs.forgotten(), thumbnails)
         decoder.send(request, self._input, self._outputs.segment(output))
         answers: list[dict[str, Any]] = []
         failure: MediaError | None = None
@@ -143,9 +166,10 @@ class MediaWorker:
         except MediaError as error:
             failure = error
         used = [start + rows * columns for start, rows, columns in (a["patches"] for a in answers if "patches" in a)]
+        used += [start + size for answer in answers for start, size in answer.get("thumbnails", ())]
         buffer = self._outputs.hand_out(output, max(used, default=0))
         for (row, place), answer in zip(undone, answers, strict=False):
-            results[row][place] = _result(answer, buffer, rows[row][place][3])
+            results[row][place] = _result(answer, buffer, rows[row][place][3], read)
         if failure is not None:
             # Answers may be fewer than media seen: those whose answer was still on its way are seen once more.
             at, _ = Progress.read(self._input)
@@ -408,12 +432,20 @@ def _ending(code: int) -> str:
     return f"the decoder process was ended by {name}{hint} while decoding"
 
 
-def _result(answer: dict[str, Any], buffer: Uint8Array, source: str) -> SeenMedium | RowError:
+def _result(answer: dict[str, Any], buffer: Uint8Array, source: str, read: _Read[T]) -> T | RowError:
     if "error" in answer:
         name, message = answer["error"]
         kind = getattr(pipeline.errors, name, DecoderCrash)
         error: RowError = (kind if issubclass(kind, RowError) else DecoderCrash)(message)
         return error
+    return read(answer, buffer, source)
+
+
+def _pictures(answer: dict[str, Any], buffer: Uint8Array, source: str) -> list[bytes]:
+    return [buffer[start : start + size].tobytes() for start, size in answer["thumbnails"]]
+
+
+def _seen_medium(answer: dict[str, Any], buffer: Uint8Array, source: str) -> SeenMedium:
     start, rows, columns = answer["patches"]
     patches = buffer[start : start + rows * columns].reshape(rows, columns)
     receipt: dict[str, Any] = {

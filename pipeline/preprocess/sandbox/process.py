@@ -91,6 +91,8 @@ class Request(NamedTuple):
     """Number of the segment into which patches go; the last descriptor is its, if it is new."""
     forget: tuple[int, ...]
     """Segments that are no longer used."""
+    thumbnails: tuple[int, int] | None
+    """(longest side in pixels, frames of a video) where small JPEGs are wanted in place of patches."""
 
 
 def main(descriptor: int, resize: Resize) -> None:
@@ -145,7 +147,8 @@ def _import_codecs(resize: Resize) -> None:
     import av.logging
     from PIL import Image
 
-    import pipeline.preprocess.decode  # noqa: F401
+    import pipeline.preprocess.decode
+    import pipeline.preprocess.thumbnail  # noqa: F401
 
     av.logging.set_level(None)
     Image.init()
@@ -227,7 +230,9 @@ class Decoder:
         first = 0
         for row in request.rows:
             media = [MediumRequest(*medium) for medium in row]
-            if self._options.max_visual_tokens is not None and len(media) > 1:
+            if request.thumbnails is not None:
+                yield from self._thumbnails(media, first, output, *request.thumbnails)
+            elif self._options.max_visual_tokens is not None and len(media) > 1:
                 yield from self._answers_within_budget(media, first, output)
             else:
                 for number, medium in enumerate(media, first):
@@ -236,6 +241,20 @@ class Decoder:
                         output.take(self._open(medium, fit=True), answer)
                     yield answer
             first += len(media)
+
+    def _thumbnails(
+        self, media: list[MediumRequest], first: int, output: _Output, max_side: int, num_frames: int
+    ) -> Iterator[dict[str, Any]]:
+        from pipeline.preprocess.thumbnail import encode_thumbnails
+
+        for number, medium in enumerate(media, first):
+            self._begin(number)
+            with _caught() as answer:
+                pictures = encode_thumbnails(
+                    medium.kind, self._data(medium), self._options, max_side=max_side, num_frames=num_frames
+                )
+                answer["thumbnails"] = [output.store(picture) for picture in pictures]
+            yield answer
 
     def _answers_within_budget(
         self, media: list[MediumRequest], first: int, output: _Output
@@ -275,12 +294,14 @@ class Decoder:
         from pipeline.preprocess.decode import OpenMedium
         from pipeline.preprocess.size import fit_row
 
-        assert self._input is not None
-        data = memoryview(self._input.map)[medium.offset : medium.offset + medium.size]
-        opened = OpenMedium(medium.kind, data, MediumSettings(*medium.settings), self._options)
+        opened = OpenMedium(medium.kind, self._data(medium), MediumSettings(*medium.settings), self._options)
         if fit:
             fit_row([opened], self._options.max_visual_tokens)
         return opened
+
+    def _data(self, medium: MediumRequest) -> memoryview:
+        assert self._input is not None
+        return memoryview(self._input.map)[medium.offset : medium.offset + medium.size]
 
 
 class _Output:
@@ -297,6 +318,12 @@ class _Output:
         receipt = seen.receipt
         answer["patches"] = (start, *seen.patches.shape)
         answer["receipt"] = {field.name: getattr(receipt, field.name) for field in fields(receipt)}
+
+    def store(self, data: bytes) -> tuple[int, int]:
+        """Copy bytes into the segment: (start, size)."""
+        start = self._used
+        self._allocate(len(data))[:] = np.frombuffer(data, dtype=np.uint8)
+        return start, len(data)
 
     def _allocate(self, num_bytes: int) -> Uint8Array:
         start = self._used

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import signal
 import subprocess
@@ -30,16 +31,16 @@ from pipeline.preprocess.decode import see_medium
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.receipt import SeenMedium
 from pipeline.preprocess.sandbox.client import MediaWorker, Medium
-from tests.unit.preprocess.conftest import encode_image, encode_video, picture
+from tests.unit.preprocess.conftest import encode_image, encode_video, level, picture
 
 SETTINGS = MediumSettings()
 # A decoder that misbehaves on command stands for a codec with a fault: its own process, its own death.
 SABOTAGE = """
 import os, signal, sys, time
-import pipeline.preprocess.decode as decode
+import pipeline.preprocess.image as image
 
-class Saboteur(decode.OpenMedium):
-    def __init__(self, kind, data, settings, options):
+class Saboteur(image.OpenImage):
+    def __init__(self, data, options):
         order = bytes(data[:16])
         if order.startswith(b"HANG"):
             while True:
@@ -58,9 +59,9 @@ class Saboteur(decode.OpenMedium):
                 time.sleep(0.001)
         if order.startswith(b"BUG"):
             raise ZeroDivisionError("a mistake")
-        super().__init__(kind, data, settings, options)
+        super().__init__(data, options)
 
-decode.OpenMedium = Saboteur
+image.OpenImage = Saboteur
 """
 
 Make = Callable[[MediaOptions], MediaWorker]
@@ -216,6 +217,32 @@ def test_patches_outlive_the_worker() -> None:
         (result,) = worker.see_media([image(700, 500)])
     expected = see_medium(*image(700, 500)[:3], MediaOptions(), source="").patches
     assert np.array_equal(seen(result).patches, expected)
+
+
+def test_thumbnails_are_small_upright_jpegs(worker: MediaWorker) -> None:
+    stored = np.zeros((600, 900, 3), dtype=np.uint8)
+    stored[:300, :450] = (200, 60, 30)  # top left, which the orientation turns to the top right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (small,) = worker.thumbnails("image", encode_image(Image.fromarray(stored), "JPEG", exif=exif), max_side=120)
+    with Image.open(io.BytesIO(small)) as shown:
+        assert (shown.format, shown.size) == ("JPEG", (80, 120))
+        pixels = np.asarray(shown).astype(int)
+    assert np.abs(pixels[:55, 45:] - (200, 60, 30)).max() < 30 and pixels[65:, :].max() < 30
+    strip = worker.thumbnails("video", encode_video(20), max_side=48)
+    assert [Image.open(io.BytesIO(frame)).size for frame in strip] == [(48, 32)] * 4
+    assert [level(np.asarray(Image.open(io.BytesIO(frame)))) for frame in strip] == [0, 5, 10, 15]
+    assert len(worker.thumbnails("video", encode_video(3), max_side=48)) == 2
+
+
+def test_a_thumbnail_that_cannot_be_made_is_a_typed_error_and_the_next_is_made(make_worker: Make) -> None:
+    worker = make_worker(MediaOptions(timeout_s=1.0, max_bytes=10_000))
+    for data, error in ((b"HANG", MediaTimeout), (b"CRASH", DecoderCrash), (b"%PDF", UnsupportedMedia)):
+        with pytest.raises(error):
+            worker.thumbnails("image", data, max_side=64)
+    with pytest.raises(MediaTooLarge):
+        worker.thumbnails("image", b"x" * 10_001, max_side=64)
+    assert worker.thumbnails("image", image()[1], max_side=64)
 
 
 def test_threads_may_share_a_worker(worker: MediaWorker) -> None:
