@@ -22,7 +22,6 @@ from pydantic import Field
 from pipeline.checkpoint.locate import read_config, resolve_model
 from pipeline.config import CaptionConfig, Fraction, NotNegative, Positive, Section
 from pipeline.engine import check_length
-from pipeline.engine.device import local_gpu_name
 from pipeline.errors import ConfigError, RowError
 from pipeline.execution.placement import default_blocks_in_flight
 from pipeline.execution.stages import Stages, open_stages
@@ -327,7 +326,7 @@ def _hardware(config: PlanConfig) -> tuple[Gpu | None, Engines]:
     if name is not None and (match := re.fullmatch(r"(\d+)\s*x\s*(.+)", name.strip())):
         count, name = int(match[1]), match[2]
     if name is None and not (config.model.device == "cpu" or resources.gpus_per_engine == 0):
-        name = local_gpu_name()
+        name = _local_gpu()
         gpu = find_gpu(name) if name else None
     else:
         gpu = find_gpu(name) if name else None
@@ -342,6 +341,13 @@ def _hardware(config: PlanConfig) -> tuple[Gpu | None, Engines]:
         num_engines = resources.engine_actors.most
     cpus = asked.cpus or (float(resources.preprocess_actors.most) if resources.preprocess_actors else None)
     return gpu, Engines(num_engines, per_engine, cpus, asked.price_per_gpu_hour)
+
+
+def _local_gpu() -> str | None:
+    """Name of this machine's GPU."""
+    from pipeline.engine.device import local_gpu_name  # loads torch, which a plan for a named GPU does without
+
+    return local_gpu_name()
 
 
 def _cache(
@@ -431,7 +437,7 @@ def _probe(
     tables = (read_work(manifest.spec, work, stages.columns) for work in order)
     preprocess, engine = probe(stages, tables, seconds=config.plan.probe_seconds)
     cores = os.cpu_count() or 1
-    gpu_name = None if config.model.device == "cpu" else local_gpu_name()
+    gpu_name = None if config.model.device == "cpu" else _local_gpu()
     price = config.plan.price_per_gpu_hour if gpu_name else None
     times = from_probe(
         sample,

@@ -22,8 +22,8 @@ import pyarrow as pa
 from pipeline.conversation import Conversation, MediumPart
 from pipeline.engine import SamplingParams, parse_sampling
 from pipeline.errors import MediaTimeout, RowError, SettingError
-from pipeline.preprocess.fetch import Fetcher
-from pipeline.preprocess.header import MediumHeader, read_header
+from pipeline.preprocess.fetch import FIRST_BYTES, Fetcher
+from pipeline.preprocess.header import VIDEO_BLOCK_BYTES, MediumHeader, read_header
 from pipeline.preprocess.messages import conversation, row_id
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.preprocess.ranged import RangedFile
@@ -112,7 +112,8 @@ class Survey:
         return [row for number, row in enumerate(rows) if number not in not_begun]
 
     def _read(self, part: MediumPart) -> tuple[MediumHeader, int]:
-        file = RangedFile(self._fetcher.open(part.source), seconds=self._header_timeout_s)
+        block = VIDEO_BLOCK_BYTES if part.kind == "video" else FIRST_BYTES
+        file = RangedFile(self._fetcher.open(part.source), seconds=self._header_timeout_s, block_bytes=block)
         return read_header(part.kind, file, part.settings, self._options.media), file.bytes_read
 
     def _count(self, row: SurveyedRow, rendered: str) -> None:

@@ -1,4 +1,4 @@
-"""What a medium will be to the model, learned from its header: size, frames, tokens. Nothing is decoded.
+"""A medium's size, frames and tokens, learned from its header. Nothing is decoded.
 
     file --Pillow's or FFmpeg's header--> pixels, frames --the run's own rules--> shown size
 
@@ -17,7 +17,7 @@ import av.logging
 import numpy as np
 
 from pipeline.conversation import MediumKind, MediumSettings
-from pipeline.errors import RowError, TruncatedMedia
+from pipeline.errors import TruncatedMedia
 from pipeline.preprocess.image import OpenImage
 from pipeline.preprocess.limits import MIB, MediaOptions
 from pipeline.preprocess.ranged import RangedFile
@@ -41,11 +41,12 @@ from pipeline.preprocess.video import (
 # What FFmpeg writes of broken headers comes back as errors; its own lines would land in the plan's page.
 av.logging.set_level(None)
 
-_READ_BYTES = 64 * 1024
+VIDEO_BLOCK_BYTES = 256 * 1024
+"""Size of one read of a video's header; an index of an hour's video takes a few of them."""
 _COUNTED_BYTES = 8 * MIB
 """Videos without an index up to this size are read whole and their packets counted."""
-_WHOLE = 0.9
-"""Share of the frames and of the duration that an index must cover to be taken for whole."""
+_COMPLETE = 0.9
+"""Share of the frames and of the duration that a complete index covers."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,8 @@ class MediumHeader:
     """Bytes of the file."""
     num_decoded: int = 1
     """Frames that have to be decoded for those that are shown."""
-    duration_s: float = 0.0
     is_exact: bool = True
-    """Whether the frames were counted, rather than taken from what the file says of itself."""
+    """Whether the frames were counted, rather than computed from the stated duration and rate."""
 
 
 def read_header(kind: MediumKind, file: RangedFile, settings: MediumSettings, options: MediaOptions) -> MediumHeader:
@@ -74,70 +74,59 @@ def read_header(kind: MediumKind, file: RangedFile, settings: MediumSettings, op
         if kind == "video":
             return _video(file, settings, options, bounds)
         image = OpenImage(file, options)
-    except RowError:
+        size = ShownSize(kind, image.height, image.width, 1, bounds, options)
+        return MediumHeader(kind, image.width, image.height, size, len(file))
+    finally:
         if file.fault is not None:  # which a parser may have taken for the end of the file
             raise file.fault from None
-        raise
-    size = ShownSize(kind, image.height, image.width, 1, bounds, options)
-    return MediumHeader(kind, image.width, image.height, size, len(file))
 
 
 def _video(file: RangedFile, settings: MediumSettings, options: MediaOptions, bounds: tuple[int, int]) -> MediumHeader:
     check_video_settings(settings)
     try:
-        with open_container(file, buffer_size=_READ_BYTES) as container:
+        with open_container(file, buffer_size=VIDEO_BLOCK_BYTES) as container:
             stream = video_stream(container)
             width, height = stream.codec_context.width, stream.codec_context.height
             check_frame_size(width, height, options)
-            frames = _frames_by_index(stream, settings, options)
-            if frames is None and len(file) > _COUNTED_BYTES:
-                frames = _frames_as_stated(container, stream, settings, options)
-        if file.fault is not None:
-            raise file.fault
+            indexed = _indexed_frames(stream, settings, options)
+            if indexed is None and len(file) <= _COUNTED_BYTES:
+                return _counted(file, settings, options, bounds)
+            timeline, keys = indexed or (_stated_frames(container, stream, settings, options), [])
     except FOREIGN_ERRORS as error:
         raise translated(error, file) from error
-    if frames is None:
-        file.seek(0)
-        return _counted(file, settings, options, bounds)
-    size = ShownSize("video", height, width, frames.shown, bounds, options)
-    return MediumHeader(
-        "video", width, height, size, len(file), frames.decoded, frames.duration_s, is_exact=frames.exact
-    )
+    places, _ = timeline.choose(settings, options)
+    if options.video_frames == "keyframes" and keys:
+        places = nearest_keyframes(places, keys, timeline.seconds)
+    num_decoded = len(places) if options.video_frames == "keyframes" else _num_decoded(places, keys)
+    size = ShownSize("video", height, width, len(places), bounds, options)
+    return MediumHeader("video", width, height, size, len(file), num_decoded, is_exact=indexed is not None)
 
 
-@dataclass(frozen=True)
-class _Frames:
-    shown: int
-    decoded: int
-    duration_s: float
-    exact: bool
+def _indexed_frames(stream: Any, settings: MediumSettings, options: MediaOptions) -> tuple[Timeline, list[int]] | None:
+    """(times of the frames, numbers of the keyframes) by the container's index.
 
-
-def _frames_by_index(stream: Any, settings: MediumSettings, options: MediaOptions) -> _Frames | None:
-    """Frames by the container's index; None where it has none, or one of keyframes or of the beginning alone."""
+    None where it has no index, or one of keyframes or of the beginning alone.
+    """
     entries = getattr(stream, "index_entries", None)
-    if not stream.frames or entries is None or len(entries) < _WHOLE * stream.frames:
+    if not stream.frames or entries is None or len(entries) < _COMPLETE * stream.frames:
         return None
     check_num_frames(len(entries), options)
-    tick_s = float(stream.time_base)
     shown = [(entry.timestamp, entry.is_keyframe) for entry in entries if not entry.is_discard]
     if not shown:
         return None
     # Decoding order, not presentation order: as many frames, as evenly spaced, from an origin of its own.
+    tick_s = float(stream.time_base)
     ticks = np.array([tick for tick, _ in shown], dtype=np.float64)
     seconds = np.sort(ticks - ticks.min()) * tick_s
-    duration_s = float(stream.duration or 0) * tick_s
-    if seconds[-1] < _WHOLE * duration_s - 1.0:
+    if seconds[-1] < _COMPLETE * float(stream.duration or 0) * tick_s - 1.0:
         return None
     check_duration(float(seconds[-1]), settings.end_s, options)
-    timeline = Timeline(seconds, constant_rate(seconds, tick_s, stated_rate(stream)), 0.0)
-    places, _ = timeline.choose(settings, options)
-    keys = [place for place, (_, is_key) in enumerate(shown) if is_key]
-    return _chosen(timeline, places, keys, options, exact=True)
+    keys = [number for number, (_, is_key) in enumerate(shown) if is_key]
+    return Timeline(seconds, constant_rate(seconds, tick_s, stated_rate(stream)), 0.0), keys
 
 
-def _frames_as_stated(container: Any, stream: Any, settings: MediumSettings, options: MediaOptions) -> _Frames:
-    """Frames by the duration and the rate that the file states."""
+def _stated_frames(container: Any, stream: Any, settings: MediumSettings, options: MediaOptions) -> Timeline:
+    """Times of the frames by the duration and the rate that the file states."""
     rate = stated_rate(stream)
     if stream.duration is not None:
         duration_s = float(stream.duration * stream.time_base)
@@ -148,39 +137,26 @@ def _frames_as_stated(container: Any, stream: Any, settings: MediumSettings, opt
     check_duration(duration_s, settings.end_s, options)
     total = max(1, round(duration_s * rate))
     check_num_frames(total, options)
-    timeline = Timeline(np.arange(total) / rate, rate, 0.0)
-    places, _ = timeline.choose(settings, options)
-    return _chosen(timeline, places, [], options, exact=False)
-
-
-def _chosen(timeline: Timeline, places: list[int], keys: list[int], options: MediaOptions, *, exact: bool) -> _Frames:
-    if options.video_frames == "keyframes" and keys:
-        places = nearest_keyframes(places, keys, timeline.seconds)
-        return _Frames(len(places), len(places), timeline.duration_s, exact)
-    return _Frames(len(places), _num_decoded(places, keys), timeline.duration_s, exact)
+    return Timeline(np.arange(total) / rate, rate, 0.0)
 
 
 def _num_decoded(places: list[int], keys: list[int]) -> int:
-    """Frames from the keyframe before each place up to it, each counted once."""
-    if not keys:
-        return places[-1] + 1 - places[0]
-    count, done = 0, -1
+    """Frames from the keyframe before each place up to it, each counted once; without keys from the first place."""
+    needed: set[int] = set()
     for place in places:
         number = bisect_right(keys, place)
-        start = max(keys[number - 1] if number else 0, done + 1)
-        count += max(0, place + 1 - start)
-        done = max(done, place)
-    return count
+        needed.update(range(keys[number - 1] if number else places[0], place + 1))
+    return len(needed)
 
 
 def _counted(
     file: RangedFile, settings: MediumSettings, options: MediaOptions, bounds: tuple[int, int]
 ) -> MediumHeader:
-    """By the run's own look at every packet."""
-    video = OpenVideo(file.read(), settings, options)
+    """By every packet, as the run does it."""
+    video = OpenVideo(file.read_all(), settings, options)
     try:
         _, needed = video.wanted_and_needed_packets()
         size = ShownSize("video", video.height, video.width, video.num_frames, bounds, options)
-        return MediumHeader("video", video.width, video.height, size, len(file), len(needed), video.duration_s)
+        return MediumHeader("video", video.width, video.height, size, len(file), len(needed))
     finally:
         video.close()
