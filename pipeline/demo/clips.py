@@ -23,10 +23,13 @@ def encode_clip(frames: Uint8Array, fps: int) -> bytes:
     """An MP4 file of RGB frames [T, height, width, 3]: H.264, chroma halved (yuv420p), a few kilobytes."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "veryfast"})
+        # cpu-independent: without it, x264's rate control reads memory that it has not written, and the same frames
+        # give different bytes from time to time.
+        options = {"crf": "18", "preset": "veryfast", "x264-params": "cpu-independent=1"}
+        stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1  # the same bytes on every machine
+        stream.thread_count = 1  # the same bytes for any number of cores
         for frame in frames:
             container.mux(stream.encode(_yuv(frame)))
         container.mux(stream.encode(None))

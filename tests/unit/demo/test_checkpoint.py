@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,7 @@ def test_its_settings_are_those_of_the_recipe() -> None:
     assert json.loads((CHECKPOINT / "video_preprocessor_config.json").read_text()) == recipe.video_processor_config()
 
 
+@pytest.mark.slow  # most of its time are imports in a fresh process
 def test_it_loads_in_transformers_alone(tmp_path: Path) -> None:
     program = f"""
 import sys
@@ -72,7 +74,10 @@ out = model.float().generate(**prompt, max_new_tokens=8)
 print(tokenizer.decode(out[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
 assert not any(name.startswith("pipeline") for name in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "7."
 

@@ -71,6 +71,19 @@ def test_h264_keeps_what_the_frames_show() -> None:
     assert np.abs(clips.halve_chroma(frames[chosen]).astype(int) - decoded).mean() < 4
 
 
+def test_the_same_frames_give_the_same_bytes_whatever_memory_held_before() -> None:
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        clip = tasks.example("describe_video", "held-out", 0, index).media[0]
+        assert isinstance(clip, Clip)
+        frames = scenes.draw_clip(clip)
+        data = clips.encode_clip(frames, clip.fps)
+        for _ in range(2):
+            freed = [rng.integers(0, 255, size, dtype=np.uint8) for size in rng.integers(1000, 400_000, 20)]
+            del freed
+            assert clips.encode_clip(frames, clip.fps) == data
+
+
 @pytest.mark.parametrize(
     ("num_frames", "fps", "expected"),
     [(16, 8, [0, 4, 8, 12]), (20, 10, [0, 5, 10, 15]), (24, 8, [0, 4, 8, 12, 16, 20]), (3, 8, [0, 1])],
