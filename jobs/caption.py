@@ -45,17 +45,12 @@ from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import Retries, Work, plan_work
 from pipeline.preprocess.messages import check_columns
 from pipeline.preprocess.prompt import spare_torch
+from pipeline.results.finished import FinishedRows, read_finished
+from pipeline.results.fragments import FragmentWriter, take_new
 from pipeline.results.lease import Lease
-from pipeline.results.run_folder import (
-    FinishedRows,
-    FragmentWriter,
-    RunFolder,
-    count_errors,
-    finalise,
-    iter_results,
-    read_finished,
-    take_new,
-)
+from pipeline.results.parts import finalise, reopen
+from pipeline.results.reader import count_errors, iter_results
+from pipeline.results.run_folder import RunFolder
 from pipeline.results.run_record import check_unchanged, identity, new_record, now
 from pipeline.schema import result_schema
 
@@ -131,14 +126,14 @@ def _prepare(config: CaptionConfig, folder: RunFolder) -> Run | None:
     retries = None
     if config.run.retry_failed:
         failed = finished.count_failed()
-        retries = Retries(*finished.take_failed(config.run.retried_types))
+        retries = finished.take_failed(config.run.retried_types)
         if done_before and not grown and not len(retries.indices):
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in failed.most_common()) or "no errors"
-            folder.discard_fragments()
+            folder.delete_fragments()
             print(f"{folder.path} is finished and has no such errors to run again: it has {kinds}")
             return None
     if done_before:
-        folder.reopen()
+        reopen(folder, numbering)
     if not asked["model.files"]:  # a hub's model that has been downloaded by now
         asked = identity(config, model_path)
     fresh = new_record(config, asked, manifest)
@@ -166,7 +161,7 @@ def _is_finished(config: CaptionConfig, folder: RunFolder, record: dict[str, Any
 
 
 def _say_finished(folder: RunFolder, record: dict[str, Any], num_rows: int) -> None:
-    folder.discard_fragments()  # what a crash between success and tidying may have left
+    folder.delete_fragments()  # what a crash between success and tidying may have left
     if record.get("state") != "finished":  # it was ended between its parts and its record
         errors = count_errors(folder)
         counts = {"rows": num_rows, "done": num_rows, "failed": errors.total()}

@@ -23,10 +23,10 @@ class Status(StrEnum):
     ERROR = "error"
 
 
-# A row's identity is its place: the manifest's file (by number, in the plan's order) and the row in that file.
+# The row key: the manifest file (by number, in the order of the manifest) and the row in that file.
 MANIFEST_FILE = "manifest_file"
 MANIFEST_ROW = "manifest_row"
-PLACE_SCHEMA = pa.schema([pa.field(MANIFEST_FILE, pa.int32(), False), pa.field(MANIFEST_ROW, pa.int64(), False)])
+ROW_KEY_SCHEMA = pa.schema([pa.field(MANIFEST_FILE, pa.int32(), False), pa.field(MANIFEST_ROW, pa.int64(), False)])
 
 
 class UnitColumn(StrEnum):
@@ -120,14 +120,14 @@ ANSWER_FIELDS = [
 def request_schema(kept: pa.Schema) -> pa.Schema:
     """Rows between the CPU actors and the engine; `kept` are the user's columns, carried along untouched."""
     return pa.schema(
-        [*PLACE_SCHEMA, pa.field("id", pa.string()), *REQUEST_FIELDS, *RECEIPT_FIELDS, *STATUS_FIELDS, *kept]
+        [*ROW_KEY_SCHEMA, pa.field("id", pa.string()), *REQUEST_FIELDS, *RECEIPT_FIELDS, *STATUS_FIELDS, *kept]
     )
 
 
 def result_schema(kept: pa.Schema) -> pa.Schema:
     """Rows of the fragments and part files: the same for answered rows and error rows."""
     return pa.schema(
-        [pa.field("id", pa.string()), *ANSWER_FIELDS, *STATUS_FIELDS, *RECEIPT_FIELDS, *kept, *PLACE_SCHEMA]
+        [pa.field("id", pa.string()), *ANSWER_FIELDS, *STATUS_FIELDS, *RECEIPT_FIELDS, *kept, *ROW_KEY_SCHEMA]
     )
 
 

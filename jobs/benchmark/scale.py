@@ -32,7 +32,8 @@ import pyarrow.parquet as pq
 from pipeline.manifest import Manifest, ManifestFile
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import plan_work
-from pipeline.results.run_folder import RunFolder, read_finished
+from pipeline.results.finished import read_finished
+from pipeline.results.run_folder import RunFolder
 
 _FILES = 10_000
 _ROWS_PER_FRAGMENT = 10_000

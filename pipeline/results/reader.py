@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import OutputError
+from pipeline.results.result_files import count_values, read_in_order, read_table
+from pipeline.results.run_folder import RunFolder
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status
 
 Ints = npt.NDArray[np.int64]
@@ -235,3 +238,18 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(_holds_bytes(kind.field(index).type) for index in range(kind.num_fields))
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def iter_results(folder: RunFolder, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """A run's rows, file by file: the parts of a finished run, the fragments of any other."""
+    for path in folder.result_files():
+        yield read_table(folder, path, columns)
+
+
+def count_errors(folder: RunFolder) -> Counter[str]:
+    """How many of a run's rows failed, by error type."""
+
+    def count(path: str) -> Counter[str]:
+        return count_values(read_table(folder, path, ["error_type"], encoded=["error_type"]).column("error_type"))
+
+    return sum(read_in_order(folder, count, folder.result_files()), Counter())

@@ -13,7 +13,9 @@ import pyarrow.dataset
 import pytest
 
 from pipeline.manifest.row_set import RowNumbering
-from pipeline.results.run_folder import FragmentWriter, RunFolder, finalise
+from pipeline.results.fragments import FragmentWriter
+from pipeline.results.parts import finalise
+from pipeline.results.run_folder import RunFolder
 from pipeline.schema import MediumReceipt, result_schema
 
 SCHEMA = result_schema(pa.schema([("tag", pa.string()), ("tags", pa.list_(pa.string()))]))

@@ -1,0 +1,103 @@
+"""Fragments and parts as Parquet files: write one, read one, read many, and choose between several results of a row."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.manifest.row_set import Indices, RowNumbering
+from pipeline.results.run_folder import RunFolder
+from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status
+
+T = TypeVar("T")
+
+PARTITION_KEY = b"qwen2_vl_batch.partition"
+"""In a partitioned part's footer: a table of one row and one column, the value that all rows of the part share."""
+_ROWS_PER_GROUP = 20_000
+_LOCAL_READERS, _REMOTE_READERS = 4, 16
+
+
+def write_table(folder: RunFolder, path: str, table: pa.Table) -> None:
+    """Publish a table as one file. Raises OutputError."""
+    sink = pa.BufferOutputStream()
+    # Small row groups with statistics: a reader who wants some rows or columns skips the rest.
+    pq.write_table(table, sink, compression="zstd", row_group_size=_ROWS_PER_GROUP)
+    folder.publish(path, sink.getvalue().to_pybytes())
+
+
+def read_table(
+    folder: RunFolder, path: str, columns: Sequence[str] | None = None, *, encoded: Sequence[str] = ()
+) -> pa.Table:
+    """A file's rows. Columns that it lacks are left out; those in `encoded` are read as dictionaries."""
+    with storage.open_input(path, folder.storage_options) as file:
+        parquet = pq.ParquetFile(file, read_dictionary=list(encoded))
+        present = parquet.schema_arrow.names
+        wanted = present if columns is None else [name for name in columns if name in present]
+        table = parquet.read(columns=wanted)
+        metadata = parquet.schema_arrow.metadata or {}
+    if PARTITION_KEY not in metadata:
+        return table
+    value = pa.ipc.open_stream(metadata[PARTITION_KEY]).read_all()
+    if columns is not None and value.column_names[0] not in columns:
+        return table
+    table = table.append_column(value.schema.field(0), pa.repeat(value.column(0)[0], table.num_rows))
+    return table.replace_schema_metadata(None)
+
+
+def read_footer(folder: RunFolder, path: str) -> pq.FileMetaData:
+    """A file's number of rows, schema and statistics."""
+    with storage.open_input(path, folder.storage_options, random_access=True) as file:
+        return pq.read_metadata(file)
+
+
+def read_in_order(folder: RunFolder, read: Callable[[str], T], paths: Iterable[str]) -> Iterator[T]:
+    """`read(path)` for each path, in order, a few at a time to hide a bucket's latency."""
+    threads = _REMOTE_READERS if storage.is_remote(folder.path) else _LOCAL_READERS
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="results")
+    pending: deque[Future[T]] = deque()
+    try:
+        for path in paths:
+            pending.append(pool.submit(read, path))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def row_indices(table: pa.Table, numbering: RowNumbering) -> Indices:
+    """The index [n] of each result row in the whole manifest."""
+    return numbering.indices(table.column(MANIFEST_FILE).to_numpy(), table.column(MANIFEST_ROW).to_numpy())
+
+
+def is_answered(table: pa.Table) -> npt.NDArray[np.bool_]:
+    """Whether each row [n] has an answer."""
+    answered: npt.NDArray[np.bool_]
+    answered = pc.equal(table.column("status"), Status.OK.value).to_numpy(zero_copy_only=False)
+    return answered
+
+
+def winners(keys: Indices, answered: npt.NDArray[np.bool_], attempts: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Positions of the results that count, one for each key [n], in ascending order of the keys.
+
+    An answer wins over an error, whatever the attempts; then the latest attempt wins.
+    """
+    order = np.lexsort((attempts, answered, keys))
+    is_last = np.append(np.diff(keys[order]) != 0, True)[: len(order)]
+    positions: npt.NDArray[np.int64] = order[is_last]
+    return positions
+
+
+def count_values(column: pa.ChunkedArray) -> Counter[str]:
+    """How often each value occurs; nulls are left out."""
+    return Counter({pair["values"]: pair["counts"] for pair in pc.value_counts(column.drop_null()).to_pylist()})

@@ -1,0 +1,43 @@
+"""Result rows and run folders for these tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.dataset
+
+from pipeline.manifest.row_set import RowNumbering
+from pipeline.results.fragments import FragmentWriter
+from pipeline.results.run_folder import RunFolder
+from pipeline.schema import result_schema
+
+SCHEMA = result_schema(pa.schema([("tag", pa.string())]))
+
+
+def rows(places: list[tuple[int, int]], *, status: str = "ok", attempts: int = 1, text: str = "t") -> pa.Table:
+    values = [
+        {
+            **dict.fromkeys(SCHEMA.names),
+            "id": f"{file}/{row}",
+            "text": text if status == "ok" else None,
+            "status": status,
+            "error_type": None if status == "ok" else text,
+            "attempts": attempts,
+            "tag": f"tag {file}/{row}",
+            "manifest_file": file,
+            "manifest_row": row,
+        }
+        for file, row in places
+    ]
+    return pa.Table.from_pylist(values, schema=SCHEMA)
+
+
+def new_folder(path: Path) -> RunFolder:
+    folder = RunFolder(str(path / "run"))
+    folder.prepare()
+    return folder
+
+
+def writer(folder: RunFolder, numbering: RowNumbering, rows_per_fragment: int = 3) -> FragmentWriter:
+    return FragmentWriter(folder, numbering, SCHEMA, rows_per_fragment, 60.0)

@@ -1,0 +1,132 @@
+"""One run at a time on a folder, whatever became of the run before."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.errors import OutputError
+from pipeline.manifest.row_set import RowNumbering
+from pipeline.results import lease as lease_module
+from pipeline.results.lease import Lease
+from pipeline.results.parts import reopen
+from tests.unit.results.result_rows import new_folder
+
+
+def test_only_one_run_holds_the_lease(tmp_path: Path) -> None:
+    path = str(tmp_path / ".lease")
+    with Lease(path), pytest.raises(OutputError, match="another run is writing"):
+        Lease(path).acquire()
+    with Lease(path):
+        assert os.path.exists(path)
+    assert not os.path.exists(path)
+
+
+def test_a_dead_process_does_not_hold_the_lease(tmp_path: Path) -> None:
+    path = tmp_path / ".lease"
+    with Lease(str(path)):
+        held = json.loads(path.read_text())
+    held["pid"] = 2**22 + 1  # above Linux's largest process id
+    path.write_text(json.dumps(held))
+    with Lease(str(path)):
+        pass
+
+
+def test_a_lease_of_another_machine_ends_when_it_is_not_renewed(tmp_path: Path) -> None:
+    path = tmp_path / ".lease"
+    held = {"token": "x", "host": "elsewhere", "pid": 1, "renewed": time.time()}
+    path.write_text(json.dumps(held))
+    with pytest.raises(OutputError, match="elsewhere"):
+        Lease(str(path)).acquire()
+    path.write_text(json.dumps({**held, "renewed": time.time() - lease_module.STALE_S - 1}))
+    with Lease(str(path)):
+        pass
+
+
+def test_of_runs_that_begin_at_once_one_gets_the_lease(tmp_path: Path) -> None:
+    path = tmp_path / ".lease"
+    dead = {"token": "x", "host": socket.gethostname(), "pid": 2**22 + 1, "renewed": time.time()}
+    for before in (None, json.dumps(dead)):
+        for _ in range(20):
+            if before is not None:
+                path.write_text(before)
+            leases, won, start = [Lease(str(path)) for _ in range(6)], [], threading.Barrier(6)
+
+            def begin(lease: Lease, won: list[Lease] = won, start: threading.Barrier = start) -> None:
+                start.wait()
+                with contextlib.suppress(OutputError):
+                    lease.acquire()
+                    won.append(lease)
+
+            threads = [threading.Thread(target=begin, args=(lease,)) for lease in leases]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(won) == 1
+            won[0].check()
+            won[0].release()
+            assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_slept_too_long_finds_its_lease_taken_over_and_leaves_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ".lease"
+    sleeper = Lease(str(path))
+    sleeper.acquire()
+    other = {"token": "other", "host": "elsewhere", "pid": 7, "renewed": time.time()}
+    path.write_text(json.dumps(other))
+    sleeper.check()  # renewed a moment ago: not asked again before every write
+    monkeypatch.setattr(sleeper, "_renewed", time.time() - lease_module.STALE_S - 1)
+    folder = new_folder(tmp_path)
+    folder.guard = sleeper.check
+    for write in (lambda: folder.write_run({}), folder.delete_fragments, lambda: reopen(folder, RowNumbering([]))):
+        with pytest.raises(OutputError, match=r"taken over .*: process 7 on elsewhere"):
+            write()
+    sleeper.release()
+    assert json.loads(path.read_text()) == other
+
+
+def test_renewing_notices_another_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "RENEW_S", 0.02)
+    path = tmp_path / ".lease"
+    with Lease(str(path)) as lease:
+        storage.publish(str(path), json.dumps({"token": "other", "renewed": time.time()}).encode())
+        time.sleep(0.3)
+        assert json.loads(path.read_text())["token"] == "other"
+        with pytest.raises(OutputError, match="taken over"):
+            lease.check()
+
+
+def test_a_container_that_is_started_again_does_not_wait_for_itself(tmp_path: Path) -> None:
+    path = tmp_path / ".lease"
+    before = {"token": "x", "host": socket.gethostname(), "pid": os.getpid(), "began": "0/1", "renewed": time.time()}
+    path.write_text(json.dumps(before))
+    with Lease(str(path)):
+        pass
+    # Nor for a process of its number that is another one by now.
+    path.write_text(json.dumps({**before, "pid": os.getppid()}))
+    with Lease(str(path)):
+        held = json.loads(path.read_text())
+    assert held["began"] != "0/1"
+
+
+def test_a_lease_in_a_bucket_goes_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "_SETTLE_S", 0.0)
+    path = "memory://leases/.lease"
+    with Lease(path), pytest.raises(OutputError, match="another run is writing"):
+        Lease(path).acquire()
+    first, second = Lease(path), Lease(path)
+    monkeypatch.setattr(second, "_read", iter([None, *[{"token": "first", "renewed": time.time()}] * 9]).__next__)
+    with first, pytest.raises(OutputError, match="another run is writing"):
+        second.acquire()  # it looked before the first one was there
+    assert not storage.exists(path)

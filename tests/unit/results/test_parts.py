@@ -1,0 +1,145 @@
+"""Fragments to part files: manifest order, every row once, whatever order and overlap they came in."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import OutputError
+from pipeline.manifest.row_set import RowNumbering
+from pipeline.results.finished import read_finished
+from pipeline.results.parts import finalise, reopen
+from tests.unit.results.result_rows import SCHEMA, new_folder, rows, writer
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.randoms(), st.integers(1, 9), st.integers(1, 7))
+def test_parts_hold_every_row_once_in_manifest_order(
+    counts: list[int], random, per_part: int, per_fragment: int
+) -> None:  # type: ignore[no-untyped-def]
+    with tempfile.TemporaryDirectory() as path:
+        folder, numbering = new_folder(Path(path)), RowNumbering(counts)
+        places = [(file, row) for file, count in enumerate(counts) for row in range(count)]
+        again = [place for place in places if random.random() < 0.3]  # a crash makes rows come twice
+        arriving = places + again
+        random.shuffle(arriving)
+        out = writer(folder, numbering, per_fragment)
+        for place in arriving:
+            out.add(rows([place]))
+        out.flush()
+        finalise(folder, numbering, SCHEMA, rows_per_part=per_part)
+        parts = [pq.read_table(part) for part in folder.parts()]
+        table = pa.concat_tables(parts)
+        assert table.column("id").to_pylist() == [f"{file}/{row}" for file, row in places]
+        assert table.column("tag").to_pylist() == [f"tag {file}/{row}" for file, row in places]
+        assert all(part.num_rows == per_part for part in parts[:-1])
+        assert folder.is_finished()
+        assert not os.path.exists(folder.file("fragments"))
+
+
+def test_a_missing_row_is_refused_and_nothing_is_marked_finished(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([3])
+    out = writer(folder, numbering)
+    out.add(rows([(0, 0), (0, 2)]))
+    out.flush()
+    with pytest.raises(OutputError, match="rows 0 to 2 of the manifest have 2 results, expected 3"):
+        finalise(folder, numbering, SCHEMA, rows_per_part=10)
+    assert not folder.is_finished()
+    assert folder.fragments()
+
+
+def test_an_answer_wins_over_errors_and_a_later_error_over_an_earlier(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([3])
+    out = writer(folder, numbering, 1)
+    out.add(rows([(0, 0)], status="error", text="Old"))
+    out.add(rows([(0, 0)], text="answer", attempts=1))
+    out.add(rows([(0, 0)], status="error", text="New", attempts=2))
+    out.add(rows([(0, 1)], status="error", text="New", attempts=2))
+    out.add(rows([(0, 1)], status="error", text="Old", attempts=1))
+    out.add(rows([(0, 2)]))
+    finished = read_finished(folder, numbering)
+    assert finished.failed["index"].to_pylist() == [1]
+    assert finished.count_failed() == {"New": 1}
+    assert finished.failed["attempts"].to_pylist() == [2]
+    finalise(folder, numbering, SCHEMA, rows_per_part=10)
+    table = pq.read_table(folder.parts()[0])
+    assert table.column("text").to_pylist() == ["answer", None, "t"]
+    assert table.column("error_type").to_pylist() == [None, "New", None]
+
+
+def test_reopening_a_finished_folder_loses_no_row(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([5])
+    out = writer(folder, numbering)
+    out.add(rows([(0, row) for row in range(5)]))
+    finalise(folder, numbering, SCHEMA, rows_per_part=2)
+    before = pa.concat_tables([pq.read_table(part) for part in folder.parts()])
+    reopen(folder, numbering)
+    assert not folder.is_finished()
+    assert folder.parts() == []
+    assert len(read_finished(folder, numbering).done) == 5
+    finalise(folder, numbering, SCHEMA, rows_per_part=4)
+    assert pa.concat_tables([pq.read_table(part) for part in folder.parts()]).equals(before)
+
+
+def test_parts_may_be_partitioned_by_a_column_and_reopened_without_loss(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([6])
+    out = writer(folder, numbering)
+    table = rows([(0, row) for row in range(6)])
+    tags = pa.array(["a", "b/c", None, "a", "b/c", "a"])
+    table = table.set_column(table.column_names.index("tag"), "tag", tags)
+    out.add(table)
+    out.flush()
+    finalise(folder, numbering, SCHEMA, rows_per_part=4, partition_by="tag")
+    found = sorted(str(Path(part).relative_to(folder.path)) for part in folder.parts())
+    assert found == [
+        "tag=__HIVE_DEFAULT_PARTITION__/part-00000.parquet",
+        "tag=a/part-00000.parquet",
+        "tag=a/part-00001.parquet",
+        "tag=b%2Fc/part-00000.parquet",
+        "tag=b%2Fc/part-00001.parquet",
+    ]
+    assert len(read_finished(folder, numbering).done) == 6
+    hive = pa.dataset.dataset(folder.parts(), partitioning="hive", partition_base_dir=folder.path).to_table()
+    assert sorted(zip(hive["id"].to_pylist(), hive["tag"].to_pylist(), strict=True)) == [
+        (f"0/{row}", tags[row].as_py()) for row in range(6)
+    ]
+    reopen(folder, numbering)
+    finalise(folder, numbering, SCHEMA, rows_per_part=10)
+    assert pq.read_table(folder.parts()[0]).column("tag").to_pylist() == tags.to_pylist()
+
+
+def test_stale_parts_of_an_interrupted_finalise_are_removed(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([4])
+    out = writer(folder, numbering)
+    out.add(rows([(0, row) for row in range(4)]))
+    out.flush()
+    Path(folder.file("part-00007.parquet")).write_bytes(b"half")
+    finalise(folder, numbering, SCHEMA, rows_per_part=2)
+    assert [Path(part).name for part in folder.parts()] == ["part-00000.parquet", "part-00001.parquet"]
+
+
+def test_an_empty_manifest_finishes_with_one_empty_part(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([])
+    assert finalise(folder, numbering, SCHEMA, rows_per_part=10) == 1
+    assert pq.read_table(folder.parts()[0]).schema.equals(SCHEMA)
+
+
+def test_parts_are_readable_by_pandas(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([2])
+    out = writer(folder, numbering)
+    out.add(rows([(0, 0)]))
+    out.add(rows([(0, 1)], status="error", text="FetchError"))
+    out.flush()
+    finalise(folder, numbering, SCHEMA, rows_per_part=10)
+    frame = pd.concat(pd.read_parquet(part) for part in folder.parts())
+    assert frame["status"].tolist() == ["ok", "error"]
+    assert list(frame.columns) == SCHEMA.names

@@ -1,0 +1,46 @@
+"""The run folder: what may be there before a run, and what a failed write leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import OutputError
+from pipeline.manifest.row_set import RowNumbering
+from pipeline.results.parts import finalise
+from pipeline.results.run_folder import RunFolder
+from tests.unit.results.result_rows import SCHEMA, new_folder, rows, writer
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.docx").write_text("x")
+    with pytest.raises(OutputError, match=r"thesis\.docx"):
+        RunFolder(str(tmp_path)).prepare()
+
+
+def test_a_folder_whose_first_run_was_refused_early_may_be_used_again(tmp_path: Path) -> None:
+    (tmp_path / "manifest.parquet").write_bytes(b"listing")
+    (tmp_path / "log.txt").write_text("")
+    RunFolder(str(tmp_path)).prepare()
+
+
+def test_a_disk_without_room_is_an_output_error_and_nothing_half_written_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder, numbering = new_folder(tmp_path), RowNumbering([2])
+    out = writer(folder, numbering, 100)
+    out.add(rows([(0, 0), (0, 1)]))
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", no_room)
+        for write in (out.flush, lambda: folder.write_run({"state": "running"})):
+            with pytest.raises(OutputError, match=r"No space left on device.*run the same command"):
+                write()
+    assert [path for path in Path(folder.path).rglob("*") if path.is_file()] == []
+    out.flush()
+    assert finalise(folder, numbering, SCHEMA, rows_per_part=10) == 1
