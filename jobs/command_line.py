@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 from rich.console import Console
 
 from pipeline.config import Section, fields_of, load_config
-from pipeline.errors import ConfigError, JobError
+from pipeline.errors import ConfigError, JobError, NodesLost
 from pipeline.storage import StorageError
 
 ConfigType = TypeVar("ConfigType", bound=Section)
@@ -51,6 +51,11 @@ def run_job(
         paths, overrides = parse_words(words, flags)
         return run(load_config(model, paths, overrides))
     except JobError as error:
+        if isinstance(error, NodesLost) and argv is None:
+            from pipeline.execution.run import restart_command  # loads Ray, which most commands can do without
+
+            print(f"{error}: it starts again now", file=sys.stderr)
+            restart_command()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -271,16 +271,16 @@ class ResourcesConfig(Section):
     gpus_per_engine: Annotated[float, Field(ge=0)] | None = None
     """GPUs that each engine actor reserves, all on one node. Default: one where the cluster has any."""
     block_mb: Annotated[float, Field(gt=0)] = 128.0
-    """Patches in one table between preprocessing and the engine, in MB. Small tables cost Ray more than they help:
-    on two cores preprocessing reaches 0.37 of its speed in a plain loop with 8 MB, 0.93 with 128."""
+    """Patches in one table between preprocessing and the engine, in MB. Each table costs Ray some 20 ms: on two cores
+    preprocessing reaches a quarter of its speed with 8, and four fifths with 128."""
     blocks_in_flight: Positive | None = None
-    """Tables inside each engine actor at once. Default: from the measured size of a table, so that each of the engine's
-    places has two rows; where nothing was measured, 16 on a CPU and 32 on a GPU."""
+    """Tables inside each engine actor at once. Default: 16 for an engine on the CPU and 64 for one on a GPU, or fewer
+    where they would fill more than a quarter of the node's object store."""
     min_rows_per_unit: Positive = 8
     """Rows of the manifest read by one task at the end of the job, when units are smallest."""
     max_rows_per_unit: Positive = 256
-    """Rows read by one task while there is much to do (a job of over 2 million rows takes more). Unless stated, half a
-    minute of preprocessing where that was measured."""
+    """Rows read by one task while there is much to do (a job of over 2 million rows takes more), and most rows in one
+    table between the stages."""
 
 
 class RunConfig(Section):
@@ -293,13 +293,13 @@ class RunConfig(Section):
     retry_failed: str | None = None
     """Run error rows again: `all`, or error types separated by commas; a type stands for those below it too."""
     stall_timeout_s: Annotated[float, Field(gt=0)] = 900.0
-    """Seconds after which an actor that holds rows and shows no progress is killed, and its rows run again, alone; and
-    after which the job says what every actor is doing when no row finishes at all."""
+    """Seconds after which an actor that has rows and makes no progress is killed, and its rows run again, alone; and
+    after which the job prints what every actor is doing when no row finishes at all."""
     node_loss_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """Seconds without a finished row, after a node of the cluster was lost, that Ray has to recover by itself; then
-    the rows that are not done are started anew on the nodes that are left."""
+    the command starts again, and resumes on the nodes that are left."""
     max_flow_restarts: NotNegative = 3
-    """How often in a row that may happen without a row finished in between."""
+    """Restarts in a row, after lost nodes, that may finish no row."""
     profile_steps: Annotated[int, Field(gt=0, le=1000)] | None = None
     """Write a torch trace of so many engine steps, and Ray's timeline, into `profile/` in the run folder."""
     verbose: bool = False

@@ -114,9 +114,9 @@ def _flow(rows: int) -> dict[str, Any]:
     from jobs.benchmark.stand_in import AnswerAtOnce
     from jobs.caption import main as caption
     from pipeline.demo import CHECKPOINT
-    from pipeline.execution import dataset as flow
+    from pipeline.execution import dataset
 
-    flow.ENGINE_ACTOR = AnswerAtOnce
+    dataset.ENGINE_ACTOR = AnswerAtOnce
     with tempfile.TemporaryDirectory() as path:
         manifest = Path(path, "manifest.parquet")
         pq.write_table(pa.table({"prompt": [f"Say {n}." for n in range(rows)]}), manifest)

@@ -111,9 +111,9 @@ def _through_ray(manifest: Path, output: Path, images: int, actors: int, block_m
     """Seconds of a whole run over so many images."""
     from jobs.benchmark.stand_in import AnswerAtOnce
     from jobs.caption import main as caption
-    from pipeline.execution import dataset as flow
+    from pipeline.execution import dataset
 
-    flow.ENGINE_ACTOR = AnswerAtOnce
+    dataset.ENGINE_ACTOR = AnswerAtOnce
     words = {
         **_words(manifest, output),
         "input.limit": str(images),

@@ -12,13 +12,13 @@ from typing import Any, cast
 import pyarrow as pa
 
 from pipeline.errors import RowError
-from pipeline.execution.dataset import EngineActor
+from pipeline.execution.actors import EngineActor
 from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.schema import result_schema
 
 
 class StandInStage:
-    """What `flow.EngineActor` asks of its stage; answers every request at once and looks at none."""
+    """What `EngineActor` asks of its stage; answers every request at once and looks at none."""
 
     def __init__(self, kept: pa.Schema) -> None:
         self._schema = result_schema(kept)
@@ -59,7 +59,7 @@ class StandInStage:
 
 
 class AnswerAtOnce(EngineActor):
-    """The real engine actor around the stage above; goes in the place of `flow.ENGINE_ACTOR`."""
+    """The real engine actor around the stage above; goes in the place of `dataset.ENGINE_ACTOR`."""
 
     def make_stage(self, options: GenerateOptions) -> GenerateStage:
         """The stand-in."""

@@ -1,7 +1,7 @@
-"""Joining or starting Ray, and keeping its chatter out of a person's sight.
+"""The Ray cluster: joining or starting one, its nodes, and where the output of Ray's processes goes.
 
-Ray, its workers and the libraries below write to the process's own output. While a job runs, that goes to a log
-file, and a copy of the real output is kept for the job's own lines.
+Ray, its workers and the libraries below write to the process's own output. While a job runs, that goes to a log file,
+and the job's own lines go to a copy of the real output.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
 from typing import Any
 
+import ray
 from rich.console import Console
 
 from pipeline import storage
 from pipeline.config import CaptionConfig, ResourcesConfig
 from pipeline.errors import ResourceError
+from pipeline.execution.placement import Node
+from pipeline.results.run_folder import RunFolder
 
 _JOINING_HINT = (
     "; a cluster that asks for a token wants RAY_AUTH_MODE=token here, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; "
@@ -28,11 +32,28 @@ _JOINING_HINT = (
 
 
 @contextlib.contextmanager
-def quiet_output(log_path: str, *, verbose: bool) -> Iterator[Console]:
-    """A console on the real output, while everything else that is written goes to the log (or both show)."""
+def job_output(folder: RunFolder, *, verbose: bool) -> Iterator[Console]:
+    """A console on the real output. Everything else that is written goes to `log.txt` in the run folder, or to the
+    output too if `verbose`."""
     if verbose:
         yield Console(highlight=False)
-        return
+    elif not storage.is_remote(folder.path):
+        with _output_to(storage.local_path(folder.file("log.txt"))) as console:
+            yield console
+    else:
+        log_path = os.path.join(tempfile.mkdtemp(prefix="qwen2-vl-batch-"), "log.txt")
+        try:
+            with _output_to(log_path) as console:
+                yield console
+        finally:
+            try:
+                storage.publish_file(log_path, folder.file("log.txt"), folder.storage_options)
+            except OSError as error:  # the log is not worth failing the job for
+                print(f"{folder.file('log.txt')} is not up to date: {error}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _output_to(log_path: str) -> Iterator[Console]:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     kept = (os.dup(1), os.dup(2))
@@ -54,8 +75,8 @@ def quiet_output(log_path: str, *, verbose: bool) -> Iterator[Console]:
 
 
 def stop_on_sigterm() -> None:
-    """Have SIGTERM, by which a cluster or a container's host stops a job, end it as cleanly as Ctrl-C does."""
-    with contextlib.suppress(ValueError):  # not the main thread: then there is nothing to set
+    """Handle SIGTERM, with which clusters and containers stop a job, like Ctrl-C."""
+    with contextlib.suppress(ValueError):  # outside the main thread no handler can be set
         signal.signal(signal.SIGTERM, _interrupt)
 
 
@@ -64,18 +85,16 @@ def _interrupt(number: int, frame: types.FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def ray_cluster(resources: ResourcesConfig) -> Iterator[dict[str, float]]:
-    """Join the cluster this runs on or start one here; gives its resources, such as `CPU` and `GPU`.
+def ray_cluster(resources: ResourcesConfig) -> Iterator[None]:
+    """Join the cluster this runs on or start one here, and leave it at the end.
 
-    A Ray that the caller has started already is used and left running. Raises ResourceError when it can't be reached.
+    A Ray that the caller has started already is used and left running. Raises ResourceError when none can be reached.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's default hides the GPUs from actors that ask for none; that is what is wanted, and its warning is not.
+    # Ray hides the GPUs from actors that ask for none, which is what we want; this silences its warning about it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # On a machine that is busy just then, Ray's own 30 seconds for its first daemon were seen not to be enough.
+    # On a busy machine Ray's own 30 seconds for its first daemon were not enough.
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
-    import ray
-
     started_here = not ray.is_initialized()
     if started_here:
         named = resources.address or os.environ.get("RAY_ADDRESS") or None
@@ -87,26 +106,26 @@ def ray_cluster(resources: ResourcesConfig) -> Iterator[dict[str, float]]:
             )
         options: dict[str, Any] = {"address": named}
         if named == "local" or (named is None and resources.num_cpus):
-            # Without an address Ray would join one that `ray start` has left running here; that has its own CPUs.
+            # Without an address Ray would join one that `ray start` left running here, with CPUs of its own.
             options = {"address": "local", "num_cpus": resources.num_cpus, "include_dashboard": False}
         elif named is None:
             options = {"include_dashboard": False}
         try:
             ray.init(**options)
-        except Exception as error:  # Ray raises that very class where its daemons come too late
+        except Exception as error:  # Ray raises plain Exception where its daemons start too late
             first = str(error).strip().splitlines()[0]
             hint = _JOINING_HINT if isinstance(error, ConnectionError) else ""
             raise ResourceError(f"can't reach or start Ray ({named or 'here'}): {first}{hint}") from error
-    stop_on_sigterm()  # again: ray.init has put its own handler there, which would end the process on the spot
+    stop_on_sigterm()  # again: ray.init installs a handler that ends the process at once
     try:
-        yield {name: float(value) for name, value in ray.cluster_resources().items()}
+        yield
     finally:
         if started_here:
             ray.shutdown()
 
 
 def local_path_notes(config: CaptionConfig, num_nodes: int) -> list[str]:
-    """What to know about paths on a disk when the cluster has several nodes; nothing on one node."""
+    """Warnings about local paths on a cluster of several nodes."""
     if num_nodes < 2:
         return []
     notes = []
@@ -115,3 +134,25 @@ def local_path_notes(config: CaptionConfig, num_nodes: int) -> list[str]:
     if not storage.is_remote(config.output.path):
         notes.append(f"output.path {config.output.path} is written by this node alone ({socket.gethostname()})")
     return notes
+
+
+def live_nodes() -> list[Node]:
+    """The nodes that are alive, with all that they have, free or not."""
+    return [
+        Node(
+            node["NodeID"],
+            cpus=float(node["Resources"].get("CPU", 0)),
+            gpus=float(node["Resources"].get("GPU", 0)),
+            store_bytes=float(node["Resources"].get("object_store_memory", 0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def on_driver_node() -> dict[str, Any]:
+    """Options that pin an actor to the driver's node: both are lost together or not at all.
+
+    By label, since a soft node affinity was seen to go to another node on a busy machine.
+    """
+    return {"label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}

@@ -10,8 +10,9 @@ were counted for it. What cannot fit is refused with the numbers. Plain arithmet
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pipeline.config import PoolSize, ResourcesConfig
 from pipeline.errors import ResourceError
@@ -20,6 +21,9 @@ READ_CPUS = 0.1
 """CPUs that one read task reserves: it mostly waits for a disk or a bucket."""
 _MOST_GROWTH = 1.5
 """Preprocessing actors reserve up to so much more than their core to keep their number on GPU nodes down."""
+_STORE_FRACTION = 0.25
+"""Share of the object store that the tables inside the engines may fill where the config leaves it open."""
+_MIN_BLOCKS = 4
 _ENGINE_CORES = 1.0
 """Cores that an engine on a GPU is left to drive it, where the node has enough."""
 
@@ -65,6 +69,8 @@ class Placement:
     """Fewest and most engine actors."""
     first_nodes: tuple[str, ...] = ()
     """Nodes that preprocessing actors go to while they have room: those with GPUs, where there are others too."""
+    blocks_in_flight: int = 16
+    """Tables of requests inside each engine actor at once."""
     notes: tuple[str, ...] = ()
     """Sentences on what does not fit yet."""
 
@@ -93,15 +99,18 @@ def place(resources: ResourcesConfig, nodes: Sequence[Node], *, may_wait: bool =
         placement = _on_gpus(resources, nodes, gpus_per_engine, may_wait)
     else:
         placement = _on_cpus(resources, nodes, may_wait)
-    return replace(placement, notes=(*placement.notes, *_store_notes(resources, nodes, placement)))
+    store = store_share(nodes, placement)
+    placement = replace(placement, blocks_in_flight=_blocks_in_flight(resources, placement, store))
+    return replace(placement, notes=(*placement.notes, *_store_notes(resources, placement, store)))
 
 
-def place_again(resources: ResourcesConfig, first: Placement, nodes: Sequence[Node]) -> Placement:
-    """Actors for what is left of a cluster: of the kind and at most the number there were at first."""
+def place_again(resources: ResourcesConfig, before: Mapping[str, Any], nodes: Sequence[Node]) -> Placement:
+    """Actors for what is left of a cluster, by the placement in run.json: engines of the same kind, and at most as
+    many actors as before."""
     changes = {
-        "gpus_per_engine": first.gpus_per_engine,
-        "engine_actors": PoolSize(1, first.engine_pool[1]),
-        "preprocess_actors": PoolSize(1, first.preprocess_pool[1]),
+        "gpus_per_engine": before["gpus_per_engine"],
+        "engine_actors": PoolSize(1, before["engine_pool"][1]),
+        "preprocess_actors": PoolSize(1, before["preprocess_pool"][1]),
     }
     try:
         return place(resources.model_copy(update=changes), nodes)
@@ -281,20 +290,25 @@ def _check_cpus(
     )
 
 
-def _store_notes(resources: ResourcesConfig, nodes: Sequence[Node], placement: Placement) -> tuple[str, ...]:
-    """Whether the tables that were asked to be in flight fit the object store of the node that has least for them."""
-    asked = resources.model_fields_set & {"block_mb", "blocks_in_flight"}
-    store = store_share(nodes, placement)
-    if not asked or not store:
-        return ()
-    in_flight = resources.blocks_in_flight or default_blocks_in_flight(placement.gpus_per_engine)
-    need = in_flight * resources.block_mb * 1024**2
-    if need <= store:
+def _blocks_in_flight(resources: ResourcesConfig, placement: Placement, store: float) -> int:
+    """Tables inside an engine: as asked, or enough to keep it busy within its share of the object store."""
+    if resources.blocks_in_flight is not None:
+        return resources.blocks_in_flight
+    wanted = default_blocks_in_flight(placement.gpus_per_engine)
+    if store:
+        wanted = min(wanted, int(_STORE_FRACTION * store / (resources.block_mb * 1024**2)))
+    return max(_MIN_BLOCKS, wanted)
+
+
+def _store_notes(resources: ResourcesConfig, placement: Placement, store: float) -> tuple[str, ...]:
+    """Whether the tables in flight fit the object store of the node that has least for them."""
+    need = placement.blocks_in_flight * resources.block_mb * 1024**2
+    if not store or need <= store:
         return ()
     return (
-        f"{in_flight} tables of {resources.block_mb:g} MB inside an engine take up to {need / 1e9:.1f} GB, and its "
-        f"share of the node's object store is {store / 1e9:.1f} GB: Ray will hold rows back or spill to disk; "
-        "lower resources.blocks_in_flight or block_mb, or start Ray with a larger object store",
+        f"{placement.blocks_in_flight} tables of {resources.block_mb:g} MB inside an engine take up to "
+        f"{need / 1e9:.1f} GB, and its share of the node's object store is {store / 1e9:.1f} GB: Ray will hold rows "
+        "back or spill to disk; lower resources.blocks_in_flight or block_mb, or start Ray with a larger object store",
     )
 
 
@@ -310,7 +324,7 @@ def store_share(nodes: Sequence[Node], placement: Placement) -> float:
 
 def default_blocks_in_flight(gpus_per_engine: float) -> int:
     """Tables inside an engine at once, where the config leaves it open."""
-    return 32 if gpus_per_engine else 16
+    return 64 if gpus_per_engine else 16
 
 
 def _round_down(cpus: float) -> float:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from pipeline import storage
+from pipeline.execution.supervision import Supervision
 from pipeline.results.run_folder import RunFolder
 
 WARM_UP_STEPS = 10
@@ -74,19 +75,17 @@ def _exported(trace: Any) -> bytes:
 class ProfileFolder:
     """Writes the traces into the run folder as they come."""
 
-    def __init__(self, folder: RunFolder, ledger: Any, num_steps: int | None) -> None:
-        self._folder, self._ledger, self._num_steps = folder, ledger, num_steps
+    def __init__(self, folder: RunFolder, supervision: Supervision, num_steps: int | None) -> None:
+        self._folder, self._supervision, self._num_steps = folder, supervision, num_steps
         self._num_written = 0
         self._looked = time.monotonic()
 
     def collect(self, *, if_old: bool = False) -> None:
         """Write traces that have come since the last time; with `if_old`, only look when that is a while ago."""
-        import ray
-
         if self._num_steps is None or (if_old and time.monotonic() - self._looked < _COLLECT_EVERY_S):
             return
         self._looked = time.monotonic()
-        for trace in ray.get(self._ledger.traces.remote(self._num_written)):
+        for trace in self._supervision.traces(self._num_written):
             self._write(f"engine-{self._num_written}.json.gz", trace)
             self._num_written += 1
 

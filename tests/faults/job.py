@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from jobs.benchmark.stand_in import StandInStage
 from jobs.caption import main
-from pipeline.execution import dataset as flow
+from pipeline.execution import actors, dataset
 from pipeline.preprocess.prompt import spare_torch
 from pipeline.schema import UnitColumn
 
@@ -31,7 +31,7 @@ KILL_ENGINE = "kill the engine"
 HANG_ENGINE = "hang in the engine"
 
 
-class MarkedPreprocessActor(flow.PreprocessActor):
+class MarkedPreprocessActor(actors.PreprocessActor):
     """The real actor around a stage that dies at the row that says so."""
 
     def __init__(self, *words: Any) -> None:
@@ -73,7 +73,7 @@ def _bytes(value: Any) -> list[bytes]:
     return [] if not value.is_valid else [str(value.as_py()).encode()]
 
 
-class MarkedEngineActor(flow.EngineActor):
+class MarkedEngineActor(actors.EngineActor):
     """The real actor around the stage above."""
 
     def make_stage(self, options: Any) -> Any:
@@ -83,8 +83,8 @@ class MarkedEngineActor(flow.EngineActor):
 def job(stages: str, words: Sequence[str]) -> int:
     """Run the job; returns its exit code."""
     if stages == "marked":
-        flow.PreprocessActor = MarkedPreprocessActor  # type: ignore[misc]
-        flow.ENGINE_ACTOR = MarkedEngineActor
+        dataset.PREPROCESS_ACTOR = MarkedPreprocessActor
+        dataset.ENGINE_ACTOR = MarkedEngineActor
     return main(words)
 
 

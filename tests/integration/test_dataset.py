@@ -17,7 +17,9 @@ import pytest
 
 from jobs.benchmark.stand_in import StandInStage
 from jobs.caption import main
-from pipeline.execution import dataset as flow
+from pipeline.execution import dataset
+from pipeline.execution.actors import EngineActor, PreprocessActor, pack
+from pipeline.execution.supervision import RowKey
 from pipeline.schema import RESULT_COLUMNS, UnitColumn
 
 pytestmark = pytest.mark.usefixtures("ray_with_two_cpus")
@@ -49,7 +51,7 @@ class CountingStage(EchoStage):
         return {"answered": float(self.answered)}
 
 
-class EchoActor(flow.EngineActor):
+class EchoActor(EngineActor):
     """The real actor around the stage above."""
 
     def make_stage(self, options: Any) -> Any:
@@ -59,7 +61,7 @@ class EchoActor(flow.EngineActor):
 def run(
     tmp_path: Path, ids: list[str], monkeypatch: pytest.MonkeyPatch, *words: str, actor: type = EchoActor
 ) -> dict[str, dict[str, Any]]:
-    monkeypatch.setattr(flow, "ENGINE_ACTOR", actor)
+    monkeypatch.setattr(dataset, "ENGINE_ACTOR", actor)
     pq.write_table(pa.table({"id": ids, "prompt": ["?"] * len(ids)}), tmp_path / "m.parquet")
     output = tmp_path / "out"
     command = ["--input.path", str(tmp_path / "m.parquet"), "--output.path", str(output), "--model.path", "demo"]
@@ -75,7 +77,7 @@ def test_a_row_that_kills_its_actor_becomes_an_error_row(tmp_path: Path, monkeyp
     rows = run(tmp_path, ids, monkeypatch)
     killer = rows.pop("kill")
     assert (killer["status"], killer["error_type"]) == ("error", "EngineCrash")
-    assert "died 2 times with nothing but this row under way" in killer["error_message"]
+    assert "died 2 times with only this row in progress" in killer["error_message"]
     assert all(row["status"] == "ok" and row["text"] == name for name, row in rows.items())
 
 
@@ -101,16 +103,14 @@ def test_pools_that_may_grow_answer_every_row(tmp_path: Path, monkeypatch: pytes
     assert (placement["preprocess_pool"], placement["engine_pool"]) == ([1, 2], [1, 2])
 
 
-class CountingActor(flow.EngineActor):
+class CountingActor(EngineActor):
     """The real actor around the counting stage."""
 
     def make_stage(self, options: Any) -> Any:
         return CountingStage(options.kept)
 
 
-def test_what_an_actor_did_is_known_to_the_last_row_though_the_job_ended_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_actor_stats_in_the_record_include_the_last_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [f"row {number}" for number in range(5)]
     run(tmp_path, ids, monkeypatch, actor=CountingActor)
     stages = json.loads((tmp_path / "out" / "run.json").read_text())["stages"]
@@ -118,46 +118,46 @@ def test_what_an_actor_did_is_known_to_the_last_row_though_the_job_ended_with_it
     assert sum(stage["answered"] for stage in stages if stage["kind"] == "engine") == len(ids)
 
 
-class OpenRows:
-    """In the ledger's place: which rows are under way."""
+class FakeReporter:
+    """Notes which rows are in progress; row 9 is a suspect."""
 
     def __init__(self) -> None:
-        self.open: set[tuple[int, int]] = set()
+        self.in_progress: set[RowKey] = set()
 
-    def begin(self, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
-        suspects = {place: 0 for place in places if place[1] == 9}
-        self.open.update(set(places) - set(suspects))
+    def begin(self, rows: Sequence[RowKey]) -> dict[RowKey, int]:
+        suspects = {row: 0 for row in rows if row[1] == 9}
+        self.in_progress.update(set(rows) - set(suspects))
         return suspects
 
-    def begin_alone(self, place: tuple[int, int]) -> None:
-        self.open.add(place)
+    def begin_alone(self, row: RowKey) -> None:
+        self.in_progress.add(row)
 
-    def end(self, places: Sequence[tuple[int, int]]) -> None:
-        self.open.difference_update(places)
+    def end(self, rows: Sequence[RowKey]) -> None:
+        self.in_progress.difference_update(rows)
 
 
 class TwoRowsATable:
-    """In the preprocessing stage's place; notes which rows were under way while it worked on each table."""
+    """A preprocessing stage that notes how many rows were in progress while it worked on each table."""
 
-    def __init__(self, desk: OpenRows) -> None:
-        self.desk = desk
-        self.under_way: list[int] = []
+    def __init__(self, reporter: FakeReporter) -> None:
+        self.reporter = reporter
+        self.num_in_progress: list[int] = []
 
-    def tables(self, table: pa.Table, block_bytes: int, block_rows: int) -> Iterator[pa.Table]:
+    def tables(self, table: pa.Table, max_bytes: int, max_rows: int) -> Iterator[pa.Table]:
         for start in range(0, table.num_rows, 2):
-            self.under_way.append(len(self.desk.open))
+            self.num_in_progress.append(len(self.reporter.in_progress))
             yield table.slice(start, 2)
 
 
-def test_no_row_counts_as_under_way_while_a_table_waits_to_be_taken() -> None:
-    actor = flow.PreprocessActor.__new__(flow.PreprocessActor)
-    desk = OpenRows()
-    stage = TwoRowsATable(desk)
-    actor.__dict__.update(_desk=desk, _stage=stage, _block_bytes=1, _block_rows=2, _figures=Counter())
+def test_no_row_is_in_progress_while_a_table_waits_to_be_taken() -> None:
+    reporter = FakeReporter()
+    stage = TwoRowsATable(reporter)
+    actor = PreprocessActor.__new__(PreprocessActor)
+    actor.__dict__.update(_reporter=reporter, _stage=stage, _max_bytes=1, _max_rows=2, _stats=Counter())
     table = pa.table({UnitColumn.FILE: [0] * 6, UnitColumn.ROW: [0, 1, 2, 3, 4, 9], "patches": [b"12"] * 6})
     taken = []
-    for requests in actor(flow.packed(table)):
-        assert desk.open == set()
+    for requests in actor(pack(table)):
+        assert reporter.in_progress == set()
         taken += requests.column(UnitColumn.ROW).to_pylist()
     assert taken == [0, 1, 2, 3, 4, 9]
-    assert stage.under_way == [5, 3, 1, 1]
+    assert stage.num_in_progress == [5, 3, 1, 1]

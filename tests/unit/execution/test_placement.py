@@ -151,19 +151,21 @@ def test_a_pool_starts_with_what_fits_between_its_bounds() -> None:
 def test_after_a_loss_what_was_asked_for_becomes_the_most_there_will_be() -> None:
     asked = ResourcesConfig(engine_actors=2, preprocess_actors=4, preprocess_cpus=1)
     first = place(asked, several((8, 1), (8, 1)))
-    again = place_again(asked, first, one(8, 1))
+    again = place_again(asked, vars(first), one(8, 1))
     assert (again.engine_actors, again.engine_pool, again.preprocess_actors) == (1, (1, 2), 4)
-    without = place_again(asked, first, one(2))
+    without = place_again(asked, vars(first), one(2))
     assert (without.gpus_per_engine, without.engine_pool) == (1.0, (1, 2))  # it waits, and never falls back to the CPU
     assert "the others start when nodes with 1 free GPUs come" in without.notes[0]
     small = ResourcesConfig(engine_actors=1, preprocess_actors=1, engine_cpus=1.9, preprocess_cpus=0.9)
-    assert place_again(small, place(small, several((2, 0), (2, 0))), one(2)).reserved_cpus <= 2 - READ_CPUS
+    assert place_again(small, vars(place(small, several((2, 0), (2, 0)))), one(2)).reserved_cpus <= 2 - READ_CPUS
 
 
 def test_tables_that_were_asked_to_be_in_flight_are_compared_with_the_object_store() -> None:
     nodes = [Node("a", 16, 2, store_bytes=4e9)]
     assert place(ResourcesConfig(), nodes).notes == ()
     assert place(ResourcesConfig(block_mb=16), nodes).notes == ()
+    assert place(ResourcesConfig(), nodes).blocks_in_flight == 4, "a quarter of an engine's share of the store"
+    assert place(ResourcesConfig(), [Node("a", 16, 2, store_bytes=4e12)]).blocks_in_flight == 64
     (note,) = place(ResourcesConfig(block_mb=256, blocks_in_flight=16), nodes).notes
     assert note.startswith("16 tables of 256 MB inside an engine take up to 4.3 GB, and its share of the node's object")
     assert "store is 2.0 GB" in note

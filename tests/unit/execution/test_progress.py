@@ -1,18 +1,20 @@
-"""What a run says of itself at its end: its pace without start-up, and the stage that set it."""
+"""The pace of a run, and which stage held the other back."""
 
 from __future__ import annotations
 
 import pytest
 
-from pipeline.execution.progress import Tally, bottleneck, run_pace
+from pipeline.execution.progress import RunCounts, bottleneck
 
 
-def test_the_pace_counts_from_the_first_row_s_beginning_to_the_last_one_s_end() -> None:
-    tally = Tally(total=600, done_before=0, rows=600, output_tokens=6000, started=100.0, began=160.0, last_row=220.0)
-    assert run_pace(tally) == (10.0, 100.0)
-    tally.began = None  # nobody could tell when the stages were up: start-up counts
-    assert run_pace(tally) == (5.0, 50.0)
-    assert run_pace(Tally(total=600, done_before=600)) == (0.0, 0.0)
+def test_pace_runs_from_the_start_of_the_first_row_to_the_end_of_the_last() -> None:
+    counts = RunCounts(
+        total=600, done_before=0, rows=600, output_tokens=6000, started=100.0, rows_started=160.0, last_row=220.0
+    )
+    assert counts.pace() == (10.0, 100.0)
+    counts.rows_started = None  # unknown: start-up counts
+    assert counts.pace() == (5.0, 50.0)
+    assert RunCounts(total=600, done_before=600).pace() == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,41 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.benchmark.stand_in import StandInStage
 from jobs.caption import main
 from pipeline.demo.manifest import write_demo_world
-from pipeline.execution import dataset as flow
-from pipeline.execution.nodes import live_nodes
+from pipeline.execution.cluster import live_nodes
 
+ROOT = Path(__file__).resolve().parents[2]
 QUICK_HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 2000,
     "health_check_failure_threshold": 4,
 }
-
-
-class SlowEcho(StandInStage):
-    """Answers each row with its id, a twentieth of a second each."""
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        time.sleep(0.05 * table.num_rows)
-        return self.rows(table, {"text": table.column("id").to_pylist()})
-
-
-class SlowEchoActor(flow.EngineActor):
-    """The real actor around the stage above."""
-
-    def make_stage(self, options: Any) -> Any:
-        return SlowEcho(options.kept)
-
-
-class SlowPreprocessActor(flow.PreprocessActor):
-    """The real one, a twentieth of a second a row: it is still at work when the node is lost."""
-
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        time.sleep(0.05 * flow.unpacked(table).num_rows)
-        yield from super().__call__(table)
 
 
 @pytest.fixture
@@ -79,12 +57,8 @@ def lose_once_rows_are_done(cluster: Any, node: Any, output: Path) -> threading.
 
 @pytest.mark.faults
 @pytest.mark.parametrize("fits", [True, False], ids=["there-is-room-for-all", "the-rest-is-too-small"])
-def test_a_lost_node_costs_no_row(
-    tmp_path: Path, cluster: Any, fits: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Where everything fits on what is left, Ray recovers by itself; where it does not, the job starts a new flow."""
-    monkeypatch.setattr(flow, "ENGINE_ACTOR", SlowEchoActor)
-    monkeypatch.setattr(flow, "PreprocessActor", SlowPreprocessActor)
+def test_a_lost_node_costs_no_row(tmp_path: Path, cluster: Any, fits: bool) -> None:
+    """Where everything fits on what is left, Ray recovers by itself; where it does not, the command starts again."""
     # In one case all four actors fit the head alone; in the other one stage fills it, and the other, which was lost,
     # has no place to come back to.
     cpus = (
@@ -101,6 +75,7 @@ def test_a_lost_node_costs_no_row(
         "output.seconds_per_fragment": "0.5",
         "output.report": "false",
         "model.path": "demo",
+        "resources.address": cluster.address,
         "resources.engine_actors": "2" if fits else "1",
         "resources.preprocess_actors": "2" if fits else "1",
         "resources.blocks_in_flight": "2",
@@ -109,17 +84,21 @@ def test_a_lost_node_costs_no_row(
         "run.node_loss_timeout_s": "10",
         **{f"resources.{name}": value for name, value in cpus.items()},
     }
-    assert main([word for key, value in words.items() for word in (f"--{key}", value)]) == 0
+    command = [sys.executable, "-m", "tests.faults.slow_job"]
+    command += [word for key, value in words.items() for word in (f"--{key}", value)]
+    job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert job.returncode == 0, job.stdout + job.stderr
     loss.join(30)
     rows = pq.read_table(output / "part-00000.parquet").to_pylist()
     assert [row["id"] for row in rows] == ids
     assert all(row["status"] == "ok" and row["text"] == row["id"] for row in rows)
     record = json.loads((output / "run.json").read_text())
-    assert record["counts"] == {"rows": 300, "done": 300, "failed": 0, "this_run": 300}
-    told = capfd.readouterr().out
+    assert (record["counts"]["rows"], record["counts"]["done"], record["counts"]["failed"]) == (300, 300, 0)
+    assert record["num_runs"] == (1 if fits else 2)
     if not fits:
-        assert "1 of the cluster's 2 nodes lost: rows in flight are run again on the others" in told
-        assert record["placement"]["engine_cpus"] < 1.9, "the record tells of the actors that are left"
+        assert "1 of the cluster's 2 nodes lost" in job.stderr
+        assert "it starts again now" in job.stderr
+        assert record["placement"]["engine_cpus"] < 1.9, "the record has the placement of the second run"
 
 
 @pytest.mark.slow

@@ -1,0 +1,241 @@
+"""Everything that can be checked and decided before Ray starts: is the folder finished, may it be continued, do the
+settings work, and which rows are left.
+
+Knows config, manifest, checkpoint and run folder; nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.checkpoint.locate import check_model, read_processor_facts, resolve_model
+from pipeline.config import CaptionConfig
+from pipeline.errors import ConfigError, TooManyErrors
+from pipeline.execution.placement import Placement
+from pipeline.execution.progress import RunCounts, bottleneck
+from pipeline.execution.stages import (
+    Stages,
+    build_stages,
+    engine_options,
+    kept_schema,
+    message_options,
+    model_cache,
+    number_rows,
+    open_input,
+)
+from pipeline.manifest import Manifest, recorded_manifest
+from pipeline.manifest.row_set import RowNumbering
+from pipeline.manifest.work import Retries, Work, plan_work
+from pipeline.preprocess.messages import check_columns
+from pipeline.preprocess.prompt import ChatTokenizer
+from pipeline.results.finished import FinishedRows, read_finished
+from pipeline.results.lease import Lease
+from pipeline.results.parts import count_errors
+from pipeline.results.run_folder import RunFolder
+from pipeline.results.run_record import check_unchanged, identity, new_record, now
+
+_ERRORS_JUDGED_FROM = 100
+"""Rows of a run from which its error rows may stop it."""
+
+
+@dataclass
+class CaptionJob:
+    """A run of the caption job that has been checked and may begin, and what is known of it so far."""
+
+    config: CaptionConfig
+    model_path: str
+    folder: RunFolder
+    manifest: Manifest
+    numbering: RowNumbering
+    finished: FinishedRows
+    retries: Retries | None
+    kept: pa.Schema
+    record: dict[str, Any]
+    """run.json of this run."""
+    last_record: Mapping[str, Any]
+    """run.json as the folder's last run left it; empty for a first run."""
+    counts: RunCounts
+    stats: Sequence[Mapping[str, Any]] = ()
+    """What the actors last reported."""
+    started: bool = False
+    """Whether run.json says that this run is in progress: until then the folder is not tied to its settings."""
+
+    @property
+    def stages(self) -> Stages:
+        """The options of both stages."""
+        return build_stages(self.config, self.model_path, self.manifest)
+
+    def start(self, placement: Placement) -> None:
+        """Write run.json with the state `running`."""
+        self.record["placement"] = vars(placement)
+        self.folder.write_run(self.record)
+        self.started = True
+
+    def plan(self, placement: Placement) -> list[Work]:
+        """Units of work over the rows that are not done."""
+        resources = self.config.resources
+        return list(
+            plan_work(
+                self.manifest,
+                self.numbering,
+                self.finished.done,
+                actors=placement.preprocess_actors,
+                min_rows=resources.min_rows_per_unit,
+                max_rows=resources.max_rows_per_unit,
+                retries=self.retries,
+            )
+        )
+
+    def check_errors(self, *, at_end: bool = False) -> None:
+        """Raise TooManyErrors when more rows failed than `run.max_error_fraction` allows."""
+        rows, failed, allowed = self.counts.done, self.counts.failed, self.config.run.max_error_fraction
+        if (at_end or self.counts.rows >= _ERRORS_JUDGED_FROM) and failed > allowed * max(rows, 1):
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.errors.most_common(3))
+            raise TooManyErrors(
+                f"{failed:,} of {rows:,} rows failed ({failed / rows:.0%}), more than run.max_error_fraction "
+                f"{allowed:g}: {kinds}; finished rows are kept in the folder"
+            )
+
+    def close(self, state: str) -> None:
+        """Write run.json with what is known at the end of the run, however it ended."""
+        if not self.started:
+            return
+        counts = self.counts
+        rows_per_s, tokens_per_s = counts.pace()
+        engines = [one for one in self.stats if one.get("kind") == "engine"]
+        self.record.update(
+            state=state,
+            finished=now(),
+            counts={"rows": counts.total, "done": counts.done, "failed": counts.failed, "this_run": counts.rows},
+            errors=dict(count_errors(self.folder) if state == "finished" else counts.errors),
+            throughput={
+                "rows_per_s": rows_per_s,
+                "output_tokens_per_s": tokens_per_s,
+                "seconds": counts.elapsed,
+                "prompt_tokens": counts.prompt_tokens,
+                "visual_tokens": counts.visual_tokens,
+                "output_tokens": counts.output_tokens,
+            },
+            engine=engines[0]["describe"] if engines else None,
+            bottleneck=bottleneck(self.stats),
+            stages=[{key: value for key, value in one.items() if key != "describe"} for one in self.stats],
+        )
+        self.folder.write_run(self.record)
+
+
+@contextlib.contextmanager
+def hold(folder: RunFolder) -> Iterator[None]:
+    """Make the folder ready, and keep other runs out of it. Raises OutputError where another run holds it."""
+    folder.prepare()
+    with Lease(folder.file(".lease"), folder.storage_options) as lease:
+        folder.guard = lease.check
+        folder.sweep()
+        yield
+
+
+def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
+    """Check everything that can be checked before Ray starts. None when the folder is finished already, which has been
+    printed then. Raises JobError."""
+    model_path = resolve_model(config.model.path)
+    asked = identity(config, model_path)
+    record = folder.read_run()
+    finished_before = folder.is_finished()
+    if record is not None and finished_before and _listing_is_finished(config, folder, record, asked):
+        return None
+    manifest = open_input(config, folder)
+    if record is not None:
+        manifest = check_unchanged(record, config, asked, manifest, folder=folder.path)
+    numbering = number_rows(manifest, config.input.limit)
+    grown = record is not None and record["manifest"].get("num_rows") != numbering.num_rows
+    if finished_before and not grown and not config.run.retry_failed:
+        _print_finished(folder, record or {}, numbering.num_rows)
+        return None
+    _check_settings(config, manifest, model_path)
+    finished = read_finished(folder, numbering)
+    retries = None
+    if config.run.retry_failed:
+        failed = finished.count_failed()
+        retries = Retries(*finished.take_failed(config.run.retried_types))
+        if finished_before and not grown and not len(retries.indices):
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in failed.most_common()) or "no errors"
+            folder.discard_fragments()
+            print(f"{folder.path} is finished and has no such errors to run again: it has {kinds}")
+            return None
+    if finished_before:
+        folder.reopen()
+    if not asked["model.files"]:  # a hub's model that has been downloaded by now
+        asked = identity(config, model_path)
+    fresh = new_record(config, asked, manifest)
+    fresh["manifest"]["num_rows"] = numbering.num_rows
+    fresh["num_runs"] = (record or {}).get("num_runs", 0) + 1
+    fresh["first_started"] = (record or fresh).get("first_started", fresh["started"])
+    return CaptionJob(
+        config,
+        model_path,
+        folder,
+        manifest,
+        numbering,
+        finished,
+        retries,
+        kept_schema(config, manifest),
+        fresh,
+        record or {},
+        RunCounts(numbering.num_rows, len(finished.done), len(finished.failed)),
+    )
+
+
+def _listing_is_finished(
+    config: CaptionConfig, folder: RunFolder, record: dict[str, Any], asked: dict[str, Any]
+) -> bool:
+    """Whether the manifest's listing alone shows that there is nothing to do; then this has been printed."""
+    if config.run.retry_failed:
+        return False
+    recorded, source = record["manifest"], config.input
+    manifest = recorded_manifest(source.path, recorded, format=source.format, storage_options=source.storage_options)
+    if manifest is None:
+        return False
+    manifest = check_unchanged(record, config, asked, manifest, folder=folder.path)
+    num_rows = number_rows(manifest, source.limit).num_rows
+    if num_rows != recorded.get("num_rows"):
+        return False
+    _print_finished(folder, record, num_rows)
+    return True
+
+
+def _print_finished(folder: RunFolder, record: dict[str, Any], num_rows: int) -> None:
+    folder.discard_fragments()  # a crash between success and cleaning up may have left some
+    if record.get("state") != "finished":  # it ended between its parts and its record
+        errors = count_errors(folder)
+        counts = {"rows": num_rows, "done": num_rows, "failed": errors.total()}
+        record.update(state="finished", errors=dict(errors), counts={**record.get("counts", {}), **counts})
+        folder.write_run(record)
+    failed = record["counts"]["failed"]
+    hint = "; --retry-failed runs the error rows again" if failed else ""
+    print(f"{folder.path} is finished: {num_rows:,} rows, {failed:,} errors{hint}")
+
+
+def _check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -> None:
+    """Refuse now what every actor would otherwise refuse later: columns, model, settings."""
+    missing = [name for name in config.input.keep if name not in manifest.schema.names]
+    if missing and manifest.format != "media":  # a bare folder has no columns to keep, whatever the config says
+        raise ConfigError(
+            f"input.keep: the manifest has no column {', '.join(missing)}; found: {', '.join(manifest.schema.names)}"
+        )
+    by = config.output.partition_by
+    if by is not None and by not in config.input.keep:
+        raise ConfigError(f"output.partition_by: {by} is not a kept column; input.keep: {', '.join(config.input.keep)}")
+    if manifest.num_rows:  # an empty JSONL file has no columns to look at, and no rows that would need any
+        check_columns(manifest.schema.names, message_options(config))
+    local = model_cache(config).local(model_path, weights=False)  # looks at a bucket's listing for the weights
+    check_model(local, revision=config.model.revision, weights=local == model_path)
+    read_processor_facts(local, revision=config.model.revision)
+    ChatTokenizer(local, revision=config.model.revision)
+    try:
+        engine_options(config, model_path)
+    except ValueError as error:
+        raise ConfigError(f"model, engine: {error}") from error
