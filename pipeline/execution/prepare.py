@@ -35,7 +35,8 @@ from pipeline.preprocess.messages import check_columns
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.results.finished import FinishedRows, read_finished
 from pipeline.results.lease import Lease
-from pipeline.results.parts import count_errors
+from pipeline.results.parts import reopen
+from pipeline.results.reader import count_errors
 from pipeline.results.run_folder import RunFolder
 from pipeline.results.run_record import check_unchanged, identity, new_record, now
 
@@ -160,14 +161,14 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
     retries = None
     if config.run.retry_failed:
         failed = finished.count_failed()
-        retries = Retries(*finished.take_failed(config.run.retried_types))
+        retries = finished.take_failed(config.run.retried_types)
         if finished_before and not grown and not len(retries.indices):
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in failed.most_common()) or "no errors"
-            folder.discard_fragments()
+            folder.delete_fragments()
             print(f"{folder.path} is finished and has no such errors to run again: it has {kinds}")
             return None
     if finished_before:
-        folder.reopen()
+        reopen(folder, numbering)
     if not asked["model.files"]:  # a hub's model that has been downloaded by now
         asked = identity(config, model_path)
     fresh = new_record(config, asked, manifest)
@@ -208,7 +209,7 @@ def _listing_is_finished(
 
 
 def _print_finished(folder: RunFolder, record: dict[str, Any], num_rows: int) -> None:
-    folder.discard_fragments()  # a crash between success and cleaning up may have left some
+    folder.delete_fragments()  # a crash between success and cleaning up may have left some
     if record.get("state") != "finished":  # it ended between its parts and its record
         errors = count_errors(folder)
         counts = {"rows": num_rows, "done": num_rows, "failed": errors.total()}
