@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.server
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 
-import pipeline.preprocess.fetch as fetch_module
+from pipeline import storage
 from pipeline.errors import AccessDenied, CredentialError, FetchError, FetchTimeout, MediaNotFound, MediaTooLarge
+from pipeline.preprocess import allow
+from pipeline.preprocess import http as http_module
+from pipeline.preprocess.allow import is_public
 from pipeline.preprocess.fetch import Fetcher
 from pipeline.preprocess.limits import FetchOptions
+from pipeline.storage import retry
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -30,6 +38,11 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers: dict[str, Callable[[http.server.BaseHTTPRequestHandler], None]] = {}
         self.asked: list[str] = []
+        self.num_connections = 0
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        self.num_connections += 1
+        return True
 
     @property
     def url(self) -> str:
@@ -47,6 +60,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections stay open
+
     def do_GET(self) -> None:
         assert isinstance(self.server, Server)
         self.server.asked.append(self.path)
@@ -58,7 +73,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(fetch_module, "_FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
     with Server() as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield running
@@ -193,15 +208,43 @@ def test_an_object_that_is_too_large_is_refused(bucket: Any) -> None:
 
 
 def test_the_whole_bucket_of_the_manifest_is_allowed_but_no_other() -> None:
-    from pipeline.preprocess.fetch import _bucket_root
+    from pipeline.preprocess.uri import bucket_of
 
-    assert _bucket_root("s3://bucket/deep/prefix") == "s3://bucket"
-    assert _bucket_root("gcs://bucket/deep") == "gs://bucket"
-    assert _bucket_root("hf://datasets/org/name/data") == "hf://datasets/org/name"
+    assert bucket_of("s3://bucket/deep/prefix") == "s3://bucket"
+    assert bucket_of("gcs://bucket/deep") == "gs://bucket"
+    assert bucket_of("hf://datasets/org/name/data") == "hf://datasets/org/name"
+
+
+def test_a_uri_is_never_a_chain_of_file_systems(bucket: Any, tree: Path) -> None:
+    bucket.pipe({"/photos/set/x": b"inner"})
+    for chain in (
+        f"memory://photos/set/x::file://{tree}/../secret.txt",
+        "memory://photos/set/x::memory://private/b.jpg",
+    ):
+        with pytest.raises(MediaNotFound):
+            fetcher("memory://photos/set").fetch(chain)
+
+
+def test_options_may_be_sorted_by_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, Any]] = []
+
+    def open_file_system(url: str, options: Any) -> Any:
+        seen.append((url, options))
+        return fsspec.filesystem("memory"), ""
+
+    monkeypatch.setattr(storage, "file_system", open_file_system)
+    sorted_options = {"s3": {"profile": "a"}, "gcs": {"token": "b"}}
+    for options in ({"profile": "flat", "client_kwargs": {"region_name": "x"}}, sorted_options):
+        for uri in ("s3a://bucket/a", "gs://bucket/a", "hf://datasets/org/name/a"):
+            with pytest.raises(MediaNotFound):
+                fetcher(allow=("*",), storage_options=options).fetch(uri)
+    flat = {"profile": "flat", "client_kwargs": {"region_name": "x"}}
+    assert [options for _, options in seen] == [flat, flat, flat, {"profile": "a"}, {"token": "b"}, {}]
+    assert [url for url, _ in seen] == ["s3://", "gs://", "hf://"] * 2
 
 
 def test_a_bucket_that_throttles_is_asked_again(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_module, "_FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
     answers = scripted(bucket, monkeypatch)
     slow_down = as_s3fs_raises("SlowDown", "Please reduce your request rate.")
     internal = as_s3fs_raises("InternalError", "We encountered an internal error. Please try again.")
@@ -262,7 +305,7 @@ def test_a_client_that_takes_longer_to_give_up_its_credentials_than_a_fetch_may_
         raise expired
 
     monkeypatch.setattr(type(bucket), "cat_file", cat_file)
-    monkeypatch.setattr(fetch_module, "_FIRST_BACKOFF_S", 0.6)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.6)
     with pytest.raises(CredentialError):
         fetcher("memory://photos/set", timeout_s=0.1, retries=3).fetch("a.jpg")
 
@@ -319,6 +362,84 @@ def test_a_private_host_may_be_allowed_by_setting_or_by_name(server: Server) -> 
     assert fetcher(allow_private_hosts=True).fetch(f"{server.url}/a.jpg") == b"picture"
     assert fetcher(allow=("127.0.0.1",)).fetch(f"{server.url}/a.jpg") == b"picture"
     assert fetcher(allow=(server.url,)).fetch(f"{server.url}/a.jpg") == b"picture"
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", False),
+        ("10.0.0.1", False),
+        ("172.16.0.1", False),
+        ("192.168.0.1", False),
+        ("100.64.0.1", False),
+        ("169.254.169.254", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::1", False),
+        ("::", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("ff02::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("::ffff:8.8.8.8", True),
+        ("2002:7f00:1::", False),
+        ("64:ff9b::10.0.0.1", False),
+        ("64:ff9b::8.8.8.8", True),
+    ],
+)
+def test_addresses_of_private_networks_are_known_in_every_spelling(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+def test_connections_are_used_again_and_a_new_one_is_checked_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    addresses = ["127.0.0.1"]
+    resolved: list[str] = []
+    real = socket.getaddrinfo
+
+    def resolve(host: str, *args: Any, **options: Any) -> Any:
+        resolved.append(host)
+        return real(addresses[0] if host == "photos.example" else host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(allow, "is_public", lambda address: address == "127.0.0.1")
+    server.give("/a.jpg", b"picture")
+    server.give("/old.jpg", b"moved", 302, Location="/a.jpg")
+    server.give("/none.jpg", b"", 404)
+    web, url = fetcher(), f"http://photos.example:{server.server_address[1]}"
+    for name in ("a.jpg", "old.jpg", "a.jpg"):
+        assert web.fetch(f"{url}/{name}") == b"picture"
+    assert web.open(f"{url}/a.jpg").read(1, 3) == b"ic"
+    assert resolved.count("photos.example") == 1 and server.num_connections == 1
+
+    addresses[0] = "10.0.0.1"  # the name leads elsewhere from now on
+    assert web.fetch(f"{url}/a.jpg") == b"picture"
+    with pytest.raises(MediaNotFound):  # whose connection is given up
+        web.fetch(f"{url}/none.jpg")
+    with pytest.raises(AccessDenied, match=r"photos\.example is 10\.0\.0\.1, in a private network"):
+        web.fetch(f"{url}/a.jpg")
+
+
+def test_threads_share_connections_and_each_gets_its_own_answer(server: Server) -> None:
+    for number in range(8):
+        server.give(f"/{number}", f"picture {number}".encode() * 1000)
+    web = fetcher(allow_private_hosts=True)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: web.fetch(f"{server.url}/{number % 8}"), range(64)))
+    assert found == [f"picture {number % 8}".encode() * 1000 for number in range(64)]
+    assert server.num_connections <= 8
+
+
+def test_a_server_that_closes_between_requests_is_connected_to_again(server: Server) -> None:
+    server.give("/a.jpg", b"picture", Connection="close")
+    web = fetcher(allow_private_hosts=True, retries=0)
+    for _ in range(2):
+        assert web.fetch(f"{server.url}/a.jpg") == b"picture"
+    assert server.num_connections == 2
 
 
 def test_a_name_is_resolved_once_and_a_private_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,28 +512,119 @@ def test_a_connection_that_ends_early_is_tried_again(server: Server) -> None:
         request.send_header("Content-Length", "7")
         request.end_headers()
         request.wfile.write(b"pic" if len(server.asked) == 1 else b"picture")
+        request.close_connection = True
 
     server.answers["/a.jpg"] = short_once
     assert fetcher(allow_private_hosts=True).fetch(f"{server.url}/a.jpg") == b"picture"
 
 
-def test_a_server_that_trickles_is_a_timeout(server: Server) -> None:
+@pytest.mark.parametrize("where", ["status line", "headers", "body", "chunks"])
+def test_a_server_that_trickles_is_a_timeout_wherever_it_does(server: Server, where: str) -> None:
     stop = threading.Event()
+    start, rest = {
+        "status line": (b"", b"H"),
+        "headers": (b"HTTP/1.1 200 OK\r\nX-Long: ", b"x"),
+        "body": (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b"x"),
+        "chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    }[where]
 
     def trickle(request: http.server.BaseHTTPRequestHandler) -> None:
-        request.send_response(200)
-        request.send_header("Content-Length", "100000")
-        request.end_headers()
+        request.wfile.write(start)
         while not stop.wait(0.05):
             try:
-                request.wfile.write(b"x")
+                request.wfile.write(rest)
             except OSError:
                 return
 
     server.answers["/a.jpg"] = trickle
+    started = time.monotonic()
     with pytest.raises(FetchTimeout, match=r"no answer within 0\.5 s"):
         fetcher(allow_private_hosts=True, timeout_s=0.5, retries=0).fetch(f"{server.url}/a.jpg")
+    assert time.monotonic() - started < 2
     stop.set()
+
+
+def test_each_request_on_a_connection_has_the_whole_time(server: Server) -> None:
+    def slow(request: http.server.BaseHTTPRequestHandler) -> None:
+        time.sleep(0.3)
+        give(request)
+
+    server.give("/a.jpg", b"picture")
+    give, server.answers["/a.jpg"] = server.answers["/a.jpg"], slow
+    web = fetcher(allow_private_hosts=True, timeout_s=0.8, retries=0)
+    for _ in range(4):
+        assert web.fetch(f"{server.url}/a.jpg") == b"picture"
+    assert server.num_connections == 1
+
+
+@pytest.fixture
+def secure(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The server speaks TLS as `localhost`; the path of its certificate, which nobody trusts yet."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(1), now + timedelta(1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (tmp_path / "key.pem").write_bytes(private)
+    (tmp_path / "certificate.pem").write_bytes(certificate.public_bytes(pem))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate.pem", tmp_path / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    monkeypatch.setattr(http_module, "_tls_context", http_module._tls_context.__wrapped__)
+    return tmp_path / "certificate.pem"
+
+
+def test_a_certificate_that_is_not_trusted_is_final(server: Server, secure: Path) -> None:
+    with pytest.raises(
+        FetchError, match=r"localhost:\d+/a.jpg: the server's certificate can't be trusted: self.signed"
+    ) as caught:
+        fetcher(allow_private_hosts=True).fetch(f"https://localhost:{server.server_address[1]}/a.jpg")
+    assert "tried" not in str(caught.value)
+
+
+def test_https_checks_the_host_s_name_keeps_connections_and_ends_in_time(
+    server: Server, secure: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(secure))
+    server.give("/a.jpg", b"picture")
+    url = f"https://localhost:{server.server_address[1]}"
+    web = fetcher(allow_private_hosts=True, timeout_s=1.0, retries=0)
+    assert [web.fetch(f"{url}/a.jpg") for _ in range(3)] == [b"picture"] * 3
+    assert server.num_connections == 1
+    with pytest.raises(AccessDenied, match="localhost is 127"):
+        fetcher().fetch(f"{url}/a.jpg")
+    with pytest.raises(FetchError, match="can't be trusted: IP address mismatch"):
+        web.fetch(f"https://127.0.0.1:{server.server_address[1]}/a.jpg")
+
+    def trickle(request: http.server.BaseHTTPRequestHandler) -> None:
+        with contextlib.suppress(OSError):
+            for letter in "HTTP/1.1 200 OK and many more words than anybody has the time to wait for":
+                request.wfile.write(letter.encode())
+                time.sleep(0.05)
+
+    server.answers["/b.jpg"] = trickle
+    with pytest.raises(FetchTimeout):
+        web.fetch(f"{url}/b.jpg")
+
+
+def test_the_certificate_store_is_loaded_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[None] = []
+    real = ssl.create_default_context
+    monkeypatch.setattr(ssl, "create_default_context", lambda: loaded.append(None) or real())
+    http_module._tls_context.cache_clear()
+    for _ in range(3):
+        fetcher()
+    assert len(loaded) == 1
 
 
 def test_compressed_answers_that_nobody_asked_for_are_refused(server: Server) -> None:

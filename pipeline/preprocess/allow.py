@@ -1,0 +1,101 @@
+"""Which folders, buckets and hosts rows may read from.
+
+Rows are data, and data may be hostile: a row must not be able to read the machine's other files or talk to its private
+network. Allowed are the manifest's own tree or bucket, public web hosts and the entries of `input.allow`. Knows paths,
+URIs and addresses; opens nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from pipeline.errors import AccessDenied
+from pipeline.preprocess.uri import WEB_SCHEMES, bucket_of, local_path, normal_bucket_uri, scheme_of, shown
+
+_ANYTHING = "*"
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+class AllowList:
+    """The places that the rows of one manifest may read."""
+
+    def __init__(self, base: str, allow: Sequence[str], *, private_hosts: bool) -> None:
+        """`base` is the manifest's folder or prefix; `private_hosts` allows all hosts of private networks."""
+        self._base = base
+        self._private_hosts = private_hosts
+        self._anything = _ANYTHING in allow
+        folders, buckets, hosts = [], [], set()
+        for entry in allow:
+            if entry == _ANYTHING:
+                continue
+            if scheme_of(entry) in WEB_SCHEMES:
+                hosts.add(_host_in(entry))
+            elif scheme_of(entry):
+                buckets.append(normal_bucket_uri(entry))
+            elif os.sep in entry or entry in (".", ".."):
+                folders.append(os.path.realpath(local_path(entry)))
+            else:
+                hosts.add(_host_in(f"//{entry}"))
+        if not scheme_of(base):
+            folders.insert(0, os.path.realpath(local_path(base) or "."))
+        elif scheme_of(base) not in WEB_SCHEMES:
+            buckets.insert(0, bucket_of(base))
+        self._folders, self._buckets, self._hosts = tuple(folders), tuple(buckets), frozenset(hosts)
+
+    def file(self, source: str) -> str:
+        """The real path of a local file, relative ones starting at the manifest. Raises AccessDenied."""
+        path = local_path(source)
+        if not os.path.isabs(path):
+            if scheme_of(self._base):
+                raise AccessDenied(f"{shown(source)}: the manifest is not on this machine's disk")
+            path = os.path.join(local_path(self._base) or ".", path)
+        real = os.path.realpath(path)
+        if not self._anything and not any(_is_below(real, folder) for folder in self._folders):
+            through = f" (through a symbolic link: {real})" if real != os.path.abspath(path) else ""
+            raise AccessDenied(
+                f"{shown(source)} is outside the folders that rows may read{through}: "
+                f"{', '.join(self._folders) or 'none'}; add its folder to input.allow"
+            )
+        return real
+
+    def bucket_object(self, source: str) -> str:
+        """The normal form of an object's URI. Raises AccessDenied."""
+        uri = normal_bucket_uri(source)
+        if not self._anything and not any(_is_below(uri, bucket) for bucket in self._buckets):
+            raise AccessDenied(
+                f"{shown(source)} is outside the buckets that rows may read: {', '.join(self._buckets) or 'none'}; "
+                "add its bucket or prefix to input.allow"
+            )
+        return uri
+
+    def check_address(self, host: str, port: int, address: str) -> None:
+        """Raise AccessDenied if the host's address is in a private network and the host is not allowed by name."""
+        if self._private_hosts or host in self._hosts or f"{host}:{port}" in self._hosts or is_public(address):
+            return
+        raise AccessDenied(
+            f"{host} is {address}, in a private network; set input.allow_private_hosts to reach such hosts, "
+            "or name this one in input.allow"
+        )
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address lies outside private, loopback, link-local, multicast and reserved ranges."""
+    parsed: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(parsed, ipaddress.IPv6Address):
+        # An address that carries an IPv4 one inside leads where that one leads.
+        inner = parsed.ipv4_mapped or parsed.sixtofour or (parsed.teredo[1] if parsed.teredo else None)
+        if inner is None and parsed in _NAT64:
+            inner = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
+        parsed = inner or parsed
+    return parsed.is_global and not parsed.is_multicast
+
+
+def _host_in(url: str) -> str:
+    return urlsplit(url).netloc.rpartition("@")[2].lower().strip("[]")
+
+
+def _is_below(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip("/") + "/")

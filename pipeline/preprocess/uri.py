@@ -1,0 +1,80 @@
+"""The URIs that name media: scheme, local path, bucket, content of a data: URI, and the form for messages.
+
+Works on text alone: looks at no disk and no network, and decides nothing about access.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import posixpath
+import re
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+from pipeline.errors import AccessDenied, FetchError
+
+WEB_SCHEMES = ("http", "https")
+_SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*):(//)?")
+_ALIASES = {"gcs": "gs", "s3a": "s3", "s3n": "s3"}
+_REPOSITORY_KINDS = ("datasets/", "spaces/", "buckets/")
+
+
+def scheme_of(uri: str) -> str:
+    """The scheme in lower case, under its usual name; empty for a local file, also for one with a colon in its name."""
+    match = _SCHEME.match(uri)
+    if match is None:
+        return ""
+    scheme = match.group(1).lower()
+    if scheme == "file" or (not match.group(2) and scheme != "data"):
+        return ""
+    return _ALIASES.get(scheme, scheme)
+
+
+def local_path(uri: str) -> str:
+    """The path of a local file, given as a path or a file: URI."""
+    if not uri.lower().startswith("file:"):
+        return uri
+    parts = urlsplit(uri)
+    if parts.netloc not in ("", "localhost"):
+        raise AccessDenied(f"{shown(uri)} is on the host {parts.netloc}; only files of this machine can be read")
+    return unquote(parts.path)
+
+
+def normal_bucket_uri(uri: str) -> str:
+    """A bucket URI without `..` that could lead out of a prefix, and with the usual name of its scheme."""
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    key = posixpath.normpath("/" + key).lstrip("/") if ".." in key.split("/") else key.rstrip("/")
+    return f"{scheme_of(uri)}://{bucket}" + (f"/{key}" if key else "")
+
+
+def bucket_of(uri: str) -> str:
+    """The bucket that a URI lies in: for hf:// the repository, for trees without buckets the folder itself."""
+    scheme, _, rest = normal_bucket_uri(uri).partition("://")
+    if scheme in ("memory", "hdfs"):
+        return f"{scheme}://{rest}"
+    depth = 1 if scheme != "hf" else 3 if rest.startswith(_REPOSITORY_KINDS) else 2
+    return f"{scheme}://" + "/".join(rest.split("/")[:depth])
+
+
+def data_uri_content(uri: str) -> bytes:
+    """The bytes that a data: URI holds."""
+    header, comma, payload = uri.partition(":")[2].partition(",")
+    if not comma:
+        raise FetchError("the data: URI has no comma: expected data:[type][;base64],content")
+    if not header.lower().rstrip().endswith(";base64"):
+        return unquote_to_bytes(payload)
+    try:
+        return base64.b64decode("".join(unquote(payload).split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise FetchError(f"the data: URI's base64 content can't be read: {error}") from error
+
+
+def shown(uri: str) -> str:
+    """A URI for messages: short, and without the signatures and passwords that URLs carry."""
+    if scheme_of(uri) == "data":
+        return uri[:32] + "..."
+    if "://" in uri:
+        scheme, _, rest = uri.partition("://")
+        host, slash, path = rest.partition("?")[0].partition("/")
+        uri = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    return uri if len(uri) <= 200 else uri[:120] + "..." + uri[-60:]
