@@ -1,30 +1,33 @@
-"""What a workload costs in arithmetic and memory traffic, and what the makers' data sheets say a GPU can do.
+"""The arithmetic and memory traffic of a workload, and the peaks of GPUs by their makers' data sheets.
 
-    rows --> FLOP and bytes --(GPU's peaks)--> seconds that no engine can beat; real ones reach a share of it
+    rows --> FLOP and bytes --(GPU's peaks)--> shortest possible seconds; engines reach a share of that pace
 
 The arithmetic of Qwen2-VL: a vision tower over patches (attention within each temporal step), a merger, a decoder over
-prompt tokens (causal attention), then one token at a time. Plain numbers: knows no torch, config or rows.
+prompt tokens (causal attention), then one token at a time. Plain numbers: knows no torch, config or manifest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from pipeline.preprocess.patches import MERGE_SIZE
+from pipeline.preprocess.patches import VIDEO_PATCH_BYTES as PATCH_VALUES
 
 BYTES_PER_VALUE = 2
 """Of a weight, key or value in bfloat16 or float16."""
-VISION_HIDDEN_RATIO = 4
-PATCH_VALUES = 3 * 2 * 14 * 14
-PATCHES_PER_TOKEN = 4
+VISION_MLP_RATIO = 4
+PATCHES_PER_TOKEN = MERGE_SIZE**2
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its maker's data sheet has it."""
+    """A GPU by its maker's data sheet."""
 
     name: str
-    """As it appears in the name that the driver gives."""
+    """A part of the name that the driver gives."""
     flops: float
     """Dense bfloat16 FLOP/s (float16 before Ampere), without sparsity."""
     bytes_per_s: float
@@ -32,7 +35,7 @@ class Gpu:
     memory_gb: float
 
 
-# The first whose name is found in the driver's wins, so that a longer name stands before its beginning.
+# The first name that the driver's name contains is taken, so longer names come before their prefixes.
 GPUS = (
     Gpu("B200", 2_250e12, 8.0e12, 180),
     Gpu("H200", 989e12, 4.8e12, 141),
@@ -54,7 +57,7 @@ GPUS = (
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU that a driver, a cloud or a person calls so: `NVIDIA H100 80GB HBM3`, `a100-80gb`, `H100_PCIe`."""
+    """The GPU that a driver, a cloud or a person gives this name: `NVIDIA H100 80GB HBM3`, `a100-80gb`, `H100_PCIe`."""
     wanted = _plain(name)
     if "a100" in wanted and "40gb" in wanted:
         return next(gpu for gpu in GPUS if gpu.name == "A100 40GB")
@@ -98,22 +101,21 @@ class ModelShape:
         return self.hidden * self.vocab
 
     @property
-    def vision(self) -> int:
-        """Weights of the vision tower's layers, patch embedding and merger."""
+    def vision_body(self) -> int:
+        """Weights of the vision tower that every patch is multiplied with."""
         width = self.vision_width
-        layers = self.vision_layers * (4 + 2 * VISION_HIDDEN_RATIO) * width**2
-        merged = PATCHES_PER_TOKEN * width
-        return layers + PATCH_VALUES * width + merged**2 + merged * self.hidden
+        return self.vision_layers * (4 + 2 * VISION_MLP_RATIO) * width**2 + PATCH_VALUES * width
+
+    @property
+    def merger(self) -> int:
+        """Weights that every visual token is multiplied with before the decoder."""
+        merged = PATCHES_PER_TOKEN * self.vision_width
+        return merged**2 + merged * self.hidden
 
     @property
     def num_parameters(self) -> int:
         """All weights, norms and biases left out: they are a few in ten thousand."""
-        return self.body + self.vision + self.head * (1 if self.tied else 2)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes that the weights take in bfloat16."""
-        return BYTES_PER_VALUE * self.num_parameters
+        return self.body + self.vision_body + self.merger + self.head * (1 if self.tied else 2)
 
     def kv_bytes(self, bytes_per_value: int = BYTES_PER_VALUE) -> int:
         """Bytes of keys and values for each token."""
@@ -150,12 +152,8 @@ def vision_flops(shape: ModelShape, grid_thw: Sequence[int]) -> float:
     """FLOP of one medium's patches in the vision tower and the merger; attention stays within a temporal step."""
     t, grid_h, grid_w = grid_thw
     in_step = grid_h * grid_w
-    patches = t * in_step
-    width, merged = shape.vision_width, PATCHES_PER_TOKEN * shape.vision_width
-    layers = shape.vision_layers * (4 + 2 * VISION_HIDDEN_RATIO) * width**2
-    linear = 2 * patches * (layers + PATCH_VALUES * width)
-    merger = 2 * (patches / PATCHES_PER_TOKEN) * (merged**2 + merged * shape.hidden)
-    return linear + merger + 4 * in_step**2 * t * width * shape.vision_layers
+    weights = shape.vision_body + shape.merger / PATCHES_PER_TOKEN
+    return 2 * t * in_step * weights + 4 * in_step**2 * t * shape.vision_width * shape.vision_layers
 
 
 def prefill_flops(shape: ModelShape, prompt: int) -> float:
@@ -175,37 +173,37 @@ def decode_bytes(shape: ModelShape, prompt: int, output: float, running: float) 
     return output * (weights + shape.kv_bytes() * (prompt + output / 2))
 
 
-@dataclass(frozen=True)
-class RowWork:
-    """A row as the engine sees it."""
+class RowWork(NamedTuple):
+    """A row as the engine processes it. The prompt is run once, each of its answers decodes for itself."""
 
-    grids: tuple[tuple[int, int, int], ...]
+    grids: Sequence[tuple[int, int, int]]
     """grid_thw of each medium."""
     prompt_tokens: int
     output_tokens: float
-    samples: int = 1
-    """Answers (`sampling.n`): the prompt is run once, each answer decodes for itself."""
+    num_samples: int = 1
 
 
-def row_seconds(shape: ModelShape, row: RowWork, gpu: Gpu, *, running: float) -> float:
-    """The least seconds of one GPU's time that the row takes with so many sequences decoding together."""
-    before = sum(vision_flops(shape, grid) for grid in row.grids) + prefill_flops(shape, row.prompt_tokens)
-    decode = decode_flops(shape, row.prompt_tokens, row.output_tokens)
-    traffic = decode_bytes(shape, row.prompt_tokens, row.output_tokens, running)
-    return before / gpu.flops + row.samples * max(decode / gpu.flops, traffic / gpu.bytes_per_s)
+def row_flops(shape: ModelShape, row: RowWork) -> tuple[float, float, float]:
+    """(vision, prefill, decode) FLOP."""
+    vision = sum(vision_flops(shape, grid) for grid in row.grids)
+    decode = row.num_samples * decode_flops(shape, row.prompt_tokens, row.output_tokens)
+    return vision, prefill_flops(shape, row.prompt_tokens), decode
+
+
+def row_seconds(shape: ModelShape, gpu: Gpu, row: RowWork, *, running: float) -> float:
+    """The shortest time in seconds that a row takes of one GPU while `running` sequences decode together."""
+    vision, prefill, decode = row_flops(shape, row)
+    traffic = row.num_samples * decode_bytes(shape, row.prompt_tokens, row.output_tokens, running)
+    return (vision + prefill) / gpu.flops + max(decode / gpu.flops, traffic / gpu.bytes_per_s)
+
+
+def min_gpus(shape: ModelShape, gpu: Gpu, *, cache_tokens: int, cache_fraction: float) -> int:
+    """GPUs that hold the weights and a key-value cache of so many tokens."""
+    needed = BYTES_PER_VALUE * shape.num_parameters + cache_tokens * shape.kv_bytes() / cache_fraction
+    return math.ceil(needed / (gpu.memory_gb * 1e9))
 
 
 def cache_tokens(shape: ModelShape, gpu: Gpu, *, gpus: float, cache_fraction: float) -> int:
     """Tokens that fit into the key-value cache beside the weights on so many GPUs; 0 where the weights don't fit."""
-    free = gpus * gpu.memory_gb * 1e9 - shape.weight_bytes
+    free = gpus * gpu.memory_gb * 1e9 - BYTES_PER_VALUE * shape.num_parameters
     return max(0, int(cache_fraction * free / shape.kv_bytes()))
-
-
-def total_flops(shape: ModelShape, rows: Iterable[RowWork]) -> float:
-    """FLOP of all the rows."""
-    return sum(
-        sum(vision_flops(shape, grid) for grid in row.grids)
-        + prefill_flops(shape, row.prompt_tokens)
-        + row.samples * decode_flops(shape, row.prompt_tokens, row.output_tokens)
-        for row in rows
-    )

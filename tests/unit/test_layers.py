@@ -133,6 +133,7 @@ def test_engine_needs_torch_transformers_and_numpy_alone() -> None:
     [
         ("pipeline", "torch ray transformers PIL av pyarrow pandas"),
         ("pipeline.execution.dataset", "torch transformers PIL av"),
+        ("jobs.plan", "torch ray transformers"),
     ],
 )
 def test_importing_a_module_loads_nothing_that_it_may_not_need(module: str, heavy: str) -> None:

@@ -15,10 +15,11 @@ from pipeline.planning.roofline import (
     cache_tokens,
     decode_flops,
     find_gpu,
+    min_gpus,
     prefill_flops,
+    row_flops,
     row_seconds,
     shape_of,
-    total_flops,
     vision_flops,
 )
 
@@ -55,9 +56,10 @@ def test_flops_of_a_megapixel_image_on_2b() -> None:
     assert vision_flops(shape, (1, 74, 74)) == linear + 4 * 5476**2 * 1280 * 32
     assert prefill_flops(shape, 1394) == pytest.approx(3.82e12, rel=0.01)
     assert decode_flops(shape, 1394, 100) == pytest.approx(0.33e12, rel=0.01)
-    row = RowWork(((1, 74, 74),), 1394, 100)
-    assert total_flops(shape, [row]) == pytest.approx(16.06e12, rel=0.01)
-    assert 1 / row_seconds(shape, row, Gpu("", 790e12, 4.3e12, 141), running=256) == pytest.approx(47.3, rel=0.01)
+    row = RowWork([(1, 74, 74)], 1394, 100)
+    assert sum(row_flops(shape, row)) == pytest.approx(16.06e12, rel=0.01)
+    seconds = row_seconds(shape, Gpu("", 790e12, 4.3e12, 141), row, running=256)
+    assert 1 / seconds == pytest.approx(47.3, rel=0.01)
 
 
 def test_attention_of_a_video_stays_within_its_temporal_steps() -> None:
@@ -69,7 +71,7 @@ def test_attention_of_a_video_stays_within_its_temporal_steps() -> None:
 def test_further_answers_cost_decoding_only() -> None:
     shape, gpu = SHAPES["2b"], find_gpu("H200")
     assert gpu is not None
-    one, three = (row_seconds(shape, RowWork((), 1000, 100, n), gpu, running=64) for n in (1, 3))
+    one, three = (row_seconds(shape, gpu, RowWork([], 1000, 100, n), running=64) for n in (1, 3))
     assert one < three < 3 * one
 
 
@@ -93,3 +95,5 @@ def test_weights_that_do_not_fit_leave_no_cache() -> None:
     assert cache_tokens(SHAPES["72b"], h200, gpus=1, cache_fraction=0.85) == 0
     assert cache_tokens(SHAPES["72b"], h200, gpus=2, cache_fraction=0.85) > 100_000
     assert cache_tokens(SHAPES["2b"], h200, gpus=1, cache_fraction=0.85) > 4_000_000
+    assert min_gpus(SHAPES["72b"], h200, cache_tokens=32_768, cache_fraction=0.85) == 2
+    assert min_gpus(SHAPES["2b"], h200, cache_tokens=32_768, cache_fraction=0.85) == 1

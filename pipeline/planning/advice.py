@@ -1,0 +1,74 @@
+"""Settings worth changing, from a plan's figures. Plain arithmetic and the names of the settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.planning.forecast import Engines, Times
+from pipeline.planning.sample import Rows, Sample
+
+_MIN_BAD_SHARE = 0.001
+_MANY_CORES = 8
+_MANY_VISUAL_TOKENS = 600
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A setting worth changing, and why."""
+
+    setting: str
+    """As on the command line, `--section.key value`; empty where no setting helps."""
+    why: str
+
+
+def advise(
+    sample: Sample, rows: Rows, times: Times | None, engines: Engines, *, max_length: int, gpus_needed: int | None
+) -> Iterator[Advice]:
+    """Settings to change.
+
+    `max_length`: tokens of prompt and answer that fit; `gpus_needed`: GPUs of an engine where the weights do not fit.
+    """
+    if gpus_needed is not None:
+        gpus = f"{engines.gpus_per_engine:g} GPU{'' if engines.gpus_per_engine == 1 else 's'}"
+        yield Advice(f"--resources.gpus_per_engine {gpus_needed}", f"the weights and a cache don't fit into {gpus}")
+    bad = {one.error_type: one for one in rows.bad}
+    too_long = [row for row in sample.rows if row.error is not None and type(row.error).__name__ == "PromptTooLong"]
+    if too_long:
+        others = max(row.max_tokens + row.num_prompt_tokens - row.num_visual_tokens for row in too_long)
+        longest = max(row.num_prompt_tokens for row in too_long)
+        if max_length > others:
+            why = f"rows of up to {longest:,} tokens don't fit; media shrink to fit"
+            yield Advice(f"--media.max_visual_tokens {max_length - others}", why)
+        else:
+            yield Advice("", "some rows' text alone is too long for the context: shorten or split it")
+    if "AccessDenied" in bad:
+        why = f"rows name places that they may not read: {bad['AccessDenied'].example_message}"
+        yield Advice("--input.allow PLACE,...", why)
+    if rows.num_bad.value > _MIN_BAD_SHARE * rows.num_rows:
+        allowed = min(1.0, math.ceil(200 * rows.num_bad.high / rows.num_rows) / 100)
+        why = "stops the job early where far more rows fail than this plan expects"
+        yield Advice(f"--run.max_error_fraction {allowed:g}", why)
+    if times is None:
+        return
+    if engines.gpus_per_engine:
+        cores = times.cores_per_engine * engines.num_engines
+        if engines.num_cpus is None or cores.value > engines.num_cpus:
+            setting = f"--resources.preprocess_actors {max(1, math.ceil(cores.value))}"
+            yield Advice(setting, "one core each, so that no GPU waits")
+        elif 2 * cores.high < engines.num_cpus:
+            setting = f"--resources.preprocess_actors {max(1, math.ceil(cores.high))}"
+            yield Advice(setting, "one core each; more would wait for the engines")
+    video_s = sum(row.video_core_s for row in sample.answered)
+    all_s = sum(row.core_s for row in sample.answered)
+    if video_s > all_s / 2 and times.cores_per_engine.value > _MANY_CORES:
+        why = f"decoding videos takes {video_s / all_s:.0%} of preprocessing; keyframes need far less, and differ"
+        yield Advice("--media.video_frames keyframes", why)
+    vision, visual_tokens = times.shares.get("vision", 0.0), rows.visual_tokens.mean.value
+    if vision > 0.4 and visual_tokens > _MANY_VISUAL_TOKENS:
+        why = (
+            f"{visual_tokens:,.0f} visual tokens a row; {vision:.0%} of the engine's work is the vision tower's: half "
+            "the pixels save about half of it"
+        )
+        yield Advice("--media.max_pixels N", why)
