@@ -8,10 +8,10 @@ ARGS ?=
 PYTEST := $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-faults test-gpu check format benchmark caption plan evaluate submit
+.PHONY: help setup demo test test-integration test-faults test-gpu test-all check docs format benchmark caption plan evaluate submit
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## virtual environment in .venv with the tested versions
 
@@ -21,44 +21,51 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## draw the demo world, caption it, compare with the truth (out/demo)
+demo: $(STAMP)  ## caption a synthetic dataset and check the answers (half a minute; out/demo)
 	@$(PY) -m pipeline.demo.manifest --output out/demo-world
 	@$(PY) -m jobs.caption --config configs/demo.yaml $(ARGS)
 	@$(PY) -m pipeline.demo.check out/demo
 
-test: $(STAMP)  ## all tests that take seconds
-	$(PYTEST) -m 'not slow and not gpu and not faults' $(ARGS)
+test: $(STAMP)  ## unit tests and a short end-to-end run (three minutes)
+	$(PYTEST) -n auto -m 'not slow and not gpu' tests/unit $(ARGS)
+	$(PYTEST) -m 'end_to_end and not slow' tests/integration
 
-test-slow: $(STAMP)  ## the tests that take minutes
-	$(PYTEST) -m 'slow and not gpu and not faults' --timeout=1800 $(ARGS)
+test-integration: $(STAMP)  ## tests with a real Ray, servers and the command line, and the slow unit tests (20 minutes)
+	$(PYTEST) -m 'not end_to_end or slow' tests/integration $(ARGS)
+	$(PYTEST) -n auto -m 'slow and not gpu' tests/unit
 
-test-faults: $(STAMP)  ## runs killed at random moments and resumed: FAULT_RUNS=40
-	$(PYTEST) -m faults -s $(ARGS)
+test-faults: $(STAMP)  ## runs killed at random moments and resumed, lost nodes, a full disk (15 minutes; FAULT_RUNS=40)
+	$(PYTEST) -s --timeout=1800 tests/faults $(ARGS)
 
-test-gpu: $(STAMP)  ## the tests that need an NVIDIA GPU
-	$(PYTEST) -m gpu $(ARGS)
+test-gpu: $(STAMP)  ## tests that need an NVIDIA GPU
+	$(PYTEST) -m gpu tests/gpu $(ARGS)
+
+test-all: test test-integration test-faults  ## all tests that run without a GPU (40 minutes)
 
 check: $(STAMP)  ## formatting, lint and types
 	$(PY) -m ruff format --check pipeline jobs tests
 	$(PY) -m ruff check pipeline jobs tests
 	$(PY) -m mypy --strict pipeline jobs
 
-format: $(STAMP)  ## put the code into its format
+format: $(STAMP)  ## format the code
 	$(PY) -m ruff format pipeline jobs tests
 	$(PY) -m ruff check --fix pipeline jobs tests
 
-benchmark: $(STAMP)  ## time it: make benchmark ARGS='preprocess' or ARGS='engine --shape small'
+docs: $(STAMP)  ## write docs/configuration.md from the docstrings of the config
+	$(PY) -m jobs.config_reference docs/configuration.md
+
+benchmark: $(STAMP)  ## measure: make benchmark ARGS='preprocess' or ARGS='engine --shape small'
 	$(PY) -m jobs.benchmark $(or $(ARGS),preprocess)
 
-evaluate: $(STAMP)  ## draw held-out scenes, answer and score them, write the report (out/evaluate)
+evaluate: $(STAMP)  ## answer and score held-out synthetic questions (a minute; out/evaluate)
 	@$(PY) -m pipeline.demo.manifest --output out/held-out-world --rows-per-task 72 --seed 5
 	@$(PY) -m jobs.evaluate --config configs/evaluate.yaml $(ARGS)
 
 caption: $(STAMP)  ## caption a manifest: make caption CONFIG=configs/caption.yaml ARGS='--input.path ...'
 	$(PY) -m jobs.caption --config $(CONFIG) $(ARGS)
 
-plan: $(STAMP)  ## what a job will need, before it runs: make plan CONFIG=... ARGS='--gpu H200 --price-per-gpu-hour 3.5'
+plan: $(STAMP)  ## forecast what a job will need: make plan CONFIG=... ARGS='--gpu H200 --price-per-gpu-hour 3.5'
 	@$(PY) -m jobs.plan --config $(CONFIG) $(ARGS)
 
-submit: $(STAMP)  ## the same on a cluster: make submit ADDRESS=http://127.0.0.1:8265 CONFIG=... ARGS='--input.path ...'
+submit: $(STAMP)  ## run a job on a cluster: make submit ADDRESS=http://127.0.0.1:8265 CONFIG=... ARGS='--input.path ...'
 	@$(PY) -m jobs.submit $(if $(ADDRESS),--address $(ADDRESS)) --config $(CONFIG) $(ARGS)

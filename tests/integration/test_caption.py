@@ -57,6 +57,7 @@ def text(words: str) -> dict[str, str]:
     return {"type": "text", "text": words}
 
 
+@pytest.mark.end_to_end
 def test_one_manifest_may_mix_every_kind_of_row_good_and_bad(tmp_path: Path, photos: Path, clips: Path) -> None:
     shutil.copy(photos / "astronaut.png", tmp_path / "astronaut.png")
     shutil.copy(photos / "rocket.jpg", tmp_path / "rocket.jpg")

@@ -72,9 +72,10 @@ def test_the_dashboard_s_panels_are_whole_and_lie_beside_each_other() -> None:
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """The metrics endpoint of a Ray that exports every second."""
+    """The metrics endpoint of a Ray that exports every second and has run nothing else."""
     import ray
 
+    ray.shutdown()
     ray.init(
         "local",
         num_cpus=1,
