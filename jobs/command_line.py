@@ -51,7 +51,7 @@ def run_job(
         paths, overrides = parse_words(words, flags)
         return run(load_config(model, paths, overrides))
     except JobError as error:
-        if isinstance(error, NodesLost) and argv is None:
+        if isinstance(error, NodesLost) and words == sys.orig_argv[-len(words) :]:
             from pipeline.execution.run import restart_command  # loads Ray, which most commands can do without
 
             print(f"{error}: it starts again now", file=sys.stderr)
@@ -59,7 +59,7 @@ def run_job(
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         return EXIT_INTERRUPTED
     except StorageError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -107,33 +107,34 @@ def print_help(model: type[Section], name: str, about: str, flags: Flags = FLAGS
         if key.partition(".")[0] != section:
             section = key.partition(".")[0]
             console.print(f"{section}:", markup=False)
-        default = "required" if field.is_required() else f"default {_default(field)}"
-        console.print(f"  --{key} ({_kind(field.annotation)}; {default})", markup=False)
+        default = "required" if field.is_required() else f"default {default_text(field)}"
+        console.print(f"  --{key} ({kind_text(field.annotation)}; {default})", markup=False)
         if field.description:
             console.print(f"      {' '.join(field.description.split())}", markup=False)
     console.print("\nshort forms: " + ", ".join(f"{flag} for {key}" for flag, (key, _) in flags.items()), markup=False)
 
 
-def _default(field: Any) -> str:
+def default_text(field: Any) -> str:
     value = field.default_factory() if field.default is PydanticUndefined else field.default
     return "none" if value is None else repr(value)
 
 
-def _kind(annotation: Any) -> str:
+def kind_text(annotation: Any) -> str:
     arguments = typing.get_args(annotation)
     origin = typing.get_origin(annotation)
     if origin is typing.Literal:
         return " | ".join(str(value) for value in arguments)
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(_kind(kind) for kind in arguments if kind is not type(None))
+        return " | ".join(kind_text(kind) for kind in arguments if kind is not type(None))
     if origin is typing.Annotated:
-        return _kind(arguments[0])
+        return kind_text(arguments[0])
     if origin in (list, dict):
-        return f"{origin.__name__} of {_kind(arguments[-1])}"
+        return f"{origin.__name__} of {kind_text(arguments[-1])}"
     return {
         "str": "text",
         "int": "integer",
         "float": "number",
         "bool": "true | false",
         "PoolSize": "number | fewest,most",
+        "Any": "anything",
     }.get(getattr(annotation, "__name__", ""), str(annotation))

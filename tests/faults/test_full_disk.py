@@ -1,4 +1,4 @@
-"""A disk that is full in the middle of a run: a clear error, nothing half written, and the same command goes on."""
+"""A disk that is full in the middle of a run: a clear error, nothing half written, and the same command resumes."""
 
 from __future__ import annotations
 

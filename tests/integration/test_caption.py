@@ -252,7 +252,7 @@ def test_a_run_that_is_stopped_before_its_first_row_or_after_its_last_says_so_an
     with monkeypatch.context() as patch:
         patch.setattr(f"jobs.caption.{moment}", stopped)
         assert caption(source, output) == 130
-    assert f"stopped: {done} of 1 rows are done; the same command goes on" in capfd.readouterr().out
+    assert f"stopped: {done} of 1 rows are done; the same command resumes" in capfd.readouterr().out
     assert not (output / ".lease").exists() and not (output / "_SUCCESS").exists()
     if done:
         record = json.loads((output / "run.json").read_text())
@@ -369,7 +369,7 @@ def test_a_stopped_run_leaves_a_folder_that_the_next_one_finishes(tmp_path: Path
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 130, printed
-    assert "the same command goes on" in printed
+    assert "the same command resumes" in printed
     record = json.loads((output / "run.json").read_text())
     assert record["state"] == "interrupted"
     assert 0 < record["counts"]["done"] < 400

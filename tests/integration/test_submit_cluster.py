@@ -143,7 +143,7 @@ def stop_and_go_on(head: RayHead, manifest: Path, held: str, released: threading
     job.wait()
     released.set()
     assert "submitting it again goes on where it was" in printed
-    assert re.search(rf"stopped: \d+ of {num_rows} rows are done; the same command goes on", printed), printed
+    assert re.search(rf"stopped: \d+ of {num_rows} rows are done; the same command resumes", printed), printed
     assert job.returncode == 2, "make's own, for our 130"
     before = json.loads((output / "run.json").read_text())
     assert before["state"] == "interrupted" and 0 < before["counts"]["done"] < num_rows
