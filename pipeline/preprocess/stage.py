@@ -182,7 +182,7 @@ class PreprocessStage:
         media: list[Medium] = []
         for part, fetch in zip(asked.media, row.fetches, strict=True):
             source = part.source if isinstance(part.source, str) else "bytes"
-            media.append((part.kind, fetch.result(), part.settings, source))
+            media.append(Medium(part.kind, fetch.result(), part.settings, source))
         return rendered, media
 
     def _request_table(self, rows: Sequence[_Row], table: pa.Table) -> pa.Table:

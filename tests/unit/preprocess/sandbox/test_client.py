@@ -68,11 +68,13 @@ Make = Callable[[MediaOptions], MediaWorker]
 
 
 def image(width: int = 64, height: int = 48, seed: int = 0) -> Medium:
-    return "image", encode_image(Image.fromarray(picture(width, height, seed))), SETTINGS, f"{width}x{height}.png"
+    return Medium(
+        "image", encode_image(Image.fromarray(picture(width, height, seed))), SETTINGS, f"{width}x{height}.png"
+    )
 
 
 def order(word: bytes) -> Medium:
-    return "image", word, SETTINGS, "saboteur"
+    return Medium("image", word, SETTINGS, "saboteur")
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +93,8 @@ def make_worker(one_worker: MediaWorker) -> Make:
     """That worker, with other options and a new decoder."""
 
     def make(options: MediaOptions) -> MediaWorker:
+        one_worker._decoder.options = options  # for the next decoder
         one_worker.see_media([order(b"EXIT")])
-        one_worker._options = options
         return one_worker
 
     return make
@@ -110,7 +112,7 @@ def seen(result: SeenMedium | RowError) -> SeenMedium:
 
 def test_the_worker_gives_what_the_function_gives(worker: MediaWorker) -> None:
     clip = encode_video(20)
-    row: list[Medium] = [image(), ("video", clip, MediumSettings(fps=4.0), "clip.mp4"), image(300, 20)]
+    row = [image(), Medium("video", clip, MediumSettings(fps=4.0), "clip.mp4"), image(300, 20)]
     for result, (kind, data, settings, source) in zip(worker.see_media(row), row, strict=True):
         alone = see_medium(kind, data, settings, MediaOptions(), source=source)
         assert np.array_equal(seen(result).patches, alone.patches)
@@ -118,7 +120,7 @@ def test_the_worker_gives_what_the_function_gives(worker: MediaWorker) -> None:
 
 
 def test_a_bad_medium_is_its_own_error_and_the_others_are_seen(worker: MediaWorker) -> None:
-    row: list[Medium] = [image(), order(b""), order(b"<html>"), ("image", image()[1], MediumSettings(fps=1.0), "x")]
+    row = [image(), order(b""), order(b"<html>"), Medium("image", image().data, MediumSettings(fps=1.0), "x")]
     results = worker.see_media(row)
     assert [type(result) for result in results] == [SeenMedium, TruncatedMedia, UnsupportedMedia, SettingError]
     assert str(results[3]) == "fps can't be applied to an image: remove it or give a video"
@@ -127,7 +129,7 @@ def test_a_bad_medium_is_its_own_error_and_the_others_are_seen(worker: MediaWork
 
 def test_a_data_uri_is_shortened_in_the_receipt(worker: MediaWorker) -> None:
     uri = "data:image/png;base64," + "A" * 5000
-    (result,) = worker.see_media([("image", image()[1], SETTINGS, uri)])
+    (result,) = worker.see_media([image()._replace(source=uri)])
     assert seen(result).receipt.source == "data:image/png;base64,AAAAAAAAAAAAAAAAAA... (5,022 characters)"
 
 
@@ -183,10 +185,10 @@ def test_outgrowing_the_memory_limit_is_an_error_with_the_numbers(make_worker: M
 
 def test_a_decoder_killed_between_rows_is_replaced(worker: MediaWorker) -> None:
     worker.see_media([image()])
-    killed = worker._decoder.pid
+    killed = worker.decoder_pid
     os.kill(killed, signal.SIGKILL)
     results = [worker.see_media([image()])[0] for _ in range(2)]
-    assert isinstance(results[-1], SeenMedium) and worker._decoder.pid != killed
+    assert isinstance(results[-1], SeenMedium) and worker.decoder_pid != killed
 
 
 def test_a_medium_that_is_too_large_never_reaches_the_decoder(make_worker: Make) -> None:
@@ -195,21 +197,20 @@ def test_a_medium_that_is_too_large_never_reaches_the_decoder(make_worker: Make)
 
 
 def test_patches_that_are_still_held_are_not_overwritten(worker: MediaWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.preprocess.sandbox.client._MAX_HELD", 5)
+    monkeypatch.setattr(worker._outputs, "_unused", worker._outputs._unused[:5])
     media = [image(700, 500, seed) for seed in range(8)] + [image(seed=seed) for seed in range(8)]
     held = [seen(worker.see_media([medium])[0]).patches for medium in media]
     for medium, patches in zip(media, held, strict=True):
         assert np.array_equal(patches, see_medium(*medium[:3], MediaOptions(), source="").patches)
-    # Rows that wait for their block must not use up the process's file descriptors.
-    assert len(worker._outputs._segments) <= 7
+    assert len(worker._outputs._unused) == 1
 
 
 def test_memory_of_patches_that_nobody_holds_is_used_again(worker: MediaWorker) -> None:
     gc.collect()
-    before = len(worker._outputs._segments)
+    before = sum(segment.size > 0 for segment in worker._outputs.segments)
     for seed in range(20):
         worker.see_media([image(700, 500, seed)])
-    assert len(worker._outputs._segments) <= before + 1
+    assert sum(segment.size > 0 for segment in worker._outputs.segments) <= before + 1
 
 
 def test_patches_outlive_the_worker() -> None:
@@ -242,7 +243,7 @@ def test_a_thumbnail_that_cannot_be_made_is_a_typed_error_and_the_next_is_made(m
             worker.thumbnails("image", data, max_side=64)
     with pytest.raises(MediaTooLarge):
         worker.thumbnails("image", b"x" * 10_001, max_side=64)
-    assert worker.thumbnails("image", image()[1], max_side=64)
+    assert worker.thumbnails("image", image().data, max_side=64)
 
 
 def test_threads_may_share_a_worker(worker: MediaWorker) -> None:
@@ -264,7 +265,7 @@ def test_threads_may_share_a_worker(worker: MediaWorker) -> None:
 
 def test_a_rows_media_shrink_together_to_the_budget_and_say_so(make_worker: Make) -> None:
     worker = make_worker(MediaOptions(max_visual_tokens=60))
-    row = [image(560, 280), image(280, 280), ("video", encode_video(12), SETTINGS, "clip.mp4")]
+    row = [image(560, 280), image(280, 280), Medium("video", encode_video(12), SETTINGS, "clip.mp4")]
     results = [seen(result) for result in worker.see_media(row)]
     tokens = [result.patches.shape[0] // 4 for result in results]
     assert sum(tokens) <= 60 and min(tokens) >= 1
@@ -284,23 +285,23 @@ def test_the_decoder_dies_with_its_actor() -> None:
     program = (
         "import os, sys, time\n"
         "from pipeline.preprocess.limits import MediaOptions\n"
-        "from pipeline.preprocess.sandbox.client import MediaWorker\n"
+        "from pipeline.preprocess.sandbox.client import MediaWorker, Medium\n"
         "from pipeline.conversation import MediumSettings\n"
         "worker = MediaWorker(MediaOptions())\n"
-        "worker.see_media([('image', b'x', MediumSettings(), 'x')])\n"
-        "print(worker._decoder._nursery.pid, worker._decoder.pid, flush=True)\n"
+        "worker.see_media([Medium('image', b'x', MediumSettings(), 'x')])\n"
+        "print(worker._decoder._fork_server.pid, worker.decoder_pid, flush=True)\n"
         "time.sleep(60)\n"
     )
     actor = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert actor.stdout is not None
-    nursery, decoder = map(int, actor.stdout.readline().split())
+    fork_server, decoder = map(int, actor.stdout.readline().split())
     actor.kill()
     actor.wait()
     actor.stdout.close()
     until = time.monotonic() + 20
-    while time.monotonic() < until and (_alive(nursery) or _alive(decoder)):
+    while time.monotonic() < until and (_alive(fork_server) or _alive(decoder)):
         time.sleep(0.1)
-    assert not _alive(nursery) and not _alive(decoder)
+    assert not _alive(fork_server) and not _alive(decoder)
 
 
 def _alive(pid: int) -> bool:

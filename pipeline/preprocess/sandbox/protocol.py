@@ -1,0 +1,64 @@
+"""What the actor and its decoder say to each other; encoded media and patches travel through shared memory instead.
+
+Requests are pickled. Answers are JSON, because a decoder that a hostile file has taken over must not be able to run
+code in the actor. Knows no processes and no codecs.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple, TypedDict
+
+from pipeline.conversation import MediumKind, MediumSettings
+from pipeline.preprocess.sandbox.shared_memory import Segment
+
+_PROGRESS = struct.Struct("<qd")
+PROGRESS_BYTES = 64
+"""The input segment begins with the decoder's progress; the media follow."""
+
+
+class MediumRequest(NamedTuple):
+    """A medium whose encoded bytes lie in the input segment."""
+
+    kind: MediumKind
+    settings: MediumSettings
+    offset: int
+    size: int
+
+
+class Request(NamedTuple):
+    """Media to decode. The decoder answers each, in order."""
+
+    groups: list[list[MediumRequest]]
+    """Media of one group share the budget `max_visual_tokens`."""
+    output: int
+    """Number of the output segment to write to."""
+    thumbnails: tuple[int, int] | None
+    """(longest side in pixels, frames of a video) if thumbnails are wanted instead of patches."""
+
+
+class Answer(TypedDict, total=False):
+    """What became of one medium: an error, or patches with their receipt, or thumbnails."""
+
+    error: tuple[str, str]
+    """(name of the class in pipeline.errors, message)"""
+    patches: tuple[int, int, int]
+    """(offset in the output segment, number of patches, bytes of a patch)"""
+    receipt: dict[str, Any]
+    """The fields of a MediumReceipt; `source` is empty."""
+    thumbnails: list[tuple[int, int]]
+    """(offset in the output segment, size) of each JPEG."""
+
+
+def write_progress(segment: Segment, number: int, started: float) -> None:
+    """Store which medium of the request is being decoded, and since when on the machine's monotonic clock.
+
+    So the actor can tell which medium hangs or crashed the decoder without a message for each.
+    """
+    _PROGRESS.pack_into(segment.map, 0, number, started)
+
+
+def read_progress(segment: Segment) -> tuple[int, float]:
+    """(number, started) as last written."""
+    number, started = _PROGRESS.unpack_from(segment.map, 0)
+    return number, started
