@@ -116,7 +116,7 @@ def print_help(model: type[Section], name: str, about: str, flags: Flags = FLAGS
 
 def default_text(field: Any) -> str:
     value = field.default_factory() if field.default is PydanticUndefined else field.default
-    return "none" if value is None else repr(value)
+    return "none" if value is None else repr(list(value) if isinstance(value, tuple) else value)
 
 
 def kind_text(annotation: Any) -> str:
@@ -128,8 +128,10 @@ def kind_text(annotation: Any) -> str:
         return " | ".join(kind_text(kind) for kind in arguments if kind is not type(None))
     if origin is typing.Annotated:
         return kind_text(arguments[0])
-    if origin in (list, dict):
-        return f"{origin.__name__} of {kind_text(arguments[-1])}"
+    if origin in (list, tuple):
+        return f"list of {kind_text(arguments[0])}"
+    if origin is dict:
+        return f"dict of {kind_text(arguments[-1])}"
     return {
         "str": "text",
         "int": "integer",

@@ -7,6 +7,7 @@ With `--run.path FOLDER` a finished (or unfinished) run is scored instead, and n
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -177,7 +178,7 @@ def run_canaries(config: EvaluateConfig, settings: ScoringSettings) -> dict[str,
     alone = _keeping(config, settings).model_copy(
         update={
             "output": config.output.model_copy(update={"path": folder, "report": False}),
-            "engine": config.engine.model_copy(update={"max_running": 1, "batch_size": 1}),
+            "engine": dataclasses.replace(config.engine, max_running=1, batch_size=1),
             "evaluate": config.evaluate.model_copy(update={"canaries": 0}),
         }
     )

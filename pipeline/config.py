@@ -6,6 +6,7 @@ all, and reports every mistake at once. Knows names, types and limits; not what 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import types
 import typing
@@ -15,8 +16,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    with_config,
+)
+from pydantic.fields import FieldInfo
 
+from pipeline.engine import Dtype, EngineSettings, SamplingParams
 from pipeline.errors import ConfigError, row_error_types
 from pipeline.schema import MANIFEST_COLUMNS, RESULT_COLUMNS
 
@@ -29,6 +41,12 @@ class Section(BaseModel):
     """A part of the config: frozen, and closed to keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+# The engine declares its own settings; as sections of the config they refuse unknown keys too.
+_ENGINE_SECTIONS = (EngineSettings, SamplingParams)
+for _section in _ENGINE_SECTIONS:
+    with_config(ConfigDict(extra="forbid"))(_section)
 
 
 class InputConfig(Section):
@@ -140,64 +158,10 @@ class ModelConfig(Section):
     """Options for the checkpoint's bucket (fsspec)."""
     revision: str | None = None
     """Branch, tag or commit of a hub checkpoint."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dtype: Dtype = "auto"
     """`auto` is bfloat16 on a GPU and float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where the engine's actor has one."""
-    attention: str = "auto"
-    """Attention backend: `auto`, `sdpa`, `flash`. Forcing one that is missing is an error."""
-
-
-class EngineConfig(Section):
-    """The engine in each engine actor."""
-
-    kind: Literal["native", "transformers"] = "native"
-    """`native`: continuous batching. `transformers`: `model.generate` in static batches, the reference."""
-    batch_size: Positive = 16
-    """Rows in a static batch; `transformers` only."""
-    max_running: Positive | None = None
-    """Sequences decoded at once. Default: the engine's choice for the device."""
-    max_batch_tokens: Positive | None = None
-    """Prompt tokens in one prefill pass. Default: the engine's choice for the device."""
-    max_batch_patches: Positive | None = None
-    """Patches in one vision pass. Default: the engine's choice for the device."""
-    cache_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    """Share of the free GPU memory that the key-value cache takes."""
-    cache_gb: Annotated[float, Field(gt=0)] = 2.0
-    """Size of the key-value cache on a CPU, in GB."""
-
-
-class SamplingConfig(Section):
-    """How tokens are chosen. A row's own columns of the same names win."""
-
-    max_tokens: Positive = 128
-    """Most tokens to generate."""
-    min_tokens: NotNegative = 0
-    """Fewest tokens to generate before an end token counts."""
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0 is greedy: always the likeliest token."""
-    top_k: NotNegative = 0
-    """Sample among this many likeliest tokens; 0: all."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample among the likeliest tokens that together have this probability."""
-    min_p: Fraction = 0.0
-    """Sample among tokens at least this likely, relative to the likeliest."""
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Above 1: tokens seen before become less likely."""
-    n: Positive = 1
-    """Answers for each row; with more than one, `texts` holds them all."""
-    seed: int | None = None
-    """Seed of rows without one; each row draws its own stream, whatever shares its batch."""
-    stop_strings: list[str] = Field(default_factory=list)
-    """Texts that end the answer."""
-    stop_token_ids: list[int] = Field(default_factory=list)
-    """Further token ids that end the answer."""
-    ignore_eos: bool = False
-    """Whether to go on past the checkpoint's end tokens."""
-    logprobs: bool = False
-    """Whether to record each token's log-probability."""
-    stop_on_repetition: bool = False
-    """Whether to end an answer that repeats itself; its finish reason is then `repetition`."""
 
 
 class OutputConfig(Section):
@@ -342,8 +306,8 @@ class CaptionConfig(Section):
     prompt: PromptConfig = PromptConfig()
     media: MediaConfig = MediaConfig()
     model: ModelConfig
-    engine: EngineConfig = EngineConfig()
-    sampling: SamplingConfig = SamplingConfig()
+    engine: EngineSettings = EngineSettings()
+    sampling: SamplingParams = SamplingParams()
     output: OutputConfig
     resources: ResourcesConfig = ResourcesConfig()
     run: RunConfig = RunConfig()
@@ -382,9 +346,9 @@ def load_config(model: type[ConfigType], path: str | Sequence[str] | None, overr
     return config
 
 
-def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def fields_of(model: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every (full name, pydantic field) of a config, in order of definition."""
-    for name, field in model.model_fields.items():
+    for name, field in _fields(model).items():
         section = _section_type(field.annotation)
         if section:
             yield from fields_of(section, f"{prefix}{name}.")
@@ -392,10 +356,20 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{name}", field
 
 
-def _section_type(annotation: Any) -> type[BaseModel] | None:
+def _fields(section: type) -> Mapping[str, FieldInfo]:
+    if issubclass(section, BaseModel):
+        return section.model_fields
+    assert dataclasses.is_dataclass(section)
+    types = typing.get_type_hints(section)
+    return {
+        each.name: FieldInfo.from_annotated_attribute(types[each.name], each) for each in dataclasses.fields(section)
+    }
+
+
+def _section_type(annotation: Any) -> type | None:
     candidates = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     for candidate in candidates:
-        if isinstance(candidate, type) and issubclass(candidate, Section):
+        if isinstance(candidate, type) and issubclass(candidate, (Section, *_ENGINE_SECTIONS)):
             return candidate
     return None
 
@@ -453,9 +427,9 @@ def _override_value(text: str, field: Any) -> Any:
     if text in ("null", "none", "None") and type(None) in kinds:
         return None
     origins = {typing.get_origin(kind) or kind for kind in kinds}
-    if origins & {list, dict}:
+    if origins & {list, tuple, dict}:
         if text[:1] not in "[{":
-            return [item.strip() for item in text.split(",") if item.strip()] if list in origins else text
+            return text if dict in origins else [item.strip() for item in text.split(",") if item.strip()]
         try:
             return yaml.safe_load(text)
         except yaml.YAMLError:
@@ -465,7 +439,7 @@ def _override_value(text: str, field: Any) -> Any:
 
 def _mistake(detail: dict[str, Any], keys: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return _unknown_key(name, keys)
     if detail["type"] == "missing":
         return f"{name}: missing; {_describe(keys.get(name))}".rstrip("; ")

@@ -7,13 +7,14 @@ One result schema serves good and bad rows alike. Knows names and types; not how
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.conversation import MediumKind
+from pipeline.engine import SamplingParams
 
 
 class Status(StrEnum):
@@ -40,10 +41,7 @@ class UnitColumn(StrEnum):
 # Names that a manifest row may use; the config's `input.columns` maps other names to these.
 CONTENT_COLUMNS = ("messages", "image", "images", "video", "videos", "prompt")
 MEDIUM_SETTING_COLUMNS = ("min_pixels", "max_pixels", "fps", "num_frames", "start_s", "end_s")
-SAMPLING_COLUMNS = (
-    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "n", "seed",
-    "stop_strings", "stop_token_ids", "ignore_eos", "logprobs", "stop_on_repetition",
-)  # fmt: skip
+SAMPLING_COLUMNS = tuple(each.name for each in fields(SamplingParams))
 MANIFEST_COLUMNS = ("id", "system", *CONTENT_COLUMNS, *MEDIUM_SETTING_COLUMNS, *SAMPLING_COLUMNS)
 
 

@@ -56,23 +56,19 @@ the tests compare the first with the second, and the benchmarks measure them sid
 """
 
 from pipeline.engine.admission import check_length
+from pipeline.engine.interface import Detokenize, Engine
 from pipeline.engine.load import load_engine
-from pipeline.engine.options import Detokenize, Engine, EngineOptions
-from pipeline.engine.sequence import (
-    Completion,
-    FinishReason,
-    Medium,
-    Request,
-    RequestId,
-    SamplingParams,
-    parse_sampling,
-)
+from pipeline.engine.sequence import PATCH_BYTES, Completion, FinishReason, Medium, Request, RequestId
+from pipeline.engine.settings import Dtype, EngineOptions, EngineSettings, SamplingParams, parse_sampling
 
 __all__ = [
+    "PATCH_BYTES",
     "Completion",
     "Detokenize",
+    "Dtype",
     "Engine",
     "EngineOptions",
+    "EngineSettings",
     "FinishReason",
     "Medium",
     "Request",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -23,15 +22,16 @@ from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo
 from pipeline.engine.block_manager import BlockManager
 from pipeline.engine.cuda_graph import DecodeGraphs
 from pipeline.engine.device import current
+from pipeline.engine.interface import Detokenize, Engine
 from pipeline.engine.kv_cache import KVCache, block_bytes
 from pipeline.engine.media_ledger import MediaLedger
 from pipeline.engine.model_runner import ModelRunner, PassResult, decode_forward
 from pipeline.engine.models.text_model import TextModel
 from pipeline.engine.models.vision import VisionModel
-from pipeline.engine.options import Detokenize, EngineOptions
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.scheduler import Plan, PrefillPlan, Scheduler
 from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, error_completions
+from pipeline.engine.settings import EngineOptions
 from pipeline.engine.shard import ShardedAttention, ShardedCache
 from pipeline.engine.stopping import StopRules
 from pipeline.engine.warm_up import capture_largest_first, first_request
@@ -45,8 +45,8 @@ KEPT_VISUAL_TOKENS = 2**17
 """Visual tokens kept for waiting sequences that share media; above it the oldest are encoded again."""
 
 
-class NativeEngine:
-    """See `Engine`. One step is one pass: a packed prefill or a decode over all running sequences."""
+class NativeEngine(Engine):
+    """One step is one pass: a packed prefill or a decode over all running sequences."""
 
     def __init__(
         self,
@@ -153,18 +153,6 @@ class NativeEngine:
 
     def has_unfinished(self) -> bool:
         return bool(self._done or self._in_flight or self.scheduler.has_unfinished)
-
-    def generate(self, requests: Iterable[Request]) -> list[Completion]:
-        order: dict[RequestId, int] = {}
-        for place, request in enumerate(requests):
-            if request.request_id in order:
-                raise ValueError(f"request id {request.request_id!r} occurs twice; ids must differ")
-            order[request.request_id] = place
-            self.add(request)
-        done: list[Completion] = []
-        while self.has_unfinished():
-            done.extend(self.step())
-        return sorted(done, key=lambda completion: (order[completion.request_id], completion.index))
 
     def abort(self, request_id: RequestId) -> None:
         for sequence in self.scheduler.find(request_id):

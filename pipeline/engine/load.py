@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.engine.options import Detokenize, Engine, EngineOptions
+from pipeline.engine.interface import Detokenize, Engine
+from pipeline.engine.settings import EngineOptions
 
 
 def load_engine(

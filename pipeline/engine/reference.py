@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,17 +20,18 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from pipeline.engine.admission import AdmissionRules
 from pipeline.engine.device import current
-from pipeline.engine.options import Detokenize, EngineOptions
+from pipeline.engine.interface import Detokenize, Engine
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sampler import sample, sample_row
 from pipeline.engine.sequence import Completion, PromptLayout, Request, RequestId, Sequence, error_completions
+from pipeline.engine.settings import EngineOptions
 from pipeline.engine.stopping import StopRules
 from pipeline.engine.weights import Checkpoint
 from pipeline.errors import EngineOutOfMemory, RowError
 
 
-class ReferenceEngine:
-    """See `Engine`; one step is one static batch, run to its end."""
+class ReferenceEngine(Engine):
+    """One step is one static batch, run to its end."""
 
     def __init__(
         self,
@@ -83,18 +83,6 @@ class ReferenceEngine:
 
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._done)
-
-    def generate(self, requests: Iterable[Request]) -> list[Completion]:
-        order: dict[RequestId, int] = {}
-        for place, request in enumerate(requests):
-            if request.request_id in order:
-                raise ValueError(f"request id {request.request_id!r} occurs twice; ids must differ")
-            order[request.request_id] = place
-            self.add(request)
-        done: list[Completion] = []
-        while self.has_unfinished():
-            done.extend(self.step())
-        return sorted(done, key=lambda completion: (order[completion.request_id], completion.index))
 
     def abort(self, request_id: RequestId) -> None:
         kept = [pair for pair in self._waiting if pair[0].request.request_id != request_id]

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 
 from pipeline.engine.device import upload
-from pipeline.engine.sequence import SamplingParams, Sequence
+from pipeline.engine.sequence import Sequence
+from pipeline.engine.settings import SamplingParams
 from pipeline.engine.stopping import StopRules
 
 

@@ -9,7 +9,6 @@ numpy and plain Python, so that the scheduler can be tested in milliseconds.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,6 +18,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.engine.settings import SamplingParams
 from pipeline.errors import RowError
 
 MERGE_SIZE = 2
@@ -34,77 +34,6 @@ RequestId = int | str
 def _check(ok: bool, name: str, found: object, allowed: str) -> None:
     if not ok:
         raise ValueError(f"{name} is {found!r}; allowed: {allowed}")
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the tokens of one request are chosen, and when they end."""
-
-    max_tokens: int = 128
-    """At most this many new tokens; finish reason `length`."""
-    min_tokens: int = 0
-    """End tokens and stop tokens can't be chosen, and stop strings don't end it, before this many tokens."""
-    temperature: float = 0.0
-    """0 is greedy: the largest logit, the lowest token id where several are equal."""
-    top_k: int = 0
-    """Keep the k largest logits; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the most probable tokens until their sum reaches this."""
-    min_p: float = 0.0
-    """Keep tokens at least this share as probable as the most probable one."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of every token seen in prompt or output."""
-    n: int = 1
-    """Samples for this request; sample i derives its own seed from `seed` and i."""
-    seed: int | None = None
-    """The same seed gives the same tokens whatever else is in the batch; None draws a fresh one."""
-    stop_strings: tuple[str, ...] = ()
-    """Ends once the text of the new tokens contains one of these; needs a `detokenize` function."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Ends on these tokens too, besides the checkpoint's own end tokens."""
-    ignore_eos: bool = False
-    """Go on past the checkpoint's end tokens (benchmarks)."""
-    logprobs: bool = False
-    """Report the log-probability of each chosen token, before temperature and filters."""
-    stop_on_repetition: bool = False
-    """End a sample that repeats itself endlessly; finish reason `repetition`."""
-
-    def __post_init__(self) -> None:
-        _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
-        _check(
-            0 <= self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            self.min_tokens,
-            f"0 to max_tokens ({self.max_tokens})",
-        )
-        _check(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 (greedy) or more")
-        _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1 (off)")
-        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "0 (off) to 1")
-        _check(
-            0 < self.repetition_penalty < float("inf"),
-            "repetition_penalty",
-            self.repetition_penalty,
-            "above 0; 1 is off",
-        )
-        _check(self.n >= 1, "n", self.n, "1 or more")
-        _check(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "None, or 0 to 2**63 - 1")
-        _check(not isinstance(self.stop_strings, str), "stop_strings", self.stop_strings, "a tuple of strings")
-        _check(all(self.stop_strings), "stop_strings", self.stop_strings, "strings that are not empty")
-        _check(
-            all(token >= 0 for token in self.stop_token_ids),
-            "stop_token_ids",
-            self.stop_token_ids,
-            "0 or more",
-        )
-
-
-def parse_sampling(text: str) -> SamplingParams:
-    """The parameters in a request row's JSON. Raises ValueError for one that is out of range."""
-    values = json.loads(text)
-    for name in ("stop_strings", "stop_token_ids"):
-        values[name] = tuple(values.get(name) or ())
-    return SamplingParams(**values)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from pipeline.engine.sequence import SamplingParams, Sequence, repeats_endlessly
+from pipeline.engine.sequence import Sequence, repeats_endlessly
+from pipeline.engine.settings import SamplingParams
 
 
 @dataclass(frozen=True)

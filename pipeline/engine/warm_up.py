@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from pipeline.engine.sequence import Medium, Request, SamplingParams
+from pipeline.engine.sequence import Medium, Request
+from pipeline.engine.settings import SamplingParams
 
 MAX_SECONDS = 10.0
 """For capturing; a capture under way is finished."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.engine.options import EngineOptions
+from pipeline.engine.settings import EngineOptions
 from pipeline.engine.shard import device_map
 from pipeline.errors import CheckpointError
 
@@ -43,11 +43,11 @@ def pick_device(wanted: str) -> torch.device:
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
-        raise CheckpointError(f"engine.device is {wanted!r}; allowed: auto, cpu, cuda, cuda:N") from error
+        raise CheckpointError(f"model.device is {wanted!r}; allowed: auto, cpu, cuda, cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError(f"engine.device is {wanted!r}, but torch sees no GPU here; use auto or cpu")
+        raise CheckpointError(f"model.device is {wanted!r}, but torch sees no GPU here; use auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
-        raise CheckpointError(f"engine.device is {wanted!r}, but torch sees {found} GPU(s) here, counted from 0")
+        raise CheckpointError(f"model.device is {wanted!r}, but torch sees {found} GPU(s) here, counted from 0")
     return device
 
 
@@ -147,9 +147,9 @@ def _spread(options: EngineOptions, device: torch.device, config: Any) -> dict[s
     found, first = torch.cuda.device_count(), device.index or 0
     if found < first + options.num_devices:
         raise CheckpointError(
-            f"engine.num_devices is {options.num_devices}, but torch sees {found} GPUs here"
-            f"{f' and engine.device is cuda:{first}' if first else ''}; lower it, or give the "
-            "engine more (resources.gpus_per_engine)"
+            f"the model is to be spread over {options.num_devices} GPUs, but torch sees {found} here"
+            f"{f' and model.device is cuda:{first}' if first else ''}; lower resources.gpus_per_engine, "
+            "or run on a machine with more GPUs"
         )
     if importlib.util.find_spec("accelerate") is None:
         raise CheckpointError(

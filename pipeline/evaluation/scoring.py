@@ -306,9 +306,7 @@ def _metric_names(value: Any) -> tuple[str, ...]:
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
     if name not in batch.schema.names:
         kept = ", ".join(batch.schema.names)
-        raise ConfigError(
-            f"the result rows have no column {name!r}; add it to output.keep and run again. Found: {kept}"
-        )
+        raise ConfigError(f"the result rows have no column {name!r}; add it to input.keep and run again. Found: {kept}")
     return batch.column(name)
 
 

@@ -21,7 +21,6 @@ from pipeline.execution.progress import RunCounts, bottleneck
 from pipeline.execution.stages import (
     Stages,
     build_stages,
-    engine_options,
     kept_schema,
     message_options,
     model_cache,
@@ -236,7 +235,3 @@ def _check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) 
     check_model(local, revision=config.model.revision, weights=local == model_path)
     read_processor_facts(local, revision=config.model.revision)
     ChatTokenizer(local, revision=config.model.revision)
-    try:
-        engine_options(config, model_path)
-    except ValueError as error:
-        raise ConfigError(f"model, engine: {error}") from error

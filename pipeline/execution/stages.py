@@ -5,7 +5,7 @@ Knows the config, the checkpoint's facts and the manifest's columns; nothing of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
@@ -84,7 +84,7 @@ def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> 
             max_bytes=config.media.max_bytes,
             retries=config.input.fetch_retries,
         ),
-        sampling=config.sampling.model_dump(),
+        sampling=asdict(config.sampling),
         kept=kept,
         model_cache=cache,
     )
@@ -138,14 +138,12 @@ def model_cache(config: CaptionConfig) -> ModelCache:
 
 
 def engine_options(config: CaptionConfig, model_path: str) -> EngineOptions:
-    """The engine's options. What the config leaves open is the engine's to choose. Raises ValueError."""
-    chosen = {name: value for name, value in config.engine.model_dump().items() if value is not None}
+    """The engine's settings, and which model to load."""
     model = config.model
     return EngineOptions(
         model_path=model_path,
         revision=model.revision,
         dtype=model.dtype,
         device=model.device,
-        attention=model.attention,
-        **chosen,
+        **asdict(config.engine),
     )

@@ -51,7 +51,6 @@ _COMPARED = ("H200", "H100", "A100", "L40S", "L4", "A10G")
 _DEFAULT_CONTEXT = 32_768
 _SMALL_MODEL = 300_000_000
 """Weights below which a GPU's arithmetic does not set an engine's pace."""
-_DEFAULT_MAX_RUNNING = 256
 
 
 class PlanSection(Section):
@@ -305,7 +304,7 @@ def _times_by_data_sheet(
                 shape,
                 one,
                 replace(for_one, gpus_per_engine=float(needed)) if needed is not None else for_one,
-                max_running=config.engine.max_running or _DEFAULT_MAX_RUNNING,
+                max_running=config.engine.max_running,
                 cache_tokens=cache or _DEFAULT_CONTEXT,
                 output_share=output_share,
             )

@@ -25,8 +25,9 @@ from functools import lru_cache
 from typing import Any, get_args
 
 from pipeline.conversation import Conversation, MediumKind, MediumPart, MediumSettings, Message, Role, Text
+from pipeline.engine.settings import SamplingParams, allowed, setting_types, within
 from pipeline.errors import ConfigError, ManifestError, MessageError, SettingError
-from pipeline.schema import CONTENT_COLUMNS, MANIFEST_COLUMNS, MEDIUM_SETTING_COLUMNS, SAMPLING_COLUMNS
+from pipeline.schema import CONTENT_COLUMNS, MANIFEST_COLUMNS, MEDIUM_SETTING_COLUMNS
 
 ERROR_COLUMN = "_manifest_error"
 """Why the row's line could not be read; set by the manifest's readers."""
@@ -587,24 +588,28 @@ _MEDIUM_PARSERS: Mapping[str, Parser] = {
     "start_s": _real("seconds, 0 or more", lambda number: number >= 0),
     "end_s": _real("seconds, above 0", lambda number: number > 0),
 }
+
+
+def _sampling_parser(kind: Any, bounds: Mapping[str, Any]) -> Parser:
+    """The parser of a sampling parameter that has this type and these bounds."""
+    if kind is bool:
+        return _flag
+    if kind is float:
+        return _number(f"a number, {allowed(bounds)}", lambda number: within(number, bounds), whole=False)
+    if kind == tuple[str, ...]:
+        return _list("text or a list of texts, none empty", None)
+    if kind == tuple[int, ...]:
+        return _list("a list of token ids", _whole(0, "a token id: a whole number, 0 or more"))
+    return _number(
+        f"a whole number, {allowed(bounds)}", lambda number: number < 2**63 and within(number, bounds), whole=True
+    )
+
+
 _SAMPLING_PARSERS: Mapping[str, Parser] = {
-    "max_tokens": _whole(1, "a whole number, 1 or more"),
-    "min_tokens": _whole(0, "a whole number, 0 or more"),
-    "temperature": _real("a number, 0 (greedy) or more", lambda number: number >= 0),
-    "top_k": _whole(0, "a whole number, 0 (off) or more"),
-    "top_p": _real("a number above 0, up to 1 (off)", lambda number: 0 < number <= 1),
-    "min_p": _real("a number from 0 (off) to 1", lambda number: 0 <= number <= 1),
-    "repetition_penalty": _real("a number above 0; 1 is off", lambda number: number > 0),
-    "n": _whole(1, "a whole number, 1 or more"),
-    "seed": _whole(0, "a whole number, 0 to 2**63 - 1"),
-    "stop_strings": _list("text or a list of texts, none empty", None),
-    "stop_token_ids": _list("a list of token ids", _whole(0, "a token id: a whole number, 0 or more")),
-    "ignore_eos": _flag,
-    "logprobs": _flag,
-    "stop_on_repetition": _flag,
+    each.name: _sampling_parser(setting_types(SamplingParams)[each.name], each.metadata)
+    for each in fields(SamplingParams)
 }
 assert set(_MEDIUM_PARSERS) == set(MEDIUM_SETTING_COLUMNS)
-assert set(_SAMPLING_PARSERS) == set(SAMPLING_COLUMNS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

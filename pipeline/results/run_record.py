@@ -47,8 +47,8 @@ def identity(config: CaptionConfig, model_path: str) -> dict[str, Any]:
         "input.keep": config.input.keep,
         "input.limit": config.input.limit,
     }
-    for section in _IDENTITY_SECTIONS:
-        for key, value in getattr(config, section).model_dump(mode="json").items():
+    for section, settings in config.model_dump(mode="json", include=set(_IDENTITY_SECTIONS)).items():
+        for key, value in settings.items():
             if f"{section}.{key}" not in _NO_IDENTITY:
                 values[f"{section}.{key}"] = value
     return values

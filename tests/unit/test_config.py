@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from jobs.command_line import parse_words
+from jobs.evaluate import EvaluateConfig
 from pipeline.config import CaptionConfig, fields_of, load_config
 from pipeline.errors import ConfigError
+from pipeline.planning.plan import PlanConfig
 
 REQUIRED = {"input.path": "in", "model.path": "demo", "output.path": "out"}
 
@@ -66,6 +71,45 @@ def test_all_mistakes_are_reported_at_once_with_full_names() -> None:
         assert expected in message
 
 
+@pytest.mark.parametrize(
+    ("yaml", "expected"),
+    [
+        ("engine: {max_runing: 3}", "engine.max_runing: unknown key; did you mean engine.max_running?"),
+        ("engine: {attention: fast}", "engine.attention: found 'fast'; allowed: 'auto', 'flash', 'torch' or 'sdpa'"),
+        ("engine: {cache_fraction: 1.5}", "engine.cache_fraction: found 1.5; allowed: less than 1"),
+        ("sampling: {seed: -1}", "sampling.seed: found -1; allowed: greater than or equal to 0"),
+        ("sampling: {max_tokens: 5, min_tokens: 9}", "sampling: min_tokens is 9; allowed: 0 to max_tokens (5)"),
+        ("sampling: {stop_strings: [a, '']}", "sampling: stop_strings is ('a', ''); allowed: a tuple of strings"),
+    ],
+)
+def test_mistakes_in_the_engine_s_own_settings_are_reported_like_all_others(
+    tmp_path: Path, yaml: str, expected: str
+) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml)
+    with pytest.raises(ConfigError) as caught:
+        load_config(CaptionConfig, str(path), REQUIRED)
+    assert expected in str(caught.value)
+
+
+def test_every_config_key_that_the_code_names_exists() -> None:
+    """Error messages tell users what to change; a key that is no key would send them nowhere."""
+    keys = {name for config in (CaptionConfig, PlanConfig, EvaluateConfig) for name, _ in fields_of(config)}
+    sections = "|".join({name.partition(".")[0] for name in keys})
+    named = re.compile(rf"(?<![\w./-])(?:{sections})\.[a-z_][\w.]*\w")
+    not_keys = re.compile(r"run\.json|model\.(files|generate|visual|language_model\b.*)")
+    root = Path(__file__).resolve().parents[2]
+    unknown = []
+    for path in (*root.glob("pipeline/**/*.py"), *root.glob("jobs/**/*.py")):
+        tree = ast.parse(path.read_text())
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                found = [name for name in named.findall(node.value) if not not_keys.fullmatch(name)]
+                unknown += [f"{path.relative_to(root)}:{node.lineno} {name}" for name in found if name not in keys]
+    assert not unknown, "\n".join(unknown)
+
+
 def test_text_fields_take_the_word_as_it_stands() -> None:
     config = load(prompt__template="What: {name}? 5", input__path="123")
     assert config.prompt.template == "What: {name}? 5"
@@ -87,6 +131,8 @@ def test_one_column_can_be_mapped_on_the_command_line() -> None:
 def test_the_config_is_frozen() -> None:
     config = load()
     with pytest.raises(Exception, match="frozen"):
+        config.input.path = "other"
+    with pytest.raises(dataclasses.FrozenInstanceError):
         config.sampling.max_tokens = 3  # type: ignore[misc]
 
 

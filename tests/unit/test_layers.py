@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # A room (a file or folder of pipeline/) imports from the floors below its own, and from itself.
 FLOORS = (
     {"errors", "conversation", "storage"},
-    {"schema", "checkpoint", "engine"},
+    {"checkpoint", "engine"},
+    {"schema"},
     {"config", "manifest", "preprocess"},
     {"generate", "results", "evaluation", "demo"},
     {"execution"},

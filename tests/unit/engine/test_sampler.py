@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline.engine.sampler import SampleRow, sample
-from pipeline.engine.sequence import SamplingParams, repeats_endlessly, uniform_draw
+from pipeline.engine.sequence import repeats_endlessly, uniform_draw
+from pipeline.engine.settings import SamplingParams
 
 
 def distribution(logits: list[float], **params: Any) -> dict[int, float]:

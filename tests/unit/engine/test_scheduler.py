@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pipeline.engine.block_manager import BlockManager
 from pipeline.engine.media_ledger import MediaLedger
 from pipeline.engine.scheduler import DecodePlan, PrefillPlan, Scheduler
-from pipeline.engine.sequence import Medium, Request, SamplingParams, Sequence
+from pipeline.engine.sequence import Medium, Request, Sequence
+from pipeline.engine.settings import SamplingParams
 
 
 def make_scheduler(

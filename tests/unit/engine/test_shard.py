@@ -151,7 +151,7 @@ def test_more_devices_than_there_are_is_one_line(
     options = EngineOptions(str(tmp_path), num_devices=4, device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(CheckpointError, match="num_devices is 4, but torch sees 2 GPUs here"):
+    with pytest.raises(CheckpointError, match="spread over 4 GPUs, but torch sees 2 here"):
         load_checkpoint(options)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -103,7 +103,10 @@ def test_a_wrong_option_says_what_is_allowed(option: str, value: Any) -> None:
 def test_a_gpu_that_is_not_there_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    check_refused(folder, r"engine.device is 'cuda:2', but torch sees 2 GPU\(s\) here, counted from 0", device="cuda:2")
+    check_refused(folder, r"model.device is 'cuda:2', but torch sees 2 GPU\(s\) here, counted from 0", device="cuda:2")
     check_refused(
-        folder, "torch sees 2 GPUs here and engine.device is cuda:1; lower it", device="cuda:1", num_devices=2
+        folder,
+        "torch sees 2 here and model.device is cuda:1; lower resources.gpus_per_engine",
+        device="cuda:1",
+        num_devices=2,
     )

@@ -1,0 +1,158 @@
+"""Every setting of the engine, declared once with its default, bounds and help.
+
+A setting is a dataclass field whose metadata holds `description` and the bounds `ge`, `gt`, `le` and `lt`. pydantic
+reads the same metadata, so the job's config uses `SamplingParams` and `EngineSettings` as its sections `sampling` and
+`engine`; the names, types and bounds of a row's own sampling columns come from here too. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def setting(default: Any, description: str, **bounds: float) -> Any:
+    """A dataclass field with this default, help and bounds."""
+    return field(default=default, metadata={"description": description, **bounds})
+
+
+def within(number: float, bounds: Mapping[str, Any]) -> bool:
+    """Whether a number is finite and within the bounds of a setting's metadata."""
+    return (
+        (isinstance(number, int) or math.isfinite(number))
+        and ("ge" not in bounds or number >= bounds["ge"])
+        and ("gt" not in bounds or number > bounds["gt"])
+        and ("le" not in bounds or number <= bounds["le"])
+        and ("lt" not in bounds or number < bounds["lt"])
+    )
+
+
+def allowed(bounds: Mapping[str, Any]) -> str:
+    """The bounds in words, as in `1 or more` and `above 0, up to 1`."""
+    low = f"above {bounds['gt']}" if "gt" in bounds else f"{bounds['ge']}"
+    if "le" in bounds:
+        return f"{low}, up to {bounds['le']}" if "gt" in bounds else f"{low} to {bounds['le']}"
+    if "lt" in bounds:
+        return f"{low}, below {bounds['lt']}"
+    return low if "gt" in bounds else f"{low} or more"
+
+
+@cache
+def setting_types(settings: type) -> dict[str, Any]:
+    """The type of each setting of a class, by name."""
+    return get_type_hints(settings)
+
+
+def _check(settings: Any) -> None:
+    """Raise ValueError for a choice or number that its setting does not allow."""
+    types = setting_types(settings.__class__)
+    for each in fields(settings):
+        value, choices = getattr(settings, each.name), get_args(types[each.name])
+        if get_origin(types[each.name]) is Literal and value not in choices:
+            raise ValueError(f"{each.name} is {value!r}; allowed: {', '.join(choices)}")
+        if isinstance(value, (int, float)) and each.metadata.keys() & {"ge", "gt"} and not within(value, each.metadata):
+            raise ValueError(f"{each.name} is {value!r}; allowed: {allowed(each.metadata)}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, and when they end."""
+
+    max_tokens: int = setting(128, "Generate at most this many tokens; the finish reason is then `length`.", ge=1)
+    min_tokens: int = setting(
+        0, "End tokens, stop tokens and stop strings do not count before this many tokens; at most max_tokens.", ge=0
+    )
+    temperature: float = setting(0.0, "0 is greedy: always the most likely token. Higher is more random.", ge=0)
+    top_k: int = setting(0, "Sample from this many most likely tokens; 0: from all.", ge=0)
+    top_p: float = setting(1.0, "Sample from the most likely tokens that together have this probability.", gt=0, le=1)
+    min_p: float = setting(
+        0.0, "Sample from tokens at least this likely, relative to the most likely one; 0: from all.", ge=0, le=1
+    )
+    repetition_penalty: float = setting(
+        1.0, "Above 1, tokens that the prompt or the answer already contains become less likely; 1: off.", gt=0
+    )
+    n: int = setting(1, "Answers for each row; with more than one, `texts` holds them all.", ge=1)
+    seed: int | None = setting(
+        None,
+        "Seed of rows without one. The other rows of a batch do not change a row's tokens. Default: random.",
+        ge=0,
+        le=2**63 - 1,
+    )
+    stop_strings: tuple[str, ...] = setting((), "Texts that end the answer.")
+    stop_token_ids: tuple[int, ...] = setting((), "Token ids that end the answer, besides the checkpoint's end tokens.")
+    ignore_eos: bool = setting(False, "Whether to continue past the checkpoint's end tokens.")
+    logprobs: bool = setting(False, "Whether to record each token's log-probability, before temperature and filters.")
+    stop_on_repetition: bool = setting(
+        False, "Whether to end an answer that repeats itself endlessly; its finish reason is then `repetition`."
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens is {self.min_tokens}; allowed: 0 to max_tokens ({self.max_tokens})")
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ValueError(f"stop_strings is {self.stop_strings!r}; allowed: a tuple of strings, none empty")
+        if any(token < 0 for token in self.stop_token_ids):
+            raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}; allowed: 0 or more")
+
+
+def parse_sampling(text: str) -> SamplingParams:
+    """The parameters in a request row's JSON. Raises ValueError for one that is out of bounds."""
+    values = json.loads(text)
+    for name in ("stop_strings", "stop_token_ids"):
+        values[name] = tuple(values.get(name) or ())
+    return SamplingParams(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How an engine runs. None of it decides which tokens a row gets."""
+
+    kind: Literal["native", "transformers"] = setting(
+        "native", "`native`: continuous batching. `transformers`: `model.generate` in static batches, the reference."
+    )
+    attention: Literal["auto", "flash", "torch", "sdpa"] = setting(
+        "auto",
+        "Attention backend. `auto` takes the first that works here: `flash` (the flash-attn package), `torch` (torch's "
+        "own varlen kernels, on CUDA), `sdpa` (anywhere). Forcing one that is missing is an error.",
+    )
+    batch_size: int = setting(16, "Rows in a static batch; `transformers` only.", ge=1)
+    max_running: int = setting(256, "Sequences that are decoded together.", ge=1)
+    max_batch_tokens: int | None = setting(
+        None, "Prompt tokens in one prefill pass. Default: 16384 on a GPU, 2048 on a CPU.", ge=1
+    )
+    max_batch_patches: int | None = setting(
+        None, "Patches in one vision pass. Default: four for each of max_batch_tokens.", ge=1
+    )
+    cache_fraction: float = setting(
+        0.85, "Share of the GPU memory left after loading that the key-value cache takes.", gt=0, lt=1
+    )
+    cache_gb: float = setting(2.0, "Size of the key-value cache on a CPU, in GB.", gt=0)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True)
+class EngineOptions(EngineSettings):
+    """The settings, and what the job fills in from elsewhere."""
+
+    model_path: str
+    """A checkpoint folder, or a name on the Hugging Face hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name."""
+    dtype: Dtype = "auto"
+    """`auto`: bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    """`auto`: the first GPU, else the CPU; or cpu, cuda, cuda:1."""
+    num_devices: int = setting(1, "GPUs over which the layers are spread; without effect on a CPU.", ge=1)
+    max_context: int | None = setting(None, "Longest prompt plus output. None: what the checkpoint allows.", ge=1)
+    num_threads: int | None = setting(None, "Threads for torch on a CPU. None leaves torch's own choice.", ge=1)
+    cuda_graphs: bool = True
+    """Replay decode passes as CUDA graphs; only on a GPU."""
