@@ -1,6 +1,6 @@
-"""Answer a manifest that carries references, score the answers, and write one page about it; the same command resumes.
+"""Answer a manifest that has references, score the answers, and write one page about it; the same command resumes.
 
-    published set --layout--> manifest --caption job--> result rows --> scores.parquet, metrics.json --> report.html
+    published dataset --layout--> manifest --caption job--> result rows --> scores.parquet, metrics.json --> report.html
 
 With `--run.path FOLDER` a finished (or unfinished) run is scored instead, and nothing is generated.
 """
@@ -8,31 +8,27 @@ With `--run.path FOLDER` a finished (or unfinished) run is scored instead, and n
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import Field
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from jobs.command_line import run_job
-from jobs.report import compare_folders, read_report, write_text
+from jobs.report import write_report
 from pipeline import storage
-from pipeline.config import CaptionConfig, NotNegative, Positive, RunConfig, Section
-from pipeline.errors import ConfigError, OutputError
-from pipeline.evaluation.layout import Layout, prepare_manifest
-from pipeline.evaluation.scoring import DERIVED_SLICES, Scorer, ScoringSettings
+from pipeline.config import CaptionConfig, RunConfig
+from pipeline.errors import OutputError
+from pipeline.evaluation.canaries import compare_canaries
+from pipeline.evaluation.layout import prepare_manifest
+from pipeline.evaluation.run_folder import score_folder
+from pipeline.evaluation.scoring import Scorer
+from pipeline.evaluation.settings import EvaluateSection
 from pipeline.preprocess.prompt import spare_torch
-from pipeline.report import ReportOptions, RunReader, render_html
 from pipeline.report.page import shown_interval, shown_score
+from pipeline.results.reader import RunReader
 from pipeline.schema import RESULT_COLUMNS
 
 
@@ -43,45 +39,8 @@ class EvaluateRunConfig(RunConfig):
     """Score this run folder and generate nothing."""
 
 
-class EvaluateSection(Section):
-    """What is right, and how it is scored."""
-
-    references: str = "reference"
-    """Column with the right answer or answers."""
-    metrics: list[str] = Field(default_factory=lambda: ["exact_match"])
-    """Metrics of rows whose task or metric column says nothing else; the first is the row's score."""
-    task_column: str | None = None
-    """Column that names the row's task; scores are shown for each."""
-    tasks: dict[str, list[str]] = Field(default_factory=dict)
-    """Metrics by task."""
-    metric_column: str | None = None
-    """Column with the row's own metrics; wins over everything."""
-    choices: str | None = None
-    """Column with the list of options, for multiple choice."""
-    slices: list[str] = Field(default_factory=lambda: ["media_kind", "resolution_bucket"])
-    """Columns by whose values scores are shown too; also media_kind, num_media and resolution_bucket."""
-    baseline: str | None = None
-    """Run folder to compare with, row by row."""
-    canaries: NotNegative = 0
-    """Run this many rows from the manifest's start once more, each alone, and report whether their answers agree."""
-    layout: Layout | None = None
-    """How a published set's columns become questions; without it the manifest is taken as it is."""
-    manifest_path: str | None = None
-    """Where the manifest made by the layout goes. Default: beside the output folder."""
-    num_samples: Positive = 1_000
-    """Bootstrap samples behind each interval."""
-    seed: NotNegative = 0
-    """Seed of bootstrap, permutation test and the gallery's choice."""
-    price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
-    """States the run's cost in the report."""
-    currency: str = "$"
-    """Put before prices."""
-    thumbnails: bool = True
-    """Whether the report shows pictures."""
-
-
 class EvaluateConfig(CaptionConfig):
-    """A caption job whose manifest carries references, and how to score it."""
+    """A caption job whose manifest has references, and how to score it."""
 
     run: EvaluateRunConfig = EvaluateRunConfig()
     evaluate: EvaluateSection = EvaluateSection()
@@ -93,43 +52,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: EvaluateConfig) -> int:
-    """Generate what is missing, score, report. Raises JobError; returns the exit code."""
-    settings = scoring_settings(config.evaluate)
-    if config.run.path is not None:
-        folder, options = config.run.path, config.output.storage_options
-        canaries = None
-    else:
-        folder, options = config.output.path, config.output.storage_options
-        config = with_manifest(config)
-        code = _generate(config, settings)
-        if code:
+    """Generate, score, report. Raises JobError; returns the exit code."""
+    evaluate, storage_options = config.evaluate, config.output.storage_options
+    Scorer(evaluate.scoring)  # fails on a missing package before anything is generated
+    folder, canaries = config.run.path or config.output.path, None
+    if config.run.path is None:
+        job = caption_config(with_layout(config))
+        if code := run_caption(job):
             return code
-        canaries = run_canaries(config, settings) if config.evaluate.canaries else None
-    metrics = evaluate_folder(folder, settings, config.evaluate, canaries=canaries, storage_options=options)
-    _print_scores(metrics)
-    if not config.output.report:
-        return 0
-    report_path = storage.join(folder, "report.html")
-    page = ReportOptions(
-        thumbnails=config.evaluate.thumbnails,
-        price_per_gpu_hour=config.evaluate.price_per_gpu_hour,
-        currency=config.evaluate.currency,
-        seed=config.evaluate.seed,
+        canaries = run_canaries(job) if evaluate.canaries else None
+    metrics = score_folder(
+        folder, evaluate.scoring, baseline=evaluate.baseline, canaries=canaries, storage_options=storage_options
     )
-    report = read_report(folder, config.evaluate.baseline, options=page, storage_options=options)
-    write_text(report_path, render_html(report), options)
-    print(f"report: {report_path}")
+    print_scores(metrics)
+    if config.output.report:
+        path = write_report(
+            folder,
+            storage_options=storage_options,
+            thumbnails=evaluate.thumbnails,
+            price_per_gpu_hour=evaluate.price_per_gpu_hour,
+            currency=evaluate.currency,
+            seed=evaluate.seed,
+        )
+        print(f"report: {path}")
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Generating
+def with_layout(config: EvaluateConfig) -> EvaluateConfig:
+    """Makes the manifest of a published dataset, if there is a layout, and returns the config that reads it.
 
-
-def with_manifest(config: EvaluateConfig) -> EvaluateConfig:
-    """The config with its manifest made from a published set, where it has a layout; with the columns that scores need.
-
-    The layout's own columns take the place of what the config says of prompts and columns.
+    The layout replaces the config's settings of prompts and columns.
     """
     evaluate, source = config.evaluate, config.input
     if evaluate.layout is None:
@@ -144,210 +96,77 @@ def with_manifest(config: EvaluateConfig) -> EvaluateConfig:
         storage_options=config.output.storage_options,
     )
     allow = [*source.allow, storage.parent(source.path) if source.path.endswith(".parquet") else source.path]
-    made = source.model_copy(
-        update={"path": path, "format": "parquet", "columns": {}, "limit": None, "allow": allow, "keep": []}
-    )
-    return config.model_copy(update={"input": made})
-
-
-def _generate(config: EvaluateConfig, settings: ScoringSettings) -> int:
-    from jobs import caption
-
-    return caption.run(_keeping(config, settings))
-
-
-def _keeping(config: EvaluateConfig, settings: ScoringSettings) -> EvaluateConfig:
-    """The config of the caption job: its results keep every column that scores and report need."""
-    wanted = [name for name in settings.columns if name not in RESULT_COLUMNS]
-    if config.evaluate.layout is not None:
-        wanted += ["prompt", *config.evaluate.layout.keep]
-    keep = list(dict.fromkeys([*config.input.keep, *wanted]))
-    update = {
-        "input": config.input.model_copy(update={"keep": keep}),
-        # The page is written once the rows are scored.
-        "output": config.output.model_copy(update={"report": False}),
+    manifest: dict[str, Any] = {
+        "path": path,
+        "format": "parquet",
+        "columns": {},
+        "limit": None,
+        "allow": allow,
+        "keep": [],
     }
-    return config.model_copy(update=update)
+    return config.model_copy(update={"input": source.model_copy(update=manifest)})
 
 
-def run_canaries(config: EvaluateConfig, settings: ScoringSettings) -> dict[str, Any]:
-    """Runs the first rows again, one at a time, and compares: does an answer depend on who shared its batch?"""
-    from jobs import caption
-
-    folder = storage.join(config.output.path, "canaries")
-    alone = _keeping(config, settings).model_copy(
+def caption_config(config: EvaluateConfig) -> EvaluateConfig:
+    """The config of the caption job: its results keep every column that scores and report need."""
+    keep = [*config.input.keep, *(name for name in config.evaluate.scoring.columns if name not in RESULT_COLUMNS)]
+    if config.evaluate.layout is not None:
+        keep += ["prompt", *config.evaluate.layout.keep]
+    return config.model_copy(
         update={
-            "output": config.output.model_copy(update={"path": folder, "report": False}),
+            "input": config.input.model_copy(update={"keep": list(dict.fromkeys(keep))}),
+            "output": config.output.model_copy(update={"report": False}),  # written once the rows are scored
+        }
+    )
+
+
+def run_caption(config: CaptionConfig) -> int:
+    """Generates what is missing; returns the exit code."""
+    from jobs import caption  # loads Ray, which scoring a finished run does not need
+
+    return caption.run(config)
+
+
+def run_canaries(config: EvaluateConfig) -> dict[str, Any]:
+    """Runs the first rows again, each alone, and compares: does an answer depend on the rows in its batch?"""
+    folder = storage.join(config.output.path, "canaries")
+    limit = min(config.evaluate.canaries, config.input.limit or config.evaluate.canaries)
+    alone = config.model_copy(
+        update={
+            "input": config.input.model_copy(update={"limit": limit}),
+            "output": config.output.model_copy(update={"path": folder}),
             "engine": dataclasses.replace(config.engine, max_running=1, batch_size=1),
             "evaluate": config.evaluate.model_copy(update={"canaries": 0}),
         }
     )
-    limit = min(config.evaluate.canaries, config.input.limit or config.evaluate.canaries)
-    alone = alone.model_copy(update={"input": alone.input.model_copy(update={"limit": limit})})
-    code = caption.run(alone)
-    if code:
+    if code := run_caption(alone):
         raise OutputError(f"the canary rows in {folder} could not be run alone (exit code {code})")
-    return compare_canaries(
-        RunReader(config.output.path, config.output.storage_options), RunReader(folder, config.output.storage_options)
-    )
+    readers = [RunReader(path, config.output.storage_options) for path in (config.output.path, folder)]
+    return compare_canaries(*readers)
 
 
-_COMPARED = ("text", "finish_reason", "num_output_tokens", "status", "error_type")
-
-
-def compare_canaries(batched: RunReader, alone: RunReader) -> dict[str, Any]:
-    """Whether rows run alone got the answers that they got in the mixed batch; plain values for metrics.json."""
-    columns = (*_COMPARED, "id", "manifest_file", "manifest_row")
-    expected: dict[tuple[int, int], dict[str, Any]] = {}
-    for one in alone.batches(columns):
-        for row in one.batch.to_pylist():
-            expected[row["manifest_file"], row["manifest_row"]] = row
-    differing, num_compared = [], 0
-    for one in batched.batches(columns):
-        for row in one.batch.to_pylist():
-            other = expected.pop((row["manifest_file"], row["manifest_row"]), None)
-            if other is None:
-                continue
-            num_compared += 1
-            if any(row[name] != other[name] for name in _COMPARED):
-                differing.append({"id": row["id"], "alone": _answer(other), "batched": _answer(row)})
-        if not expected:
-            break
-    same = num_compared - len(differing)
-    sentence = f"{same:,} of {num_compared:,} rows gave the same answer alone as in the mixed batch."
-    if num_compared and not differing:
-        sentence += " This run's batching does not change answers."
-    elif differing:
-        sentence += (
-            " Answers depend on what shared the batch: expect differences between runs in rows as close as these."
-        )
-    return {"num_rows": num_compared, "num_same": same, "differing": differing[:10], "sentence": sentence}
-
-
-def _answer(row: Mapping[str, Any]) -> str:
-    text = row["text"] if row["status"] == "ok" else row["error_type"]
-    return f"{(text or '')[:300]} ({row['num_output_tokens'] or 0} tokens, {row['finish_reason'] or row['status']})"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scoring
-
-
-def scoring_settings(section: EvaluateSection) -> ScoringSettings:
-    """The section as the scorer wants it; a layout brings its own columns. Raises ConfigError."""
-    layout = section.layout
-    return ScoringSettings(
-        references="reference" if layout else section.references,
-        metrics=tuple(section.metrics),
-        tasks={task: tuple(names) for task, names in section.tasks.items()},
-        task_column="task" if layout and layout.task else section.task_column,
-        metric_column=section.metric_column,
-        choices="choices" if layout and layout.choices else section.choices,
-        slices=tuple(section.slices),
-        num_samples=section.num_samples,
-        seed=section.seed,
-    )
-
-
-def evaluate_folder(
-    folder: str,
-    settings: ScoringSettings,
-    section: EvaluateSection | None = None,
-    *,
-    canaries: Mapping[str, Any] | None = None,
-    storage_options: storage.StorageOptions = None,
-) -> dict[str, Any]:
-    """Scores a run folder: writes scores.parquet and metrics.json into it and returns the metrics."""
-    section = section or EvaluateSection()
-    reader = RunReader(folder, storage_options)
-    scorer = Scorer(settings)
-    needed = {*settings.columns, "id", "text", "status", "manifest_file", "manifest_row"}
-    if any(name in DERIVED_SLICES for name in settings.slices):
-        needed.add("media")
-    missing = [name for name in settings.columns if reader.columns and name not in reader.columns]
-    if missing:
-        raise ConfigError(
-            f"{folder} kept no column {', '.join(missing)}: its run needs it in input.keep. "
-            f"Its columns: {', '.join(reader.columns)}"
-        )
-    if scorer.needs_learning:
-        scorer.learn(one.batch for one in reader.batches(needed))
-    _write_scores(storage.join(folder, "scores.parquet"), scorer, reader, needed, storage_options)
-    metrics = scorer.metrics()
-    if canaries is not None:
-        metrics["canaries"] = dict(canaries)
-    if section.baseline is not None:
-        comparison = compare_folders(
-            folder,
-            section.baseline,
-            storage_options=storage_options,
-            num_samples=section.num_samples,
-            seed=section.seed,
-        )
-        if comparison is None:
-            raise OutputError(
-                f"{section.baseline} has no scores.parquet: score it first, "
-                f"as in `python -m jobs.evaluate --config CONFIG --run.path {section.baseline}`"
-            )
-        metrics["baseline"] = comparison
-    metrics = {key: _finite(value) for key, value in metrics.items()}
-    write_text(storage.join(folder, "metrics.json"), json.dumps(metrics, indent=2, default=str), storage_options)
-    return metrics
-
-
-def _write_scores(
-    path: str, scorer: Scorer, reader: RunReader, columns: set[str], storage_options: storage.StorageOptions
-) -> None:
-    """Streams the score rows through a file on this machine's disk, published whole."""
-    descriptor, temporary = tempfile.mkstemp(suffix=".parquet")
-    os.close(descriptor)
-    try:
-        with pq.ParquetWriter(temporary, scorer.schema, compression="zstd") as writer:
-            for one in reader.batches(columns):
-                writer.write_table(pa.Table.from_batches([scorer.score(one.batch)]), row_group_size=1 << 20)
-        storage.publish_file(temporary, path, storage_options)
-    except OSError as error:
-        raise OutputError(f"can't write {path}: {error}") from error
-    finally:
-        os.unlink(temporary)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _print_scores(metrics: Mapping[str, Any]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in ("slice", "metric", "score", "95 %", "rows"):
-        table.add_column(name, justify="right" if name in ("score", "rows") else "left")
-
-    def add(label: str, found: Mapping[str, Any]) -> None:
-        for name, one in found.items():
-            known = metrics["definitions"].get(name, {})
-            maximum = known.get("maximum", 1.0)
+def print_scores(metrics: Mapping[str, Any]) -> None:
+    """Prints the scores of all rows and of each task, the comparison with the baseline and the canaries."""
+    table = Table("slice", "metric", Column("score", justify="right"), "95 %", Column("rows", justify="right"))
+    table.box, table.pad_edge = None, False
+    tasks = [(task["value"], task["metrics"]) for task in metrics["slices"].get("task", [])]
+    for label, scores in [("all rows", metrics["overall"]), *tasks]:
+        for name, score in scores.items():
+            definition = metrics["definitions"][name]
             table.add_row(
                 Text(label),
-                known.get("title", name),
-                shown_score(one["value"], maximum),
-                shown_interval(one["low"], one["high"], maximum),
-                f"{one['num_rows']:,}",
+                definition["title"],
+                shown_score(score["value"], definition["maximum"]),
+                shown_interval(score["low"], score["high"], definition["maximum"]),
+                f"{score['num_rows']:,}",
             )
-
-    add("all rows", metrics["overall"])
-    for entry in metrics["slices"].get("task", []):
-        add(entry["value"], entry["metrics"])
     Console().print(table)
-    for name, one in (metrics.get("baseline") or {}).get("metrics", {}).items():
+    for name, one in metrics.get("baseline", {}).get("metrics", {}).items():
         print(
             f"{name} against the baseline: {one['difference']:+.4f} "
             f"(p = {one['p_permutation']:.4g}), {one['won']:,} won, {one['lost']:,} lost: {one['verdict']}"
         )
-    if metrics.get("canaries"):
+    if "canaries" in metrics:
         print(f"canaries: {metrics['canaries']['sentence']}")
 
 

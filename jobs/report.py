@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline import storage
 from pipeline.errors import JobError, OutputError
-from pipeline.evaluation.scoring import compare_runs
-from pipeline.report import Report, ReportOptions, RunReader, gather, render_html, render_markdown
+from pipeline.evaluation.comparison import compare_folders
+from pipeline.report import Report, ReportOptions, gather, render_html, render_markdown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,42 +59,6 @@ def write_report(run: str, *, storage_options: storage.StorageOptions = None, **
     report = read_report(run, options=ReportOptions(**options), storage_options=storage_options)
     write_text(path, render_html(report), storage_options)
     return path
-
-
-def compare_folders(
-    run: str, baseline: str, *, storage_options: storage.StorageOptions = None, num_samples: int = 1_000, seed: int = 0
-) -> dict[str, Any] | None:
-    """Paired comparison of two scored runs, as plain values for metrics.json; None where either has no scores.
-
-    Rows are paired by their place in the manifest, or by id where the manifests differ.
-    """
-    mine, theirs = RunReader(run, storage_options), RunReader(baseline, storage_options)
-    if not (mine.has_scores and theirs.has_scores):
-        return None
-    by_id = not same_manifest(mine.run, theirs.run)
-    result = compare_runs(mine.score_batches(), theirs.score_batches(), by_id=by_id, num_samples=num_samples, seed=seed)
-    named = {
-        kind: {name: {**asdict(one), "verdict": one.verdict} for name, one in getattr(result, kind).items()}
-        for kind in ("metrics", "tasks")
-    }
-    # In the order of the run's own metrics, whose first is the headline.
-    order = [*((mine.metrics or {}).get("overall") or {}), *named["metrics"]]
-    return {
-        "run": storage.absolute(baseline),
-        "paired_by": "id" if by_id else "place",
-        "metrics": {name: named["metrics"][name] for name in dict.fromkeys(order) if name in named["metrics"]},
-        "tasks": named["tasks"],
-        "only_candidate": result.only_candidate,
-        "only_baseline": result.only_baseline,
-        "won": [list(place) for place in result.won],
-        "lost": [list(place) for place in result.lost],
-    }
-
-
-def same_manifest(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether both runs' places mean the same rows; runs that do not say are taken at their word."""
-    found = [(one.get("manifest") or {}).get("fingerprint") for one in (run, other)]
-    return found[0] == found[1] or None in found
 
 
 def write_text(path: str, text: str, storage_options: storage.StorageOptions = None) -> None:

@@ -23,7 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.evaluation.scoring import ScoringSettings
+from pipeline.evaluation.run_folder import score_folder
+from pipeline.evaluation.settings import ScoringSettings
 from pipeline.schema import result_schema
 
 _ROWS_PER_PART = 100_000
@@ -104,9 +105,7 @@ def _stage(stage: str, folder: Path, num_rows: int, seed: int) -> dict[str, Any]
     if stage == "make":
         make_run(folder, num_rows, seed)
     elif stage == "score":
-        from jobs.evaluate import evaluate_folder
-
-        evaluate_folder(str(folder), SETTINGS)
+        score_folder(str(folder), SETTINGS)
     else:
         from jobs.report import read_report, write_text
         from pipeline.report import ReportOptions, render_html

@@ -1,21 +1,21 @@
-"""How a published set's columns become questions: prompt, media, options and right answers, by config and no code.
+"""A published dataset's columns as questions: prompt, media, options and right answers, by config and without code.
 
     {question, options, answer: 1, image}  -->  {prompt: "...\nA. cat\nB. dog", choices, reference: ["B"], images}
 
-The result is a manifest in our own column names, written as Parquet part by part, so that a run over it resumes like
-any other. Templates are plain format strings over columns, and a line whose columns are all empty is left out.
+The result is a manifest in our own column names, written as Parquet files, so that a run over it resumes like any
+other. Templates are plain format strings over columns, and a line whose columns are all empty is left out.
 Knows rows and columns; not media, models or scores.
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
+import itertools
 import json
 import re
 import string
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,39 +26,40 @@ from pydantic import Field, field_validator
 from pipeline import storage
 from pipeline.config import Section
 from pipeline.errors import ManifestError
+from pipeline.evaluation.columns import answer_texts
 from pipeline.evaluation.metrics.choice import LETTERS
 
 _ROWS_PER_BATCH = 64
 _ROWS_PER_FILE = 20_000
-_ROWS_PER_GROUP = 200
+_ROWS_PER_GROUP = 200  # small, because rows hold images and readers take a few rows at a time
 _IMAGE_MARK = re.compile(r"<image (\d+)>")
-# MMBench's files went through pandas, which left its mark where a row has no hint or only two options.
+# MMBench's files went through pandas, which writes nan where a row has no hint or only two options.
 _EMPTY_TEXTS = ("", "nan")
 
 MEDIUM = pa.struct([("bytes", pa.large_binary()), ("path", pa.string())])
 
 
 class Layout(Section):
-    """How one published set names its columns."""
+    """How one published dataset names its columns."""
 
     prompt: str
-    """The question: a format string over the set's columns; `{choices}` stands for the lettered options."""
+    """The question: a format string over the dataset's columns; `{choices}` stands for the lettered options."""
     prompts: dict[str, str] = Field(default_factory=dict)
     """Other prompts for the rows of some tasks."""
     images: list[str] = Field(default_factory=list)
-    """Columns with images, in order; null ones are passed over. With `image_marks`, column n stands for `<image n>`."""
+    """Columns with images, in order; nulls are skipped. With `image_marks`, the n-th column is `<image n>`."""
     image_marks: bool = False
-    """Whether `<image 1>` in the prompt says where an image stands among the words (MMMU)."""
+    """Whether `<image 1>` in the prompt marks the position of an image in the text (MMMU)."""
     video: str | None = None
-    """The video's path: a format string over the set's columns, as in `videos/{videoID}.mp4`."""
+    """The video's path: a format string over the dataset's columns, as in `videos/{videoID}.mp4`."""
     choices: list[str] = Field(default_factory=list)
     """One column with a list of options (or the text of one), or several columns with an option each."""
     choice: str = "{letter}. {text}"
-    """How an option is written in the prompt; `{text}` alone where the set's options bring their letters."""
+    """How an option is written in the prompt; `{text}` alone if the dataset's options already have letters."""
     answer: str = "answer"
     """Column with the right answer or answers."""
     answer_is: Literal["text", "letter", "index"] = "text"
-    """What the answer column holds; a letter or an index (from 0) of an option becomes the reference's letter."""
+    """What the answer column holds; a letter or an index (from 0) of an option becomes a letter as the reference."""
     task: str | None = None
     """Column that names the row's task."""
     id: str | None = None
@@ -69,8 +70,7 @@ class Layout(Section):
     @field_validator("prompt", "video")
     @classmethod
     def _is_a_template(cls, template: str | None) -> str | None:
-        if template is not None:
-            _columns_of(template)
+        _columns_of(template or "")
         return template
 
     @field_validator("prompts")
@@ -81,16 +81,17 @@ class Layout(Section):
         return prompts
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """The set's columns that are read."""
-        named = [name for template in (self.prompt, *self.prompts.values()) for name in _columns_of(template)]
-        named += _columns_of(self.video) if self.video else ()
-        named += [*self.images, *self.choices, self.answer, *self.keep]
-        named += [name for name in (self.task, self.id) if name]
-        return tuple(dict.fromkeys(name for name in named if name != "choices" or "choices" in self.choices))
+    def columns(self) -> list[str]:
+        """The dataset's columns that are read."""
+        templates = (self.prompt, *self.prompts.values(), self.video or "")
+        named = [name for template in templates for name in _columns_of(template)]
+        if "choices" not in self.choices:  # in a template it is the lettered options, not a column
+            named = [name for name in named if name != "choices"]
+        named += [*self.images, *self.choices, self.answer, *self.keep, self.task or "", self.id or ""]
+        return [name for name in dict.fromkeys(named) if name]
 
 
-def _columns_of(template: str) -> tuple[str, ...]:
+def _columns_of(template: str) -> list[str]:
     """Columns a template names. Raises ValueError for anything but `{name}`."""
     names = []
     for _, name, specification, conversion in string.Formatter().parse(template):
@@ -99,45 +100,41 @@ def _columns_of(template: str) -> tuple[str, ...]:
         if not name or specification or conversion or any(mark in name for mark in ".[]"):
             raise ValueError(f"{template!r} has a field that is not a plain column name; allowed: {{name}}")
         names.append(name)
-    return tuple(dict.fromkeys(names))
+    return names
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
     """The template with its columns' values; lines whose columns are all empty are left out."""
     lines = []
     for line in template.split("\n"):
-        names = _columns_of(line)
-        texts = {name: _text(values.get(name)) for name in names}
-        if names and not any(texts.values()):
+        texts = {name: _text(values.get(name)) for name in _columns_of(line)}
+        if texts and not any(texts.values()):
             continue
-        filled = "".join(
-            literal + (texts[name] if name else "") for literal, name, _, _ in string.Formatter().parse(line)
-        )
-        lines.append(filled.strip() if names else filled)
+        fields = string.Formatter().parse(line)
+        filled = "".join(literal + (texts[name] if name else "") for literal, name, _, _ in fields)
+        lines.append(filled.strip() if texts else filled)
     return "\n".join(lines).strip()
 
 
 def _text(value: Any) -> str:
-    """The value as prompt text; the ways in which published sets spell "nothing" are empty."""
-    if value is None or (isinstance(value, float) and value != value):
-        return ""
-    text = str(value)
+    """The value as prompt text; empty for null and for the texts by which published datasets mean it."""
+    text = "" if value is None else str(value)
     return "" if text.strip().lower() in _EMPTY_TEXTS else text
 
 
 def manifest_row(layout: Layout, row: Mapping[str, Any]) -> dict[str, Any]:
-    """One row of the set as a row of the manifest. Raises ManifestError where the row is not of the layout."""
+    """One row of the dataset as a row of the manifest. Raises ManifestError if the row does not fit the layout."""
     choices = _choices(layout, row)
     lettered = "\n".join(
-        _plain_fill(layout.choice, {"letter": LETTERS[number], "text": text}) for number, text in enumerate(choices)
+        layout.choice.replace("{letter}", letter).replace("{text}", text)
+        for letter, text in zip(LETTERS, choices, strict=False)
     )
     task = _text(row.get(layout.task)) if layout.task else None
-    template = layout.prompts.get(task, layout.prompt) if task else layout.prompt
-    prompt = fill(template, {**row, "choices": lettered})
+    prompt = fill(layout.prompts.get(task or "", layout.prompt), {**row, "choices": lettered})
     images = [_medium(row.get(name)) for name in layout.images]
     messages = None
     if layout.image_marks:
-        messages, images = _interleaved(prompt, images)
+        messages, images = _interleave(prompt, images)
     return {
         "id": _text(row.get(layout.id)) or None if layout.id else None,
         "prompt": prompt,
@@ -151,96 +148,95 @@ def manifest_row(layout: Layout, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _plain_fill(template: str, values: Mapping[str, str]) -> str:
-    return template.replace("{letter}", values["letter"]).replace("{text}", values["text"])
-
-
 def _choices(layout: Layout, row: Mapping[str, Any]) -> list[str]:
     if len(layout.choices) == 1:
-        value = row.get(layout.choices[0])
-        return [str(choice) for choice in _listed(value)]
-    return [text for text in (_text(row.get(name)) for name in layout.choices) if text]
+        choices = [str(choice) for choice in _as_list(row.get(layout.choices[0]))]
+    else:
+        choices = [text for text in (_text(row.get(name)) for name in layout.choices) if text]
+    if len(choices) > len(LETTERS):
+        raise ManifestError(f"a row has {len(choices)} options; expected at most {len(LETTERS)}: one for each letter")
+    return choices
 
 
-def _listed(value: Any) -> Sequence[Any]:
-    """A list, or the text of one: MMMU writes its lists in Python's spelling."""
+def _as_list(value: Any) -> Sequence[Any]:
+    """A list, or the text of one: MMMU writes its lists as Python does."""
     if value is None:
         return []
-    if isinstance(value, str):
-        try:
-            parsed = ast.literal_eval(value) if value.lstrip().startswith("[") else [value]
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return [value]
-        return parsed if isinstance(parsed, list) else [value]
-    return list(value)
+    if not isinstance(value, str):
+        return list(value)
+    try:
+        parsed = ast.literal_eval(value) if value.lstrip().startswith("[") else None
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        parsed = None
+    return parsed if isinstance(parsed, list) else [value]
 
 
 def _references(layout: Layout, row: Mapping[str, Any], choices: Sequence[str]) -> list[str]:
     value = row.get(layout.answer)
     if value is None:
         return []
+    text = str(value).strip()
+    letters = list(LETTERS[: len(choices)])
     if layout.answer_is == "index":
-        text = str(value).strip()
-        if not text.isdecimal() or int(text) >= len(choices):
-            raise ManifestError(
-                f"column {layout.answer} holds {value!r}; expected the number, from 0, of one of {len(choices)} options"
-            )
-        return [LETTERS[int(text)]]
-    if layout.answer_is == "letter" and choices:
-        letter = str(value).strip().strip("().").upper()
-        if letter not in LETTERS[: len(choices)]:
-            raise ManifestError(f"column {layout.answer} holds {value!r}; expected a letter of {len(choices)} options")
-        return [letter]
-    return [str(item["answer"] if isinstance(item, Mapping) else item) for item in _listed(value) if item is not None]
+        if text.isdecimal() and int(text) < len(letters):
+            return [letters[int(text)]]
+        expected = "a number from 0 on"
+    elif layout.answer_is == "letter" and choices:
+        letter = text.strip("().").upper()
+        if letter in letters:
+            return [letter]
+        expected = "the letter"
+    else:
+        return answer_texts(_as_list(value))
+    raise ManifestError(f"column {layout.answer} holds {value!r}; expected {expected} of one of {len(choices)} options")
 
 
 def _medium(value: Any) -> dict[str, Any] | None:
     """An image column's value: the {bytes, path} struct, bytes, or a path."""
-    if value is None:
-        return None
     if isinstance(value, Mapping):
         content, path = value.get("bytes"), value.get("path")
         return {"bytes": content, "path": None if content else path} if content or path else None
-    return {"bytes": value, "path": None} if isinstance(value, bytes) else {"bytes": None, "path": str(value)}
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    return None if value is None else {"bytes": None, "path": str(value)}
 
 
-def _interleaved(prompt: str, images: Sequence[Any]) -> tuple[str, list[Any]]:
+def _interleave(prompt: str, images: Sequence[Any]) -> tuple[str, list[Any]]:
     """A user turn with the images where the prompt marks them, as JSON; and the images in that order.
 
-    A later mention of the same image stays as words; images that are never mentioned come first.
+    A later mark of the same image remains text; images without a mark come first.
     """
-    numbers = [int(number) - 1 for number in _IMAGE_MARK.findall(prompt)]
-    present = [number for number, image in enumerate(images) if image is not None]
-    mentioned = [number for number in dict.fromkeys(numbers) if number in present]
-    order = [number for number in present if number not in mentioned] + mentioned
-    parts: list[dict[str, str]] = [{"type": "image"} for number in present if number not in mentioned]
-    seen: set[int] = set()
-    position = 0
-    for mark in _IMAGE_MARK.finditer(prompt):
-        number = int(mark[1]) - 1
-        if number in mentioned and number not in seen:
-            seen.add(number)
-            parts += [{"type": "text", "text": prompt[position : mark.start()]}, {"type": "image"}]
-            position = mark.end()
-    parts.append({"type": "text", "text": prompt[position:]})
-    parts = [part for part in parts if part["type"] == "image" or part["text"]]
-    return json.dumps([{"role": "user", "content": parts}]), [images[number] for number in order]
+    text, *rest = _IMAGE_MARK.split(prompt)
+    parts: list[dict[str, str]] = []
+    marked: list[int] = []
+    for number, following in zip(rest[::2], rest[1::2], strict=True):
+        index = int(number) - 1
+        if index in marked or not 0 <= index < len(images) or images[index] is None:
+            text += f"<image {number}>{following}"
+            continue
+        marked.append(index)
+        parts += [{"type": "text", "text": text}, {"type": "image"}]
+        text = following
+    parts.append({"type": "text", "text": text})
+    unmarked = [index for index, image in enumerate(images) if image is not None and index not in marked]
+    parts = [{"type": "image"} for _ in unmarked] + [part for part in parts if part.get("text") != ""]
+    return json.dumps([{"role": "user", "content": parts}]), [images[index] for index in unmarked + marked]
 
 
 def _schema(layout: Layout) -> pa.Schema:
-    fields = [("id", pa.string()), ("prompt", pa.string())]
-    if layout.image_marks:
-        fields.append(("messages", pa.string()))
-    if layout.images:
-        fields.append(("images", pa.list_(MEDIUM)))
-    if layout.video:
-        fields.append(("video", pa.string()))
-    if layout.choices:
-        fields.append(("choices", pa.list_(pa.string())))
-    fields.append(("reference", pa.list_(pa.string())))
-    if layout.task:
-        fields.append(("task", pa.string()))
-    return pa.schema([*fields, *((name, pa.string()) for name in layout.keep)])
+    strings = pa.list_(pa.string())
+    columns = {
+        "id": pa.string(),
+        "prompt": pa.string(),
+        "messages": pa.string() if layout.image_marks else None,
+        "images": pa.list_(MEDIUM) if layout.images else None,
+        "video": pa.string() if layout.video else None,
+        "choices": strings if layout.choices else None,
+        "reference": strings,
+        "task": pa.string() if layout.task else None,
+        **dict.fromkeys(layout.keep, pa.string()),
+    }
+    return pa.schema([(name, kind) for name, kind in columns.items() if kind is not None])
 
 
 def prepare_manifest(
@@ -252,31 +248,32 @@ def prepare_manifest(
     source_options: storage.StorageOptions = None,
     storage_options: storage.StorageOptions = None,
 ) -> int:
-    """Writes the set's rows as a manifest folder; an equal one that is there already is left alone. Returns its rows.
+    """Writes the dataset's rows as a manifest folder and returns their number; does nothing if that is there already.
 
-    `source` is a Parquet file or a folder of them. A video's path is taken relative to the source's folder. Raises
+    `source` is a Parquet file or a folder of them. A video's path is relative to the source's folder. Raises
     ManifestError.
     """
     files = _source_files(source, source_options)
-    asked = {
+    made_of = {
         "layout": layout.model_dump(mode="json"),
         "files": [[info.path, info.size] for info in files],
         "limit": limit,
     }
-    mark = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     marker = storage.join(target, "_layout.json")
     try:
         done = json.loads(storage.read_bytes(marker, storage_options))
-        if done.get("made_of") == mark:
+    except (FileNotFoundError, ValueError):
+        done = None
+    if done is not None:
+        if {name: done.get(name) for name in made_of} == made_of:
             return int(done["num_rows"])
         raise ManifestError(
-            f"{target} holds a manifest of another layout or source; take another output.path, or delete it"
+            f"{target} holds a manifest of another layout or source; set another evaluate.manifest_path, or delete it"
         )
-    except (FileNotFoundError, ValueError):
-        pass
     base = source if storage.is_dir(source, source_options) else storage.parent(source)
-    num_rows = _write(layout, files, base, target, limit, source_options, storage_options)
-    note = json.dumps({"made_of": mark, "num_rows": num_rows, **asked}, indent=2)
+    rows = itertools.islice(_rows(layout, files, base, source_options), limit)
+    num_rows = _write(rows, _schema(layout), target, storage_options)
+    note = json.dumps({"num_rows": num_rows, **made_of}, indent=2)
     storage.publish(marker, note.encode(), storage_options)
     return num_rows
 
@@ -288,60 +285,40 @@ def _source_files(source: str, options: storage.StorageOptions) -> list[storage.
         else:
             found = [storage.file_info(source, options)]
     except OSError as error:
-        raise ManifestError(f"can't read the set {source}: {error}") from error
+        raise ManifestError(f"can't read the dataset {source}: {error}") from error
     if not found:
-        raise ManifestError(f"{source} holds no Parquet file; expected a published set's data files")
+        raise ManifestError(f"{source} holds no Parquet file; expected a published dataset's data files")
     return found
 
 
 def _write(
-    layout: Layout,
-    files: Sequence[storage.FileInfo],
-    base: str,
-    target: str,
-    limit: int | None,
-    source_options: storage.StorageOptions,
-    storage_options: storage.StorageOptions,
+    rows: Iterator[dict[str, Any]], schema: pa.Schema, target: str, storage_options: storage.StorageOptions
 ) -> int:
-    """Writes the manifest's files one after the other through this machine's disk; returns the rows."""
-    schema = _schema(layout)
+    """Writes the rows as Parquet files, one after the other through this machine's disk; returns their number."""
     storage.make_dir(target, storage_options)
-    rows = _rows(layout, files, base, source_options)
-    total, number = 0, 0
-    with tempfile.TemporaryDirectory() as folder:
-        while limit is None or total < limit:
+    num_rows = number = 0
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / "rows.parquet"
-            wanted = _ROWS_PER_FILE if limit is None else min(_ROWS_PER_FILE, limit - total)
-            written = _write_file(local, schema, rows, wanted)
-            if not written and number:
-                break
-            storage.publish_file(local, storage.join(target, f"rows-{number:05d}.parquet"), storage_options)
-            total, number = total + written, number + 1
-            if written < wanted:
-                break
-    return total
+            written = _write_file(local, schema, itertools.islice(rows, _ROWS_PER_FILE))
+            if written or number == 0:  # a dataset without rows becomes a manifest without rows
+                storage.publish_file(local, storage.join(target, f"rows-{number:05d}.parquet"), storage_options)
+        num_rows, number = num_rows + written, number + 1
+        if written < _ROWS_PER_FILE:
+            return num_rows
 
 
-def _write_file(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]], wanted: int) -> int:
-    written = 0
-    waiting: list[dict[str, Any]] = []
+def _write_file(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> int:
+    num_rows = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        # Small row groups: they hold images, and readers take a few rows at a time.
-        while written + len(waiting) < wanted:
-            row = next(rows, None)
-            if row is None:
-                break
-            waiting.append(row)
-            if len(waiting) == _ROWS_PER_GROUP:
-                writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
-                written, waiting = written + len(waiting), []
-        if waiting:
-            writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
-    return written + len(waiting)
+        while group := list(itertools.islice(rows, _ROWS_PER_GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            num_rows += len(group)
+    return num_rows
 
 
 def _rows(
-    layout: Layout, files: Sequence[storage.FileInfo], base: str, options: storage.StorageOptions
+    layout: Layout, files: Iterable[storage.FileInfo], base: str, options: storage.StorageOptions
 ) -> Iterator[dict[str, Any]]:
     for info in files:
         try:
@@ -351,26 +328,24 @@ def _rows(
                 if missing:
                     raise ManifestError(
                         f"{info.path} has no column {', '.join(missing)}; found: {', '.join(names)}. "
-                        "Is this the set that the layout is for?"
+                        "Is this the dataset that the layout is for?"
                     )
-                for batch in file.iter_batches(_ROWS_PER_BATCH, columns=list(layout.columns)):
+                for batch in file.iter_batches(_ROWS_PER_BATCH, columns=layout.columns):
                     for row in batch.to_pylist():
-                        yield _with_paths(manifest_row(layout, row), base)
+                        yield _with_absolute_paths(manifest_row(layout, row), base)
         except (OSError, pa.ArrowException) as error:
             raise ManifestError(f"can't read {info.path}: {error}") from error
 
 
-def _with_paths(row: dict[str, Any], base: str) -> dict[str, Any]:
-    """Relative paths of media made absolute: the manifest lies elsewhere than the set."""
-    for medium in row["images"]:
-        if medium["path"]:
-            medium["path"] = _absolute(medium["path"], base)
-    if row["video"]:
-        row["video"] = _absolute(row["video"], base)
+def _with_absolute_paths(row: dict[str, Any], base: str) -> dict[str, Any]:
+    """Media paths are relative to the dataset, and the manifest is in another folder."""
+    for image in row["images"]:
+        image["path"] = _absolute(image["path"], base)
+    row["video"] = _absolute(row["video"], base)
     return row
 
 
-def _absolute(path: str, base: str) -> str:
-    if "://" in path or path.startswith(("/", "data:")):
+def _absolute(path: str | None, base: str) -> str | None:
+    if not path or "://" in path or path.startswith(("/", "data:")):
         return path
     return storage.absolute(storage.join(base, path))

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import caption
-from jobs.evaluate import EvaluateConfig, compare_canaries, main
+from jobs.evaluate import EvaluateConfig, main
 from pipeline.config import CaptionConfig, load_config
 from pipeline.demo import CHECKPOINT
-from pipeline.report import RunReader
+from pipeline.evaluation.canaries import compare_canaries
+from pipeline.results.reader import RunReader
 from tests.unit.report.runs import error_row, result_row, write_run
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "evaluate.yaml")

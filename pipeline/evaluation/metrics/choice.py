@@ -1,8 +1,8 @@
 """Multiple choice: which option did a free answer choose, and MMMU's rule for its open questions.
 
 The order of the rules follows MMMU's `parse_multi_choice_response` (Yue et al. 2023, https://arxiv.org/abs/2311.16502,
-eval_utils.py), which lmms-eval and VLMEvalKit use as well. It differs in one respect: where no option can be read
-the answer is wrong, not guessed, so that a score does not depend on a random number. Knows strings only.
+eval_utils.py), which lmms-eval and VLMEvalKit use as well. It differs in one respect: an answer that
+names no option is wrong, not guessed, so that a score does not depend on a random number. Knows strings only.
 """
 
 from __future__ import annotations
@@ -23,49 +23,48 @@ _BRACKETED = re.compile(r"\(([A-Z])\)")
 _STANDING = re.compile(r"(?<![\w'])([B-HJ-Z]|[AI](?!\s+[a-z]))(?![\w'])")
 
 
-def extract_letter(response: str, choices: Sequence[str] = (), num_choices: int | None = None) -> str | None:
-    """The letter of the chosen option, or None where the response does not say.
+def extract_letter(response: str, choices: Sequence[str] = ()) -> str | None:
+    """The letter of the chosen option, or None if the response names none.
 
     Tried in turn: the letter alone; an option's text alone; "the answer is B"; "B. text"; "(B)"; a capital standing
     alone; an option's text somewhere in a sentence. The last mention wins, as in MMMU.
     """
-    count = num_choices or len(choices) or 26
-    allowed = LETTERS[:count]
+    allowed = LETTERS[: len(choices) or None]
     response = response.strip()
     alone = _ALONE.match(response)
     if alone and alone[1].upper() in allowed:
         return alone[1].upper()
     normal = normalise_answer(response)
-    texts = [normalise_answer(choice) for choice in choices]
+    texts = [normalise_answer(choice) for choice in choices[: len(LETTERS)]]
     if normal and texts.count(normal) == 1:
         return LETTERS[texts.index(normal)]
     for pattern in (_STATED, _LABELLED, _BRACKETED, _STANDING):
         found: list[str] = [letter for letter in pattern.findall(response) if letter in allowed]
         if found:
             return found[-1]
-    places = [f" {normal} ".rfind(f" {text} ") if text else -1 for text in texts]
-    best = max(places, default=-1)
-    if best < 0:
-        return None
-    # Of options that end at the same place the longer one was meant: "dark blue" contains "blue".
-    candidates = [index for index, place in enumerate(places) if place >= 0]
-    return LETTERS[max(candidates, key=lambda index: (places[index] + len(texts[index]), len(texts[index])))]
+    starts = [f" {normal} ".rfind(f" {text} ") if text else -1 for text in texts]
+    # Of options that end at the same position take the longest: "dark blue" contains "blue".
+    mentioned = [
+        (start + len(text), len(text), letter)
+        for start, text, letter in zip(starts, texts, LETTERS, strict=False)
+        if start >= 0
+    ]
+    return max(mentioned, key=lambda mention: mention[:2])[2] if mentioned else None
 
 
 def choice_letter(answer: str, choices: Sequence[str]) -> str | None:
     """The letter of a reference that is a letter itself, an option's text, or an option's number from 0."""
     answer = answer.strip()
-    if len(answer) == 1 and answer in LETTERS[: len(choices) or 26]:
+    allowed = LETTERS[: len(choices) or None]
+    if len(answer) == 1 and answer in allowed:
         return answer
-    if answer in choices:
+    if answer in choices[: len(LETTERS)]:
         return LETTERS[list(choices).index(answer)]
-    if answer.isdecimal() and int(answer) < (len(choices) or 26):
-        return LETTERS[int(answer)]
-    return None
+    return allowed[int(answer)] if answer.isdecimal() and int(answer) < len(allowed) else None
 
 
 def multiple_choice(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """1 where the chosen option is the right one. References are letters, or texts of `choices`."""
+    """1 if the chosen option is the right one. References are letters, or texts of `choices`."""
     letter = extract_letter(prediction, choices)
     return float(letter is not None and any(letter == choice_letter(right, choices) for right in references))
 
@@ -99,7 +98,7 @@ def open_answer(prediction: str, references: Sequence[str]) -> float:
 
 
 def _key_phrases(response: str) -> list[str]:
-    """Of each line the shortest tail behind a lead-in such as "is "; the whole response where there is none."""
+    """The shortest text after a lead-in such as "is " in each line; the whole response if no line has one."""
     response = response.strip().strip(".").lower()
     lines = response.split("\n")
     phrases = []
@@ -113,7 +112,7 @@ def _key_phrases(response: str) -> list[str]:
 
 
 def _forms(text: str) -> list[str | float]:
-    """A number rounded to 0.01, or lower-case text; one letter keeps a space on either side against chance hits."""
+    """A number rounded to 0.01, or lower-case text; one letter keeps a space on either side, to match whole words."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]

@@ -1,81 +1,60 @@
-"""The metrics by name: what a config may ask for, and how rows' scores become a run's score.
+"""The metrics by name: what a config may ask for. To add a metric, add an entry here.
 
-Knows the functions and their scales; not rows or files.
+A metric is a function `(prediction, references) -> float`. A run's score is the mean of its rows' scores, except for a
+`CorpusScore`, which is computed from summed statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
-from pipeline.evaluation.interval import Combine
-from pipeline.evaluation.metrics import choice, overlap, text, vqa
-
-RowScore = Callable[[str, Sequence[str]], float]
+from pipeline.errors import ConfigError
+from pipeline.evaluation.metrics.choice import multiple_choice, open_answer
+from pipeline.evaluation.metrics.overlap import bleu, chrf, rouge_l
+from pipeline.evaluation.metrics.text import anls, exact_match, normalised_match, relaxed_accuracy, token_f1
+from pipeline.evaluation.metrics.vqa import vqa_accuracy
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One score. A run's value is the mean of its rows' unless `counts` and `combine` say otherwise."""
+    """One metric."""
 
     name: str
     title: str
     what: str
     """One sentence for the reader of a report."""
-    score: RowScore | None = None
-    """None for the two that need more than prediction and references, multiple choice and CIDEr."""
-    counts: Callable[[str, Sequence[str]], overlap.Counts] | None = None
-    combine: Combine | None = None
-    """The corpus score of summed counts."""
-    row_value: Combine | None = None
-    """A row's score of its counts, where there are any."""
-    num_counts: int = 1
+    score: Callable[[str, Sequence[str]], float] | None
+    """None for CIDEr-D, which needs the references of all rows first: `cider.Cider`."""
+    package: str | None = None
+    """What `score` imports from the extra `eval`."""
     maximum: float = 1.0
 
 
 _ALL = (
-    Metric("exact_match", "Exact match", "The answer equals a reference.", text.exact_match),
-    Metric(
-        "normalised_match",
-        "Normalised match",
-        "The answer equals a reference but for case, punctuation and articles.",
-        text.normalised_match,
-    ),
-    Metric("token_f1", "Token F1", "Words shared with the best reference (SQuAD's F1).", text.token_f1),
-    Metric(
-        "vqa_accuracy", "VQA accuracy", "Agreement with ten people: three who agree make it right.", vqa.vqa_accuracy
-    ),
-    Metric("anls", "ANLS", "Edit similarity to the nearest reference, 0 below one half.", text.anls),
-    Metric(
-        "relaxed_accuracy",
-        "Relaxed accuracy",
-        "Numbers within 5 % of the reference, other answers equal to it.",
-        text.relaxed_accuracy,
-    ),
-    Metric("multiple_choice", "Multiple choice", "The chosen option is the right one."),
-    Metric("open_answer", "Open answer", "The answer contains the reference (MMMU's rule).", choice.open_answer),
-    Metric("rouge_l", "ROUGE-L", "Longest common subsequence of words, F1.", overlap.rouge_l),
-    Metric(
-        "bleu",
-        "BLEU-4",
-        "Shared n-grams of one to four words over the whole corpus.",
-        overlap.bleu,
-        overlap.bleu_counts,
-        lambda sums: overlap.bleu_value(sums[..., :10]),
-        lambda counts: overlap.bleu_value(counts, effective_order=True),
-        10,
-    ),
-    Metric(
-        "chrf",
-        "chrF",
-        "Shared n-grams of one to six characters over the whole corpus.",
-        overlap.chrf,
-        overlap.chrf_counts,
-        lambda sums: overlap.chrf_value(sums[..., :18]),
-        overlap.chrf_value,
-        18,
-    ),
-    Metric("cider", "CIDEr-D", "Shared n-grams weighted by how telling they are; 10 at most.", maximum=10.0),
+    Metric("exact_match", "Exact match", "The answer equals a reference.", exact_match),
+    Metric("normalised_match", "Normalised match", "Equal but for case, punctuation and articles.", normalised_match),
+    Metric("token_f1", "Token F1", "Words shared with the best reference (SQuAD's F1).", token_f1),
+    Metric("vqa_accuracy", "VQA accuracy", "Agreement with ten people: three who agree make it right.", vqa_accuracy),
+    Metric("anls", "ANLS", "Edit similarity to the nearest reference, 0 below one half.", anls, "rapidfuzz"),
+    Metric("relaxed_accuracy", "Relaxed accuracy", "Numbers within 5 %, other answers equal.", relaxed_accuracy),
+    Metric("multiple_choice", "Multiple choice", "The chosen option is the right one.", multiple_choice),
+    Metric("open_answer", "Open answer", "The answer contains the reference (MMMU's rule).", open_answer),
+    Metric("rouge_l", "ROUGE-L", "Longest common subsequence of words, F1.", rouge_l, "rouge_score"),
+    Metric("bleu", "BLEU-4", "Shared n-grams of one to four words over the whole corpus.", bleu, "sacrebleu"),
+    Metric("chrf", "chrF", "Shared n-grams of one to six characters over the whole corpus.", chrf, "sacrebleu"),
+    Metric("cider", "CIDEr-D", "Shared n-grams, rare ones weigh more; 10 at most.", None, maximum=10.0),
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+
+
+@cache
+def require(package: str, purpose: str) -> None:
+    """Raises ConfigError if a package of the extra `eval` is not installed."""
+    if find_spec(package) is None:
+        raise ConfigError(
+            f"{purpose} needs the package {package}, which is not installed: pip install 'qwen2-vl-batch[eval]'"
+        )

@@ -24,7 +24,7 @@ _FULL_STOP = re.compile(r"\.(?!\d)")
 _THOUSANDS = re.compile(r"\d,\d")
 _AFFECTED = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!.]")
 
-# Words that annotators wrote without one of their apostrophes; each loses one apostrophe in turn to give the keys.
+# Words that annotators wrote without one of their apostrophes; the keys are the words with one apostrophe removed.
 _WITH_APOSTROPHES = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -66,7 +66,7 @@ def normalise_vqa(text: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """Drops a sign that stands beside a space, turns one between letters into a space; "1,000" drops them all."""
+    """Removes a sign beside a space, replaces others by a space; a thousands separator removes every sign."""
     cleaned = text
     has_thousands = _THOUSANDS.search(text) is not None
     for sign in _PUNCTUATION:

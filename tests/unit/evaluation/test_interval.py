@@ -8,7 +8,15 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from pipeline.evaluation.interval import NUM_BUCKETS, Tally, compare, permutation_p_value, sign_p_value, wilson_interval
+from pipeline.evaluation.interval import (
+    NUM_BUCKETS,
+    Estimate,
+    Tally,
+    compare,
+    permutation_p_value,
+    sign_p_value,
+    wilson_interval,
+)
 
 
 def _tally(scores: object) -> Tally:
@@ -17,19 +25,23 @@ def _tally(scores: object) -> Tally:
     return tally
 
 
+def _estimate(scores: object, num_samples: int = 1_000) -> Estimate:
+    return _tally(scores).estimate(num_samples, seed=0)
+
+
 def test_the_mean_of_a_stream_does_not_depend_on_its_batches() -> None:
     scores = np.random.default_rng(0).random(10_000)
     tally = Tally()
     for batch in np.array_split(scores, 37):
         tally.add(batch)
     assert tally.value() == pytest.approx(scores.mean())
-    assert tally.estimate().low == _tally(scores).estimate().low
+    assert tally.estimate(100, 0).low == _estimate(scores, 100).low
 
 
 @pytest.mark.parametrize("num_rows", [400, 50_000])
 def test_the_interval_is_that_of_theory_for_few_rows_and_for_bucketed_ones(num_rows: int) -> None:
     scores = np.random.default_rng(1).random(num_rows)
-    estimate = _tally(scores).estimate(num_samples=4_000)
+    estimate = _estimate(scores, 4_000)
     half = 1.96 * scores.std() / math.sqrt(num_rows)
     assert estimate.low is not None and estimate.high is not None
     assert estimate.high - estimate.low == pytest.approx(2 * half, rel=0.08)
@@ -40,21 +52,36 @@ def test_95_of_100_intervals_hold_the_truth() -> None:
     generator = np.random.default_rng(2)
     hits = 0
     for _ in range(300):
-        estimate = _tally(generator.random(120) < 0.7).estimate(num_samples=500)
+        estimate = _estimate(generator.random(120) < 0.7, 500)
         assert estimate.low is not None and estimate.high is not None
         hits += estimate.low <= 0.7 <= estimate.high
     assert 0.90 <= hits / 300 <= 0.98
 
 
-def test_all_rows_right_is_no_certainty() -> None:
-    estimate = _tally([1] * 30).estimate()
-    assert estimate.method == "wilson"
-    assert estimate.value == estimate.high == 1
-    assert estimate.low == pytest.approx(0.886, abs=0.001)
+def test_rows_that_are_all_right_or_all_wrong_give_wilsons_interval() -> None:
+    right, wrong = _estimate([1] * 30), _estimate([0] * 30)
+    assert right.method == wrong.method == "wilson"
+    assert right.value == right.high == 1 and right.low == pytest.approx(0.886, abs=0.001)
+    assert wrong.value == wrong.low == 0 and wrong.high == pytest.approx(0.114, abs=0.001)
+    assert _estimate([0.5] * 30).method == "bootstrap", "only for proportions"
+
+
+def test_the_bootstrap_draws_only_buckets_that_have_rows() -> None:
+    sums = []
+
+    def combine(rows: np.ndarray) -> np.ndarray:
+        sums.append(rows)
+        return rows[..., 0]
+
+    tally = Tally(combine)
+    tally.add(np.ones(3))
+    tally.add(np.ones(2))
+    assert tally.estimate(200, 0).low == 5, "each of five draws is a row"
+    assert all((drawn == 5).all() for drawn in sums)
 
 
 def test_one_row_has_no_interval_and_none_no_value() -> None:
-    assert _tally([0.5]).estimate().low is None
+    assert _estimate([0.5]).low is None
     assert math.isnan(Tally().value())
 
 
@@ -75,7 +102,7 @@ def test_memory_of_a_tally_does_not_grow_with_rows() -> None:
 
 
 def test_a_corpus_score_is_combined_from_sums_not_averaged() -> None:
-    tally = Tally(2, combine=lambda sums: sums[..., 0] / sums[..., 1])
+    tally = Tally(lambda sums: sums[..., 0] / sums[..., 1])
     tally.add(np.array([[1, 1], [1, 9]]))
     assert tally.value() == pytest.approx(0.2)
 
@@ -99,6 +126,19 @@ def test_equal_runs_are_identical() -> None:
     assert comparison.verdict == "identical"
     assert (comparison.won, comparison.lost, comparison.tied) == (0, 0, 100)
     assert comparison.difference == 0 and comparison.p_permutation == comparison.p_sign == 1
+
+
+def test_a_comparison_of_no_rows_finds_nothing() -> None:
+    comparison = compare([], [])
+    assert comparison.num_rows == comparison.won == comparison.lost == comparison.tied == 0
+    assert comparison.low is None and comparison.p_permutation == comparison.p_sign == 1
+    assert math.isnan(comparison.difference) and comparison.verdict == "identical"
+    with pytest.raises(ValueError, match="same length"):
+        compare([1.0], [])
+
+
+def test_a_permutation_p_value_is_never_zero() -> None:
+    assert permutation_p_value(np.ones(1_000), 99) == pytest.approx(1 / 100)
 
 
 def test_noise_is_called_a_difference_as_seldom_as_the_level_says() -> None:
@@ -126,6 +166,6 @@ def test_the_sign_test_is_exact(won: int, lost: int, p: float) -> None:
     assert sign_p_value(won, lost) == pytest.approx(p)
 
 
-def test_the_sign_test_of_a_million_rows_is_quick_and_finite() -> None:
+def test_the_sign_test_of_a_million_rows_is_fast_and_finite() -> None:
     assert 0 < sign_p_value(500_500, 499_500) < 1
     assert sign_p_value(600_000, 400_000) == pytest.approx(0)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.evaluate import EvaluateConfig, scoring_settings, with_manifest
+from jobs.evaluate import EvaluateConfig, with_layout
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, ManifestError
 from pipeline.evaluation.layout import Layout, fill, manifest_row, prepare_manifest
@@ -160,7 +160,7 @@ def test_a_published_set_becomes_questions_that_score_as_its_paper_says(name: st
     pq.write_table(pa.Table.from_pylist([row, row], schema=schema), source / "validation-0.parquet")
     overrides = {"input.path": str(source), "output.path": str(tmp_path / "out"), "input.limit": "1"}
     config = load_config(EvaluateConfig, str(CONFIGS / f"{name}.yaml"), overrides)
-    made = with_manifest(config)
+    made = with_layout(config)
     asked = pq.read_table(made.input.path).to_pylist()
     assert len(asked) == 1
     assert asked[0]["prompt"] == prompt
@@ -177,7 +177,7 @@ def test_a_published_set_becomes_questions_that_score_as_its_paper_says(name: st
 
 def _score(config: EvaluateConfig, row: dict[str, Any], text: str) -> float:
     """The row's score, were this the model's answer."""
-    settings = scoring_settings(config.evaluate)
+    settings = config.evaluate.scoring
     kept = {name: row.get(name) for name in settings.columns}
     types = {name: pa.array([value]).type for name, value in kept.items()}
     schema = result_schema(pa.schema(list(types.items())))

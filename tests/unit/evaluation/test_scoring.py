@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import sacrebleu
+from pydantic import ValidationError
 
 from pipeline.errors import ConfigError
-from pipeline.evaluation.metrics.cider import cider_scores
-from pipeline.evaluation.metrics.overlap import bleu_counts, bleu_value
-from pipeline.evaluation.scoring import OTHER, Scorer, ScoringSettings, compare_runs
+from pipeline.evaluation.comparison import compare_runs
+from pipeline.evaluation.metrics import registry
+from pipeline.evaluation.metrics.cider import Cider
+from pipeline.evaluation.scoring import Scorer
+from pipeline.evaluation.settings import ScoringSettings
+from pipeline.evaluation.slices import OTHER
 from pipeline.schema import result_schema
 
 
@@ -110,13 +117,15 @@ def test_corpus_scores_are_computed_from_the_corpus_whatever_the_batches() -> No
     whole, halves = Scorer(settings), Scorer(settings)
     rows = _scores(whole, batch)
     _scores(halves, batch.slice(0, 1), batch.slice(1))
-    expected = sum(bleu_counts(text or "", row) for text, row in zip(texts, references, strict=True))
-    assert whole.metrics()["overall"]["bleu"]["value"] == pytest.approx(float(bleu_value(np.asarray(expected))))
+    streams = [[row[0] for row in references], [row[-1] for row in references]]
+    expected = sacrebleu.corpus_bleu([text or "" for text in texts], streams).score / 100
+    assert whole.metrics()["overall"]["bleu"]["value"] == pytest.approx(expected)
     assert whole.metrics() == halves.metrics()
-    assert rows.column("cider").to_pylist()[:3] == pytest.approx(
-        cider_scores([text or "" for text in texts], references)[:3]
-    )
-    assert rows.column("cider").to_pylist()[3] == 0
+    cider = Cider()
+    for row in references:
+        cider.add_references(row)
+    expected_rows = [cider.score(text, row) for text, row in zip(texts, references, strict=True) if text]
+    assert rows.column("cider").to_pylist() == pytest.approx([*expected_rows, 0])
 
 
 def test_slices_follow_columns_and_the_receipt() -> None:
@@ -161,18 +170,38 @@ def test_a_slice_of_endless_values_is_bounded() -> None:
     [
         ({"metrics": ("exact", "bleu")}, "exact"),
         ({"tasks": {"a": ("no_such",)}}, "no_such"),
-        ({}, "evaluate.metrics"),
+        ({"metrics": ()}, "evaluate.metrics"),
     ],
 )
 def test_unknown_or_missing_metrics_are_refused_by_name(settings: dict[str, Any], word: str) -> None:
-    with pytest.raises(ConfigError, match=word):
+    with pytest.raises(ValidationError, match=word):
         ScoringSettings(references="answer", **settings)
 
 
-def test_a_column_that_was_not_kept_is_named_with_the_remedy() -> None:
-    scorer = Scorer(ScoringSettings(references="answer", metrics=("exact_match",)))
-    with pytest.raises(ConfigError, match=r"'answer'.*keep"):
-        scorer.score(_batch(["x"], {}))
+def test_an_unknown_metric_in_the_metric_column_is_refused_by_name() -> None:
+    scorer = Scorer(ScoringSettings(references="answer", metric_column="metric"))
+    with pytest.raises(ConfigError, match=r"evaluate\.metric_column: unknown metric exactmatch"):
+        scorer.score(_batch(["x"], {"answer": pa.array(["x"]), "metric": pa.array(["exactmatch"])}))
+
+
+@pytest.mark.parametrize("name", ["bleu", "chrf", "rouge_l", "anls"])
+def test_a_missing_package_is_an_error_that_names_the_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "find_spec", lambda package: None)
+    registry.require.cache_clear()
+    Scorer(ScoringSettings(metrics=["exact_match", "cider"]))
+    with pytest.raises(ConfigError, match=rf"{name} needs .*pip install 'qwen2-vl-batch\[eval\]'"):
+        Scorer(ScoringSettings(metrics=[name]))
+    rows = Scorer(ScoringSettings(references="answer", metric_column="metric"))
+    with pytest.raises(ConfigError, match="pip install"):
+        rows.score(_batch(["x"], {"answer": pa.array(["x"]), "metric": pa.array([name])}))
+    with pytest.raises(ConfigError, match="the comparison with a baseline needs the package scipy"):
+        compare_runs([], [])
+
+
+def test_importing_the_scorer_loads_no_package_of_the_extra() -> None:
+    code = "import sys, pipeline.evaluation.run_folder; print({'sacrebleu', 'rouge_score', 'scipy'} & set(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == "set()"
 
 
 def _run(texts: Sequence[str | None], tasks: list[str], ids: list[str] | None = None) -> pa.RecordBatch:
@@ -195,7 +224,7 @@ def test_two_runs_are_paired_by_place_whatever_their_order() -> None:
     assert result.tasks["easy"].verdict == "identical"
     assert result.tasks["hard"].verdict == "worse"
     assert (result.only_candidate, result.only_baseline) == (0, 1)
-    assert result.won == () and len(result.lost) == 8 and all(40 <= row < 70 for _, row in result.lost)
+    assert result.won == [] and len(result.lost) == 8 and all(40 <= row < 70 for _, row in result.lost)
 
 
 def test_runs_over_different_manifests_are_paired_by_id() -> None:

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from pipeline.evaluation.scoring import Scorer, ScoringSettings
+from pipeline.evaluation.scoring import Scorer
+from pipeline.evaluation.settings import ScoringSettings
 from pipeline.report import RunReader
 from pipeline.schema import result_schema
 

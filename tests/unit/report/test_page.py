@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from jobs.report import compare_folders
 from pipeline.errors import OutputError
+from pipeline.evaluation.comparison import compare_folders
 from pipeline.report import Report, ReportOptions, build_report, gather, render_html, render_markdown
 from tests.unit.report.runs import HOSTILE, RUN, error_row, result_row, write_run, write_scores
 

@@ -31,6 +31,9 @@ ANIMALS = ("cat", "dog", "a blue bird", "blue")
         ("Option E", None),
         ("", None),
         ("hotdogs are served", None),
+        ("B.\nBecause the animal barks", "B"),
+        ("the answer is b", None),
+        ("dog or cat", "A"),
     ],
 )
 def test_the_letter_is_read_from_free_answers(response: str, letter: str | None) -> None:
@@ -41,7 +44,20 @@ def test_an_answer_that_names_no_option_is_wrong_every_time() -> None:
     assert [multiple_choice("no idea", ["A"], ANIMALS) for _ in range(50)] == [0.0] * 50
 
 
-@pytest.mark.parametrize(("reference", "letter"), [("C", "C"), ("dog", "B"), ("0", "A"), ("3", "D"), ("9", None)])
+def test_a_reference_that_names_no_option_matches_nothing() -> None:
+    assert multiple_choice("no idea", ["9"], ANIMALS) == 0, "not even an answer that names none either"
+    assert multiple_choice("B", ["9", "B"], ANIMALS) == 1
+
+
+def test_options_beyond_the_alphabet_have_no_letter() -> None:
+    options = [f"option {number}" for number in range(30)]
+    assert multiple_choice("option 3", ["option 3"], options) == 1
+    assert multiple_choice("option 29", ["option 29"], options) == 0
+
+
+@pytest.mark.parametrize(
+    ("reference", "letter"), [("C", "C"), ("dog", "B"), ("0", "A"), ("3", "D"), ("9", None), ("c", None), ("", None)]
+)
 def test_references_are_letters_texts_or_numbers_from_zero(reference: str, letter: str | None) -> None:
     assert choice_letter(reference, ANIMALS) == letter
 
@@ -68,6 +84,13 @@ def test_multiple_choice_compares_letters_whatever_form_either_side_has() -> Non
         ("The answer is 3.14159", "3.14", True),
         ("it is glucose", "fructose", False),
         ("b", "b", True),
+        ("Krebs Cycle", "KREBS cycle", True),
+        ("x = 4\nso y = 5", "5", True),
+        ("so y = 5\nchecked", "y = 5", True),
+        ("the sum a = 4\nnothing else", "4", True),
+        ("a = glucose\nb = fructose", "a = glucose", False),
+        ("b = fructose", "b = fructose", False),
+        ("...", "4", False),
     ],
 )
 def test_open_answers_follow_the_rule_of_mmmu(response: str, reference: str, right: bool) -> None:

@@ -1,0 +1,32 @@
+"""Columns of result rows, and values of published datasets, as texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+
+def text_column(batch: pa.RecordBatch, name: str | None) -> pa.Array:
+    """A column as text; nulls if there is no name."""
+    if name is None:
+        return pa.nulls(len(batch), pa.string())
+    column = batch.column(name)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_nested(column.type):
+        return pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
+    return column.cast(pa.string())
+
+
+def text_lists(batch: pa.RecordBatch, name: str) -> list[list[str]]:
+    """Each row's answers or options as texts; empty if the row has none."""
+    return [answer_texts(value) for value in batch.column(name).to_pylist()]
+
+
+def answer_texts(value: Any) -> list[str]:
+    """The texts of one answer, of a list of them, or of a list of structs with `answer` (VQAv2). Nulls are left out."""
+    items = value if isinstance(value, list | tuple) else [value]
+    answers = (item.get("answer", item) if isinstance(item, Mapping) else item for item in items)
+    return [str(answer) for answer in answers if answer is not None]
