@@ -187,8 +187,8 @@ class OutputConfig(Section):
 class PoolSize:
     """Fewest and most actors of a stage; equal where the number is fixed."""
 
-    least: int
-    most: int
+    min_size: int
+    max_size: int
 
 
 def _pool_size(value: Any) -> Any:
@@ -206,9 +206,9 @@ def _pool_size(value: Any) -> Any:
 
 
 def _written_pool_size(pool: PoolSize | None) -> Any:
-    if pool is None or pool.least == pool.most:
-        return pool and pool.least
-    return f"{pool.least},{pool.most}"
+    if pool is None or pool.min_size == pool.max_size:
+        return pool and pool.min_size
+    return f"{pool.min_size},{pool.max_size}"
 
 
 Pool = Annotated[PoolSize | None, BeforeValidator(_pool_size), PlainSerializer(_written_pool_size)]

@@ -1,10 +1,11 @@
 """How many actors of which size a job starts on a cluster, so that no reservation can starve another.
 
-Ray Data runs reads beside the actors, and Ray starts actors wherever there is room, in no order that can be relied
-on. So sizes are chosen such that every order works: a share of each node is left to reads; an engine on a GPU
-reserves its GPU alone (the cores it needs are left out of the count of preprocessing actors), so that no CPU actor
+Ray Data runs read tasks beside the actors, and Ray starts actors wherever there is room, in no order that can be relied
+on. Sizes are therefore chosen such that every order works: a share of each node is left to reads; an engine on a GPU
+reserves only its GPU (the cores that it needs are left out of the count of preprocessing actors), so that no CPU actor
 can keep it waiting; and on a cluster of GPU nodes and CPU nodes no GPU node can take more preprocessing actors than
-were counted for it. What cannot fit is refused with the numbers. Plain arithmetic: knows no Ray.
+were counted for it. What cannot fit is refused with the numbers. Ray's own autoscaling covers pools with a range
+(`resources.preprocess_actors: 2,16`). Plain arithmetic: knows no Ray.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from pipeline.errors import ResourceError
 
 READ_CPUS = 0.1
 """CPUs that one read task reserves: it mostly waits for a disk or a bucket."""
-_MOST_GROWTH = 1.5
-"""Preprocessing actors reserve up to so much more than their core to keep their number on GPU nodes down."""
+_MAX_GROWTH = 1.5
+"""Preprocessing actors reserve up to this much more than one core, to keep their number on GPU nodes down."""
+_ENGINE_CORES = 1.0
+"""Cores that are left to drive an engine on a GPU, where the node has enough."""
 _STORE_FRACTION = 0.25
 """Share of the object store that the tables inside the engines may fill where the config leaves it open."""
 _MIN_BLOCKS = 4
-_ENGINE_CORES = 1.0
-"""Cores that an engine on a GPU is left to drive it, where the node has enough."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class Node:
 
     @property
     def for_actors(self) -> float:
-        """CPUs that may be filled with actors of our choice: the rest is for reads."""
+        """CPUs for actors whose size is chosen here; the rest is for reads."""
         return max(0.0, self.cpus - max(2 * READ_CPUS, 0.1 * self.cpus))
 
     @property
     def at_most(self) -> float:
-        """CPUs that a person may fill with actors."""
+        """CPUs for actors whose size the config sets."""
         return max(0.0, self.cpus - READ_CPUS)
 
 
@@ -59,7 +60,7 @@ class Placement:
     engine_actors: int
     """Actors to start with."""
     engine_cpus: float
-    """CPUs that each engine is left; on a CPU it reserves them, on a GPU it reserves the GPU alone."""
+    """CPUs left to each engine; on a CPU it reserves them, on a GPU it reserves only the GPU."""
     gpus_per_engine: float
     engine_threads: int
     """Threads that an engine on the CPU computes with."""
@@ -76,7 +77,7 @@ class Placement:
 
     @property
     def engine_reserved_cpus(self) -> float:
-        """CPUs that Ray is told an engine needs."""
+        """CPUs that Ray reserves for an engine."""
         return 0.0 if self.gpus_per_engine else self.engine_cpus
 
     @property
@@ -88,7 +89,7 @@ class Placement:
 def place(resources: ResourcesConfig, nodes: Sequence[Node], *, may_wait: bool = False) -> Placement:
     """Actors for a cluster of these nodes; what the config leaves open is chosen here.
 
-    Raises ResourceError when what the config asks for does not fit. Of a pool that may grow (of every one, with
+    Raises ResourceError when what the config asks for does not fit. For a pool with a range (for every pool, with
     `may_wait`) that is only noted: the cluster may be about to grow.
     """
     nodes = [node for node in nodes if node.cpus > 0 or node.gpus > 0]
@@ -115,7 +116,7 @@ def place_again(resources: ResourcesConfig, before: Mapping[str, Any], nodes: Se
     try:
         return place(resources.model_copy(update=changes), nodes)
     except ResourceError:
-        # Sizes that were asked for no longer fit: smaller actors, or a wait for new nodes, are better than none.
+        # The sizes in the config no longer fit: smaller actors, or a wait for new nodes, are better than none.
         changes |= {"preprocess_cpus": None, "engine_cpus": None}
         return place(resources.model_copy(update=changes), nodes, may_wait=True)
 
@@ -138,15 +139,15 @@ def _on_gpus(resources: ResourcesConfig, nodes: Sequence[Node], gpus_per_engine:
     if len(nodes) > 1 and resources.preprocess_cpus is None:
         grown = max(
             [
-                # The least size of which one more than was counted does not fit a GPU node.
-                min(_round_up(node.cpus / (count + 1)), _MOST_GROWTH * preprocess_cpus)
+                # The smallest size of which one more than was counted does not fit a GPU node.
+                min(_round_up(node.cpus / (count + 1)), _MAX_GROWTH * preprocess_cpus)
                 for node, engines_here, count in zip(nodes, engines, counts, strict=True)
                 if engines_here
             ],
             default=preprocess_cpus,
         )
         fewer = [min(count, math.floor(node.at_most / grown)) for node, count in zip(nodes, counts, strict=True)]
-        if grown > preprocess_cpus and sum(fewer) >= _least(preprocess_pool):
+        if grown > preprocess_cpus and sum(fewer) >= _min_size(preprocess_pool):
             preprocess_cpus, counts = grown, fewer
     pool, actors = _pool(preprocess_pool, sum(counts))
     mixed = any(engines) and not all(engines)
@@ -157,15 +158,15 @@ def _on_gpus(resources: ResourcesConfig, nodes: Sequence[Node], gpus_per_engine:
         engine_cpus=engine_cpus,
         gpus_per_engine=gpus_per_engine,
         engine_threads=1,
-        preprocess_pool=(pool.least, pool.most),
-        engine_pool=(engine_pool.least, engine_pool.most) if engine_pool else (engine_actors, engine_actors),
+        preprocess_pool=(pool.min_size, pool.max_size),
+        engine_pool=(engine_pool.min_size, engine_pool.max_size) if engine_pool else (engine_actors, engine_actors),
         first_nodes=tuple(node.node_id for node, count in zip(nodes, engines, strict=True) if count) if mixed else (),
         notes=notes,
     )
 
 
 def _engines_that_fit(node: Node, gpus_per_engine: float) -> int:
-    """An engine's GPUs lie on one node, and a share of a GPU on one GPU."""
+    """An engine's GPUs are on one node, and a share of a GPU on one GPU."""
     if not gpus_per_engine:
         return 1
     if gpus_per_engine >= 1:
@@ -176,7 +177,7 @@ def _engines_that_fit(node: Node, gpus_per_engine: float) -> int:
 def _count_engines(
     nodes: Sequence[Node], fit: int, gpus_per_engine: float, pool: PoolSize | None, may_wait: bool
 ) -> tuple[int, tuple[str, ...]]:
-    """Engines to start with, and a sentence on those that must wait for nodes to come."""
+    """Engines to start with, and a note on those that must wait for new nodes."""
     largest = max((node.gpus for node in nodes), default=0.0)
     total = sum(node.gpus for node in nodes)
     if pool is None:
@@ -186,31 +187,31 @@ def _count_engines(
                 "lower resources.gpus_per_engine"
             )
         return fit, ()
-    if fit >= pool.least:
-        return min(fit, pool.most), ()
-    if pool.least == pool.most and not may_wait:
-        if pool.least * gpus_per_engine > total:
+    if fit >= pool.min_size:
+        return min(fit, pool.max_size), ()
+    if pool.min_size == pool.max_size and not may_wait:
+        if pool.min_size * gpus_per_engine > total:
             raise ResourceError(
-                f"{pool.least} engine actors with {gpus_per_engine:g} GPUs each need "
-                f"{pool.least * gpus_per_engine:g} GPUs; the cluster has {total:g}: lower resources.engine_actors or "
-                f'resources.gpus_per_engine, or write "1,{pool.most}" if the cluster is to grow'
+                f"{pool.min_size} engine actors with {gpus_per_engine:g} GPUs each need "
+                f"{pool.min_size * gpus_per_engine:g} GPUs; the cluster has {total:g}: lower resources.engine_actors or "
+                f'resources.gpus_per_engine, or write "1,{pool.max_size}" if the cluster will grow'
             )
         raise ResourceError(
-            f"{pool.least} engine actors with {gpus_per_engine:g} GPUs each do not fit: an engine's GPUs lie on one "
+            f"{pool.min_size} engine actors with {gpus_per_engine:g} GPUs each do not fit: an engine's GPUs are on one "
             f"node, and of this cluster's nodes (the largest has {largest:g}) only {fit} can hold one: "
             "lower resources.engine_actors or resources.gpus_per_engine"
         )
     note = (
-        f"{fit} of at least {pool.least} engines fit the cluster's {total:g} GPUs now: "
+        f"{fit} of at least {pool.min_size} engines fit the cluster's {total:g} GPUs now: "
         f"the others start when nodes with {gpus_per_engine:g} free GPUs come"
     )
-    return pool.least, (note,)
+    return pool.min_size, (note,)
 
 
 def _on_cpus(resources: ResourcesConfig, nodes: Sequence[Node], may_wait: bool) -> Placement:
     engine_pool, preprocess_pool = resources.engine_actors, resources.preprocess_actors
     engine_pool = engine_pool or PoolSize(1, 1)
-    engine_actors = min(max(engine_pool.least, len(nodes)), engine_pool.most)
+    engine_actors = min(max(engine_pool.min_size, len(nodes)), engine_pool.max_size)
     largest = max((node.cpus for node in nodes), default=1.0)
     engine_cpus, preprocess_cpus = resources.engine_cpus, resources.preprocess_cpus
     ours = engine_cpus is None and preprocess_cpus is None
@@ -220,13 +221,13 @@ def _on_cpus(resources: ResourcesConfig, nodes: Sequence[Node], may_wait: bool) 
         preprocess_cpus, counts = _slots(preprocess_cpus, preprocess_pool, [free[0] - engine_actors * engine_cpus])
         fit = sum(counts)
     else:
-        # Slots of one size for all: wherever Ray puts the first actors, the others still fit.
-        wanted = engine_actors + _least(preprocess_pool)
+        # One size for all actors: wherever Ray puts the first ones, the others still fit.
+        wanted = engine_actors + _min_size(preprocess_pool)
         given = max(engine_cpus or 0, preprocess_cpus or 0) or None
         size, counts = _slots(given, PoolSize(wanted, wanted), free)
         engine_cpus, preprocess_cpus = engine_cpus or size, preprocess_cpus or size
         spare = sum(counts) - engine_actors
-        fit = min(spare, max(_least(preprocess_pool), sum(counts) // 2))
+        fit = min(spare, max(_min_size(preprocess_pool), sum(counts) // 2))
     notes = _check_cpus(nodes, preprocess_pool, preprocess_cpus, fit, engine_actors, engine_cpus, may_wait)
     pool, actors = _pool(preprocess_pool, fit)
     return Placement(
@@ -236,17 +237,17 @@ def _on_cpus(resources: ResourcesConfig, nodes: Sequence[Node], may_wait: bool) 
         engine_cpus=engine_cpus,
         gpus_per_engine=0.0,
         engine_threads=max(1, int(largest) // math.ceil(engine_actors / max(1, len(nodes)))),
-        preprocess_pool=(pool.least, pool.most),
-        engine_pool=(engine_pool.least, engine_pool.most),
+        preprocess_pool=(pool.min_size, pool.max_size),
+        engine_pool=(engine_pool.min_size, engine_pool.max_size),
         notes=notes,
     )
 
 
 def _slots(size: float | None, pool: PoolSize | None, free: Sequence[float]) -> tuple[float, list[int]]:
-    """CPUs of an actor and how many fit each node: a whole CPU, or the most that gives as many as are wanted."""
+    """CPUs of an actor and how many fit each node: one CPU, or the largest size of which as many as wanted fit."""
     if size is None:
         choices = (hundredths / 100 for hundredths in range(100, 0, -1))
-        size = next((choice for choice in choices if sum(_fit(free, choice)) >= _least(pool)), 1.0)
+        size = next((choice for choice in choices if sum(_fit(free, choice)) >= _min_size(pool)), 1.0)
     return size, _fit(free, size)
 
 
@@ -254,15 +255,15 @@ def _fit(free: Sequence[float], size: float) -> list[int]:
     return [max(0, math.floor(cpus / size + 1e-9)) for cpus in free]
 
 
-def _least(pool: PoolSize | None) -> int:
-    return pool.least if pool else 1
+def _min_size(pool: PoolSize | None) -> int:
+    return pool.min_size if pool else 1
 
 
 def _pool(asked: PoolSize | None, fit: int) -> tuple[PoolSize, int]:
     """The pool, and the actors to start with."""
     if asked is None:
         return PoolSize(fit, fit), fit
-    return asked, min(max(fit, asked.least), asked.most)
+    return asked, min(max(fit, asked.min_size), asked.max_size)
 
 
 def _check_cpus(
@@ -274,18 +275,18 @@ def _check_cpus(
     engine_cpus: float,
     may_wait: bool,
 ) -> tuple[str, ...]:
-    """Refuse a fixed number of preprocessing actors that does not fit; note a pool's, whose nodes may come."""
-    least, total = _least(pool), sum(node.cpus for node in nodes)
-    if fit >= least and size > 0:
+    """Refuse a fixed number of preprocessing actors that does not fit; only note it for a range."""
+    min_size, total = _min_size(pool), sum(node.cpus for node in nodes)
+    if fit >= min_size and size > 0:
         return ()
-    if may_wait or (pool is not None and pool.least < pool.most and size > 0):
+    if may_wait or (pool is not None and pool.min_size < pool.max_size and size > 0):
         return (
-            f"{fit} of at least {least} preprocessing actors fit the cluster's {total:g} CPUs now: "
+            f"{fit} of at least {min_size} preprocessing actors fit the cluster's {total:g} CPUs now: "
             "the others start when nodes come",
         )
     raise ResourceError(
-        f"{least} preprocessing actors with {size:g} CPUs and {engine_actors} engine actors with {engine_cpus:g} "
-        f"need {least * size + engine_actors * engine_cpus:g} of the cluster's {total:g} CPUs and leave none for "
+        f"{min_size} preprocessing actors with {size:g} CPUs and {engine_actors} engine actors with {engine_cpus:g} "
+        f"need {min_size * size + engine_actors * engine_cpus:g} of the cluster's {total:g} CPUs and leave none for "
         "reads: lower resources.preprocess_actors, preprocess_cpus, engine_actors or engine_cpus"
     )
 
@@ -301,7 +302,7 @@ def _blocks_in_flight(resources: ResourcesConfig, placement: Placement, store: f
 
 
 def _store_notes(resources: ResourcesConfig, placement: Placement, store: float) -> tuple[str, ...]:
-    """Whether the tables in flight fit the object store of the node that has least for them."""
+    """Whether the tables in flight fit the object store of the node that has the smallest share."""
     need = placement.blocks_in_flight * resources.block_mb * 1024**2
     if not store or need <= store:
         return ()
@@ -313,7 +314,7 @@ def _store_notes(resources: ResourcesConfig, placement: Placement, store: float)
 
 
 def store_share(nodes: Sequence[Node], placement: Placement) -> float:
-    """Bytes of object store for each engine of the node that has least for them; 0 where none is known."""
+    """Bytes of object store for each engine, on the node that has the smallest share; 0 where none is known."""
     stores = [
         node.store_bytes / max(1, min(_engines_that_fit(node, placement.gpus_per_engine), placement.engine_actors))
         for node in nodes

@@ -239,8 +239,8 @@ def _hardware(config: PlanConfig) -> tuple[Gpu | None, Engines]:
     per_engine = (resources.gpus_per_engine or 1.0) if gpu is not None else 0.0
     num_engines = max(1, int(count // per_engine)) if per_engine else 1
     if resources.engine_actors is not None:
-        num_engines = resources.engine_actors.most
-    cpus = asked.cpus or (float(resources.preprocess_actors.most) if resources.preprocess_actors else None)
+        num_engines = resources.engine_actors.max_size
+    cpus = asked.cpus or (float(resources.preprocess_actors.max_size) if resources.preprocess_actors else None)
     return gpu, Engines(num_engines, per_engine, cpus, asked.price_per_gpu_hour)
 
 

@@ -111,7 +111,7 @@ def test_an_engine_s_gpus_lie_on_one_node() -> None:
     assert placement.engine_actors == 3
     with pytest.raises(ResourceError, match="an engine with 4 GPUs needs them on one node; the largest node has 2"):
         place(ResourcesConfig(gpus_per_engine=4), several((64, 2), (64, 2)))
-    with pytest.raises(ResourceError, match=r"an engine's GPUs lie on one node.*largest has 6\) only 1 can hold one"):
+    with pytest.raises(ResourceError, match=r"an engine's GPUs are on one node.*largest has 6\) only 1 can hold one"):
         place(ResourcesConfig(gpus_per_engine=4, engine_actors=2), several((64, 6), (64, 2)))
 
 
