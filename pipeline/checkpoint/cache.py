@@ -1,25 +1,25 @@
-"""A checkpoint in a bucket, on this machine's disk: downloaded once a machine, however many processes ask.
+"""A checkpoint in a bucket, downloaded once per machine; a file lock prevents duplicate downloads.
 
-    <cache_dir>/<name>-<what the bucket holds>/   config.json  tokenizer.json  model-00001-of-00038.safetensors ...
-    <cache_dir>/<name>-<what the bucket holds>.lock
+    <cache_dir>/<name>-<digest>/   config.json  tokenizer.json  model-00001-of-00038.safetensors ...
+    <cache_dir>/<name>-<digest>.lock
 
-The folder's name follows from the files' names, sizes and versions, so a checkpoint that changes in its bucket gets a
-folder of its own. Every file is downloaded beside its place and renamed once its size is right: what a killed process
-leaves is gone on with by the next. Hub names and local folders pass through as they are (the hub's own client caches).
-Knows files; not what is in them.
+The digest is of the files' names, sizes and versions, so a checkpoint that changes in its bucket gets a new folder.
+Every file is downloaded under a temporary name and renamed once its size is right; files that a killed process has
+completed are kept. Local folders and hub names pass through unchanged: the hub's own client caches the latter.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+
+from filelock import FileLock
 
 from pipeline import storage
 from pipeline.errors import CheckpointError
@@ -27,7 +27,7 @@ from pipeline.errors import CheckpointError
 DEFAULT_FOLDER = "~/.cache/qwen2-vl-batch"
 _WEIGHTS = ".safetensors"
 _UNUSED = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-"""The same weights again, in forms that are not read."""
+"""The same weights again, in formats that are not read."""
 _STREAMS = 4
 
 
@@ -39,7 +39,7 @@ class ModelCache:
     storage_options: Mapping[str, Any] = field(default_factory=dict)
 
     def local(self, model_path: str, *, weights: bool) -> str:
-        """The checkpoint's folder on this machine, all of it or (`weights` false) its small files alone.
+        """The checkpoint's folder on this machine, with all its files or (`weights` false) the small ones only.
 
         Raises CheckpointError when the bucket can't be read, holds no checkpoint, or the disk is too small.
         """
@@ -52,14 +52,14 @@ class ModelCache:
 
     def _fetch(self, url: str, weights: bool) -> str:
         files = self._list(url)
-        wanted = [file for file in files if weights or not file.path.endswith(_WEIGHTS)]
-        folder = os.path.join(os.path.expanduser(self.folder), _folder_name(url, files))
+        content = "\n".join(f"{file.path} {file.size} {file.version}" for file in files)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+        folder = os.path.join(os.path.expanduser(self.folder), f"{storage.name(url)}-{digest}")
         os.makedirs(folder, exist_ok=True)
-        missing = _missing(wanted, folder)
-        if missing:
-            with _locked(f"{folder}.lock"):
-                missing = _missing(wanted, folder)  # another process may have brought them while this one waited
-                self._download(missing, folder)
+        wanted = [file for file in files if weights or not file.path.endswith(_WEIGHTS)]
+        if _missing(wanted, folder):
+            with FileLock(f"{folder}.lock"):
+                self._download(_missing(wanted, folder), folder)  # another process may have downloaded some meanwhile
         return folder
 
     def _list(self, url: str) -> list[storage.FileInfo]:
@@ -69,7 +69,7 @@ class ModelCache:
         if "config.json" not in names or not any(name.endswith(_WEIGHTS) for name in names):
             shown = ", ".join(sorted(names)[:5]) or "nothing"
             raise CheckpointError(
-                f"model.path {url} holds {shown}; expected a checkpoint: config.json and *{_WEIGHTS}, tokenizer beside"
+                f"model.path {url} holds {shown}; expected a checkpoint: config.json, *{_WEIGHTS} and a tokenizer"
             )
         return files
 
@@ -80,39 +80,25 @@ class ModelCache:
                 f"the checkpoint needs {need / 1e9:.1f} GB in {folder}, and {free / 1e9:.1f} GB are free: "
                 "set model.cache_dir to a larger disk"
             )
+
+        def download(file: storage.FileInfo) -> None:
+            storage.download(file, _local_path(file, folder), self.storage_options)
+
         with ThreadPoolExecutor(_STREAMS) as streams:
-            # The largest first, so that no stream is left with a big one at the end.
-            for _ in streams.map(
-                lambda file: storage.download(file, _place(file, folder), self.storage_options),
-                sorted(files, key=lambda file: -file.size),
-            ):
-                pass
+            # The largest first, so that the streams finish together; a list, so that errors are raised.
+            list(streams.map(download, sorted(files, key=lambda file: -file.size)))
 
 
-def _folder_name(url: str, files: Sequence[storage.FileInfo]) -> str:
-    content = "\n".join(f"{file.path} {file.size} {file.version}" for file in files)
-    return f"{storage.name(url)}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-
-
-def _place(file: storage.FileInfo, folder: str) -> str:
+def _local_path(file: storage.FileInfo, folder: str) -> str:
     return os.path.join(folder, storage.name(file.path))
 
 
 def _missing(files: Sequence[storage.FileInfo], folder: str) -> list[storage.FileInfo]:
-    def there(file: storage.FileInfo) -> bool:
+    """The files that are not on disk in their full size."""
+
+    def is_complete(file: storage.FileInfo) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            return os.stat(_place(file, folder)).st_size == file.size
+            return os.stat(_local_path(file, folder)).st_size == file.size
         return False
 
-    return [file for file in files if not there(file)]
-
-
-@contextlib.contextmanager
-def _locked(path: str) -> Iterator[None]:
-    """Alone among this machine's processes; a dead one's lock ends with it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    return [file for file in files if not is_complete(file)]

@@ -1,8 +1,8 @@
 """Whether the model at a path is still the one that a run began with: a mark for each of its files.
 
-A small file's mark is a hash of it. Weights are marked by their size and a hash of some blocks spread over them, so
-that nobody waits for gigabytes to be read; in a bucket a file's mark is its size and version, as listed. A hub name has
-one mark, the commit in the hub's local cache. Knows files; not what is in them, and loads no model library.
+A small file's mark is its hash. The mark of weights is their size and a hash of some blocks spread over them, so that
+nobody waits for gigabytes to be read; in a bucket a file's mark is its size and version, as listed. A hub name has
+one mark, the commit in the hub's local cache. Loads no model library.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HASH_DIGITS = 16
 def model_identity(
     model_path: str, *, revision: str | None = None, storage_options: storage.StorageOptions = None
 ) -> dict[str, str]:
-    """File names to marks. Empty where nothing is known yet: a hub's model that has not been downloaded.
+    """File names to marks. Empty where nothing is known yet: a hub model that has not been downloaded.
 
     Raises OSError when a folder or bucket can't be read.
     """
@@ -48,7 +48,7 @@ def model_identity(
 
 
 def model_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """What changed, a line a file; empty where one of the two is not known."""
+    """What changed, one line per file; empty where one of the two is unknown."""
     if not old or not new:
         return []
     lines = []
@@ -79,10 +79,10 @@ def _hub_commit(name: str, revision: str) -> str | None:
     """The commit that the hub's cache on this machine holds for a name; None where it has none."""
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
-    folder = Path(cache).expanduser() / f"models--{name.replace('/', '--')}"
+    from huggingface_hub import try_to_load_from_cache  # heavy, and needed for hub names only
+
     try:
-        return (folder / "refs" / revision).read_text().strip() or None
-    except OSError:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # not a hub name either
         return None
+    return Path(found).parent.name if isinstance(found, str) else None

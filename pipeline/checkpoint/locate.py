@@ -1,4 +1,4 @@
-"""What a checkpoint's small files say: where it is, and which pixels its processor lets the model see.
+"""Where a checkpoint is, and what its small files say: model type, pixel bounds and normalization.
 
 Knows folders, hub names and `preprocessor_config.json`; not weights, tokenizers or arrays.
 """
@@ -19,7 +19,7 @@ _EXPECTED = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
 
 @dataclass(frozen=True)
 class ProcessorFacts:
-    """Bounds in pixels of area after resizing, and the normalisation, as the checkpoint was published with."""
+    """Bounds on the area after resizing, in pixels, and the normalization. The defaults are the published values."""
 
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
@@ -39,8 +39,7 @@ def resolve_model(path: str) -> str:
 
 
 def check_model(model_path: str, *, revision: str | None = None, weights: bool = True) -> None:
-    """Raise CheckpointError unless there is a Qwen2-VL checkpoint at the folder or hub name, with its weights unless
-    those are known to lie elsewhere."""
+    """Raise CheckpointError unless the folder or hub name holds a Qwen2-VL checkpoint, with its weights if asked."""
     config = read_config(model_path, revision=revision)
     if config is None:
         raise CheckpointError(
@@ -61,7 +60,7 @@ def read_config(model_path: str, *, revision: str | None = None) -> dict[str, An
 
 
 def read_processor_facts(model_path: str, *, revision: str | None = None) -> ProcessorFacts:
-    """Facts from `preprocessor_config.json` (images) and `video_preprocessor_config.json` (videos, if there is one).
+    """Facts from `preprocessor_config.json` (images) and, if there is one, `video_preprocessor_config.json` (videos).
 
     Raises CheckpointError when the first is missing, or describes another family's patches.
     """
@@ -76,20 +75,16 @@ def read_processor_facts(model_path: str, *, revision: str | None = None) -> Pro
             raise CheckpointError(f"{model_path!r} has {name} {image[name]}; Qwen2-VL has {expected}")
     video = _read_json(model_path, "video_preprocessor_config.json", revision) or {}
     default = ProcessorFacts()
-    min_pixels, max_pixels = _bounds(image, default.min_pixels, default.max_pixels)
-    video_min_pixels, video_max_pixels = _bounds(video, default.video_min_pixels, default.video_max_pixels)
     return ProcessorFacts(
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        video_min_pixels=video_min_pixels,
-        video_max_pixels=video_max_pixels,
+        *_bounds(image, default.min_pixels, default.max_pixels),
+        *_bounds(video, default.video_min_pixels, default.video_max_pixels),
         image_mean=tuple(image.get("image_mean", default.image_mean)),
         image_std=tuple(image.get("image_std", default.image_std)),
     )
 
 
 def _bounds(config: dict[str, Any], min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(least, largest) area, in either spelling; the explicit pixels win, as they do in transformers."""
+    """(min_pixels, max_pixels) in either spelling; `min_pixels` and `max_pixels` win, as they do in transformers."""
     size = config.get("size") or {}
     low = config.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or min_pixels
     high = config.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or max_pixels

@@ -70,10 +70,13 @@ def test_a_bucket_s_listing_is_enough() -> None:
 
 
 def test_a_hub_name_is_known_by_the_commit_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert model_identity("org/model") == {}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert model_identity("org/model") == model_identity("neither/folder/nor/name") == {}
+    snapshot = tmp_path / "models--org--model" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
     refs = tmp_path / "models--org--model" / "refs"
-    refs.mkdir(parents=True)
+    refs.mkdir()
     (refs / "main").write_text("a" * 40)
     assert model_identity("org/model") == {"commit": "a" * 40}
     assert model_identity("org/model", revision="b" * 40) == {"commit": "b" * 40}
