@@ -29,6 +29,9 @@ MANIFEST_FILE = "manifest_file"
 MANIFEST_ROW = "manifest_row"
 ROW_KEY_SCHEMA = pa.schema([pa.field(MANIFEST_FILE, pa.int32(), False), pa.field(MANIFEST_ROW, pa.int64(), False)])
 
+MANIFEST_ERROR = "_manifest_error"
+"""Column of manifest rows in text formats: why the row can't be read; null where it can."""
+
 
 class UnitColumn(StrEnum):
     """Columns that the reader adds to a unit's manifest rows; named so that no manifest's own are in the way."""

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.manifest import Manifest, ManifestFile
+from pipeline.manifest.files import Manifest, ManifestFile
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import plan_work
 from pipeline.results.finished import read_finished

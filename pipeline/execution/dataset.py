@@ -29,7 +29,7 @@ from pipeline.execution.actors import EngineActor, PreprocessActor, pack
 from pipeline.execution.placement import READ_CPUS, Placement
 from pipeline.execution.stages import Stages
 from pipeline.generate import GenerateOptions
-from pipeline.manifest import ManifestSpec
+from pipeline.manifest.files import ManifestSpec
 from pipeline.manifest.work import Work, read_work
 
 PREPROCESS_ACTOR: type = PreprocessActor

@@ -27,7 +27,8 @@ from pipeline.execution.stages import (
     number_rows,
     open_input,
 )
-from pipeline.manifest import Manifest, recorded_manifest
+from pipeline.manifest.files import Manifest
+from pipeline.manifest.find import recorded_manifest
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import Retries, Work, plan_work
 from pipeline.preprocess.messages import check_columns

@@ -14,7 +14,8 @@ from pipeline.checkpoint.locate import read_processor_facts, resolve_model
 from pipeline.config import CaptionConfig
 from pipeline.engine import EngineOptions
 from pipeline.generate import GenerateOptions
-from pipeline.manifest import ERROR_COLUMN, Manifest, open_manifest
+from pipeline.manifest.files import Manifest
+from pipeline.manifest.find import open_manifest
 from pipeline.manifest.row_set import RowNumbering, RowSet
 from pipeline.manifest.work import Work, plan_work
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
@@ -96,10 +97,8 @@ def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> 
         kept=kept,
         model_cache=cache,
     )
-    columns = dict.fromkeys([*needed_columns(manifest.schema.names, messages), *kept.names])
-    if manifest.format in ("jsonl", "csv"):
-        columns[ERROR_COLUMN] = None
-    return Stages(preprocess, generate, tuple(columns))
+    columns = tuple(dict.fromkeys([*needed_columns(manifest.schema.names, messages), *kept.names]))
+    return Stages(preprocess, generate, columns)
 
 
 def open_input(config: CaptionConfig, folder: RunFolder) -> Manifest:

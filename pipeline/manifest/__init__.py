@@ -1,16 +1,16 @@
-"""The manifest: find and fingerprint it, read units of its rows.
+"""The manifest: find and fingerprint it, plan and read units of its rows.
 
-    path --open_manifest--> Manifest --unit_of--> WorkUnit ... --read_units--> tables of exactly those rows
+    path --find.open_manifest--> Manifest --work.plan_work--> Work ... --work.read_work--> tables of exactly those rows
 
-A row's identity is its place: (number of the file, number of the row in it). Knows the file formats and their row
+A row's identity is its row key: (number of the file, number of the row in it). Knows the file formats and their row
 counts; not what the columns mean, nor anything of media, prompts or results.
 
 How a path is understood:
 - A file goes by its suffix: Parquet (.parquet, .pq), JSONL (.jsonl, .ndjson), CSV (.csv, .tsv); text files may be
   gzipped (.gz). An image or video alone is a manifest of one row.
-- A folder, bucket prefix or glob holds files of one of these kinds, or media. Where data files and media lie together,
-  the data files directly in the folder are the manifest, since they most likely name the media; data files deeper down
-  beside media are ignored. Two kinds of data files are refused: only the user knows which is meant.
+- A folder, bucket prefix or glob holds files of one of these formats, or media. Where data files and media lie
+  together, the data files directly in the folder are the manifest, since they most likely name the media; data files
+  deeper down beside media are ignored. Two formats of data files are refused: only the user knows which is meant.
 - Files and folders whose names begin with a dot are skipped, and data files that begin with an underscore
   (`_SUCCESS`, `_metadata`).
 - A manifest without rows is fine: its job ends with zero rows. A folder without usable files is an error.
@@ -23,35 +23,3 @@ Columns per format:
 - CSV has strings only, exactly as they are written; an empty field is null.
 - A line that can't be read (not JSON, too many fields) is still a row: all null, the reason in `_manifest_error`.
 """
-
-from pipeline.manifest.changes import difference, keep_file_numbers, only_appended
-from pipeline.manifest.files import (
-    ERROR_COLUMN,
-    Manifest,
-    ManifestFile,
-    ManifestFormat,
-    ManifestSpec,
-    ReadSpec,
-    WorkUnit,
-    unit_of,
-)
-from pipeline.manifest.find import open_manifest, recorded_manifest
-from pipeline.manifest.read import read_unit, read_units
-
-__all__ = [
-    "ERROR_COLUMN",
-    "Manifest",
-    "ManifestFile",
-    "ManifestFormat",
-    "ManifestSpec",
-    "ReadSpec",
-    "WorkUnit",
-    "difference",
-    "keep_file_numbers",
-    "only_appended",
-    "open_manifest",
-    "read_unit",
-    "read_units",
-    "recorded_manifest",
-    "unit_of",
-]

@@ -13,9 +13,9 @@ _MAX_DIFFERENCES = 20
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed from one fingerprint to another, a line each; empty when nothing did.
+    """What changed from one fingerprint to another, a line for each change; empty when nothing did.
 
-    Order is no change: `keep_file_numbers` restores it, and it differs once a job has taken up new files.
+    The order of the files is ignored: `keep_file_numbers` restores it, and it differs once a job has added new files.
     """
     lines = []
     if old["format"] != new["format"]:
@@ -29,28 +29,28 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             lines.append(f"{name} had {rows:,} rows and has {after[name][1]:,}")
         elif after[name][0] != size:
             lines.append(f"{name} had {size:,} bytes and has {after[name][0]:,}, with as many rows")
-    lines.extend(f"{name} is new ({rows:,} rows)" for name, (_, rows) in after.items() if name not in before)
+    lines += [f"{name} is new ({rows:,} rows)" for name, (_, rows) in after.items() if name not in before]
     if len(lines) > _MAX_DIFFERENCES:
         lines[_MAX_DIFFERENCES:] = [f"and {len(lines) - _MAX_DIFFERENCES} more changes"]
     return lines
 
 
 def only_appended(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether every old file is still there as it was, so that the new files can be taken up in a resumed job."""
-    after = {name: [size, rows] for name, size, rows in new["files"]}
-    return old["format"] == new["format"] and all(after.get(name) == [size, rows] for name, size, rows in old["files"])
+    """Whether every old file is still there unchanged, so that a resumed job can take in the new files."""
+    files = {tuple(file) for file in new["files"]}
+    return old["format"] == new["format"] and files.issuperset(tuple(file) for file in old["files"])
 
 
 def keep_file_numbers(manifest: Manifest, old: Mapping[str, Any]) -> Manifest:
-    """The manifest with the files of an earlier fingerprint first, in their old order, and the new ones behind.
+    """The manifest with the files of an earlier fingerprint first, in their old order, and the new ones behind them.
 
     File numbers are part of a row's identity, so a new file must not move the old ones.
     """
     numbers = {name: number for number, (name, _, _) in enumerate(old["files"])}
     names = [relative(file.path, manifest.base) for file in manifest.files]
-    order = sorted(range(len(names)), key=lambda i: (numbers.get(names[i], math.inf), i))
+    order = sorted(range(len(names)), key=lambda number: (numbers.get(names[number], math.inf), number))
     return replace(
         manifest,
-        files=tuple(manifest.files[i] for i in order),
-        offsets=tuple(manifest.offsets[i] for i in order) if manifest.offsets else (),
+        files=tuple(manifest.files[number] for number in order),
+        offsets=tuple(manifest.offsets[number] for number in order) if manifest.offsets else (),
     )

@@ -13,109 +13,104 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import ManifestError
-from pipeline.manifest.files import Manifest, ManifestFile, ReadSpec, WorkUnit, changed, first_line
+from pipeline.manifest.files import (
+    Manifest,
+    ManifestFile,
+    ManifestFormat,
+    ManifestSpec,
+    WorkUnit,
+    file_changed,
+    first_line,
+    refuse_repeated_names,
+    unify_types,
+)
 from pipeline.storage import FileInfo, StorageOptions
 
 _FOOTER_THREADS_LOCAL = 8
 _FOOTER_THREADS_REMOTE = 32
 _BUFFER_WHOLE_BYTES = 128 << 20
-"""Parquet: row groups up to this size are fetched in one go; larger ones are streamed."""
+"""Row groups up to this size are fetched in one go; larger ones are streamed."""
 _STREAM_BUFFER = 4 << 20
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 32 << 20
-"""Parquet is decoded in pieces of about this size: a row may be a number or an hour of video."""
+"""Rows are decoded in pieces of about this size: a row may be a number or an hour of video."""
 
 
-def open_parquet(path: str, base: str, found: list[FileInfo], options: StorageOptions) -> Manifest:
-    remote = storage.is_remote(path)
-    threads = min(len(found), _FOOTER_THREADS_REMOTE if remote else _FOOTER_THREADS_LOCAL)
-    schema: pa.Schema | None = None
-    last: pa.Schema | None = None
-    files = []
-    with ThreadPoolExecutor(threads) as pool:
-        for info, (num_rows, found_schema) in zip(
-            found, pool.map(lambda info: _count_parquet(info, options), found), strict=True
-        ):
-            files.append(ManifestFile(info.path, num_rows, info.size, info.version))
-            # Nearly always all files agree, and then nothing has to be merged.
-            if last is None or not found_schema.equals(last):
-                schema = _unify(schema, found_schema, info.path)
-                last = found_schema
-    assert schema is not None
-    return Manifest(path, "parquet", tuple(files), schema, base, options)
+class ParquetFormat(ManifestFormat):
+    name = "parquet"
+    suffixes = (".parquet", ".pq")
 
+    def open(self, path: str, base: str, infos: Sequence[FileInfo], options: StorageOptions) -> Manifest:
+        threads = min(len(infos), _FOOTER_THREADS_REMOTE if storage.is_remote(path) else _FOOTER_THREADS_LOCAL)
+        files = []
+        types: dict[str, pa.DataType] = {}
+        last = pa.schema([])
+        with ThreadPoolExecutor(threads) as pool:
+            for info, footer in zip(infos, pool.map(lambda info: read_footer(info, options), infos), strict=True):
+                files.append(ManifestFile(info.path, footer.num_rows, info.size, info.version))
+                schema = footer.schema.to_arrow_schema()
+                if not schema.equals(last):  # nearly always all files agree, and there is nothing to merge
+                    _merge(types, schema, info.path)
+                    last = schema
+        return Manifest(path, self.name, tuple(files), pa.schema(list(types.items())), base, options)
 
-def _count_parquet(info: FileInfo, options: StorageOptions) -> tuple[int, pa.Schema]:
-    footer = read_footer(info, options)
-    return footer.num_rows, footer.schema.to_arrow_schema()
+    def read(self, spec: ManifestSpec, units: Sequence[WorkUnit], columns: Sequence[str]) -> Iterator[pa.Table]:
+        with _open_file(units[0].path, spec.storage_options) as file:
+            if units[-1].stop > file.metadata.num_rows:
+                raise file_changed(units[-1], file.metadata.num_rows)
+            present = [name for name in columns if name in file.schema_arrow.names]
+            if not present:  # a batch of no columns does not know its length
+                yield from (_conform(pa.table({}), spec.schema, columns, unit) for unit in units)
+                return
+            left = list(reversed(units))
+            pieces: list[pa.RecordBatch] = []
+            for position, batch in _batches(file, units, present):
+                end = position + batch.num_rows
+                while left and left[-1].start < end:
+                    unit = left[-1]
+                    first, last = max(unit.start - position, 0), min(unit.stop, end) - position
+                    pieces.append(batch.slice(first, last - first))
+                    if unit.stop > end:
+                        break
+                    yield _conform(pa.Table.from_batches(pieces), spec.schema, columns, left.pop())
+                    pieces = []
+                if not left:
+                    return
 
 
 def read_footer(info: FileInfo, options: StorageOptions) -> pq.FileMetaData:
+    """The file's footer. Raises ManifestError where it is not a Parquet file."""
     try:
         if not storage.is_remote(info.path):
             return pq.read_metadata(storage.local_path(info.path))
         with storage.open_input(info.path, options) as file:
             return pq.read_metadata(file)
-    except (pa.ArrowInvalid, pa.ArrowException) as error:
+    except pa.ArrowException as error:
         raise ManifestError(
             f"{info.path} ({info.size} bytes) is not a whole Parquet file: {first_line(error)}; write it again"
         ) from error
 
 
-def _unify(known: pa.Schema | None, found: pa.Schema, path: str) -> pa.Schema:
-    """The columns of both, with types that hold the values of both."""
-    if len(set(found.names)) < len(found.names):
-        twice = sorted({name for name in found.names if found.names.count(name) > 1})
-        raise ManifestError(f"{path} has several columns of the same name: {', '.join(twice)}; rename them")
-    types = {} if known is None else {column.name: column.type for column in known}
+def _merge(types: dict[str, pa.DataType], found: pa.Schema, path: str) -> None:
+    """Add a file's columns; a column that is known already gets a type that holds the values of both."""
+    refuse_repeated_names(found.names, path)
     for column in found:
         new = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        old = types.get(column.name)
-        if old is None or old.equals(new):
-            types[column.name] = new
-            continue
+        old = types.setdefault(column.name, new)
         try:
-            merged = pa.unify_schemas(
-                [pa.schema([(column.name, old)]), pa.schema([(column.name, new)])], promote_options="permissive"
-            )
-        except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+            types[column.name] = old if old.equals(new) else unify_types(old, new)
+        except pa.ArrowException as error:
             raise ManifestError(
                 f"column {column.name} is {new} in {path} but {old} in the files before it; "
                 "write the files with one type, or name the column differently"
             ) from error
-        types[column.name] = merged.field(0).type
-    return pa.schema(list(types.items()))
-
-
-def read_parquet(spec: ReadSpec, units: Sequence[WorkUnit], names: Sequence[str]) -> Iterator[pa.Table]:
-    with _open_parquet_file(units[0].path, spec.storage_options) as file:
-        if units[-1].stop > file.metadata.num_rows:
-            raise changed(units[-1], file.metadata.num_rows)
-        present = [name for name in names if name in file.schema_arrow.names]
-        if not present:  # a batch of no columns does not know its length
-            yield from (_conform(pa.table({}), spec.schema, names, unit) for unit in units)
-            return
-        left = list(reversed(units))
-        pieces: list[pa.RecordBatch] = []
-        for position, batch in _batches(file, units, present):
-            end = position + batch.num_rows
-            while left and left[-1].start < end:
-                unit = left[-1]
-                first, last = max(unit.start - position, 0), min(unit.stop, end) - position
-                pieces.append(batch.slice(first, last - first))
-                if unit.stop > end:
-                    break
-                yield _conform(pa.Table.from_batches(pieces), spec.schema, names, left.pop())
-                pieces = []
-            if not left:
-                return
 
 
 def _batches(file: pq.ParquetFile, units: Sequence[WorkUnit], names: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The row groups that hold any of the units, piece by piece, each with the number of its first row.
+    """The row groups that hold any of the units, batch by batch, each with the number of its first row.
 
-    Groups may be far larger than a unit, and Parquet can't be entered in the middle of one: what comes before the
-    first unit is decoded and passed over, never held.
+    A row group may be far larger than a unit and can only be decoded from its beginning: batches before the first unit
+    are decoded and dropped.
     """
     start = 0
     for number in range(file.metadata.num_row_groups):
@@ -134,7 +129,7 @@ def _batches(file: pq.ParquetFile, units: Sequence[WorkUnit], names: list[str]) 
 
 
 @contextmanager
-def _open_parquet_file(path: str, options: StorageOptions) -> Iterator[pq.ParquetFile]:
+def _open_file(path: str, options: StorageOptions) -> Iterator[pq.ParquetFile]:
     source: Any
     if storage.is_remote(path):
         source = storage.open_input(path, options, random_access=True)

@@ -1,6 +1,6 @@
 """Sets of manifest rows at one bit each, and the numbering of rows over all files.
 
-Knows integers only. A row's place is (file, row in file); its index counts through all files in order.
+Knows integers only. A row key is (file, row in that file); a row's index counts through all files in order.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ Indices = npt.NDArray[np.int64]
 
 
 class RowNumbering:
-    """Places to indices and back, for manifest files of the given row counts."""
+    """From row keys to indices, for manifest files of the given row counts."""
 
     def __init__(self, rows_per_file: Sequence[int]) -> None:
         self.first = np.zeros(len(rows_per_file) + 1, dtype=np.int64)
+        """The index [files + 1] of each file's first row; the last one is the number of rows."""
         np.cumsum(rows_per_file, out=self.first[1:])
 
     @property
@@ -26,7 +27,7 @@ class RowNumbering:
         return int(self.first[-1])
 
     def indices(self, files: npt.NDArray[np.int32], rows: Indices) -> Indices:
-        """Index [n] of each place."""
+        """Index [n] of each row key."""
         found: Indices = self.first[files] + rows
         return found
 
@@ -35,15 +36,14 @@ class RowSet:
     """A set of indices below `num_rows`, one bit each: 100 million rows take 12.5 MB."""
 
     def __init__(self, num_rows: int) -> None:
-        self.num_rows = num_rows
         self._bits = np.zeros((num_rows + 7) // 8, dtype=np.uint8)
 
     def add(self, indices: Indices) -> None:
-        """Put indices in; those already there stay."""
+        """Add indices [n], in any order; they may repeat."""
         np.bitwise_or.at(self._bits, indices >> 3, (1 << (indices & 7)).astype(np.uint8))
 
     def discard(self, indices: Indices) -> None:
-        """Take indices out; those not there are no matter."""
+        """Remove indices [n], whether or not they are in the set."""
         np.bitwise_and.at(self._bits, indices >> 3, ~(1 << (indices & 7)).astype(np.uint8))
 
     def has(self, indices: Indices) -> npt.NDArray[np.bool_]:

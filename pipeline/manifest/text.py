@@ -1,17 +1,17 @@
-"""Manifests in JSONL and CSV: every file is read once to count rows, note offsets and decide the columns' types."""
+"""What text formats share: every file is read once to count rows, note offsets and decide the columns' types."""
 
 from __future__ import annotations
 
-import csv
+import functools
 import gzip
 import io
 import itertools
 import json
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,281 +19,182 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.errors import ManifestError
 from pipeline.manifest.files import (
-    ERROR_COLUMN,
     INDEX_STRIDE,
     Manifest,
     ManifestFile,
     ManifestFormat,
-    ReadSpec,
+    ManifestSpec,
     WorkUnit,
-    changed,
+    file_changed,
     first_line,
+    unify_types,
 )
+from pipeline.schema import MANIFEST_ERROR
 from pipeline.storage import FileInfo, StorageOptions
 
-_MAX_CSV_FIELD = 256 << 20
+_BOM = b"\xef\xbb\xbf"
 _JSON_ALWAYS = frozenset({"messages"})
-
-_Record: TypeAlias = tuple[int, dict[str, Any] | None, str | None]
-"""Byte at which a row begins; its values, or why it has none."""
-
-
-def open_text(path: str, base: str, found: list[FileInfo], kind: ManifestFormat, options: StorageOptions) -> Manifest:
-    """Read every file once: rows are counted, offsets noted and column types decided."""
-    types: dict[str, set[str]] = {}
-    files, offsets = [], []
-    for info in found:
-        num_rows = 0
-        marks = []
-        for offset, values, _ in _records(kind, info.path, options):
-            if num_rows % INDEX_STRIDE == 0:
-                marks.append(offset)
-            num_rows += 1
-            if kind == "jsonl" and values is not None:
-                for name, value in values.items():
-                    seen = types.setdefault(name, set())
-                    if value is not None:
-                        seen.add(_json_kind(value))
-        if kind == "csv":
-            for name in _csv_header(info.path, options).names:
-                types.setdefault(name, {"string"})
-        files.append(ManifestFile(info.path, num_rows, info.size, info.version))
-        offsets.append(np.asarray(marks, dtype=np.int64))
-    types.pop(ERROR_COLUMN, None)
-    schema = pa.schema([(name, _column_type(name, kinds)) for name, kinds in types.items()])
-    return Manifest(path, kind, tuple(files), schema, base, options, tuple(offsets))
+"""Columns that are JSON text whatever their values are."""
+_SCALARS = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}
+_TYPES = {
+    **_SCALARS,
+    **{f"list {name}": pa.list_(type) for name, type in _SCALARS.items()},
+    "list": pa.list_(pa.null()),
+}
 
 
-def read_text(spec: ReadSpec, units: Sequence[WorkUnit], names: Sequence[str]) -> Iterator[pa.Table]:
-    records: Iterator[_Record] = iter(())
-    row = -1
-    for unit in units:
-        mark, offset = unit.seek
-        if row < 0 or mark > row:  # jump, rather than read what lies between
-            row, records = mark, _records(spec.format, unit.path, spec.storage_options, start=offset)
-        kept = []
-        for record in itertools.islice(records, unit.stop - row):
-            if row >= unit.start:
-                kept.append(record)
-            row += 1
-        if row < unit.stop:
-            raise changed(unit, row)
-        yield _text_table(kept, spec.schema, names, unit)
+class Record(NamedTuple):
+    """One row of a text file."""
+
+    offset: int
+    """Byte at which it begins."""
+    values: dict[str, Any] | None
+    error: str | None = None
+    """Why it has no values."""
 
 
-def _text_table(records: Sequence[_Record], schema: pa.Schema, names: Sequence[str], unit: WorkUnit) -> pa.Table:
-    columns: dict[str, pa.Array] = {}
-    for name in names:
-        wanted = schema.field(name).type
-        found = [None if values is None else values.get(name) for _, values, _ in records]
-        if pa.types.is_string(wanted):
-            found = [None if value is None else _as_text(value) for value in found]
-        try:
-            columns[name] = pa.array(found, type=wanted)
-        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise ManifestError(
-                f"column {name} of {unit.path} held {wanted} when the job began and does not now "
-                f"({first_line(error)}): was the file changed meanwhile?"
-            ) from error
-    columns[ERROR_COLUMN] = pa.array([error for _, _, error in records], type=pa.string())
-    return pa.table(columns)
+class Lines:
+    """Lines of a file as text. `offset` is the byte at which the next line begins."""
 
-
-def _records(kind: str, path: str, options: StorageOptions, *, start: int = 0) -> Iterator[_Record]:
-    """The rows of a text file from the byte `start` on, which must be the beginning of a row."""
-    if kind == "csv":
-        header = _csv_header(path, options)
-        with _open_lines(path, options) as file:
-            yield from _csv_records(file, header, max(start, header.end))
-    else:
-        with _open_lines(path, options) as file:
-            yield from _json_records(file, start)
-
-
-@contextmanager
-def _open_lines(path: str, options: StorageOptions) -> Iterator[BinaryIO]:
-    with storage.open_input(path, options) as file:
-        if not path.lower().endswith(".gz"):
-            _refuse_utf16(file, path)
-            yield file
-            return
-        with gzip.GzipFile(fileobj=file) as unzipped:
-            buffered = io.BufferedReader(unzipped, buffer_size=1 << 20)
-            try:
-                _refuse_utf16(buffered, path)
-                yield buffered
-            except (EOFError, gzip.BadGzipFile) as error:
-                raise ManifestError(f"{path} is not a whole gzip file: {first_line(error)}") from error
-
-
-def _refuse_utf16(file: Any, path: str) -> None:
-    start = file.read(4)
-    file.seek(0)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ManifestError(f"{path} is UTF-16; save it as UTF-8")
-    if start == b"PAR1":
-        raise ManifestError(f"{path} is a Parquet file by its first bytes; name it .parquet or set input.format")
-
-
-def _json_records(file: BinaryIO, start: int) -> Iterator[_Record]:
-    file.seek(start)
-    offset = start
-    for line in file:
-        begin, offset = offset, offset + len(line)
-        if begin == 0:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except UnicodeDecodeError as error:
-            yield begin, None, f"the line is not UTF-8: {first_line(error)}"
-        except (ValueError, RecursionError) as error:
-            yield begin, None, f"the line is not JSON: {first_line(error)}; found {_excerpt(line)}"
-        else:
-            if isinstance(values, dict):
-                yield begin, values, None
-            else:
-                found = type(values).__name__
-                yield begin, None, f"the line is a JSON {found}; expected an object: found {_excerpt(line)}"
-
-
-def _excerpt(line: bytes) -> str:
-    text = line.strip().decode("utf-8", "replace")
-    return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _json_kind(value: Any) -> str:
-    """How a value's type is called when a column's type is decided."""
-    if isinstance(value, bool):
-        return "bool"
-    if isinstance(value, int):
-        return "int" if -(2**63) <= value < 2**63 else "json"
-    if isinstance(value, float):
-        return "float"
-    if isinstance(value, str):
-        return "string"
-    if isinstance(value, list):
-        inner = {_json_kind(item) for item in value if item is not None}
-        if not inner:
-            return "list"
-        if len(inner) == 1 and (only := inner.pop()) in _SCALAR_TYPES:
-            return f"list {only}"
-    return "json"
-
-
-_SCALAR_TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "string": pa.string()}
-
-
-def _column_type(name: str, kinds: set[str]) -> pa.DataType:
-    """One Arrow type for all values of a JSONL column; a string of JSON where none fits."""
-    if name in _JSON_ALWAYS:
-        return pa.string()
-    kinds = set(kinds)
-    if kinds == {"int", "float"}:
-        return pa.float64()
-    if "list" in kinds and len(kinds) > 1:  # an empty list fits any list
-        kinds.discard("list")
-        if not next(iter(kinds)).startswith("list "):
-            return pa.string()
-    if kinds == {"list int", "list float"}:
-        return pa.list_(pa.float64())
-    if len(kinds) != 1:
-        return pa.string()
-    kind = kinds.pop()
-    if kind == "list":
-        return pa.list_(pa.string())
-    if kind.startswith("list "):
-        return pa.list_(_SCALAR_TYPES[kind.removeprefix("list ")])
-    return _SCALAR_TYPES.get(kind, pa.string())
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, str):
-        # A lone surrogate (`\ud800`) is legal JSON and no legal text.
-        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
-
-
-@dataclass(frozen=True)
-class _CsvHeader:
-    names: tuple[str, ...]
-    delimiter: str
-    end: int
-    """Byte at which the first row begins."""
-
-
-def _csv_header(path: str, options: StorageOptions) -> _CsvHeader:
-    with _open_lines(path, options) as file:
-        lines = _CountingLines(file, 0)
-        first = next(lines, None)
-        if first is None:
-            return _CsvHeader((), ",", 0)
-        delimiter = "\t" if ".tsv" in storage.name(path).lower() else max(",;\t|", key=first.count)
-        try:
-            fields = next(csv.reader(_chain(first, lines), delimiter=delimiter, strict=True))
-        except csv.Error as error:
-            raise ManifestError(f"the first line of {path} is not a CSV header: {error}") from error
-        names = tuple(field.strip() or f"column_{number}" for number, field in enumerate(fields))
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ManifestError(f"{path} has several columns of the same name: {', '.join(twice)}; rename them")
-        return _CsvHeader(names, delimiter, lines.offset)
-
-
-def _csv_records(file: BinaryIO, header: _CsvHeader, start: int) -> Iterator[_Record]:
-    csv.field_size_limit(min(_MAX_CSV_FIELD, sys.maxsize))  # a data: URL is one long field
-    lines = _CountingLines(file, start)
-    reader = csv.reader(lines, delimiter=header.delimiter, strict=True)
-    while True:
-        begin = lines.offset
-        lines.broken = None
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield begin, None, f"the line is not CSV: {error}"
-            continue
-        if not fields:  # an empty line
-            continue
-        if lines.broken:
-            yield begin, None, lines.broken
-        elif len(fields) != len(header.names):
-            yield (
-                begin,
-                None,
-                f"the row has {len(fields)} fields but the header names {len(header.names)}; "
-                "fields with commas or line breaks need quotes",
-            )
-        else:
-            yield begin, {name: text or None for name, text in zip(header.names, fields, strict=True)}, None
-
-
-class _CountingLines:
-    """Lines of a binary file as text, counting the bytes handed out: where a record ends, the next one begins."""
-
-    def __init__(self, file: BinaryIO, start: int) -> None:
+    def __init__(self, file: BinaryIO, start: int = 0) -> None:
         file.seek(start)
         self._file = file
         self.offset = start
-        self.broken: str | None = None
+        self.error: str | None = None
+        """Why a line since the last reset is not text."""
 
-    def __iter__(self) -> _CountingLines:
+    def __iter__(self) -> Lines:
         return self
 
     def __next__(self) -> str:
         line = self._file.readline()
         if not line:
             raise StopIteration
-        first, self.offset = self.offset == 0, self.offset + len(line)
+        text = line.removeprefix(_BOM) if self.offset == 0 else line
+        self.offset += len(line)
         try:
-            return line.decode("utf-8-sig" if first else "utf-8")
+            return text.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError as error:
-            self.broken = f"the line is not UTF-8: {first_line(error)}"
-            return line.decode("utf-8", "replace")
+            self.error = f"the line is not UTF-8: {first_line(error)}"
+            return text.decode("utf-8", "replace")
 
 
-def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
-    yield first
-    yield from rest
+class TextFormat(ManifestFormat):
+    """Rows one after the other, each beginning at a byte from which reading can start. Files may be gzipped."""
+
+    @abstractmethod
+    def records(self, path: str, file: BinaryIO, start: int) -> Iterator[Record]:
+        """The rows from byte `start` on, which is 0 or the beginning of a row."""
+
+    def header(self, path: str, file: BinaryIO) -> Sequence[str]:
+        """Columns that the file names once, for all rows, whose values are text. Empty when each row names its own."""
+        return ()
+
+    def open(self, path: str, base: str, infos: Sequence[FileInfo], options: StorageOptions) -> Manifest:
+        kinds: dict[str, set[str]] = {}
+        files, offsets = [], []
+        for info in infos:
+            num_rows, marks = 0, []
+            with _open_text(info.path, options) as file:
+                header = self.header(info.path, file)
+                kinds |= {name: {"str"} for name in header}
+                for record in self.records(info.path, file, 0):
+                    if num_rows % INDEX_STRIDE == 0:
+                        marks.append(record.offset)
+                    num_rows += 1
+                    if record.values and not header:
+                        for name, value in record.values.items():
+                            found = kinds.setdefault(name, set())
+                            if value is not None:
+                                found.add(_kind(value))
+            files.append(ManifestFile(info.path, num_rows, info.size, info.version))
+            offsets.append(np.asarray(marks, dtype=np.int64))
+        kinds.pop(MANIFEST_ERROR, None)
+        schema = pa.schema([(name, _column_type(name, found)) for name, found in kinds.items()])
+        return Manifest(path, self.name, tuple(files), schema, base, options, tuple(offsets))
+
+    def read(self, spec: ManifestSpec, units: Sequence[WorkUnit], columns: Sequence[str]) -> Iterator[pa.Table]:
+        path = units[0].path
+        with _open_text(path, spec.storage_options) as file:
+            records: Iterator[Record] = iter(())
+            row = -1
+            for unit in units:
+                mark, offset = unit.seek
+                if row < 0 or mark > row:  # jump, rather than read what lies between
+                    row, records = mark, self.records(path, file, offset)
+                found = []
+                for record in itertools.islice(records, unit.stop - row):
+                    if row >= unit.start:
+                        found.append(record)
+                    row += 1
+                if row < unit.stop:
+                    raise file_changed(unit, row)
+                yield _table(found, spec.schema, columns, unit)
+
+
+@contextmanager
+def _open_text(path: str, options: StorageOptions) -> Iterator[BinaryIO]:
+    with storage.open_input(path, options) as file:
+        text: Any = file
+        if path.lower().endswith(".gz"):
+            text = io.BufferedReader(gzip.GzipFile(fileobj=file), buffer_size=1 << 20)
+        try:
+            start = text.read(4)
+            if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise ManifestError(f"{path} is UTF-16; save it as UTF-8")
+            if start == b"PAR1":
+                raise ManifestError(
+                    f"{path} is a Parquet file by its first bytes; name it .parquet or set input.format"
+                )
+            yield text
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ManifestError(f"{path} is not a whole gzip file: {first_line(error)}") from error
+
+
+def _table(records: Sequence[Record], schema: pa.Schema, names: Sequence[str], unit: WorkUnit) -> pa.Table:
+    columns: dict[str, pa.Array] = {}
+    for name in names:
+        wanted = schema.field(name).type
+        values = [None if record.values is None else record.values.get(name) for record in records]
+        if convert := _CONVERSIONS.get(wanted):
+            values = [None if value is None else convert(value) for value in values]
+        try:
+            columns[name] = pa.array(values, type=wanted)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise ManifestError(
+                f"column {name} of {unit.path} held {wanted} when the job began and does not now "
+                f"({first_line(error)}): was the file changed in the meantime?"
+            ) from error
+    columns[MANIFEST_ERROR] = pa.array([record.error for record in records], type=pa.string())
+    return pa.table(columns)
+
+
+def _as_text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    # A lone surrogate (`\ud800`) is allowed in JSON but not in UTF-8.
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+_CONVERSIONS: Mapping[pa.DataType, Callable[[Any], Any]] = {pa.string(): _as_text, pa.float64(): float}
+
+
+def _kind(value: Any) -> str:
+    """The name in _TYPES of a value's type."""
+    if isinstance(value, list):
+        kind = " ".join(["list", *{_kind(item) for item in value if item is not None}])
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        kind = "json"
+    else:
+        kind = type(value).__name__
+    return kind if kind in _TYPES else "json"
+
+
+def _column_type(name: str, kinds: set[str]) -> pa.DataType:
+    """One Arrow type for all values of a column; text where no other fits."""
+    if name in _JSON_ALWAYS or not kinds <= _TYPES.keys():
+        return pa.string()
+    try:
+        found = functools.reduce(unify_types, [_TYPES[kind] for kind in kinds], pa.null())
+    except pa.ArrowException:
+        return pa.string()
+    return {pa.null(): pa.string(), _TYPES["list"]: pa.list_(pa.string())}.get(found, found)

@@ -24,7 +24,7 @@ from pipeline.config import CaptionConfig, Fraction, NotNegative, Positive, Sect
 from pipeline.errors import ConfigError
 from pipeline.execution.placement import default_blocks_in_flight
 from pipeline.execution.stages import OpenedStages, open_stages
-from pipeline.manifest import Manifest, unit_of
+from pipeline.manifest.files import Manifest
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import Work, read_work, read_works
 from pipeline.planning.advice import Advice, advise
@@ -184,7 +184,7 @@ def _works(manifest: Manifest, numbering: RowNumbering, start: int, stop: int) -
     for number in range(int(np.searchsorted(firsts, start, "right")) - 1, int(np.searchsorted(firsts, stop))):
         first, last = int(firsts[number]), int(firsts[number + 1])
         if max(start, first) < min(stop, last):
-            yield Work(unit_of(manifest, number, max(start, first) - first, min(stop, last) - first))
+            yield Work(manifest.unit(number, max(start, first) - first, min(stop, last) - first))
 
 
 def _survey(

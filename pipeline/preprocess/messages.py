@@ -27,10 +27,7 @@ from typing import Any, get_args
 from pipeline.conversation import Conversation, MediumKind, MediumPart, MediumSettings, Message, Role, Text
 from pipeline.engine.settings import SamplingParams, allowed, setting_types, within
 from pipeline.errors import ConfigError, ManifestError, MessageError, SettingError
-from pipeline.schema import CONTENT_COLUMNS, MANIFEST_COLUMNS, MEDIUM_SETTING_COLUMNS
-
-ERROR_COLUMN = "_manifest_error"
-"""Why the row's line could not be read; set by the manifest's readers."""
+from pipeline.schema import CONTENT_COLUMNS, MANIFEST_COLUMNS, MANIFEST_ERROR, MEDIUM_SETTING_COLUMNS
 
 MEDIA_COLUMNS: tuple[tuple[str, MediumKind], ...] = (
     ("image", "image"),
@@ -99,7 +96,7 @@ def check_columns(schema_names: Sequence[str], options: MessageOptions) -> None:
 
 def needed_columns(schema_names: Sequence[str], options: MessageOptions) -> list[str]:
     """The manifest's columns that `conversation` and `row_id` look at, in the manifest's order."""
-    wanted = {options.column(name) for name in MANIFEST_COLUMNS} | {ERROR_COLUMN}
+    wanted = {options.column(name) for name in MANIFEST_COLUMNS} | {MANIFEST_ERROR}
     if options.template is not None:
         wanted.update(template_columns(options.template))
     return [name for name in schema_names if name in wanted]
@@ -168,7 +165,7 @@ def row_id(row: Mapping[str, Any], options: MessageOptions, place: tuple[int, in
 
 def conversation(row: Mapping[str, Any], options: MessageOptions) -> Conversation:
     """What the row asks. Raises MessageError, or SettingError for a per-row setting."""
-    broken = _plain(row.get(ERROR_COLUMN))
+    broken = _plain(row.get(MANIFEST_ERROR))
     if broken is not None:
         raise MessageError(str(broken))
 

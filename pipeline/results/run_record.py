@@ -17,7 +17,8 @@ from typing import Any
 from pipeline.checkpoint.identity import model_changes, model_identity
 from pipeline.config import CaptionConfig
 from pipeline.errors import CheckpointError, OutputError
-from pipeline.manifest import Manifest, difference, keep_file_numbers, only_appended
+from pipeline.manifest.changes import difference, keep_file_numbers, only_appended
+from pipeline.manifest.files import Manifest
 
 _PACKAGES = ("torch", "transformers", "ray", "pyarrow", "pandas", "pillow", "av", "numpy", "fsspec", "flash-attn")
 # Settings under these sections alter the rows' answers; the others alter only how the work is done.

@@ -25,7 +25,7 @@ from pipeline.config import CaptionConfig, load_config
 from pipeline.demo.manifest import write_demo_world
 from pipeline.errors import ConfigError
 from pipeline.execution.stages import Stages, open_stages
-from pipeline.manifest import open_manifest
+from pipeline.manifest.find import open_manifest
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import read_work
 from pipeline.planning.plan import Plan, PlanConfig, draw, make_plan

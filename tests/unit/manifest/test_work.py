@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.manifest import Manifest, ManifestFile, open_manifest
+from pipeline.manifest.files import Manifest, ManifestFile
+from pipeline.manifest.find import open_manifest
 from pipeline.manifest.row_set import RowNumbering, RowSet
 from pipeline.manifest.work import Retries, plan_work, read_work
 from pipeline.schema import UnitColumn
@@ -29,10 +30,9 @@ def test_units_cover_just_the_rows_that_are_left(counts: list[int], done: set[in
     finished.add(np.array(sorted(done), dtype=np.int64))
     planned = []
     for work in plan_work(manifest_of(counts), numbering, finished, actors=actors, min_rows=smallest, max_rows=40):
-        rows = np.arange(work.unit.start, work.unit.stop)
-        rows = rows if work.wanted is None else rows[work.wanted]
-        assert work.num_rows == len(rows) <= 40
-        planned += (numbering.first[work.unit.file] + rows).tolist()
+        assert work.num_rows == len(work.rows) <= 40
+        assert 0 <= work.unit.start < work.unit.stop <= counts[work.unit.file]
+        planned += (numbering.first[work.unit.file] + work.rows).tolist()
     assert planned == [i for i in range(numbering.num_rows) if i not in done]
 
 
@@ -45,6 +45,14 @@ def test_units_shrink_towards_the_end() -> None:
     assert sizes[0] == 2048
     assert sizes[-2] <= 8
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_first_unit_is_an_actor_s_share_of_all_rows() -> None:
+    for actors, size in ((1, 100), (4, 25), (50, 8)):
+        works = plan_work(
+            manifest_of([400]), RowNumbering([400]), RowSet(400), actors=actors, min_rows=8, max_rows=2048
+        )
+        assert next(works).num_rows == size
 
 
 def test_a_huge_manifest_has_a_bounded_number_of_units() -> None:
@@ -62,7 +70,22 @@ def test_rows_with_large_files_inside_make_small_units() -> None:
     assert max(sizes) == 2
 
 
-def test_reading_gives_the_wanted_rows_with_place_and_attempt(tmp_path: Path) -> None:
+def test_retried_rows_of_every_file_have_their_own_attempt() -> None:
+    numbering, retries = RowNumbering([3, 2, 4]), Retries(np.array([1, 4, 5, 8]), np.array([1, 2, 3, 4], np.int32))
+    works = plan_work(manifest_of([3, 2, 4]), numbering, RowSet(9), actors=1, min_rows=8, max_rows=64, retries=retries)
+    attempts = [work.attempts.tolist() for work in works if work.attempts is not None]
+    assert attempts == [[1, 2, 1], [1, 3], [4, 1, 1, 5]]
+
+
+def test_without_rows_to_retry_every_row_is_at_its_first_attempt() -> None:
+    retries = Retries(np.array([], np.int64), np.array([], np.int32))
+    (work,) = plan_work(
+        manifest_of([3]), RowNumbering([3]), RowSet(3), actors=1, min_rows=8, max_rows=64, retries=retries
+    )
+    assert work.attempts is not None and work.attempts.tolist() == [1, 1, 1]
+
+
+def test_reading_gives_the_wanted_rows_with_row_key_and_attempt(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": [f"p{i}" for i in range(10)]}), tmp_path / "m.parquet")
     manifest = open_manifest(str(tmp_path / "m.parquet"), listing_path=str(tmp_path / "listing.parquet"))
     numbering, finished = RowNumbering([10]), RowSet(10)

@@ -13,10 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import manifest
 from pipeline.conversation import Conversation, MediumPart, MediumSettings, Message, Text
 from pipeline.errors import ConfigError, ManifestError, MessageError, RowError, SettingError
-from pipeline.preprocess import messages
 from pipeline.preprocess.messages import MessageOptions, check_columns, conversation, needed_columns, row_id
 from pipeline.schema import MANIFEST_COLUMNS
 
@@ -124,7 +122,6 @@ def test_a_column_can_be_switched_off() -> None:
 
 
 def test_a_line_the_manifest_could_not_read_is_an_error_row() -> None:
-    assert messages.ERROR_COLUMN == manifest.ERROR_COLUMN
     with pytest.raises(MessageError, match="the line is not JSON"):
         read(prompt="x", _manifest_error="the line is not JSON: ...")
     read(prompt="x", _manifest_error=None)

@@ -1,0 +1,61 @@
+"""The list of manifest formats, and reading by format. To add a format, write a ManifestFormat and list it here.
+
+The config's `input.format` names the same formats.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.errors import ManifestError
+from pipeline.manifest.csv_files import CsvFormat
+from pipeline.manifest.files import MEDIA, ManifestFormat, ManifestSpec, WorkUnit, first_line
+from pipeline.manifest.json_lines import JsonLinesFormat
+from pipeline.manifest.parquet import ParquetFormat
+
+FORMATS: Mapping[str, ManifestFormat] = {
+    format.name: format for format in (ParquetFormat(), JsonLinesFormat(), CsvFormat())
+}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".avif")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
+
+
+def format_of(path: str) -> str | None:
+    """A name in FORMATS, or MEDIA, by the path's suffix; None for anything else."""
+    name = storage.name(path).lower()
+    for format in FORMATS.values():
+        if name.endswith(format.suffixes):
+            return None if name.startswith("_") else format.name
+    return MEDIA if name.endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES) else None
+
+
+def read_units(
+    spec: ManifestSpec, units: Sequence[WorkUnit], *, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """A table for each of several units: exactly its rows, in order, in one pass over each file.
+
+    Tables have the named columns, or all of the manifest's, in the manifest's types; JSONL and CSV rows also
+    `schema.MANIFEST_ERROR`. The units come in manifest order. Neighbouring units share one look at their row group,
+    which pays off for large row groups and for the scattered rows of a retry. Raises ManifestError.
+    """
+    names = list(dict.fromkeys(spec.schema.names if columns is None else columns))
+    missing = [name for name in names if name not in spec.schema.names]
+    if missing:
+        raise ManifestError(
+            f"the manifest has no column {', '.join(missing)}; its columns: {', '.join(spec.schema.names) or 'none'}"
+        )
+    format = FORMATS["parquet" if spec.format == MEDIA else spec.format]
+    for _, group in itertools.groupby(units, key=lambda unit: unit.file):
+        of_file = list(group)
+        assert all(a.stop <= b.start for a, b in itertools.pairwise(of_file)), "units out of order"
+        try:
+            for unit, table in zip(of_file, format.read(spec, of_file, names), strict=True):
+                assert not table.num_columns or table.num_rows == unit.num_rows, (table.num_rows, unit)
+                yield table
+        except OSError as error:
+            rows = f"{of_file[0].start} to {of_file[-1].stop}"
+            raise ManifestError(f"can't read rows {rows} of {of_file[0].path}: {first_line(error)}") from error

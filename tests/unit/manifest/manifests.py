@@ -1,0 +1,63 @@
+"""Manifests for these tests: small real files of every format, and their rows read back."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.manifest.files import Manifest, ManifestSpec, WorkUnit
+from pipeline.manifest.formats import read_units
+
+
+def cut(found: Manifest, rows_per_unit: int) -> list[WorkUnit]:
+    """The whole manifest in units of so many rows."""
+    return [
+        found.unit(number, start, min(start + rows_per_unit, file.num_rows))
+        for number, file in enumerate(found.files)
+        for start in range(0, file.num_rows, rows_per_unit)
+    ]
+
+
+def write_parquet(path: Path, columns: Mapping[str, Any], **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, **options)
+    return path
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_media(folder: Path) -> Path:
+    for name in ("b.JPG", "a/clip.mp4", "a/photo.png", ".thumbs/x.jpg", "a/.hidden.jpg", "notes.txt", "c.webm"):
+        write(folder / name, "x")
+    return folder
+
+
+def rows_of(
+    found: Manifest, *, rows_per_unit: int = 1000, columns: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    spec = pickle.loads(pickle.dumps(found.spec))  # as a reader elsewhere gets it
+    units = cut(found, rows_per_unit)
+    return [row for unit in units for row in read_unit(spec, unit, columns=columns).to_pylist()]
+
+
+def names_of(found: Manifest) -> list[str]:
+    return [Path(file.path).name for file in found.files]
+
+
+def read_unit(spec: ManifestSpec, unit: WorkUnit, *, columns: Sequence[str] | None = None) -> pa.Table:
+    (table,) = read_units(spec, [unit], columns=columns)
+    return table

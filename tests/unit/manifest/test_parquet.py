@@ -1,0 +1,117 @@
+"""Parquet manifests: units across row groups and files, and columns that differ between files."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import storage
+from pipeline.errors import ManifestError
+from pipeline.manifest import parquet
+from pipeline.manifest.files import Manifest
+from tests.unit.manifest.manifests import (
+    cut,
+    read_unit,
+    rows_of,
+    write_parquet,
+)
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_units_cut_across_row_groups_and_files(place: str, tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    counts = [10, 0, 7, 25]
+    first = 0
+    for number, count in enumerate(counts):
+        path = write_parquet(
+            tmp_path / "d" / f"{number}.parquet",
+            {"id": pa.array(range(first, first + count), pa.int64()), "text": pa.array(["x"] * count, pa.string())},
+            row_group_size=4,
+        )
+        first += count
+        if place == "bucket":
+            storage.publish_file(path, f"memory://{tmp_path.name}/d/{number}.parquet")
+    found = load(tmp_path / "d" if place == "disk" else f"memory://{tmp_path.name}/d")
+    for rows_per_unit in (1, 3, 4, 6, 100):
+        assert [row["id"] for row in rows_of(found, rows_per_unit=rows_per_unit)] == list(range(first))
+    assert rows_of(found, columns=["text"])[0] == {"text": "x"}
+    assert rows_of(found, columns=["text", "id", "text"])[3] == {"text": "x", "id": 3}
+
+
+def test_files_with_different_columns_are_unified(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    folder = tmp_path / "d"
+    write_parquet(folder / "1.parquet", {"id": pa.array([1], pa.int32()), "image": ["a.jpg"]})
+    write_parquet(folder / "2.parquet", {"id": pa.array([2**40], pa.int64()), "fps": [1.5]})
+    write_parquet(folder / "3.parquet", {"image": pa.nulls(1), "id": [3], "fps": pa.array([2], pa.int64())})
+    write_parquet(folder / "4.parquet", {"image": pa.array(["d"]).dictionary_encode(), "fps": [None], "id": [4]})
+    found = load(folder)
+    assert found.schema == pa.schema([("id", pa.int64()), ("image", pa.string()), ("fps", pa.float64())])
+    assert rows_of(found) == [
+        {"id": 1, "image": "a.jpg", "fps": None},
+        {"id": 2**40, "image": None, "fps": 1.5},
+        {"id": 3, "image": None, "fps": 2.0},
+        {"id": 4, "image": "d", "fps": None},
+    ]
+    tables = [read_unit(found.spec, unit) for unit in cut(found, 1)]
+    assert {table.schema for table in tables} == {found.schema}
+    assert rows_of(found, columns=["fps"])[0] == {"fps": None}
+
+
+def test_structs_with_different_fields_are_unified(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    folder = tmp_path / "d"
+    write_parquet(folder / "1.parquet", {"messages": [[{"role": "user", "content": [{"type": "text", "text": "x"}]}]]})
+    write_parquet(
+        folder / "2.parquet", {"messages": [[{"role": "user", "content": [{"type": "image", "image": "a.jpg"}]}]]}
+    )
+    parts = [row["messages"][0]["content"][0] for row in rows_of(load(folder))]
+    assert [{key: value for key, value in part.items() if value} for part in parts] == [
+        {"type": "text", "text": "x"},
+        {"type": "image", "image": "a.jpg"},
+    ]
+
+
+def test_types_that_do_not_fit_name_file_column_and_both_types(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    write_parquet(tmp_path / "d" / "1.parquet", {"image": ["a.jpg"]})
+    write_parquet(tmp_path / "d" / "2.parquet", {"image": [7]})
+    with pytest.raises(ManifestError, match=r"column image is int64 in .*2\.parquet but string in the files before it"):
+        load(tmp_path / "d")
+
+
+def test_a_file_that_shrank_or_vanished_since_the_plan_is_noticed(
+    tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    path = write_parquet(tmp_path / "m.parquet", {"id": list(range(10))})
+    found = load(path)
+    (unit,) = cut(found, 100)
+    write_parquet(path, {"id": [1]})
+    with pytest.raises(ManifestError, match="has 1 rows now but had at least 10"):
+        read_unit(found.spec, unit)
+    path.unlink()
+    with pytest.raises(ManifestError, match="can't read rows 0 to 10"):
+        read_unit(found.spec, unit)
+
+
+def test_large_row_groups_are_streamed(
+    tmp_path: Path, load: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "_BUFFER_WHOLE_BYTES", 0)
+    found = load(write_parquet(tmp_path / "m.parquet", {"id": list(range(5000)), "data": [b"x" * 100] * 5000}))
+    assert [row["id"] for row in rows_of(found, rows_per_unit=1700, columns=["id"])] == list(range(5000))
+
+
+def test_thousands_of_files_open_quickly(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"id": list(range(10)), "image": ["a.jpg"] * 10}), sink)
+    (tmp_path / "d").mkdir()
+    for number in range(1000):
+        (tmp_path / "d" / f"{number:05d}.parquet").write_bytes(sink.getvalue())
+    start = time.perf_counter()
+    found = load(tmp_path / "d")
+    assert found.num_rows == 10_000 and time.perf_counter() - start < 10
+    assert len(pickle.dumps(found.spec)) < 2000, "what travels to each reader must not grow with the number of files"
