@@ -24,15 +24,16 @@ class Advice:
 
 
 def advise(
-    sample: Sample, rows: Rows, times: Times | None, engines: Engines, *, max_length: int, gpus_needed: int | None
+    sample: Sample, rows: Rows, times: Times | None, engines: Engines, fitted: Engines, *, max_length: int
 ) -> Iterator[Advice]:
     """Settings to change.
 
-    `max_length`: tokens of prompt and answer that fit; `gpus_needed`: GPUs of an engine where the weights do not fit.
+    `fitted`: the engines with as many GPUs as the weights need; `max_length`: tokens of prompt and answer that fit.
     """
-    if gpus_needed is not None:
+    if fitted.gpus_per_engine > engines.gpus_per_engine:
         gpus = f"{engines.gpus_per_engine:g} GPU{'' if engines.gpus_per_engine == 1 else 's'}"
-        yield Advice(f"--resources.gpus_per_engine {gpus_needed}", f"the weights and a cache don't fit into {gpus}")
+        setting = f"--resources.gpus_per_engine {fitted.gpus_per_engine:g}"
+        yield Advice(setting, f"the weights and a cache don't fit into {gpus}")
     bad = {one.error_type: one for one in rows.bad}
     too_long = [row for row in sample.rows if row.error is not None and type(row.error).__name__ == "PromptTooLong"]
     if too_long:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -87,20 +87,17 @@ def from_data_sheet(
 
     flops = np.array([row_flops(shape, work) for work in works]).reshape(-1, 3).sum(axis=0)
     bounds = Range(bound(output_share.value).value, bound(output_share.low).low, bound(output_share.high).high)
-    return _times(
-        sample.num_rows,
-        bounds / EFFICIENCY,
-        rows.core_s,
-        engines,
-        hardware=f"{engines.num_engines * engines.gpus_per_engine:g} x {gpu.name}",
+    basis = (
+        f"arithmetic, not a measurement: {EFFICIENCY.low:.0%} to {EFFICIENCY.high:.0%} of the data sheet's pace; "
+        f"answers {output_share.low:.0%} to {output_share.high:.0%} of max_tokens long; preprocessing by a table "
+        "measured on another machine; start-up left out"
+    )
+    hardware = f"{engines.num_engines * engines.gpus_per_engine:g} x {gpu.name}"
+    return replace(
+        _times(sample.num_rows, bounds / EFFICIENCY, rows.core_s, engines, hardware, basis),
         data_sheet=f"{gpu.flops / 1e12:,.0f} TFLOP/s dense bfloat16, {gpu.bytes_per_s / 1e12:.2g} TB/s",
-        basis=(
-            f"arithmetic, not a measurement: {EFFICIENCY.low:.0%} to {EFFICIENCY.high:.0%} of the data sheet's pace; "
-            f"answers {output_share.low:.0%} to {output_share.high:.0%} of max_tokens long; preprocessing by a table "
-            "measured on another machine; start-up left out"
-        ),
         shares=dict(zip(("vision", "prefill", "decode"), (flops / (flops.sum() or 1.0)).tolist(), strict=True)),
-        running=running,
+        mean_running=running,
     )
 
 
@@ -131,20 +128,14 @@ def from_probe(
         f"measured here: {sum(one.rows for one in preprocess):,} rows preprocessed, {sum(one.rows for one in engine):,}"
         f" answered; of that pace a whole job reaches {JOB_SHARE.low:.0%} to {JOB_SHARE.high:.0%}; start-up left out"
     )
-    return _times(
-        sample.num_rows,
-        _seconds_per_row(engine) * sample.count(sample.is_ok.astype(bool).tolist()).value,
-        _seconds_per_row(preprocess) * sample.num_rows,
-        engines,
-        hardware=hardware,
-        basis=basis,
-        num_shared_cores=num_shared_cores,
-        pace=JOB_SHARE,
+    engine_s, core_s = (
+        ratio_of_sums(np.array([one.seconds for one in pieces]), np.array([float(one.rows) for one in pieces]))
+        for pieces in (engine, preprocess)
     )
-
-
-def _seconds_per_row(pieces: Sequence[Measured]) -> Range:
-    return ratio_of_sums(np.array([piece.seconds for piece in pieces]), np.array([float(one.rows) for one in pieces]))
+    # Rows that fail never reach the engine.
+    engine_s *= sample.total(sample.is_ok.tolist()).value
+    core_s *= sample.num_rows
+    return _times(sample.num_rows, engine_s, core_s, engines, hardware, basis, num_shared_cores, JOB_SHARE)
 
 
 def _times(
@@ -152,12 +143,8 @@ def _times(
     engine_s: Range,
     core_s: Range,
     engines: Engines,
-    *,
     hardware: str,
     basis: str,
-    data_sheet: str = "",
-    shares: Mapping[str, float] | None = None,
-    running: float | None = None,
     num_shared_cores: int | None = None,
     pace: Range | None = None,
 ) -> Times:
@@ -174,20 +161,16 @@ def _times(
     seconds = seconds / pace if pace is not None else seconds
     num_gpus, price = engines.num_engines * engines.gpus_per_engine, engines.price_per_gpu_hour
     hours = seconds * (num_gpus / 3600) if num_gpus else None
-    count = Range.exactly(num_rows)
     return Times(
         hardware=hardware,
         basis=basis,
-        engine_rows_per_s=count / alone,
-        preprocess_rows_per_s_per_core=count / core_s,
+        engine_rows_per_s=Range.exactly(num_rows) / alone,
+        preprocess_rows_per_s_per_core=Range.exactly(num_rows) / core_s,
         cores_per_engine=cores,
         seconds=seconds,
         bottleneck=bottleneck,
-        data_sheet=data_sheet,
         gpu_hours=hours,
         cost=hours * price if hours is not None and price is not None else None,
-        shares=shares or {},
-        mean_running=running,
     )
 
 

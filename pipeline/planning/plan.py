@@ -118,7 +118,7 @@ def make_plan(config: PlanConfig) -> Plan:
     asked = config.plan
     shape, context = _shape(config)
     gpu, engines = _hardware(config)
-    cache, gpus_needed = _cache(config, shape, gpu, engines)
+    cache, fitted = _fit(config, shape, gpu, engines)
     max_length = min(context, cache or context)
     with tempfile.TemporaryDirectory() as folder:
         # A folder of media is listed into the output folder; a plan must leave that alone.
@@ -153,7 +153,7 @@ def make_plan(config: PlanConfig) -> Plan:
             num_engines=engines.num_engines,
         ),
         times=(*([measured] if measured else []), *times),
-        advice=tuple(advise(sample, rows, for_advice, engines, max_length=max_length, gpus_needed=gpus_needed)),
+        advice=tuple(advise(sample, rows, for_advice, engines, fitted, max_length=max_length)),
         notes=tuple(notes),
     )
 
@@ -251,21 +251,20 @@ def _local_gpu() -> str | None:
     return local_gpu_name()
 
 
-def _cache(
-    config: PlanConfig, shape: ModelShape | None, gpu: Gpu | None, engines: Engines
-) -> tuple[int | None, int | None]:
-    """(tokens that the cache holds, GPUs that an engine needs where those asked for are too few)."""
+def _fit(config: PlanConfig, shape: ModelShape | None, gpu: Gpu | None, engines: Engines) -> tuple[int | None, Engines]:
+    """(tokens that the cache holds where that is known, the engines with as many GPUs as the weights need)."""
     if shape is None or config.engine.kind != "native":
-        return None, None
+        return None, engines
     if gpu is None:
         if config.model.device != "cpu" and not config.plan.probe:
-            return None, None  # the GPU is not known
+            return None, engines  # the GPU is not known
         width = 4 if config.model.dtype in ("auto", "float32") else 2
-        return int(config.engine.cache_gb * 1e9 / shape.kv_bytes(width)), None
+        return int(config.engine.cache_gb * 1e9 / shape.kv_bytes(width)), engines
     fraction = config.engine.cache_fraction
     needed = min_gpus(shape, gpu, cache_tokens=_DEFAULT_CONTEXT, cache_fraction=fraction)
-    tokens = cache_tokens(shape, gpu, gpus=max(needed, engines.gpus_per_engine), cache_fraction=fraction)
-    return tokens, needed if needed > max(1, engines.gpus_per_engine) else None
+    if needed > max(1, engines.gpus_per_engine):
+        engines = replace(engines, gpus_per_engine=float(needed))
+    return cache_tokens(shape, gpu, gpus=max(1, engines.gpus_per_engine), cache_fraction=fraction), engines
 
 
 def _times_by_data_sheet(
@@ -290,20 +289,20 @@ def _times_by_data_sheet(
         )
         if gpu is None:
             return [], notes
-    chosen = [gpu] if gpu is not None else [one for one in map(find_gpu, _COMPARED) if one is not None]
+    chosen = [gpu]
     if gpu is None:
         notes.append("no GPU was named (--gpu) and this machine has none: one of each for comparison")
+        chosen, engines = [find_gpu(name) for name in _COMPARED], replace(engines, gpus_per_engine=1.0)
     times = []
-    for one in chosen:
-        for_one = replace(engines, gpus_per_engine=engines.gpus_per_engine or 1.0)
-        cache, needed = _cache(config, shape, one, for_one)
+    for one in filter(None, chosen):
+        cache, fitted = _fit(config, shape, one, engines)
         times.append(
             from_data_sheet(
                 sample,
                 rows,
                 shape,
                 one,
-                replace(for_one, gpus_per_engine=float(needed)) if needed is not None else for_one,
+                fitted,
                 max_running=config.engine.max_running,
                 cache_tokens=cache or _DEFAULT_CONTEXT,
                 output_share=output_share,

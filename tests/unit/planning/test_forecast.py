@@ -137,7 +137,7 @@ def test_suggested_settings_are_those_that_would_help() -> None:
     short = row(medium("video", 1280, 720, 4, 900))
     sample = whole([short] * 8 + [long, denied])
     rows, times = describe(sample), times_of(sample, "2b", "H200", Engines(1, 1))
-    advice = advise(sample, rows, times, Engines(1, 1), max_length=32_768, gpus_needed=2)
+    advice = advise(sample, rows, times, Engines(1, 1), Engines(1, 2), max_length=32_768)
     settings = [one.setting for one in advice]
     assert f"--media.max_visual_tokens {32_768 - 500 - (63_505 - long.num_visual_tokens)}" in settings
     assert "--resources.gpus_per_engine 2" in settings
@@ -146,4 +146,4 @@ def test_suggested_settings_are_those_that_would_help() -> None:
     assert "--media.video_frames keyframes" in settings
     assert any(setting.startswith("--resources.preprocess_actors ") for setting in settings)
     text = whole([row()] * 4)
-    assert list(advise(text, describe(text), None, Engines(1, 0), max_length=32_768, gpus_needed=None)) == []
+    assert list(advise(text, describe(text), None, Engines(1, 0), Engines(1, 0), max_length=32_768)) == []
