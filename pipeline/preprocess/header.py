@@ -70,15 +70,11 @@ class MediumHeader:
 def read_header(kind: MediumKind, file: RangedFile, settings: MediumSettings, options: MediaOptions) -> MediumHeader:
     """Raises MediaError subclasses, SettingError, and whatever reading the file raises."""
     bounds = pixel_bounds(kind, settings, options)
-    try:
-        if kind == "video":
-            return _video(file, settings, options, bounds)
-        image = OpenImage(file, options)
-        size = ShownSize(kind, image.height, image.width, 1, bounds, options)
-        return MediumHeader(kind, image.width, image.height, size, len(file))
-    finally:
-        if file.fault is not None:  # which a parser may have taken for the end of the file
-            raise file.fault from None
+    if kind == "video":
+        return _video(file, settings, options, bounds)
+    image = OpenImage(file, options)
+    size = ShownSize(kind, image.height, image.width, 1, bounds, options)
+    return MediumHeader(kind, image.width, image.height, size, len(file))
 
 
 def _video(file: RangedFile, settings: MediumSettings, options: MediaOptions, bounds: tuple[int, int]) -> MediumHeader:

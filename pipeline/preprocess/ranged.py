@@ -10,7 +10,7 @@ import time
 
 from fsspec.spec import AbstractBufferedFile
 
-from pipeline.errors import FetchError, FetchTimeout, MediaTimeout, RowError, UnsupportedMedia
+from pipeline.errors import FetchError, FetchTimeout, MediaTimeout, UnsupportedMedia
 from pipeline.preprocess.fetch import FIRST_BYTES, RangedSource
 from pipeline.preprocess.limits import MIB
 
@@ -20,8 +20,7 @@ _MAX_HEADER_BYTES = 64 * MIB
 class RangedFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
     """A binary file over a source. It can also be sliced and measured like `bytes`.
 
-    Parsers written in C take a failed read for the end of the file. So the first error stays in `fault`, and every
-    later read raises it again.
+    Reading raises the source's errors, FetchTimeout or MediaTimeout, and UnsupportedMedia for a header above 64 MiB.
     """
 
     def __init__(self, source: RangedSource, *, seconds: float, block_bytes: int = FIRST_BYTES) -> None:
@@ -31,8 +30,6 @@ class RangedFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no t
         self._deadline = time.monotonic() + seconds
         self.bytes_read = len(source.first)
         """Bytes that came from the source."""
-        self.fault: RowError | None = None
-        """What ended the reading."""
         blocks = {"maxblocks": _MAX_HEADER_BYTES // block_bytes}
         super().__init__(
             None, "", block_size=block_bytes, cache_type="blockcache", cache_options=blocks, size=source.size
@@ -53,23 +50,13 @@ class RangedFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no t
         stop = min(stop, self._source.size)
         if stop <= len(self._source.first):
             return self._source.first[start:stop]
-        self._check()
-        try:
-            data = self._source.read(start, stop)
-            if len(data) < stop - start:
-                raise FetchError(f"the source ends at byte {start + len(data):,} of {self._source.size:,}")
-        except RowError as error:
-            self.fault = error
-            raise
+        data = self._source.read(start, stop)
         self.bytes_read += len(data)
-        self._check()
-        return data
-
-    def _check(self) -> None:
-        if self.fault is None and time.monotonic() > self._deadline:
+        if time.monotonic() > self._deadline:
             kind = FetchTimeout if self.bytes_read < MIB else MediaTimeout
-            self.fault = kind(f"the header was not read within {self._seconds:g} s ({self.bytes_read:,} bytes read)")
-        elif self.fault is None and self.bytes_read > _MAX_HEADER_BYTES:
-            self.fault = UnsupportedMedia(f"the header takes more than {_MAX_HEADER_BYTES // MIB} MiB to read")
-        if self.fault is not None:
-            raise self.fault
+            raise kind(f"the header was not read within {self._seconds:g} s ({self.bytes_read:,} bytes read)")
+        if self.bytes_read > _MAX_HEADER_BYTES:
+            raise UnsupportedMedia(f"the header takes more than {_MAX_HEADER_BYTES // MIB} MiB to read")
+        if len(data) < stop - start:
+            raise FetchError(f"the source ends at byte {start + len(data):,} of {self._source.size:,}")
+        return data

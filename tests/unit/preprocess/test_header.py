@@ -17,6 +17,7 @@ from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.errors import (
     AspectRatioError,
     DecompressionBomb,
+    FetchError,
     FetchTimeout,
     MediaError,
     NoVideoStream,
@@ -192,22 +193,50 @@ def test_a_file_of_sound_alone_has_no_video() -> None:
         header("video", file.getvalue())
 
 
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_a_slow_or_failing_source_raises_a_fetch_error_whatever_the_parser_reports(kind: MediumKind) -> None:
-    data = encode_image(Image.new("RGB", (900, 900)), "BMP") if kind == "image" else encode_video(75)
+def of_several_blocks(name: str) -> tuple[MediumKind, bytes]:
+    """A medium whose header is more than 2 KiB long."""
+    if name in CLIPS:
+        return "video", clip(name)
+    return "image", encode_image(
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)), name
+    )
+
+
+@pytest.mark.parametrize("name", ["WEBP", "mp4", "avi", "matroska", "mpegts"])
+@pytest.mark.parametrize("num_answered", [0, 1, 2])
+def test_the_error_of_a_read_is_raised_through_the_parser(name: str, num_answered: int) -> None:
+    kind, data = of_several_blocks(name)
+    reads: list[int] = []
+
+    def read(start: int, stop: int) -> bytes:
+        reads.append(start)
+        if len(reads) > num_answered:
+            raise FetchTimeout("no answer from the bucket")
+        return data[start:stop]
+
+    file = RangedFile(RangedSource(len(data), read), seconds=9, block_bytes=1024)
+    with pytest.raises(FetchTimeout, match="no answer from the bucket"):
+        read_header(kind, file, MediumSettings(), MediaOptions())
+
+
+@pytest.mark.parametrize("name", ["WEBP", "mp4"])
+def test_a_slow_source_raises_fetch_timeout(name: str) -> None:
+    kind, data = of_several_blocks(name)
 
     def slow(start: int, stop: int) -> bytes:
-        time.sleep(0.5)
+        time.sleep(0.2)
         return data[start:stop]
 
     with pytest.raises(FetchTimeout, match="not read within"):
-        read_header(kind, RangedFile(RangedSource(len(data), slow), seconds=0.3), MediumSettings(), MediaOptions())
+        read_header(kind, RangedFile(RangedSource(len(data), slow), seconds=0.1), MediumSettings(), MediaOptions())
 
-    def broken(start: int, stop: int) -> bytes:
-        raise FetchTimeout("no answer from the bucket")
 
-    with pytest.raises(FetchTimeout, match="no answer from the bucket"):
-        read_header(kind, RangedFile(RangedSource(len(data), broken), seconds=9), MediumSettings(), MediaOptions())
+def test_a_header_that_is_too_large_or_ends_early_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.preprocess.ranged._MAX_HEADER_BYTES", 2048)
+    with pytest.raises(UnsupportedMedia, match="takes more than"):
+        RangedFile(RangedSource(9000, lambda start, stop: bytes(stop - start)), seconds=9, block_bytes=1024).read()
+    with pytest.raises(FetchError, match="ends at byte 100 of 9,000"):
+        RangedFile(RangedSource(9000, lambda start, stop: bytes(100)), seconds=9).read()
 
 
 def test_a_ranged_file_reads_like_the_bytes_themselves() -> None:
