@@ -28,7 +28,7 @@ from pipeline.errors import RowError
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.receipt import SeenMedium
 from pipeline.preprocess.sandbox.client import MediaWorker, Medium
-from pipeline.preprocess.video import OpenVideo
+from pipeline.preprocess.video.frames import OpenVideo
 
 SIZES = ((640, 480), (1024, 1024), (1920, 1080), (4000, 3000))
 # transformers' own default bound, at which a large photograph is mostly decoding; the checkpoints' bound is 12.8 Mpx.

@@ -30,7 +30,7 @@ from pipeline.preprocess.patches import (
 )
 from pipeline.preprocess.receipt import SeenMedium, shown_source
 from pipeline.preprocess.size import ShownSize, fit_row, pixel_bounds
-from pipeline.preprocess.video import OpenVideo
+from pipeline.preprocess.video.frames import OpenVideo
 from pipeline.schema import MediumReceipt
 
 Allocate = Callable[[int], Uint8Array]

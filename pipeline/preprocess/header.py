@@ -22,21 +22,17 @@ from pipeline.preprocess.image import OpenImage
 from pipeline.preprocess.limits import MIB, MediaOptions
 from pipeline.preprocess.ranged import RangedFile
 from pipeline.preprocess.size import ShownSize, pixel_bounds
-from pipeline.preprocess.video import (
-    FOREIGN_ERRORS,
-    OpenVideo,
-    Timeline,
+from pipeline.preprocess.video.container import (
     check_duration,
     check_frame_size,
     check_num_frames,
-    check_video_settings,
-    constant_rate,
-    nearest_keyframes,
+    ffmpeg_errors,
     open_container,
     stated_rate,
-    translated,
     video_stream,
 )
+from pipeline.preprocess.video.frames import OpenVideo
+from pipeline.preprocess.video.timing import Timeline, check_video_settings, constant_rate, nearest_keyframes
 
 # What FFmpeg writes of broken headers comes back as errors; its own lines would land in the plan's page.
 av.logging.set_level(None)
@@ -79,17 +75,14 @@ def read_header(kind: MediumKind, file: RangedFile, settings: MediumSettings, op
 
 def _video(file: RangedFile, settings: MediumSettings, options: MediaOptions, bounds: tuple[int, int]) -> MediumHeader:
     check_video_settings(settings)
-    try:
-        with open_container(file, buffer_size=VIDEO_BLOCK_BYTES) as container:
-            stream = video_stream(container)
-            width, height = stream.codec_context.width, stream.codec_context.height
-            check_frame_size(width, height, options)
-            indexed = _indexed_frames(stream, settings, options)
-            if indexed is None and len(file) <= _COUNTED_BYTES:
-                return _counted(file, settings, options, bounds)
-            timeline, keys = indexed or (_stated_frames(container, stream, settings, options), [])
-    except FOREIGN_ERRORS as error:
-        raise translated(error, file) from error
+    with ffmpeg_errors(file), open_container(file, buffer_size=VIDEO_BLOCK_BYTES) as container:
+        stream = video_stream(container)
+        width, height = stream.codec_context.width, stream.codec_context.height
+        check_frame_size(width, height, options)
+        indexed = _indexed_frames(stream, settings, options)
+        if indexed is None and len(file) <= _COUNTED_BYTES:
+            return _counted(file, settings, options, bounds)
+        timeline, keys = indexed or (_stated_frames(container, stream, settings, options), [])
     places, _ = timeline.choose(settings, options)
     if options.video_frames == "keyframes" and keys:
         places = nearest_keyframes(places, keys, timeline.seconds)

@@ -10,18 +10,20 @@ one that starts Ghostscript.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
-from typing import IO, Protocol, TypeVar, cast
+from collections.abc import Iterator
+from typing import IO, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.conversation import MediumKind
 from pipeline.errors import (
     AspectRatioError,
     DecompressionBomb,
@@ -58,10 +60,6 @@ _PILLOW_ERRORS = (
     AssertionError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 
-_SIGNATURES = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"RIFF": "WebP or AVI", b"BM": "BMP"}
-
-T = TypeVar("T")
-
 
 class Encoded(Protocol):
     """A medium's file as it can be looked at: bytes, or a file of which only the parts asked for are read."""
@@ -78,53 +76,26 @@ class OpenImage:
 
     def __init__(self, data: Encoded, options: MediaOptions) -> None:
         self._data = data
-        self._image: Image.Image = _translate(self._open, data)
+        with _pillow_errors(data):
+            file = io.BytesIO(data) if isinstance(data, bytes | memoryview) else cast(IO[bytes], data)
+            self._image: Image.Image = Image.open(file, formats=FORMATS)
         self.width, self.height = self._image.size
         """Pixels as stored, before EXIF orientation."""
-        if self.width * self.height > options.max_image_pixels:
-            raise DecompressionBomb(
-                f"the image is {self.width}x{self.height} = {self.width * self.height:,} pixels; at most "
-                f"{options.max_image_pixels:,} are decoded (max_image_pixels)"
-            )
-        short, long = sorted((self.width, self.height))
-        if short < 1:
+        if not self.width or not self.height:
             raise UnsupportedMedia(f"the image is {self.width}x{self.height} pixels; both sides must be at least 1")
-        if long > MAX_ASPECT_RATIO * short:
-            raise AspectRatioError(
-                f"{self.width}x{self.height} pixels is {long / short:.0f}:1; the model takes at most "
-                f"{MAX_ASPECT_RATIO}:1: crop or pad the image"
-            )
-
-    def _open(self) -> Image.Image:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata; the pixels speak for themselves
-            return Image.open(_as_file(self._data), formats=FORMATS)
+        check_source_size("image", self.width, self.height, options)
 
     def decode(self, *, min_side: int | None = None) -> npt.NDArray[np.uint8]:
         """RGB pixels [H, W, 3], upright. The array may be read-only.
 
         With `min_side`, a JPEG may come out smaller by a power of two, as long as both sides keep so many pixels.
         """
-        return _translate(lambda: self._decode(min_side), self._data)
-
-    def _decode(self, min_side: int | None) -> npt.NDArray[np.uint8]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _pillow_errors(self._data):
             image = self._image
             if min_side is not None:
                 image.draft("RGB", (min_side, min_side))
             image.load()
-            image = _to_rgb(image, _orientation(image))
-            return np.asarray(image)
-
-
-def decode_image(data: bytes | memoryview, options: MediaOptions) -> npt.NDArray[np.uint8]:
-    """RGB pixels [H, W, 3] of an encoded image, upright. The array may be read-only; errors as OpenImage."""
-    return OpenImage(data, options).decode()
-
-
-def _as_file(data: Encoded) -> IO[bytes]:
-    return io.BytesIO(data) if isinstance(data, bytes | memoryview) else cast(IO[bytes], data)
+            return np.asarray(_to_rgb(image, _orientation(image)))
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
@@ -162,14 +133,17 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
 
 
-def _translate(step: Callable[[], T], data: Encoded) -> T:
-    """Run a step of Pillow; the border at which its exceptions become MediaErrors."""
+@contextlib.contextmanager
+def _pillow_errors(data: Encoded) -> Iterator[None]:
+    """Ignore Pillow's warnings of odd metadata, and turn its exceptions into MediaErrors."""
     try:
-        return step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except MediaError:
         raise
     except UnidentifiedImageError as error:
-        raise not_an_image(data) from error
+        raise _not_an_image(data) from error
     except MemoryError as error:
         raise MediaMemoryError(f"the image's pixels don't fit into memory ({len(data):,} bytes encoded)") from error
     except _PILLOW_ERRORS as error:
@@ -181,7 +155,22 @@ def _translate(step: Callable[[], T], data: Encoded) -> T:
         raise UnsupportedMedia(f"the image can't be decoded: {message}") from error
 
 
-def not_an_image(data: Encoded) -> MediaError:
+def check_source_size(kind: MediumKind, width: int, height: int, options: MediaOptions) -> None:
+    """Raises DecompressionBomb for an image or a frame of too many pixels, AspectRatioError for one too long."""
+    if width * height > options.max_image_pixels:
+        raise DecompressionBomb(
+            f"{'the image' if kind == 'image' else 'a frame of the video'} has {width}x{height} = {width * height:,} "
+            f"pixels; at most {options.max_image_pixels:,} are decoded (media.max_image_pixels)"
+        )
+    short, long = sorted((width, height))
+    if long > MAX_ASPECT_RATIO * short:
+        raise AspectRatioError(
+            f"{width}x{height} pixels is {long / short:.0f}:1; the model takes at most {MAX_ASPECT_RATIO}:1: "
+            f"crop or pad the {kind}"
+        )
+
+
+def _not_an_image(data: Encoded) -> MediaError:
     """The error for bytes that no allowed format claims, naming what they look like."""
     if not len(data):
         return TruncatedMedia("the medium has 0 bytes")

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.preprocess.image import OpenImage
 from pipeline.preprocess.limits import MediaOptions
-from pipeline.preprocess.video import OpenVideo
+from pipeline.preprocess.video.frames import OpenVideo
 
 _JPEG_QUALITY = 72
 

@@ -17,6 +17,7 @@ import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -259,14 +260,15 @@ def _video(source: bytes | str) -> list[bytes]:
     from pipeline.conversation import MediumSettings
     from pipeline.errors import SettingError
     from pipeline.preprocess.limits import MediaOptions
-    from pipeline.preprocess.video import OpenVideo
+    from pipeline.preprocess.video.frames import OpenVideo
 
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
     options = MediaOptions(min_frames=_STRIP_FRAMES, max_frames=_STRIP_FRAMES)
     try:
-        frames = OpenVideo(source, MediumSettings(num_frames=_STRIP_FRAMES), options).frames()
+        frames = OpenVideo(data, MediumSettings(num_frames=_STRIP_FRAMES), options).frames()
         return [_jpeg(Image.fromarray(frame)) for _, frame in frames]
     except SettingError:  # fewer frames than the strip
-        frames = OpenVideo(source, MediumSettings(), options).frames()
+        frames = OpenVideo(data, MediumSettings(), options).frames()
         return [_jpeg(Image.fromarray(frame)) for _, frame in frames]
 
 

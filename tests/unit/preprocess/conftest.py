@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -14,8 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.conversation import MediumSettings
+from pipeline.preprocess.image import OpenImage
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.sandbox.client import MediaWorker
+from pipeline.preprocess.video.frames import OpenVideo
+
+_DEFAULTS = MediaOptions()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,10 +37,10 @@ def encode_image(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes
 
 def picture(width: int, height: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     """RGB pixels [height, width, 3]: slopes, stripes and some noise."""
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width]
     planes = [
-        (rows * (2 + channel) + columns * (3 - channel) + 80 * ((columns // 9) % 2) + dice.integers(0, 20, rows.shape))
+        (rows * (2 + channel) + columns * (3 - channel) + 80 * ((columns // 9) % 2) + rng.integers(0, 20, rows.shape))
         for channel in range(3)
     ]
     return (np.stack(planes, axis=-1) % 256).astype(np.uint8)
@@ -76,6 +81,27 @@ def encode_video(
             target.mux(stream.encode(frame))
         target.mux(stream.encode(None))
     return file.getvalue()
+
+
+def decode_image(data: bytes, options: MediaOptions = _DEFAULTS) -> npt.NDArray[np.uint8]:
+    """RGB pixels [H, W, 3]."""
+    return OpenImage(data, options).decode()
+
+
+class VideoFrames(NamedTuple):
+    """All sampled frames of a video."""
+
+    frames: npt.NDArray[np.uint8]
+    """[T, H, W, 3], RGB."""
+    timestamps: tuple[float, ...]
+    note: str | None
+
+
+def decode_video(data: bytes, settings: MediumSettings, options: MediaOptions = _DEFAULTS) -> VideoFrames:
+    """The sampled frames, all at once."""
+    video = OpenVideo(data, settings, options)
+    timestamps, frames = zip(*video.frames(), strict=True)
+    return VideoFrames(np.stack(frames), timestamps, video.note)
 
 
 def level(pixels: npt.NDArray[np.uint8]) -> int:

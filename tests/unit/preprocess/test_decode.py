@@ -15,8 +15,7 @@ from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.patches import patchify_video, resize_frames, smart_resize
 from pipeline.preprocess.receipt import SeenMedium
 from pipeline.preprocess.size import fit_row
-from pipeline.preprocess.video import decode_video
-from tests.unit.preprocess.conftest import encode_image, encode_video, picture
+from tests.unit.preprocess.conftest import decode_video, encode_image, encode_video, picture
 
 
 def see(kind: Any, data: bytes, options: MediaOptions | None = None, **settings: Any) -> SeenMedium:

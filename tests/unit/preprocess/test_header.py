@@ -29,11 +29,9 @@ from pipeline.errors import (
 from pipeline.preprocess.decode import see_medium
 from pipeline.preprocess.fetch import RangedSource
 from pipeline.preprocess.header import VIDEO_BLOCK_BYTES, MediumHeader, read_header
-from pipeline.preprocess.image import decode_image
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.ranged import RangedFile
-from pipeline.preprocess.video import decode_video
-from tests.unit.preprocess.conftest import encode_image, encode_video, picture
+from tests.unit.preprocess.conftest import decode_image, decode_video, encode_image, encode_video, picture
 
 OPTIONS = MediaOptions()
 

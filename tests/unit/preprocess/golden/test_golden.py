@@ -24,7 +24,7 @@ from pipeline.preprocess.patches import (
     smart_resize,
     video_max_pixels,
 )
-from pipeline.preprocess.video import even_places, num_sampled_frames
+from pipeline.preprocess.video.timing import evenly_spaced, num_sampled_frames
 from tests.unit.preprocess.golden import cases
 
 GOLDEN: dict[str, Any] = json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))
@@ -89,15 +89,15 @@ def test_the_sampled_frames_are_those_of_transformers(case: cases.SamplingCase) 
             min_frames=4,
             max_frames=768,
         )
-        return even_places(case.total, count)
+        return evenly_spaced(case.total, count)
 
     expected = GOLDEN["samples"][cases.key(case)]
     if expected is None:
         with pytest.raises(SettingError):
             sample()
         return
-    places = sample()
-    assert places[-1] < case.total
+    indices = sample()
+    assert indices[-1] < case.total
     if expected[1] == case.total:  # rounding led transformers one place past the end, where it finds no frame
-        places.append(case.total)
-    assert [len(places), places[-1], digest(np.array(places))] == expected
+        indices.append(case.total)
+    assert [len(indices), indices[-1], digest(np.array(indices))] == expected

@@ -1,0 +1,9 @@
+"""An encoded video to RGB frames at chosen times, by PyAV.
+
+    container.py  opens a file, checks its limits, translates FFmpeg's errors
+    packets.py    lists a video's frames without decoding any
+    timing.py     says which frames are shown
+    frames.py     decodes those
+
+Knows containers, codecs and frame times; not where files come from, resizing or patches.
+"""

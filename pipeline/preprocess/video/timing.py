@@ -1,0 +1,149 @@
+"""Which frames of a video are shown: when each is on screen, and transformers' sampling rule.
+
+Knows frame times and settings; not files, packets or pixels. A frame index counts frames in presentation order.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.conversation import MediumSettings
+from pipeline.errors import SettingError
+from pipeline.preprocess.limits import MediaOptions
+from pipeline.preprocess.patches import TEMPORAL_PATCH_SIZE
+
+# A file counts as constant-rate while no frame is further from its even place than this share of the interval, or
+# than one and a half ticks where the time base is coarse (Matroska counts milliseconds).
+_EVEN_SHARE, _EVEN_TICKS = 0.1, 1.5
+_TIME_EPSILON_S = 1e-6
+
+
+def check_video_settings(settings: MediumSettings) -> None:
+    """Refuse settings that can be applied to no video. Raises SettingError."""
+    if settings.fps is not None and settings.num_frames is not None:
+        raise SettingError(f"fps {settings.fps:g} and num_frames {settings.num_frames} exclude each other: set one")
+    if settings.fps is not None and not (math.isfinite(settings.fps) and settings.fps > 0):
+        raise SettingError(f"fps is {settings.fps}; expected a number above 0")
+    if settings.num_frames is not None and settings.num_frames < TEMPORAL_PATCH_SIZE:
+        raise SettingError(f"num_frames is {settings.num_frames}; expected at least {TEMPORAL_PATCH_SIZE}")
+    for name, value in (("start_s", settings.start_s), ("end_s", settings.end_s)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise SettingError(f"{name} is {value}; expected seconds from 0")
+    if settings.end_s is not None and settings.end_s <= (settings.start_s or 0.0):
+        raise SettingError(f"end_s {settings.end_s:g} is not after start_s {settings.start_s or 0.0:g}")
+
+
+def num_sampled_frames(
+    total: int, duration_s: float, *, fps: float | None, num_frames: int | None, min_frames: int, max_frames: int
+) -> int:
+    """How many of `total` frames to show: the rule of transformers' `Qwen2VLVideoProcessor.sample_frames`.
+
+    A video of a single frame gives one. Raises SettingError where transformers refuses: more frames than there are.
+    """
+    step = TEMPORAL_PATCH_SIZE
+    if num_frames is not None:
+        count = round(num_frames / step) * step
+        if count < step or count > total:
+            raise SettingError(
+                f"num_frames {num_frames} (taken as {count}, a multiple of {step}) can't be sampled from the video's "
+                f"{total} frames: set it to between {step} and {total // step * step}, or set fps"
+            )
+        return count
+    assert fps is not None
+    if total < step:
+        return total
+    max_count = math.floor(min(max_frames, total) / step) * step
+    return max(step, math.floor(min(max(duration_s * fps, min_frames), max_count, total) / step) * step)
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """`count` indices spread over `range(total)`: transformers' own expression.
+
+    It rounds in float32, so past some ten thousand frames an index may be one off the exact quotient. For one pair of
+    numbers in twenty it also gives one index more, which lies past the end: that is left out.
+    """
+    import torch  # rounds as transformers does; its import takes a second, which images don't need
+
+    indices: list[int] = torch.arange(0, total, total / count)[:count].int().tolist()
+    return indices
+
+
+def constant_rate(seconds: npt.NDArray[np.float64], tick_s: float, stated: float) -> float | None:
+    """Frames a second where frames are evenly spaced, else None. The container's own figure where it agrees."""
+    if len(seconds) < 2:
+        return stated or None
+    interval = float(seconds[-1]) / (len(seconds) - 1)
+    uneven = float(np.abs(seconds - np.arange(len(seconds)) * interval).max())
+    if interval <= 0 or uneven > max(_EVEN_SHARE * interval, _EVEN_TICKS * tick_s):
+        return None
+    measured = 1 / interval
+    return stated if abs(stated - measured) < 0.01 * measured else measured
+
+
+def nearest_keyframes(indices: list[int], keyframes: list[int], seconds: list[float]) -> list[int]:
+    """The keyframe nearest in time to each frame, each once."""
+    nearest = [min(keyframes, key=lambda key: abs(seconds[key] - seconds[index])) for index in indices]
+    return list(dict.fromkeys(nearest))
+
+
+class Timeline:
+    """When the frames of a video are shown, in presentation order."""
+
+    def __init__(self, seconds: npt.NDArray[np.float64], rate: float | None, last_s: float) -> None:
+        """`last_s` is for how long the last frame is shown, where the file says so."""
+        self.seconds: list[float] = seconds.tolist()
+        """When each frame is shown, counted from the first."""
+        self.rate = rate
+        """Frames a second of a constant-rate video, None for a variable rate."""
+        if rate is not None:
+            last_s = 1 / rate
+        elif not last_s and len(seconds) > 1:
+            last_s = float(np.median(np.diff(seconds)))
+        self.duration_s: float = self.seconds[-1] + last_s if self.seconds else 0.0
+        """Second at which the last frame is no longer shown."""
+
+    def choose(self, settings: MediumSettings, options: MediaOptions) -> tuple[list[int], list[str]]:
+        """(indices of the frames to show, what was done otherwise than asked).
+
+        A frame that stays on screen for long may come repeatedly. Raises SettingError.
+        """
+        notes: list[str] = []
+        first, end, segment_s = self._segment(settings, notes)
+        total = end - first
+        num_frames, fps, max_frames = settings.num_frames, settings.fps, options.max_frames
+        if num_frames is None and fps is None:
+            num_frames, fps = options.num_frames, options.fps
+            if num_frames is not None and num_frames > total:
+                notes.append(f"all {total} frames shown: num_frames is {num_frames}")
+                num_frames, fps, max_frames = None, math.inf, total
+        count = num_sampled_frames(
+            total, segment_s, fps=fps, num_frames=num_frames, min_frames=options.min_frames, max_frames=max_frames
+        )
+        if self.rate is not None:
+            return [first + index for index in evenly_spaced(total, count)], notes
+        start_s = max(settings.start_s or 0.0, self.seconds[first])
+        times = [start_s + number * segment_s / count + _TIME_EPSILON_S for number in range(count)]
+        return [max(first, bisect_right(self.seconds, time, first, end) - 1) for time in times], notes
+
+    def _segment(self, settings: MediumSettings, notes: list[str]) -> tuple[int, int, float]:
+        """(first frame, frame past the last, seconds) between start_s and end_s."""
+        total = len(self.seconds)
+        if settings.start_s is None and settings.end_s is None:
+            # Divided as transformers divides, so that a product that should be whole falls on the same side.
+            return 0, total, total / self.rate if self.rate is not None else self.duration_s
+        start_s = settings.start_s or 0.0
+        end_s = settings.end_s if settings.end_s is not None else self.duration_s
+        if start_s >= self.duration_s:
+            raise SettingError(f"start_s {start_s:g} is past the end of the video, which lasts {self.duration_s:g} s")
+        if end_s > self.duration_s + _TIME_EPSILON_S:
+            notes.append(f"end_s {end_s:g} is past the end of the video, {self.duration_s:g} s")
+            end_s = self.duration_s
+        first = bisect_left(self.seconds, start_s - _TIME_EPSILON_S)
+        end = bisect_left(self.seconds, end_s - _TIME_EPSILON_S)
+        if first >= end:  # no frame begins in the segment: show the one that is on screen then
+            first, end = max(0, end - 1), max(1, end)
+        return first, end, (end - first) / self.rate if self.rate is not None else end_s - start_s
