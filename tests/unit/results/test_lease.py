@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -21,10 +22,20 @@ from pipeline.results.parts import reopen
 from tests.unit.results.result_rows import new_folder
 
 
+def assert_refused(path: Path | str, reason: str = "another run is writing") -> None:
+    with pytest.raises(OutputError, match=reason), Lease(str(path)):
+        raise AssertionError("two runs hold the lease")
+
+
+def assert_free(path: Path) -> None:
+    with Lease(str(path)):
+        pass
+
+
 def test_only_one_run_holds_the_lease(tmp_path: Path) -> None:
     path = str(tmp_path / ".lease")
-    with Lease(path), pytest.raises(OutputError, match="another run is writing"):
-        Lease(path).acquire()
+    with Lease(path):
+        assert_refused(path)
     with Lease(path):
         assert os.path.exists(path)
     assert not os.path.exists(path)
@@ -36,19 +47,40 @@ def test_a_dead_process_does_not_hold_the_lease(tmp_path: Path) -> None:
         held = json.loads(path.read_text())
     held["pid"] = 2**22 + 1  # above Linux's largest process id
     path.write_text(json.dumps(held))
-    with Lease(str(path)):
-        pass
+    assert_free(path)
 
 
 def test_a_lease_of_another_machine_ends_when_it_is_not_renewed(tmp_path: Path) -> None:
     path = tmp_path / ".lease"
     held = {"token": "x", "host": "elsewhere", "pid": 1, "renewed": time.time()}
     path.write_text(json.dumps(held))
-    with pytest.raises(OutputError, match="elsewhere"):
-        Lease(str(path)).acquire()
+    assert_refused(path, "process 1 on elsewhere")
     path.write_text(json.dumps({**held, "renewed": time.time() - lease_module.STALE_S - 1}))
-    with Lease(str(path)):
-        pass
+    assert_free(path)
+
+
+def test_a_live_process_of_another_user_holds_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / ".lease"
+    held = {"token": "x", "host": socket.gethostname(), "pid": os.getppid(), "began": "0/1", "renewed": time.time()}
+    path.write_text(json.dumps(held))
+
+    def not_permitted(pid: int, signal: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with monkeypatch.context() as other_user:
+        other_user.setattr(os, "kill", not_permitted)
+        assert_refused(path)
+    assert_free(path)
+
+
+@pytest.mark.parametrize("content", ["", '{"token": "x", "ho', "[]", "{}"])
+def test_a_half_written_lease_counts_until_it_is_old(content: str, tmp_path: Path) -> None:
+    path = tmp_path / ".lease"
+    path.write_text(content)
+    assert_refused(path, r"process \? on \?, last renewed \d s ago")
+    old = time.time() - lease_module.STALE_S - 1
+    os.utime(path, (old, old))
+    assert_free(path)
 
 
 def test_of_runs_that_begin_at_once_one_gets_the_lease(tmp_path: Path) -> None:
@@ -63,7 +95,7 @@ def test_of_runs_that_begin_at_once_one_gets_the_lease(tmp_path: Path) -> None:
             def begin(lease: Lease, won: list[Lease] = won, start: threading.Barrier = start) -> None:
                 start.wait()
                 with contextlib.suppress(OutputError):
-                    lease.acquire()
+                    lease.__enter__()
                     won.append(lease)
 
             threads = [threading.Thread(target=begin, args=(lease,)) for lease in leases]
@@ -73,7 +105,7 @@ def test_of_runs_that_begin_at_once_one_gets_the_lease(tmp_path: Path) -> None:
                 thread.join()
             assert len(won) == 1
             won[0].check()
-            won[0].release()
+            won[0].__exit__()
             assert list(tmp_path.iterdir()) == []
 
 
@@ -81,18 +113,16 @@ def test_a_run_that_slept_too_long_finds_its_lease_taken_over_and_leaves_it_alon
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / ".lease"
-    sleeper = Lease(str(path))
-    sleeper.acquire()
     other = {"token": "other", "host": "elsewhere", "pid": 7, "renewed": time.time()}
-    path.write_text(json.dumps(other))
-    sleeper.check()  # renewed a moment ago: not asked again before every write
-    monkeypatch.setattr(sleeper, "_renewed", time.time() - lease_module.STALE_S - 1)
     folder = new_folder(tmp_path)
-    folder.guard = sleeper.check
-    for write in (lambda: folder.write_run({}), folder.delete_fragments, lambda: reopen(folder, RowNumbering([]))):
-        with pytest.raises(OutputError, match=r"taken over .*: process 7 on elsewhere"):
-            write()
-    sleeper.release()
+    with Lease(str(path)) as sleeper:
+        path.write_text(json.dumps(other))
+        sleeper.check()  # renewed a moment ago: not asked again before every write
+        monkeypatch.setattr(sleeper, "_renewed", time.time() - lease_module.STALE_S - 1)
+        folder.guard = sleeper.check
+        for write in (lambda: folder.write_run({}), folder.delete_fragments, lambda: reopen(folder, RowNumbering([]))):
+            with pytest.raises(OutputError, match=r"taken over .*: process 7 on elsewhere"):
+                write()
     assert json.loads(path.read_text()) == other
 
 
@@ -111,8 +141,7 @@ def test_a_container_that_is_started_again_does_not_wait_for_itself(tmp_path: Pa
     path = tmp_path / ".lease"
     before = {"token": "x", "host": socket.gethostname(), "pid": os.getpid(), "began": "0/1", "renewed": time.time()}
     path.write_text(json.dumps(before))
-    with Lease(str(path)):
-        pass
+    assert_free(path)
     # Nor for a process of its number that is another one by now.
     path.write_text(json.dumps({**before, "pid": os.getppid()}))
     with Lease(str(path)):
@@ -123,10 +152,14 @@ def test_a_container_that_is_started_again_does_not_wait_for_itself(tmp_path: Pa
 def test_a_lease_in_a_bucket_goes_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "_SETTLE_S", 0.0)
     path = "memory://leases/.lease"
-    with Lease(path), pytest.raises(OutputError, match="another run is writing"):
-        Lease(path).acquire()
+    with Lease(path):
+        assert_refused(path)
     first, second = Lease(path), Lease(path)
     monkeypatch.setattr(second, "_read", iter([None, *[{"token": "first", "renewed": time.time()}] * 9]).__next__)
-    with first, pytest.raises(OutputError, match="another run is writing"):
-        second.acquire()  # it looked before the first one was there
+    with (
+        first,
+        pytest.raises(OutputError, match="another run is writing"),
+        second,
+    ):  # it looks before the first is there
+        raise AssertionError("two runs hold the lease")
     assert not storage.exists(path)
