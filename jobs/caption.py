@@ -21,7 +21,6 @@ from pipeline.execution.cluster import job_output, stop_on_sigterm
 from pipeline.execution.prepare import CaptionJob, hold, prepare
 from pipeline.execution.progress import print_samples, print_summary
 from pipeline.execution.run import finish, run_on_ray
-from pipeline.preprocess.prompt import spare_torch
 from pipeline.results.reader import iter_results
 from pipeline.results.run_folder import RunFolder
 
@@ -86,5 +85,4 @@ def _samples(job: CaptionJob) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    spare_torch()  # models live in the engine's actors
     sys.exit(main())

@@ -26,7 +26,6 @@ from pipeline.evaluation.layout import prepare_manifest
 from pipeline.evaluation.run_folder import score_folder
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.settings import EvaluateSection
-from pipeline.preprocess.prompt import spare_torch
 from pipeline.report.page import shown_interval, shown_score
 from pipeline.results.reader import RunReader
 from pipeline.schema import RESULT_COLUMNS
@@ -171,5 +170,4 @@ def print_scores(metrics: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    spare_torch()  # models live in the engine's actors; not in main(), which others call in processes with a model
     sys.exit(main())

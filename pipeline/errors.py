@@ -196,3 +196,8 @@ def row_error_types(kind: type[RowError] = RowError) -> dict[str, type[RowError]
         if below.__module__ == __name__:
             found.update(row_error_types(below))
     return found
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message for use inside another: one line, and never empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

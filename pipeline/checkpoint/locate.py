@@ -91,19 +91,37 @@ def _bounds(config: dict[str, Any], min_pixels: int, max_pixels: int) -> tuple[i
     return int(low), int(high)
 
 
-def _read_json(model_path: str, name: str, revision: str | None) -> dict[str, Any] | None:
-    from transformers.utils import cached_file
+def find_file(model_path: str, name: str, *, revision: str | None = None) -> Path | None:
+    """One of the checkpoint's files, from its folder or through the hub's cache; None where it has none, or the hub
+    can't be reached.
 
-    found = cached_file(
-        model_path,
-        name,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if not found:
+    Raises CheckpointError when the hub refuses: the repository is unknown, private or gated.
+    """
+    if Path(model_path).is_dir():
+        file = Path(model_path, name)
+        return file if file.is_file() else None
+    from huggingface_hub import errors, hf_hub_download  # a second of imports, for hub names only
+
+    try:
+        return Path(hf_hub_download(model_path, name, revision=revision))
+    except errors.EntryNotFoundError:  # also when offline, if the cache has no such file
         return None
-    values = json.loads(Path(found).read_text(encoding="utf-8"))
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{model_path!r} is a gated repository: accept its terms on the hub and set HF_TOKEN, or set model.path to "
+            "a local folder"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        raise CheckpointError(
+            f"the hub has no {model_path!r}{f' at revision {revision!r}' if revision else ''}: set model.path to a "
+            "folder with a Qwen2-VL checkpoint or to a hub name, and HF_TOKEN if it is private"
+        ) from error
+
+
+def _read_json(model_path: str, name: str, revision: str | None) -> dict[str, Any] | None:
+    found = find_file(model_path, name, revision=revision)
+    if found is None:
+        return None
+    values = json.loads(found.read_text(encoding="utf-8"))
     assert isinstance(values, dict)
     return values

@@ -19,13 +19,21 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urljoin
 
 from pipeline import storage
-from pipeline.errors import AccessDenied, CredentialError, FetchError, FetchTimeout, MediaNotFound, MediaTooLarge
+from pipeline.errors import (
+    AccessDenied,
+    CredentialError,
+    FetchError,
+    FetchTimeout,
+    MediaNotFound,
+    MediaTooLarge,
+    first_line,
+)
 from pipeline.preprocess.allow import AllowList
 from pipeline.preprocess.http import HttpClient
 from pipeline.preprocess.limits import FetchOptions
 from pipeline.preprocess.uri import WEB_SCHEMES, data_uri_content, scheme_of, shown
 from pipeline.storage.credentials import credential_fault
-from pipeline.storage.retry import TransientError, first_line, is_transient, with_retries
+from pipeline.storage.retry import TransientError, is_transient, with_retries
 
 FIRST_BYTES = 64 * 1024
 """What is read of a medium to learn its size, where that takes reading."""

@@ -20,9 +20,9 @@ from urllib.parse import urljoin
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from pipeline.errors import AccessDenied, FetchError, FetchTimeout, MediaNotFound, MediaTooLarge
+from pipeline.errors import AccessDenied, FetchError, FetchTimeout, MediaNotFound, MediaTooLarge, first_line
 from pipeline.preprocess.uri import WEB_SCHEMES, scheme_of, shown
-from pipeline.storage.retry import TRANSIENT_STATUS, TransientError, first_line
+from pipeline.storage.retry import TRANSIENT_STATUS, TransientError
 
 MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})

@@ -1,49 +1,39 @@
 """Messages to token ids, by the checkpoint's own tokenizer and chat template.
 
-Knows text, the chat template and how many visual tokens each medium takes; not pixels, files or models.
+Both are used without transformers, which would load torch into every preprocessing actor; the results equal those of
+its `apply_chat_template`. Knows text, the chat template and how many visual tokens each medium takes; no pixels.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import jinja2
 import numpy as np
 import numpy.typing as npt
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
 
+from pipeline.checkpoint.locate import find_file
 from pipeline.conversation import Message, Text
-from pipeline.errors import CheckpointError, ReservedTokenError
-
-
-def spare_torch() -> None:
-    """Let transformers believe that there is no torch, in a process that needs its tokenizers and will never hold a
-    model: they then cost it 0.8 s and 20 MB in place of 2 s and 200 MB. torch itself stays importable.
-
-    Does nothing where torch is loaded already.
-    """
-    if "torch" in sys.modules or "transformers" in sys.modules:
-        return
-    silent = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(silent)
-    os.environ[silent] = "1"
-    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say that a module is not to be had
-    try:
-        import transformers
-
-        assert not transformers.is_torch_available()  # it looks once and remembers
-    finally:
-        del sys.modules["torch"], os.environ[silent]
-        if before is not None:
-            os.environ[silent] = before
-
+from pipeline.errors import CheckpointError, MessageError, ReservedTokenError, first_line
 
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
+
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where Qwen2's tokenizer splits text into words, for checkpoints that come without a tokenizer.json."""
 
 
 class ChatTokenizer:
@@ -53,50 +43,65 @@ class ChatTokenizer:
     """
 
     def __init__(self, model_path: str, *, revision: str | None = None) -> None:
-        from transformers import AutoTokenizer
-
+        find = functools.partial(find_file, model_path, revision=revision)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path, revision=revision)
-        except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own, by version
+            config = _read_json(find("tokenizer_config.json"))
+            self._tokenizer = _load_tokenizer(find("tokenizer.json"), find("vocab.json"), find("merges.txt"), config)
+            template = _processor_template(find("chat_template.jinja"), find("chat_template.json"))
+            template = template or _tokenizer_template(config)
+            self._template = _compile(template) if template else None
+        except CheckpointError:
+            raise
+        except Exception as error:  # tokenizers raises nothing more precise
             raise CheckpointError(
-                f"can't load a tokenizer from {model_path!r}: {_first_line(error)}; "
+                f"can't load a tokenizer from {model_path!r}: {first_line(error)}; "
                 "set model.path to a folder with a Qwen2-VL checkpoint or to a hub name"
             ) from error
-        self._template = _chat_template(model_path, revision) or self._tokenizer.chat_template
-        if not self._template:
+        if self._template is None:
             raise CheckpointError(f"{model_path!r} has no chat template: expected chat_template.json or .jinja in it")
+        tokens = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
+        self._named_tokens = {
+            f"{name}_token": token["content"] if isinstance(token, dict) else token
+            for name, token in tokens.items()
+            if token is not None
+        }
         self.image_pad_id = self._token_id(IMAGE_PAD, model_path)
         self.video_pad_id = self._token_id(VIDEO_PAD, model_path)
         self._reserved = tuple(
-            token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special
+            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
         )
 
     def _token_id(self, token: str, model_path: str) -> int:
-        token_id = self._tokenizer.convert_tokens_to_ids(token)
-        if token_id is None or token_id == self._tokenizer.unk_token_id:
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
             raise CheckpointError(f"the tokenizer of {model_path!r} has no {token}: not a Qwen2-VL checkpoint")
         return int(token_id)
 
     def render(self, messages: Sequence[Message], *, add_vision_id: bool = False) -> str:
         """The prompt as text, one pad token for each medium, ready for the assistant's turn.
 
-        Raises ReservedTokenError when a text holds a special token: it would move or fake a medium or a turn.
+        Raises ReservedTokenError when a text holds a special token: it would move or fake a medium or a turn;
+        MessageError when it is not valid Unicode.
         """
         for message in messages:
             for part in message.parts:
                 if isinstance(part, Text):
-                    self._refuse_reserved(part.text)
-        rendered = self._tokenizer.apply_chat_template(
-            [_template_message(message) for message in messages],
-            chat_template=self._template,
-            tokenize=False,
+                    self._check_text(part.text)
+        assert self._template is not None
+        return self._template.render(
+            **self._named_tokens,
+            messages=[_template_message(message) for message in messages],
+            tools=None,
+            documents=None,
             add_generation_prompt=True,
             add_vision_id=add_vision_id,
         )
-        assert isinstance(rendered, str)
-        return rendered
 
-    def _refuse_reserved(self, text: str) -> None:
+    def _check_text(self, text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise MessageError(f"the text holds {text[error.start]!r}, half of a character: {error.reason}") from error
         if "<|" not in text:  # every special token of the family begins so; the long scan is for the rare rest
             return
         for token in self._reserved:
@@ -107,7 +112,7 @@ class ChatTokenizer:
 
     def encode(self, rendered: str, num_visual_tokens: Sequence[int]) -> npt.NDArray[np.int32]:
         """Token ids [length] of a rendered prompt, each medium's pad token repeated to its number of tokens."""
-        ids = np.asarray(self._tokenizer(rendered, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        ids = np.asarray(self._tokenizer.encode(rendered, add_special_tokens=False).ids, dtype=np.int32)
         is_pad = (ids == self.image_pad_id) | (ids == self.video_pad_id)
         assert int(is_pad.sum()) == len(num_visual_tokens), (int(is_pad.sum()), len(num_visual_tokens))
         repeats = np.ones(len(ids), dtype=np.int64)
@@ -131,24 +136,72 @@ def _template_message(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": content}
 
 
-def _chat_template(model_path: str, revision: str | None) -> str | None:
-    """The processor's own template, which knows media; the tokenizer's may know text only."""
-    from transformers.utils import cached_file
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
 
-    for name in ("chat_template.jinja", "chat_template.json"):
-        found = cached_file(
-            model_path,
-            name,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
+
+def _read_json(file: Path | None) -> dict[str, Any]:
+    values = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+    assert isinstance(values, dict), f"{file} is not a JSON object"
+    return values
+
+
+def _load_tokenizer(whole: Path | None, vocab: Path | None, merges: Path | None, config: dict[str, Any]) -> Tokenizer:
+    """From tokenizer.json, else from the vocabulary, merges and special tokens that Qwen2's tokenizer consists of."""
+    if whole is not None:
+        tokenizer = Tokenizer.from_file(str(whole))
+    elif vocab is not None and merges is not None:
+        tokenizer = Tokenizer(BPE.from_file(str(vocab), str(merges)))
+        tokenizer.normalizer = normalizers.NFC()
+        words = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
-        if found:
-            text = Path(found).read_text(encoding="utf-8")
-            return str(json.loads(text)["chat_template"]) if name.endswith(".json") else text
-    return None
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        raise FileNotFoundError("expected tokenizer.json, or vocab.json and merges.txt")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    added = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+    tokenizer.add_tokens([AddedToken(**token) for _, token in added if tokenizer.token_to_id(token["content"]) is None])
+    return tokenizer
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _processor_template(jinja: Path | None, json_file: Path | None) -> str | None:
+    """The processor's own template, which knows media."""
+    if jinja is not None:
+        return jinja.read_text(encoding="utf-8")
+    return _read_json(json_file).get("chat_template")
+
+
+def _tokenizer_template(config: dict[str, Any]) -> str | None:
+    """The tokenizer's template, which may know text only."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = next((one["template"] for one in template if one["name"] == "default"), None)
+    return template
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}`, by which templates mark the assistant's words for training: nothing to do here."""
+
+    tags = {"generation"}  # noqa: RUF012  (as jinja2 declares it)
+
+    def parse(self, parser: Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _compile(template: str) -> jinja2.Template:
+    """The template with the functions and filters that transformers gives to all chat templates."""
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment.from_string(template)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from pipeline.errors import first_line
 from pipeline.storage.credentials import credential_fault
-from pipeline.storage.retry import Result, TransientError, first_line, is_transient, with_retries
+from pipeline.storage.retry import Result, TransientError, is_transient, with_retries
 
 StorageOptions: TypeAlias = Mapping[str, Any] | None
 

@@ -84,8 +84,3 @@ def is_transient(error: BaseException) -> bool:
         return True
     names = "" if known else " ".join(kind.__name__ for kind in type(error).__mro__)
     return bool(_TRANSIENT_TEXT.search(f"{names} {text}"))
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message for use inside another: one line, and never empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

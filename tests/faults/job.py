@@ -23,7 +23,6 @@ import pyarrow as pa
 from jobs.benchmark.stand_in import StandInStage
 from jobs.caption import main
 from pipeline.execution import actors, dataset
-from pipeline.preprocess.prompt import spare_torch
 from pipeline.schema import UnitColumn
 
 KILL_PREPROCESSING = "kill preprocessing"
@@ -97,5 +96,4 @@ def run(stages: str, words: Sequence[str], log: str) -> None:
 
 
 if __name__ == "__main__":
-    spare_torch()
     sys.exit(job(sys.argv[1], sys.argv[2:]))

@@ -45,7 +45,7 @@ VICTIMS = ("driver", "PreprocessActor", "EngineActor")
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token"}
 # Drivers are forked from a process that has their imports done, which are a good part of so small a run.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.faults.warm"])
+FORKS.set_forkserver_preload(["tests.faults.job"])
 
 pytestmark = [pytest.mark.timeout(7200)]
 

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A room (a file or folder of pipeline/) imports from the floors below its own, and from itself.
 FLOORS = (
-    {"errors", "conversation", "storage"},
+    {"errors"},
+    {"conversation", "storage"},
     {"checkpoint", "engine"},
     {"schema"},
     {"config", "manifest", "preprocess"},

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pipeline.conversation import MediumPart, Message, Text
 from pipeline.demo import CHECKPOINT
-from pipeline.errors import CheckpointError, ReservedTokenError
+from pipeline.errors import CheckpointError, MessageError, ReservedTokenError
 from pipeline.preprocess.prompt import ChatTokenizer, prompt_hash
 
 IMAGE, VIDEO = MediumPart("image", b""), MediumPart("video", b"")
@@ -93,6 +98,11 @@ def test_any_text_survives_encoding_and_decoding(tokenizer: ChatTokenizer, words
     assert tokenizer.decode(tokenizer.encode(words, []).tolist()) == words
 
 
+def test_text_that_is_not_unicode_is_refused(tokenizer: ChatTokenizer) -> None:
+    with pytest.raises(MessageError, match="half of a character"):
+        tokenizer.render([Message("user", (Text("a\ud800b"),))])
+
+
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         ChatTokenizer(str(tmp_path))
@@ -103,23 +113,176 @@ def test_prompts_that_differ_have_different_hashes() -> None:
     assert len(prompt_hash("a")) == 16
 
 
-SPARED = """
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers as the oracle
+
+TEXTS = [
+    "Caf\u00e9 \U0001f600 1234567?",
+    "e\u0301 (decomposed), \u00c5ngstr\u00f6m, \ufb01ne",
+    "  two  spaces\tand tabs \r\n\n\n then lines   \n",
+    "I'll they've DON'T it's 'quoted' don\u2019t",
+    "日本語の文章。 한국어 العربية हिन्दी",
+    '<tool_call> {"a": [1, 2]} </tool_call> <|not a token|> <| |>',
+    "x = f(y)[0] ** 2  # comment\n    return {x!r:>10}",
+    "",
+]
+
+
+def as_transformers(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    def part_of(part: Text | MediumPart) -> dict[str, str]:
+        return {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": part.kind}
+
+    return [{"role": one.role, "content": [part_of(part) for part in one.parts]} for one in messages]
+
+
+@pytest.fixture(scope="module")
+def oracle(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(path)
+    template = Path(path, "chat_template.json")
+    if template.exists():
+        made.chat_template = json.loads(template.read_text())["chat_template"]
+    return made
+
+
+@pytest.mark.parametrize("add_vision_id", [False, True])
+def test_prompts_equal_those_of_transformers(tokenizer: ChatTokenizer, oracle: Any, add_vision_id: bool) -> None:
+    conversations = [
+        VACATION,
+        *[(Message("user", (Text(text), IMAGE, Text(text), VIDEO)),) for text in TEXTS],
+        (Message("system", (Text(TEXTS[2]),)), Message("user", (IMAGE, Text("x")))),
+    ]
+    for messages in conversations:
+        rendered = tokenizer.render(messages, add_vision_id=add_vision_id)
+        expected = oracle.apply_chat_template(
+            as_transformers(messages), tokenize=False, add_generation_prompt=True, add_vision_id=add_vision_id
+        )
+        assert rendered == expected
+        ones = [1] * sum(not isinstance(part, Text) for message in messages for part in message.parts)
+        assert tokenizer.encode(rendered, ones).tolist() == oracle(expected)["input_ids"]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=40))
+def test_any_text_has_the_tokens_of_transformers(tokenizer: ChatTokenizer, oracle: Any, text: str) -> None:
+    ids = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+    assert ids == oracle(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
+
+
+def test_the_reserved_tokens_are_those_that_transformers_calls_special(tokenizer: ChatTokenizer, oracle: Any) -> None:
+    special = {token.content for token in oracle.added_tokens_decoder.values() if token.special}
+    assert set(tokenizer._reserved) == special and len(special) >= 7
+    every = sorted(oracle.added_tokens_decoder)
+    assert tokenizer.decode([*every, 11, 12]) == oracle.decode([*every, 11, 12], skip_special_tokens=True)
+
+
+def test_a_checkpoint_that_transformers_saved_again_has_the_same_tokens(
+    tokenizer: ChatTokenizer, oracle: Any, tmp_path: Path
+) -> None:
+    oracle.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists()
+    again = ChatTokenizer(str(tmp_path))
+    for text in TEXTS:
+        rendered = tokenizer.render([Message("user", (IMAGE, Text(text)))])
+        assert again.render([Message("user", (IMAGE, Text(text)))]) == rendered
+        assert again.encode(rendered, [3]).tolist() == tokenizer.encode(rendered, [3]).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+ASK = [Message("user", (IMAGE, Text("Hi")))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The demo checkpoint's tokenizer, without any chat template."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINT / name, tmp_path / name)
+    return tmp_path
+
+
+def set_tokenizer_template(folder: Path, template: Any) -> None:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
+
+
+def test_the_processor_s_template_wins_over_the_tokenizer_s(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no chat template: expected chat_template\.json or \.jinja"):
+        ChatTokenizer(str(folder))
+    set_tokenizer_template(folder, "tokenizer's, {{ messages[0].content[1].text }}")
+    assert ChatTokenizer(str(folder)).render(ASK) == "tokenizer's, Hi"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "json's"}))
+    assert ChatTokenizer(str(folder)).render(ASK) == "json's"
+    (folder / "chat_template.jinja").write_text("jinja's")
+    assert ChatTokenizer(str(folder)).render(ASK) == "jinja's"
+
+
+def test_a_tokenizer_with_several_templates_has_a_default_one(folder: Path) -> None:
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default"}]
+    set_tokenizer_template(folder, templates)
+    assert ChatTokenizer(str(folder)).render(ASK) == "default"
+
+
+def test_templates_have_what_transformers_gives_them(folder: Path) -> None:
+    template = (
+        "{%- for message in messages %}\n"
+        "    {%- if loop.index > 1 %}{% break %}{% endif %}\n"
+        "    {% generation %}{{ message.role }} {% endgeneration %}\n"
+        "{%- endfor %}\n"
+        "{{ {'a': '<\u00e9>'} | tojson }} {{ eos_token }} {{ bos_token }} {{ tools is none }} "
+        "{{ strftime_now('%Y') }}\n"
+        "{%- if not add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    from transformers import AutoTokenizer
+
+    messages = [*ASK, Message("assistant", (Text("x"),)), *ASK]
+    rendered = ChatTokenizer(str(folder)).render(messages)
+    assert rendered.startswith('user {"a": "<\u00e9>"} <|im_end|>  True 20')
+    assert rendered == AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        as_transformers(messages), tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_a_template_that_is_no_template_is_refused(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for x in %}")
+    with pytest.raises(CheckpointError, match="can't load a tokenizer"):
+        ChatTokenizer(str(folder))
+
+
+@pytest.mark.parametrize("broken", ["", "{", '{"model": 1}'])
+def test_a_tokenizer_that_can_t_be_read_is_refused(folder: Path, broken: str) -> None:
+    (folder / "tokenizer.json").write_text(broken)
+    with pytest.raises(CheckpointError, match=str(folder)):
+        ChatTokenizer(str(folder))
+
+
+def test_a_tokenizer_of_another_family_is_refused(folder: Path) -> None:
+    set_tokenizer_template(folder, "x")
+    text = (folder / "tokenizer.json").read_text().replace("<|image_pad|>", "<|picture|>")
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"has no <\|image_pad\|>: not a Qwen2-VL checkpoint"):
+        ChatTokenizer(str(folder))
+
+
+ACTOR = """
 import json, sys
 from pipeline.conversation import MediumPart, Message, Text
-from pipeline.preprocess.prompt import ChatTokenizer, spare_torch
-spare_torch()
+from pipeline.execution.actors import PreprocessActor
+from pipeline.preprocess.prompt import ChatTokenizer
 tokenizer = ChatTokenizer(sys.argv[1])
 rendered = tokenizer.render([Message("user", (MediumPart("image", b""), Text("Caf\u00e9 \U0001f600 1234?")))])
 ids = tokenizer.encode(rendered, [7]).tolist()
-before = "torch" in sys.modules
-import torch
-print(json.dumps([before, rendered, ids, torch.ones(2).sum().item()]))
+print(json.dumps([[name for name in ("torch", "transformers") if name in sys.modules], rendered, ids]))
 """
 
 
-def test_a_process_that_holds_no_model_tokenizes_without_torch(path: str, tokenizer: ChatTokenizer) -> None:
-    done = subprocess.run([sys.executable, "-c", SPARED, path], check=True, capture_output=True, text=True)
-    torch_loaded, rendered, ids, torch_still_there = json.loads(done.stdout)
-    assert (torch_loaded, torch_still_there, done.stderr) == (False, 2.0, "")
+def test_a_preprocessing_actor_loads_neither_torch_nor_transformers(path: str, tokenizer: ChatTokenizer) -> None:
+    done = subprocess.run([sys.executable, "-c", ACTOR, path], check=True, capture_output=True, text=True)
+    loaded, rendered, ids = json.loads(done.stdout)
+    assert (loaded, done.stderr) == ([], "")
     assert rendered == tokenizer.render([Message("user", (IMAGE, Text("Caf\u00e9 \U0001f600 1234?")))])
     assert ids == tokenizer.encode(rendered, [7]).tolist()
