@@ -24,8 +24,8 @@ from pipeline.conversation import MediumPart
 from pipeline.engine import check_length, parse_sampling
 from pipeline.errors import MediaTimeout, RowError, SettingError
 from pipeline.planning.sample import SampledRow, kind_of
-from pipeline.preprocess.fetch import FIRST_BYTES, Fetcher
-from pipeline.preprocess.header import VIDEO_BLOCK_BYTES, MediumHeader, read_header
+from pipeline.preprocess.fetch import Fetcher
+from pipeline.preprocess.header import MediumHeader, read_header
 from pipeline.preprocess.messages import conversation, row_id
 from pipeline.preprocess.patches import IMAGE_PATCH_BYTES, VIDEO_PATCH_BYTES
 from pipeline.preprocess.prompt import ChatTokenizer
@@ -129,8 +129,7 @@ class Survey:
         return header
 
     def _read(self, part: MediumPart) -> tuple[MediumHeader, int]:
-        block = VIDEO_BLOCK_BYTES if part.kind == "video" else FIRST_BYTES
-        file = RangedFile(self._fetcher.open(part.source), seconds=self._header_timeout_s, block_bytes=block)
+        file = RangedFile(self._fetcher.open(part.source), seconds=self._header_timeout_s)
         return read_header(part.kind, file, part.settings, self._options.media), file.bytes_read
 
 

@@ -37,8 +37,7 @@ from pipeline.preprocess.video.timing import Timeline, check_video_settings, con
 # What FFmpeg writes of broken headers comes back as errors; its own lines would land in the plan's page.
 av.logging.set_level(None)
 
-VIDEO_BLOCK_BYTES = 256 * 1024
-"""Size of one read of a video's header; an index of an hour's video takes a few of them."""
+_READ_BYTES = 64 * 1024
 _COUNTED_BYTES = 8 * MIB
 """Videos without an index up to this size are read whole and their packets counted."""
 _COMPLETE = 0.9
@@ -75,7 +74,7 @@ def read_header(kind: MediumKind, file: RangedFile, settings: MediumSettings, op
 
 def _video(file: RangedFile, settings: MediumSettings, options: MediaOptions, bounds: tuple[int, int]) -> MediumHeader:
     check_video_settings(settings)
-    with ffmpeg_errors(file), open_container(file, buffer_size=VIDEO_BLOCK_BYTES) as container:
+    with ffmpeg_errors(file), open_container(file, buffer_size=_READ_BYTES) as container:
         stream = video_stream(container)
         width, height = stream.codec_context.width, stream.codec_context.height
         check_frame_size(width, height, options)

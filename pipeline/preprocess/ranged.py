@@ -15,6 +15,7 @@ from pipeline.preprocess.fetch import FIRST_BYTES, RangedSource
 from pipeline.preprocess.limits import MIB
 
 _MAX_HEADER_BYTES = 64 * MIB
+_NUM_BLOCKS = 128
 
 
 class RangedFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
@@ -23,13 +24,15 @@ class RangedFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no t
     Reading raises the source's errors, FetchTimeout or MediaTimeout, and UnsupportedMedia for a header above 64 MiB.
     """
 
-    def __init__(self, source: RangedSource, *, seconds: float, block_bytes: int = FIRST_BYTES) -> None:
-        """`seconds` is the time for everything read through this file; `block_bytes` the size of one read."""
+    def __init__(self, source: RangedSource, *, seconds: float) -> None:
+        """`seconds` is the time for everything read through this file."""
         self._source = source
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
         self.bytes_read = len(source.first)
         """Bytes that came from the source."""
+        # The index of a long video is large: so are the blocks of a large file, for the sake of few reads.
+        block_bytes = min(max(FIRST_BYTES, source.size // _NUM_BLOCKS), MIB)
         blocks = {"maxblocks": _MAX_HEADER_BYTES // block_bytes}
         super().__init__(
             None, "", block_size=block_bytes, cache_type="blockcache", cache_options=blocks, size=source.size
