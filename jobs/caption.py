@@ -21,7 +21,7 @@ from pipeline.execution.cluster import job_output, stop_on_sigterm
 from pipeline.execution.prepare import CaptionJob, hold, prepare
 from pipeline.execution.progress import print_samples, print_summary
 from pipeline.execution.run import finish, run_on_ray
-from pipeline.results.reader import iter_results
+from pipeline.results.reader import RunReader
 from pipeline.results.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -76,11 +76,10 @@ def _samples(job: CaptionJob) -> list[dict[str, Any]]:
     """Some answered rows: one of each task, if the manifest has tasks."""
     columns = ["text", "status", "reference", *(["task"] if "task" in job.kept.names else [])]
     rows: dict[Any, dict[str, Any]] = {}
-    for table in iter_results(job.folder, columns):
-        for row in table.slice(0, 10_000).to_pylist():
-            if row["status"] == "ok":
-                rows.setdefault(row.get("task", len(rows)), row)
-        break
+    first = next(RunReader(job.folder.path, job.folder.storage_options).batches(columns), None)
+    for row in [] if first is None else first.to_pylist():
+        if row["status"] == "ok":
+            rows.setdefault(row.get("task", len(rows)), row)
     return list(rows.values())[:_SAMPLE_ROWS]
 
 

@@ -26,7 +26,8 @@ from pipeline.evaluation.layout import prepare_manifest
 from pipeline.evaluation.run_folder import score_folder
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.settings import EvaluateSection
-from pipeline.report.page import shown_interval, shown_score
+from pipeline.report.render import shown_interval, shown_score
+from pipeline.report.scores import read_scores
 from pipeline.results.reader import RunReader
 from pipeline.schema import RESULT_COLUMNS
 
@@ -148,17 +149,11 @@ def print_scores(metrics: Mapping[str, Any]) -> None:
     """Prints the scores of all rows and of each task, the comparison with the baseline and the canaries."""
     table = Table("slice", "metric", Column("score", justify="right"), "95 %", Column("rows", justify="right"))
     table.box, table.pad_edge = None, False
-    tasks = [(task["value"], task["metrics"]) for task in metrics["slices"].get("task", [])]
-    for label, scores in [("all rows", metrics["overall"]), *tasks]:
-        for name, score in scores.items():
-            definition = metrics["definitions"][name]
-            table.add_row(
-                Text(label),
-                definition["title"],
-                shown_score(score["value"], definition["maximum"]),
-                shown_interval(score["low"], score["high"], definition["maximum"]),
-                f"{score['num_rows']:,}",
-            )
+    scores = read_scores(metrics)
+    for label, score in [*(("all rows", score) for score in scores.overall.values()), *scores.slices.get("task", ())]:
+        estimate, maximum = score.estimate, score.maximum
+        numbers = shown_score(estimate.value, maximum), shown_interval(estimate, maximum), f"{estimate.num_rows:,}"
+        table.add_row(Text(label), score.title, *numbers)
     Console().print(table)
     for name, one in metrics.get("baseline", {}).get("metrics", {}).items():
         print(

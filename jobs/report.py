@@ -13,8 +13,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import JobError, OutputError
-from pipeline.evaluation.comparison import compare_folders
-from pipeline.report import Report, ReportOptions, gather, render_html, render_markdown
+from pipeline.report import ReportOptions, gather, render_html, render_markdown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         currency=arguments.currency,
     )
     try:
-        report = read_report(arguments.run, arguments.baseline, options=options)
+        report = gather(arguments.run, baseline=arguments.baseline, options=options)
         if arguments.format == "markdown" and arguments.output is None:
             print(render_markdown(report))
             return 0
@@ -37,26 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"wrote {path}: {len(text.encode()):,} bytes, {report.collected.num_rows:,} rows")
+    print(f"wrote {path}: {len(text.encode()):,} bytes, {report.rows.num_rows:,} rows")
     return 0
-
-
-def read_report(
-    run: str,
-    baseline: str | None = None,
-    *,
-    options: ReportOptions | None = None,
-    storage_options: storage.StorageOptions = None,
-) -> Report:
-    """Gathers a run's report, and where both runs were scored compares them. Raises OutputError."""
-    comparison = compare_folders(run, baseline, storage_options=storage_options) if baseline else None
-    return gather(run, comparison=comparison, baseline=baseline, options=options, storage_options=storage_options)
 
 
 def write_report(run: str, *, storage_options: storage.StorageOptions = None, **options: Any) -> str:
     """Writes report.html into a run folder and returns its path: what a caption run does at its end."""
     path = storage.join(run, "report.html")
-    report = read_report(run, options=ReportOptions(**options), storage_options=storage_options)
+    report = gather(run, options=ReportOptions(**options), storage_options=storage_options)
     write_text(path, render_html(report), storage_options)
     return path
 

@@ -107,10 +107,10 @@ def _stage(stage: str, folder: Path, num_rows: int, seed: int) -> dict[str, Any]
     elif stage == "score":
         score_folder(str(folder), SETTINGS)
     else:
-        from jobs.report import read_report, write_text
-        from pipeline.report import ReportOptions, render_html
+        from jobs.report import write_text
+        from pipeline.report import ReportOptions, gather, render_html
 
-        report = read_report(str(folder), str(folder.parent / "baseline"), options=ReportOptions(thumbnails=False))
+        report = gather(str(folder), baseline=str(folder.parent / "baseline"), options=ReportOptions(thumbnails=False))
         write_text(str(folder / "report.html"), render_html(report))
     return {
         "seconds": round(time.perf_counter() - started, 1),

@@ -16,11 +16,11 @@ def compare_canaries(batched: RunReader, alone: RunReader) -> dict[str, Any]:
     """Whether rows run alone got the answers that they got in the mixed batch; plain values for metrics.json."""
     columns = (*_COMPARED, "id", MANIFEST_FILE, MANIFEST_ROW)
     expected = {
-        (row[MANIFEST_FILE], row[MANIFEST_ROW]): row for one in alone.batches(columns) for row in one.batch.to_pylist()
+        (row[MANIFEST_FILE], row[MANIFEST_ROW]): row for batch in alone.batches(columns) for row in batch.to_pylist()
     }
     differing, num_compared = [], 0
-    for one in batched.batches(columns):
-        for row in one.batch.to_pylist():
+    for batch in batched.batches(columns):
+        for row in batch.to_pylist():
             other = expected.pop((row[MANIFEST_FILE], row[MANIFEST_ROW]), None)
             if other is None:
                 continue

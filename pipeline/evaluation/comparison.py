@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.evaluation.interval import Comparison, compare
 from pipeline.evaluation.metrics.registry import METRICS, require
-from pipeline.results.reader import RunReader
+from pipeline.results.reader import RunReader, row_keys
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW
 
 _BASELINE = " of the baseline"
@@ -114,9 +114,8 @@ def _score_table(batches: Iterable[pa.RecordBatch], by_id: bool) -> pd.DataFrame
     parts, keys = [], []
     for batch in batches:
         parts.append(batch.select([*columns, *(name for name in batch.schema.names if name in METRICS)]))
-        file, row = np.asarray(batch.column(MANIFEST_FILE), np.int64), np.asarray(batch.column(MANIFEST_ROW))
         ids = batch.column("id").to_numpy(zero_copy_only=False)
-        keys.append(pd.util.hash_array(ids).astype(np.int64) if by_id else file << 40 | row)
+        keys.append(pd.util.hash_array(ids).astype(np.int64) if by_id else row_keys(batch))
     if not parts:
         return pd.DataFrame({name: [] for name in columns})
     table: pd.DataFrame = pa.Table.from_batches(parts).to_pandas(categories=["task"])

@@ -44,7 +44,7 @@ def score_folder(
     if not set(settings.slices).isdisjoint(DERIVED_SLICES):
         columns |= {"media", *DERIVED_SLICES}
     if scorer.needs_learning:
-        scorer.learn(one.batch for one in reader.batches(columns))
+        scorer.learn(reader.batches(columns))
     try:
         _write_scores(storage.join(folder, "scores.parquet"), scorer, reader, columns, storage_options)
         metrics = scorer.metrics()
@@ -66,8 +66,8 @@ def _write_scores(
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "scores.parquet"
         with pq.ParquetWriter(temporary, scorer.schema, compression="zstd") as writer:
-            for one in reader.batches(columns):
-                writer.write_table(pa.Table.from_batches([scorer.score(one.batch)]), row_group_size=1 << 20)
+            for batch in reader.batches(columns):
+                writer.write_table(pa.Table.from_batches([scorer.score(batch)]), row_group_size=1 << 20)
         storage.publish_file(temporary, path, storage_options)
 
 

@@ -1,6 +1,6 @@
-"""What a report says of a second run over the same rows, beyond the scores: answers that agree, speed, settings.
+"""A run beside another run over the same rows, apart from their scores: answers that agree, speed, settings.
 
-Holds 16 bytes a row of each run. Knows two run folders; the comparison of scores is computed elsewhere and handed in.
+Holds 16 bytes a row of each run. Knows two run folders; not pages.
 """
 
 from __future__ import annotations
@@ -10,81 +10,61 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.report.facts import Speed, setting_differences, speed
-from pipeline.results.reader import Ints, Position, RunReader, place_keys
+from pipeline.report.facts import Speed, at, setting_differences, speed
+from pipeline.results.reader import Ints, RunReader, row_keys
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """How many rows both runs have, and how many of those have the same text and status."""
-
-    num_shared: int
-    num_same: int
-
-
-@dataclass(frozen=True)
-class OtherRun:
-    """The baseline's side of the page."""
+class Baseline:
+    """The other run's side of the page."""
 
     name: str
-    path: str
     num_rows: int
-    agreement: Agreement
+    num_shared: int
+    """Rows that both runs have."""
+    num_same: int
+    """Those of them with the same text and status."""
     speed: Speed
     settings: tuple[tuple[str, str, str], ...]
+    """(name, baseline, this run) of the settings that differ."""
     texts: dict[int, str]
-    """Its answers of the rows that were asked for, by place key."""
+    """Its answers to the rows that were asked for, by row key."""
 
 
-def read_other_run(
-    reader: RunReader, other: RunReader, places: Collection[int], *, price_per_gpu_hour: float | None
-) -> OtherRun:
-    """Reads what the page needs of the other run."""
-    return OtherRun(
+def read_baseline(
+    reader: RunReader, other: RunReader, keys: Collection[int], *, price_per_gpu_hour: float | None
+) -> Baseline:
+    """Reads what the page shows of the other run."""
+    own_keys, own_answers = _answers(reader)
+    other_keys, other_answers = _answers(other)
+    _, mine, theirs = np.intersect1d(own_keys, other_keys, return_indices=True)
+    numbers = other.find(keys)
+    rows = other.fetch(numbers.values())
+    return Baseline(
         name=other.name,
-        path=other.path,
         num_rows=other.num_rows,
-        agreement=_agreement(reader, other),
+        num_shared=len(mine),
+        num_same=int((own_answers[mine] == other_answers[theirs]).sum()),
         speed=speed(other.run, price_per_gpu_hour=price_per_gpu_hour),
-        settings=tuple(setting_differences(reader.run.get("config") or {}, other.run.get("config") or {})),
-        texts=_texts(other, places),
+        settings=tuple(setting_differences(at(reader.run, "config") or {}, at(other.run, "config") or {})),
+        texts={
+            key: str(rows[number].get("text") or rows[number].get("error_message") or "")
+            for key, number in numbers.items()
+        },
     )
 
 
-def _agreement(reader: RunReader, other: RunReader) -> Agreement:
-    keys, answers = _answers(reader)
-    other_keys, other_answers = _answers(other)
-    _, mine, theirs = np.intersect1d(keys, other_keys, return_indices=True)
-    return Agreement(len(mine), int((answers[mine] == other_answers[theirs]).sum()))
-
-
 def _answers(reader: RunReader) -> tuple[Ints, Ints]:
-    """Places, and a hash of each row's text; an error row's text is its error type."""
+    """Row keys, and a hash of each row's text; an error row's text is its error type."""
     import pandas as pd  # only for its vectorised hash of strings
 
-    keys: list[Ints] = [np.zeros(0, np.int64)]
-    hashes: list[Ints] = [np.zeros(0, np.int64)]
-    for one in reader.batches((MANIFEST_FILE, MANIFEST_ROW, "text", "error_type")):
-        keys.append(place_keys(one.batch))
-        texts = one.batch.column("text").fill_null("").to_numpy(zero_copy_only=False)
-        errors = one.batch.column("error_type").fill_null("").to_numpy(zero_copy_only=False)
-        both = pd.util.hash_array(texts) ^ (pd.util.hash_array(errors) << np.uint64(1))
-        hashes.append(both.astype(np.int64))
+    keys, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for batch in reader.batches((MANIFEST_FILE, MANIFEST_ROW, "text", "error_type")):
+        texts, errors = (
+            pd.util.hash_array(batch.column(name).fill_null("").to_numpy(zero_copy_only=False))
+            for name in ("text", "error_type")
+        )
+        keys.append(row_keys(batch))
+        hashes.append((texts ^ (errors << np.uint64(1))).astype(np.int64))
     return np.concatenate(keys), np.concatenate(hashes)
-
-
-def _texts(other: RunReader, places: Collection[int]) -> dict[int, str]:
-    wanted = np.array(sorted(places), np.int64)
-    if not len(wanted):
-        return {}
-    found: dict[int, Position] = {}
-    for one in other.batches((MANIFEST_FILE, MANIFEST_ROW)):
-        keys = place_keys(one.batch)
-        for index in np.flatnonzero(np.isin(keys, wanted)):
-            found[int(keys[index])] = Position(one.file, int(one.rows[index]))
-    rows = other.fetch(set(found.values()))
-    return {
-        key: str(rows[position].get("text") or rows[position].get("error_message") or "")
-        for key, position in found.items()
-    }

@@ -1,25 +1,28 @@
 """One pass over the result rows: counts, distributions, and which few rows the gallery shows.
 
-Memory is bounded: integer histograms, a counter a kind of error, and the best few rows of each section. Which rows
-are "random", and which of equals are shown, follows from a seed. Knows result rows and scores; not pages.
+Memory is bounded: integer histograms, a counter for each kind of error, and the best few rows of each section. Which
+rows are "random", and which of equal rows are shown, follows from a seed. Rows go by their number in the reader's
+order. Knows result rows and scores; not pages.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.results.reader import Ints, Position, ResultBatch, RunReader, place_keys
+from pipeline.results.reader import Ints, RunReader, row_keys
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status
 
 Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 
 _COLUMNS = (
     "text", "finish_reason", "num_output_tokens", "num_prompt_tokens", "num_visual_tokens", "generate_s",
@@ -30,7 +33,7 @@ _MAX_ERROR_TYPES = 100
 _SECONDS_BINS = np.geomspace(1e-4, 1e5, 1_801)  # 200 bins a decade: quantiles to about 1 %
 # Text that zlib squeezes to less than this repeats itself; ordinary prose stays above a third.
 _REPEATING_RATIO = 0.12
-_REPEATING_FROM = 300
+_MIN_REPEATING_CHARACTERS = 300
 
 
 class CountHistogram:
@@ -61,73 +64,59 @@ class CountHistogram:
     def quantile(self, share: float) -> int:
         return int(np.searchsorted(np.cumsum(self._counts), share * self.num_rows)) if self.num_rows else 0
 
-    def bins(self, most: int = 40) -> list[tuple[int, int, int]]:
-        """(first, last, rows) of up to `most` bins of equal, round width from the smallest value to the largest."""
+    def bins(self, max_bins: int = 40) -> list[tuple[int, int, int]]:
+        """(first, last, rows) of about `max_bins` bins of equal, round width from the smallest value to the largest."""
         if not self.num_rows:
             return []
         low, high = int(np.flatnonzero(self._counts)[0]), self.largest
-        width = _round_up((high - low + 1) / most)
-        start = low // width * width
-        edges = np.arange(start, high + 1, width)
+        widths = (step * 10**power for power in range(8) for step in (1, 2, 5))
+        width = next(width for width in widths if width >= (high - low + 1) / max_bins)
+        edges = np.arange(low // width * width, high + 1, width)
         padded = np.append(self._counts, np.zeros(width, np.int64))
         return [(int(edge), int(edge) + width - 1, int(padded[edge : edge + width].sum())) for edge in edges]
-
-
-def _round_up(width: float) -> int:
-    for scale in (10**power for power in range(8)):
-        for step in (1, 2, 5):
-            if step * scale >= width:
-                return int(step * scale)
-    return _MAX_COUNT
 
 
 class SecondsHistogram:
     """Durations, to about one per cent."""
 
     def __init__(self) -> None:
-        self._counts = np.zeros(len(_SECONDS_BINS) + 1, np.int64)
-        self.total = 0.0
+        self._bins = CountHistogram()
 
     def add(self, values: Floats) -> None:
-        self.total += float(values.sum())
-        self._counts += np.bincount(np.searchsorted(_SECONDS_BINS, values), minlength=len(self._counts))
+        self._bins.add(np.searchsorted(_SECONDS_BINS, values))
 
     @property
     def num_rows(self) -> int:
-        return int(self._counts.sum())
+        return self._bins.num_rows
 
     def quantile(self, share: float) -> float:
-        place = int(np.searchsorted(np.cumsum(self._counts), share * self.num_rows))
-        return float(_SECONDS_BINS[min(place, len(_SECONDS_BINS) - 1)])
+        return float(_SECONDS_BINS[min(self._bins.quantile(share), len(_SECONDS_BINS) - 1)])
 
 
 class Top:
     """The rows with the largest keys; of equal ones a random few."""
 
-    def __init__(self, size: int, generator: np.random.Generator) -> None:
+    def __init__(self, size: int, rng: np.random.Generator) -> None:
         self._size = size
-        self._generator = generator
-        self._entries: list[tuple[float, float, Position]] = []
+        self._rng = rng
+        self._entries: list[tuple[float, float, int]] = []
 
-    def add(self, keys: Floats, file: int, rows: Ints) -> None:
-        """Offers rows; NaN keys never count."""
+    def add(self, keys: Floats, first: int) -> None:
+        """Offers rows that are numbered from `first`; NaN keys never count."""
         offered = np.flatnonzero(~np.isnan(keys))
         if len(self._entries) == self._size:
             offered = offered[keys[offered] >= self._entries[-1][0]]
-        if not len(offered):
-            return
-        ties = self._generator.random(len(offered))
+        ties = self._rng.random(len(offered))
         best = np.lexsort((ties, keys[offered]))[::-1][: self._size]
         self._entries += [
-            (float(keys[offered[index]]), float(ties[index]), Position(file, int(rows[offered[index]])))
-            for index in best
+            (float(keys[row]), float(tie), first + int(row)) for row, tie in zip(offered[best], ties[best], strict=True)
         ]
         self._entries = sorted(self._entries, reverse=True)[: self._size]
 
     @property
-    def positions(self) -> list[Position]:
+    def rows(self) -> list[int]:
         """Largest key first."""
-        return [position for _, _, position in self._entries]
+        return [row for _, _, row in self._entries]
 
 
 @dataclass
@@ -136,8 +125,8 @@ class ErrorKind:
 
     kind: str
     stage: str
-    count: int
-    example: Position
+    example: int
+    num_rows: int = 0
 
 
 @dataclass
@@ -157,94 +146,68 @@ class Collected:
     characters: CountHistogram = field(default_factory=CountHistogram)
     generate_s: SecondsHistogram = field(default_factory=SecondsHistogram)
     preprocess_s: SecondsHistogram = field(default_factory=SecondsHistogram)
-    sections: dict[str, list[Position]] = field(default_factory=dict)
+    sections: dict[str, list[int]] = field(default_factory=dict)
     """Name of a gallery section to its rows."""
-    scores: dict[Position, tuple[str, float]] = field(default_factory=dict)
-    """Metric and score of the rows in the gallery."""
-    by_place: dict[int, Position] = field(default_factory=dict)
-    """Positions of the places that were asked for."""
     scores_fit: bool = True
-    """Whether scores.parquet belongs to these rows."""
+    """Whether scores.parquet, if there is one, belongs to these rows."""
 
     @property
     def num_errors(self) -> int:
         return self.num_rows - self.num_ok
 
 
-def collect(reader: RunReader, *, size: int = 6, places: Collection[int] = (), seed: int = 0) -> Collected:
-    """Reads every row once. `size` rows in each section; `places` (place keys) are looked up on the way."""
+def collect(reader: RunReader, *, size: int, seed: int = 0) -> Collected:
+    """Reads every row once; `size` rows for each section."""
     found = Collected()
-    generator = np.random.default_rng(seed)
-    tops = {
-        name: Top(size, generator)
-        for name in ("best", "worst", "random", "longest", "slowest", "truncated", "repeating")
-    }
-    scores = _Scores(reader)
-    wanted = np.array(sorted(places), np.int64)
-    for one in reader.batches(_COLUMNS):
-        batch = one.batch
+    rng = np.random.default_rng(seed)
+    names = ("best", "worst", "random", "longest", "slowest", "truncated", "repeating")
+    tops = {name: Top(size, rng) for name in names}
+    scores = _ScoreStream(reader)
+    for batch in reader.batches(_COLUMNS):
+        first = found.num_rows
         answered = _equal(batch, "status", Status.OK.value)
         found.num_rows += len(batch)
         found.num_ok += int(answered.sum())
-        attempts = _integers(batch, "attempts")
-        found.num_retried += int((attempts > 1).sum())
-        _count_errors(found, one, answered)
-        score = scores.next(batch)
-        _count_answers(found, one, answered, tops)
-        tops["random"].add(np.where(answered, generator.random(len(batch)), np.nan), one.file, one.rows)
+        found.num_retried += int((_integers(batch, "attempts") > 1).sum())
+        _count_errors(found, batch, answered, first)
+        _count_answers(found, batch, answered, first, tops)
+        tops["random"].add(np.where(answered, rng.random(len(batch)), np.nan), first)
+        score = scores.take(batch)
         if score is not None:
-            tops["best"].add(np.where(answered, score, np.nan), one.file, one.rows)
-            tops["worst"].add(np.where(answered, -score, np.nan), one.file, one.rows)
-        if len(wanted):
-            keys = place_keys(batch)
-            for index in np.flatnonzero(np.isin(keys, wanted)):
-                found.by_place[int(keys[index])] = Position(one.file, int(one.rows[index]))
-    found.sections = {name: top.positions for name, top in tops.items()}
+            tops["best"].add(np.where(answered, score, np.nan), first)
+            tops["worst"].add(np.where(answered, -score, np.nan), first)
     found.scores_fit = scores.fit
-    if scores.fit and reader.has_scores:
-        chosen = {position for positions in found.sections.values() for position in positions}
-        chosen |= set(found.by_place.values())
-        found.scores = _scores_of(reader, chosen)
-        _part_best_from_worst(found)
+    if not scores.fit:
+        tops |= {name: Top(size, rng) for name in ("best", "worst")}
+    found.sections = {name: top.rows for name, top in tops.items()}
     return found
 
 
-def _part_best_from_worst(found: Collected) -> None:
+def part_best_from_worst(found: Collected, scores: Mapping[int, Mapping[str, Any]]) -> None:
     """No row is among both: what scores as high as the best is no "worst", what scores nothing no "best"."""
-    score = {position: value for position, (_, value) in found.scores.items()}
-    best = [position for position in found.sections["best"] if score.get(position, 0.0) > 0.0]
-    highest = max((score[position] for position in best), default=float("inf"))
+    best = [row for row in found.sections["best"] if scores[row]["score"] > 0.0]
+    highest = max((scores[row]["score"] for row in best), default=float("inf"))
     found.sections["best"] = best
-    found.sections["worst"] = [one for one in found.sections["worst"] if score.get(one, 0.0) < highest]
+    found.sections["worst"] = [row for row in found.sections["worst"] if scores[row]["score"] < highest]
 
 
-def _count_errors(found: Collected, one: ResultBatch, answered: npt.NDArray[np.bool_]) -> None:
+def _count_errors(found: Collected, batch: pa.RecordBatch, answered: Mask, first: int) -> None:
     failed = np.flatnonzero(~answered)
-    if not len(failed):
-        return
-    types = one.batch.column("error_type").take(pa.array(failed)).to_pylist()
-    stages = one.batch.column("error_stage").take(pa.array(failed)).to_pylist()
-    for index, kind, stage in zip(failed, types, stages, strict=True):
+    types, stages = (batch.column(name).take(pa.array(failed)).to_pylist() for name in ("error_type", "error_stage"))
+    for row, kind, stage in zip(failed, types, stages, strict=True):
         key = (kind or "unknown", stage or "unknown")
         if key not in found.errors and len(found.errors) >= _MAX_ERROR_TYPES:
             key = ("others", "several")
-        entry = found.errors.get(key)
-        if entry is None:
-            entry = found.errors[key] = ErrorKind(*key, 0, Position(one.file, int(one.rows[index])))
-        entry.count += 1
+        found.errors.setdefault(key, ErrorKind(*key, example=first + int(row))).num_rows += 1
 
 
-def _count_answers(found: Collected, one: ResultBatch, answered: npt.NDArray[np.bool_], tops: dict[str, Top]) -> None:
-    batch, file, rows = one.batch, one.file, one.rows
-    for name, histogram in (
-        ("num_output_tokens", found.output_tokens),
-        ("num_prompt_tokens", found.prompt_tokens),
-        ("num_visual_tokens", found.visual_tokens),
-    ):
-        histogram.add(_integers(batch, name)[answered])
-    for name, seconds in (("generate_s", found.generate_s), ("preprocess_s", found.preprocess_s)):
-        values = _floats(batch, name)
-        seconds.add(values[answered & ~np.isnan(values)])
+def _count_answers(found: Collected, batch: pa.RecordBatch, answered: Mask, first: int, tops: dict[str, Top]) -> None:
+    tokens, seconds = _integers(batch, "num_output_tokens"), _floats(batch, "generate_s")
+    found.output_tokens.add(tokens[answered])
+    found.prompt_tokens.add(_integers(batch, "num_prompt_tokens")[answered])
+    found.visual_tokens.add(_integers(batch, "num_visual_tokens")[answered])
+    found.generate_s.add(_known(seconds[answered]))
+    found.preprocess_s.add(_known(_floats(batch, "preprocess_s")[answered]))
     reasons = pc.value_counts(batch.column("finish_reason").filter(pa.array(answered))).to_pylist()
     found.finish_reasons.update({entry["values"] or "unknown": entry["counts"] for entry in reasons})
     lengths = np.asarray(pc.fill_null(pc.utf8_length(batch.column("text")), 0), np.int64)
@@ -253,92 +216,56 @@ def _count_answers(found: Collected, one: ResultBatch, answered: npt.NDArray[np.
     repeating = answered & (_equal(batch, "finish_reason", "repetition") | _repeats(batch, lengths))
     found.num_repeating += int(repeating.sum())
     truncated = answered & _equal(batch, "finish_reason", "length")
-    tokens = _integers(batch, "num_output_tokens").astype(np.float64)
-    tops["longest"].add(np.where(answered, tokens, np.nan), file, rows)
-    tops["slowest"].add(np.where(answered, _floats(batch, "generate_s"), np.nan), file, rows)
-    tops["truncated"].add(np.where(truncated, tokens, np.nan), file, rows)
-    tops["repeating"].add(np.where(repeating, tokens, np.nan), file, rows)
+    tops["longest"].add(np.where(answered, tokens, np.nan), first)
+    tops["slowest"].add(np.where(answered, seconds, np.nan), first)
+    tops["truncated"].add(np.where(truncated, tokens, np.nan), first)
+    tops["repeating"].add(np.where(repeating, tokens, np.nan), first)
 
 
-def _repeats(batch: pa.RecordBatch, lengths: Ints) -> npt.NDArray[np.bool_]:
+def _repeats(batch: pa.RecordBatch, lengths: Ints) -> Mask:
     """Which texts say the same again and again, by how well they compress."""
     repeating = np.zeros(len(batch), bool)
     texts = batch.column("text")
-    for index in np.flatnonzero(lengths >= _REPEATING_FROM):
-        data = texts[int(index)].as_py().encode("utf-8", "replace")
-        repeating[index] = len(zlib.compress(data, 1)) < _REPEATING_RATIO * len(data)
+    for row in np.flatnonzero(lengths >= _MIN_REPEATING_CHARACTERS):
+        data = texts[int(row)].as_py().encode("utf-8", "replace")
+        repeating[row] = len(zlib.compress(data, 1)) < _REPEATING_RATIO * len(data)
     return repeating
 
 
-def _equal(batch: pa.RecordBatch, name: str, value: str) -> npt.NDArray[np.bool_]:
-    if name not in batch.schema.names:
-        return np.zeros(len(batch), bool)
+def _equal(batch: pa.RecordBatch, name: str, value: str) -> Mask:
     return np.asarray(pc.fill_null(pc.equal(batch.column(name), value), False), bool)
 
 
 def _integers(batch: pa.RecordBatch, name: str) -> Ints:
-    if name not in batch.schema.names:
-        return np.zeros(len(batch), np.int64)
     return np.asarray(pc.fill_null(batch.column(name), 0), np.int64)
 
 
-def _floats(batch: pa.RecordBatch, name: str) -> Floats:
-    if name not in batch.schema.names:
-        return np.full(len(batch), np.nan)
-    values: Floats = batch.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
-    return values
+def _floats(batch: pa.RecordBatch | pa.Table, name: str) -> Floats:
+    return np.asarray(batch.column(name).to_numpy(zero_copy_only=False), np.float64)
 
 
-class _Scores:
-    """The score rows, cut to the batches of result rows they belong to."""
+def _known(values: Floats) -> Floats:
+    return values[~np.isnan(values)]
+
+
+class _ScoreStream:
+    """The score rows, cut to the batches of result rows that they belong to."""
 
     def __init__(self, reader: RunReader) -> None:
-        columns = (MANIFEST_FILE, MANIFEST_ROW, "score")
-        self._source: Iterator[pa.RecordBatch] = reader.score_batches(columns) if reader.has_scores else iter(())
-        self._active = reader.has_scores
-        self._rest: pa.RecordBatch | None = None
+        self._source = reader.score_batches((MANIFEST_FILE, MANIFEST_ROW, "score")) if reader.has_scores else None
+        self._waiting: list[pa.RecordBatch] = []
         self.fit = True
+        """Whether the scores belong to the rows so far."""
 
-    def next(self, batch: pa.RecordBatch) -> Floats | None:
-        """Scores of the batch's rows; None where there are none, or they belong to other rows."""
-        if not self._active:
+    def take(self, batch: pa.RecordBatch) -> Floats | None:
+        """Scores of the next batch of rows; None where there are none, or they belong to other rows."""
+        if self._source is None or not self.fit:
             return None
-        pieces, missing = [], len(batch)
-        while missing:
-            if self._rest is None or not len(self._rest):
-                self._rest = next(self._source, None)
-                if self._rest is None:
-                    self._give_up()
-                    return None
-            piece = self._rest.slice(0, missing)
-            self._rest = self._rest.slice(len(piece))
-            missing -= len(piece)
-            pieces.append(piece)
-        scores = pa.Table.from_batches(pieces).combine_chunks().to_batches()[0]
-        if not np.array_equal(place_keys(scores), place_keys(batch)):
-            self._give_up()
+        while sum(map(len, self._waiting)) < len(batch) and (more := next(self._source, None)) is not None:
+            self._waiting.append(more)
+        table = pa.Table.from_batches(self._waiting) if self._waiting else None
+        if table is None or not np.array_equal(row_keys(table.slice(0, len(batch))), row_keys(batch)):
+            self.fit = False
             return None
-        return _floats(scores, "score")
-
-    def _give_up(self) -> None:
-        self._active = self.fit = False
-
-
-def _scores_of(reader: RunReader, chosen: Collection[Position]) -> dict[Position, tuple[str, float]]:
-    """Metric and score of a few rows, from a second look at the score rows."""
-    found: dict[Position, tuple[str, float]] = {}
-    by_order: dict[int, Position] = {}
-    start = 0
-    for number, file in enumerate(reader.files):
-        for position in (one for one in chosen if one.file == number):
-            order = position.row if file.counted is None else int(file.counted[: position.row].sum())
-            by_order[start + order] = position
-        start += file.num_rows if file.counted is None else int(file.counted.sum())
-    first = 0
-    for batch in reader.score_batches(("metric", "score")):
-        for order in [order for order in by_order if first <= order < first + len(batch)]:
-            metric, score = (batch.column(name)[order - first].as_py() for name in ("metric", "score"))
-            if score is not None:
-                found[by_order.pop(order)] = (metric, score)
-        first += len(batch)
-    return found
+        self._waiting = table.slice(len(batch)).to_batches()
+        return _floats(table.slice(0, len(batch)), "score")

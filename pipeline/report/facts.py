@@ -1,7 +1,7 @@
-"""What run.json and progress.jsonl say, in words and numbers for a page: what ran, how fast, at what cost.
+"""What run.json and progress.jsonl record, as text and numbers for a page: what ran, how fast, at what cost.
 
-Every key is optional: a run that broke off, or one of an older version, gives fewer lines, not an error. Secrets in
-settings are blacked out, for a report is made to be sent on. Knows dictionaries; not files or pages.
+Every key is optional: a run that stopped early gives fewer lines, not an error. Secrets in settings are hidden, since
+a report is made to be passed on. Knows dictionaries; not files or pages.
 """
 
 from __future__ import annotations
@@ -25,167 +25,136 @@ _QWEN2_VL_SIZES = {"2b": (1.54e9, 0.665e9), "7b": (7.62e9, 0.675e9), "72b": (72.
 
 
 @dataclass(frozen=True)
+class StageTime:
+    """How busy the actors of one stage were."""
+
+    name: str
+    num_actors: int
+    busy_s: float
+    """Summed over the actors."""
+    busy_share: float | None
+
+
+@dataclass(frozen=True)
 class Speed:
     """How fast the run was, as far as it recorded that."""
 
-    rows_per_s: float | None = None
-    output_tokens_per_s: float | None = None
-    seconds: float | None = None
-    num_gpus: float = 0
-    gpu_name: str | None = None
-    mfu: float | None = None
-    mfu_basis: str | None = None
-    gpu_hours: float | None = None
-    cost: float | None = None
-    stages: tuple[tuple[str, int, float, float | None], ...] = ()
-    """Name, workers, busy seconds, and share of the time busy."""
-    bottleneck: str | None = None
+    rows_per_s: float | None
+    output_tokens_per_s: float | None
+    seconds: float | None
+    num_gpus: float
+    gpu_name: str | None
+    mfu: float | None
+    """Model FLOP utilisation, from 0 to 1."""
+    mfu_basis: str | None
+    gpu_hours: float | None
+    cost: float | None
+    stages: tuple[StageTime, ...]
+    bottleneck: str | None
 
 
-def number(value: Any) -> float | None:
-    """The value as a number; None for anything else."""
+def at(values: Any, path: str) -> Any:
+    """The value under a dotted path of nested mappings; None where a step is missing."""
+    for key in path.split("."):
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
+
+
+def text_at(values: Any, path: str) -> str | None:
+    """The same where it is text that is not empty."""
+    value = at(values, path)
+    return value if isinstance(value, str) and value else None
+
+
+def number_at(values: Any, path: str) -> float | None:
+    """The same where it is a number."""
+    value = at(values, path)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+def items_at(values: Any, path: str) -> list[Any]:
+    """The same where it is a list; an empty one elsewhere."""
+    value = at(values, path)
+    return value if isinstance(value, list) else []
 
 
 def speed(run: Mapping[str, Any], *, price_per_gpu_hour: float | None = None) -> Speed:
     """Speed, utilisation, MFU and cost."""
-    throughput = _mapping(run.get("throughput"))
-    seconds = number(throughput.get("seconds")) or _wall_seconds(run)
-    num_gpus, gpu_name = _gpus(run)
+    seconds = number_at(run, "throughput.seconds")
+    num_gpus = _num_gpus(run)
     gpu_hours = num_gpus * seconds / 3600 if num_gpus and seconds else None
-    mfu, basis = _mfu(run, throughput, seconds, num_gpus, gpu_name)
-    stages = tuple(_stages(run, seconds))
+    mfu, mfu_basis = _mfu(run, seconds, num_gpus)
     return Speed(
-        rows_per_s=number(throughput.get("rows_per_s")),
-        output_tokens_per_s=number(throughput.get("output_tokens_per_s")),
+        rows_per_s=number_at(run, "throughput.rows_per_s"),
+        output_tokens_per_s=number_at(run, "throughput.output_tokens_per_s"),
         seconds=seconds,
         num_gpus=num_gpus,
-        gpu_name=gpu_name,
+        gpu_name=text_at(run, "engine.gpu"),
         mfu=mfu,
-        mfu_basis=basis,
+        mfu_basis=mfu_basis,
         gpu_hours=gpu_hours,
         cost=gpu_hours * price_per_gpu_hour if gpu_hours and price_per_gpu_hour else None,
-        stages=stages,
-        bottleneck=run["bottleneck"] if isinstance(run.get("bottleneck"), str) else _bottleneck(stages),
+        stages=tuple(_stages(run, seconds)),
+        bottleneck=text_at(run, "bottleneck"),
     )
 
 
-def _wall_seconds(run: Mapping[str, Any]) -> float | None:
-    try:
-        started, finished = (datetime.datetime.fromisoformat(str(run[key])) for key in ("started", "finished"))
-        return max((finished - started).total_seconds(), 0.0)
-    except (KeyError, ValueError, TypeError):
-        return None
+def _num_gpus(run: Mapping[str, Any]) -> float:
+    engines, each = (number_at(run, f"placement.{name}") for name in ("engine_actors", "gpus_per_engine"))
+    return (engines or 0.0) * (each or 0.0)
 
 
-def _gpus(run: Mapping[str, Any]) -> tuple[float, str | None]:
-    """How many GPUs the engines held, and what they are called."""
-    placement, engine, hardware = (_mapping(run.get(key)) for key in ("placement", "engine", "hardware"))
-    listed = hardware.get("gpus")
-    names = listed if isinstance(listed, list) else []
-    name = engine.get("gpu") or engine.get("device_name") or (names[0] if names else None) or hardware.get("gpu")
-    if isinstance(name, Mapping):
-        name = name.get("name")
-    held = (number(placement.get("engine_actors")) or 0) * (number(placement.get("gpus_per_engine")) or 0)
-    if not held and str(engine.get("device", "")).startswith("cuda"):
-        held = float(len(names) or 1)
-    return held, str(name) if name else None
-
-
-def _mfu(
-    run: Mapping[str, Any],
-    throughput: Mapping[str, Any],
-    seconds: float | None,
-    num_gpus: float,
-    gpu_name: str | None,
-) -> tuple[float | None, str | None]:
-    """Model FLOP utilisation: 2 FLOP a parameter and token, attention left out, over the GPUs' peak."""
-    recorded = number(run.get("mfu")) or number(throughput.get("mfu"))
-    if recorded:
-        return recorded, "as the run recorded it"
-    gpu = find_gpu(gpu_name) if gpu_name else None
-    peak = gpu.flops if gpu else None
-    sizes = _model_sizes(run)
-    tokens = [number(throughput.get(name)) for name in ("prompt_tokens", "output_tokens", "visual_tokens")]
-    if not (peak and sizes and seconds and num_gpus) or tokens[0] is None or tokens[1] is None:
+def _mfu(run: Mapping[str, Any], seconds: float | None, num_gpus: float) -> tuple[float | None, str | None]:
+    """Model FLOP utilisation and how it was computed: 2 FLOP a parameter and token, attention left out."""
+    gpu = find_gpu(text_at(run, "engine.gpu") or "")
+    size = re.search(r"qwen2-vl-(2b|7b|72b)", str(at(run, "model.path")), re.I)
+    prompt, output, visual = (number_at(run, f"throughput.{kind}_tokens") for kind in ("prompt", "output", "visual"))
+    if gpu is None or size is None or not seconds or not num_gpus or prompt is None or output is None:
         return None, None
-    language, vision = sizes
-    flops = 2 * language * (tokens[0] + tokens[1]) + 2 * vision * 4 * (tokens[2] or 0.0)
-    basis = f"2 FLOP a parameter and token without attention, over {peak / 1e12:,.0f} TFLOP/s dense bfloat16 a GPU"
-    return flops / (peak * num_gpus * seconds), basis
+    language, vision = _QWEN2_VL_SIZES[size[1].lower()]
+    flops = 2 * language * (prompt + output) + 2 * vision * 4 * (visual or 0.0)
+    basis = f"2 FLOP a parameter and token without attention, over {gpu.flops / 1e12:,.0f} TFLOP/s dense bfloat16 a GPU"
+    return flops / (gpu.flops * num_gpus * seconds), basis
 
 
-def _model_sizes(run: Mapping[str, Any]) -> tuple[float, float] | None:
-    model, engine = _mapping(run.get("model")), _mapping(run.get("engine"))
-    for facts in (model, engine):
-        parameters = number(facts.get("num_parameters"))
-        if parameters:
-            return parameters, number(facts.get("num_vision_parameters")) or 0.0
-    match = re.search(r"qwen2-vl-(2b|7b|72b)", str(model.get("path", "")), re.I)
-    return _QWEN2_VL_SIZES[match[1].lower()] if match else None
+def _stages(run: Mapping[str, Any], seconds: float | None) -> Iterator[StageTime]:
+    """Each stage once, the times of its actors added up."""
+    actors = [(text_at(actor, "kind"), actor) for actor in items_at(run, "stages")]
+    for name in dict.fromkeys(name for name, _ in actors if name):
+        mine = [actor for kind, actor in actors if kind == name]
+        busy = sum(number_at(actor, "busy_s") or 0.0 for actor in mine)
+        idle = [number_at(actor, "idle_s") for actor in mine]
+        total = (seconds or 0.0) * len(mine) if None in idle else busy + sum(value or 0.0 for value in idle)
+        yield StageTime(name, len(mine), busy, min(busy / total, 1.0) if total > 0 else None)
 
 
-def _stages(run: Mapping[str, Any], seconds: float | None) -> Iterator[tuple[str, int, float, float | None]]:
-    """Each stage once, its workers' figures added up. Both shapes are read: a list of workers, a dict of stages."""
-    recorded = run.get("stages")
-    workers: list[Mapping[str, Any]] = []
-    if isinstance(recorded, Mapping):
-        workers = [{"kind": name, **_mapping(facts)} for name, facts in recorded.items()]
-    elif isinstance(recorded, list):
-        workers = [facts for facts in recorded if isinstance(facts, Mapping)]
-    for name in dict.fromkeys(str(worker.get("kind") or worker.get("name") or "stage") for worker in workers):
-        mine = [worker for worker in workers if str(worker.get("kind") or worker.get("name") or "stage") == name]
-        busy = sum(number(worker.get("busy_s")) or 0.0 for worker in mine)
-        idle = [number(worker.get("idle_s")) for worker in mine]
-        count = sum(int(number(worker.get("workers")) or 1) for worker in mine)
-        known_idle = [value for value in idle if value is not None]
-        total = busy + sum(known_idle) if known_idle else (seconds or 0.0) * count
-        yield name, count, busy, min(busy / total, 1.0) if total > 0 else None
+def rates_over_time(progress: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """The rates that a page draws, by their title."""
+    named = {"rows": "Rows per second", "output_tokens": "Output tokens per second", "errors": "Errors per second"}
+    found = {title: rates(progress, name) for name, title in named.items()}
+    if not any(rate for _, rate in found["Errors per second"]):
+        del found["Errors per second"]
+    return {title: points for title, points in found.items() if len(points) >= 2}
 
 
-def _bottleneck(stages: Sequence[tuple[str, int, float, float | None]]) -> str | None:
-    shares = {name: share for name, _, _, share in stages if share is not None}
-    if "engine" not in shares:
-        return None
-    engine = shares["engine"]
-    if engine >= 0.9:
-        return (
-            f"The engine was busy {engine:.0%} of the time: it set the pace. "
-            "More or faster GPUs would help, more CPU actors would not."
-        )
-    others = {name: share for name, share in shares.items() if name != "engine"}
-    if others:
-        name, share = max(others.items(), key=lambda item: item[1])
-        if share > 0.6:
-            return (
-                f"The engine waited {1 - engine:.0%} of the time while {name} was busy {share:.0%}: "
-                f"more CPU actors (resources.preprocess_actors) would speed it up."
-            )
-    return (
-        f"The engine was busy {engine:.0%} of the time and no other stage was near its limit: "
-        "the run was short, or reading the data was slow."
-    )
-
-
-def rates(progress: Sequence[Mapping[str, Any]], name: str, most: int = 120) -> list[tuple[float, float]]:
-    """(seconds, per second) of a growing count, at most `most` points; empty where it was not recorded."""
-    known = [(float(line["t"]), float(line[name])) for line in progress if number(line.get(name)) is not None]
+def rates(progress: Sequence[Mapping[str, Any]], name: str, max_points: int = 120) -> list[tuple[float, float]]:
+    """(seconds, per second) of a growing count, about `max_points` of them; empty where it was not recorded."""
+    known = [(float(line["t"]), count) for line in progress if (count := number_at(line, name)) is not None]
     if len(known) < 3:
         return []
-    start = known[0][0]
-    step = max(1, -(-len(known) // most))
-    chosen = known[::step]
-    if chosen[-1] != known[-1]:
-        chosen.append(known[-1])
+    start, last = known[0][0], known[-1]
+    chosen = known[:: -(-len(known) // max_points)]
+    if chosen[-1] != last:
+        chosen.append(last)
     return [
         (t - start, max((value - before) / (t - earlier), 0.0))
         for (earlier, before), (t, value) in itertools.pairwise(chosen)
         if t > earlier
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings and sources, without secrets
 
 
 def settings_lines(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -194,10 +163,10 @@ def settings_lines(values: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             yield from settings_lines(value, f"{name}.")
-        elif _is_secret(name):
-            yield name, HIDDEN if value not in (None, "", {}, []) else _show(value)
+        elif _is_secret(name) and value not in (None, "", {}, []):
+            yield name, HIDDEN
         else:
-            yield name, _show(value)
+            yield name, _setting(value)
 
 
 def _is_secret(name: str) -> bool:
@@ -207,37 +176,35 @@ def _is_secret(name: str) -> bool:
     return _SECRET.search(key) is not None
 
 
-def _show(value: Any) -> str:
-    if value is None:
+def _setting(value: Any) -> str:
+    if value is None or isinstance(value, Mapping):
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(_show(item) for item in value) or "none"
-    return shown_source(str(value)) if not isinstance(value, Mapping) else "none"
+        return ", ".join(_setting(item) for item in value) or "none"
+    return shown_source(str(value))
 
 
 def setting_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(name, baseline, this run) of the settings that differ and that may change answers or speed."""
     mine, other = dict(settings_lines(ours)), dict(settings_lines(theirs))
-    names = dict.fromkeys([*other, *mine])
     return [
         (name, other.get(name, "not set"), mine.get(name, "not set"))
-        for name in names
+        for name in dict.fromkeys([*other, *mine])
         if mine.get(name) != other.get(name) and not name.startswith(("output.", "evaluate.", "run."))
     ]
 
 
 def shown_source(source: str) -> str:
-    """A source fit to be sent on: data: URLs cut short, passwords and signatures of URLs taken out."""
+    """A source fit to be passed on: data: URLs cut short, passwords and signatures of URLs removed."""
     if source.startswith("data:"):
         return source.partition(",")[0][:60] + ",…"
     scheme, separator, rest = source.partition("://")
     if separator and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
         host, slash, path = rest.partition("/")
-        host = host.rpartition("@")[2]
         path, question, _ = path.partition("?")
-        return f"{scheme}://{host}{slash}{path}" + ("?…" if question else "")
+        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" + ("?…" if question else "")
     return source
 
 
@@ -246,98 +213,86 @@ def without_secrets(text: str) -> str:
     return _URL.sub(lambda match: shown_source(match[0]), text)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What ran
+
+
 def headline(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What ran: model, prompt, sampling, data, code, hardware."""
-    config = _mapping(run.get("config"))
-    model, versions, hardware = (_mapping(run.get(key)) for key in ("model", "versions", "hardware"))
-    engine, manifest = _mapping(run.get("engine")), _mapping(run.get("manifest"))
-    prompt, sampling = _mapping(config.get("prompt")), _mapping(config.get("sampling"))
+    attention, revision = text_at(run, "engine.attention"), text_at(run, "model.revision")
+    commit, version = text_at(run, "versions.commit"), text_at(run, "versions.qwen2-vl-batch")
+    cpus = number_at(run, "hardware.cpus")
+    num_gpus = _num_gpus(run)
+    packages = [(name, text_at(run, f"versions.{name}")) for name in ("torch", "transformers", "ray")]
     lines: list[tuple[str, str | None]] = [
-        ("Model", _joined(model.get("path") or model.get("name"), _revision(model.get("revision")))),
+        ("Model", _joined(text_at(run, "model.path"), revision and f"revision {revision}")),
         (
             "Engine",
             _joined(
-                engine.get("kind"),
-                engine.get("dtype"),
-                engine.get("device"),
-                engine.get("attention") and f"{engine['attention']} attention",
+                *(text_at(run, f"engine.{name}") for name in ("kind", "dtype", "device")),
+                attention and f"{attention} attention",
             ),
         ),
-        ("Prompt", _text(prompt.get("template")) or ("from the manifest's rows" if config else None)),
-        ("System prompt", _text(prompt.get("system"))),
-        ("Sampling", _sampling(sampling)),
-        ("Data", _data(manifest, config)),
-        ("Code", _joined(_version(versions), _commit(versions.get("commit")))),
-        ("Packages", _joined(*(f"{n} {versions[n]}" for n in ("torch", "transformers", "ray") if versions.get(n)))),
-        ("Hardware", _hardware(run, hardware)),
-        ("Started", _moment(run.get("started"))),
+        (
+            "Prompt",
+            text_at(run, "config.prompt.template") or ("from the manifest's rows" if at(run, "config") else None),
+        ),
+        ("System prompt", text_at(run, "config.prompt.system")),
+        ("Sampling", _sampling(at(run, "config.sampling"))),
+        ("Data", _data(run)),
+        ("Code", _joined(version and f"qwen2-vl-batch {version}", commit and _commit(commit))),
+        ("Packages", _joined(*(f"{name} {version}" for name, version in packages if version))),
+        (
+            "Hardware",
+            _joined(
+                f"{num_gpus:g} x {text_at(run, 'engine.gpu') or 'GPU'}" if num_gpus else None,
+                cpus and f"{cpus:g} CPUs",
+                text_at(run, "hardware.processor"),
+                text_at(run, "hardware.system"),
+            ),
+        ),
+        ("Started", _moment(text_at(run, "started"))),
     ]
     return [(name, text) for name, text in lines if text]
 
 
-def _joined(*parts: Any) -> str | None:
+def _joined(*parts: str | float | None) -> str | None:
     return ", ".join(str(part) for part in parts if part) or None
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
-def _revision(value: Any) -> str | None:
-    return f"revision {value}" if value else None
-
-
-def _version(versions: Mapping[str, Any]) -> str | None:
-    version = versions.get("qwen2-vl-batch")
-    return f"qwen2-vl-batch {version}" if version else None
-
-
-def _commit(value: Any) -> str | None:
-    if not value:
-        return None
-    commit, _, changed = str(value).partition("-")
+def _commit(commit: str) -> str:
+    commit, _, changed = commit.partition("-")
     return f"commit {commit[:12]}" + (" with changes" if changed else "")
 
 
-def _sampling(sampling: Mapping[str, Any]) -> str | None:
-    if not sampling:
+def _sampling(sampling: Any) -> str | None:
+    if not isinstance(sampling, Mapping) or not sampling:
         return None
-    temperature = number(sampling.get("temperature")) or 0.0
-    how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-    extras = [
-        f"{name} {sampling[name]}"
-        for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0), ("repetition_penalty", 1.0), ("n", 1))
-        if temperature and sampling.get(name, off) != off
-    ]
-    seed = sampling.get("seed")
+    temperature = number_at(sampling, "temperature")
+    defaults = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "n": 1}
     return _joined(
-        how, *extras, f"at most {sampling.get('max_tokens')} tokens", f"seed {seed}" if seed is not None else None
+        f"temperature {temperature:g}" if temperature else "greedy",
+        *(f"{n} {sampling[n]}" for n, off in defaults.items() if temperature and sampling.get(n, off) != off),
+        f"at most {sampling.get('max_tokens')} tokens",
+        None if sampling.get("seed") is None else f"seed {sampling['seed']}",
     )
 
 
-def _data(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
-    fingerprint = manifest.get("fingerprint")
-    path = manifest.get("path") or _mapping(config.get("input")).get("path")
-    if not isinstance(fingerprint, Mapping):
-        return _joined(path and shown_source(str(path)), fingerprint and f"fingerprint {str(fingerprint)[:16]}")
-    files = fingerprint.get("files") or []
-    rows, size = number(fingerprint.get("num_rows")), sum(number(entry[1]) or 0 for entry in files if len(entry) > 1)
+def _data(run: Mapping[str, Any]) -> str | None:
+    path = text_at(run, "manifest.path") or text_at(run, "config.input.path")
+    files, num_rows = items_at(run, "manifest.fingerprint.files"), number_at(run, "manifest.fingerprint.num_rows")
+    size = sum(file[1] for file in files if isinstance(file, list) and len(file) > 1 and isinstance(file[1], int))
     return _joined(
-        path and shown_source(str(path)),
-        f"{rows:,.0f} rows in {len(files):,} file{'s' if len(files) != 1 else ''}" if rows is not None else None,
+        path and shown_source(path),
+        f"{num_rows:,.0f} rows in {len(files):,} file{'s' if len(files) != 1 else ''}"
+        if num_rows is not None
+        else None,
         f"{size:,.0f} bytes" if size else None,
     )
 
 
-def _hardware(run: Mapping[str, Any], hardware: Mapping[str, Any]) -> str | None:
-    num_gpus, name = _gpus(run)
-    gpus = f"{num_gpus:g} x {name or 'GPU'}" if num_gpus else None
-    cpus = hardware.get("cpus")
-    return _joined(gpus, f"{cpus} CPUs" if cpus else None, hardware.get("processor"), hardware.get("system"))
-
-
-def _moment(value: Any) -> str | None:
+def _moment(value: str | None) -> str | None:
     try:
-        return datetime.datetime.fromisoformat(str(value)).strftime("%Y-%m-%d %H:%M:%S %Z").strip()
+        return datetime.datetime.fromisoformat(value or "").strftime("%Y-%m-%d %H:%M:%S %Z").strip()
     except ValueError:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from pipeline.results.run_folder import RunFolder
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status
 
 T = TypeVar("T")
+Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
 
 PARTITION_KEY = b"qwen2_vl_batch.partition"
 """In a partitioned part's footer: a table of one row and one column, the value that all rows of the part share."""
@@ -43,14 +44,31 @@ def read_table(
         present = parquet.schema_arrow.names
         wanted = present if columns is None else [name for name in columns if name in present]
         table = parquet.read(columns=wanted)
-        metadata = parquet.schema_arrow.metadata or {}
-    if PARTITION_KEY not in metadata:
-        return table
-    value = pa.ipc.open_stream(metadata[PARTITION_KEY]).read_all()
-    if columns is not None and value.column_names[0] not in columns:
-        return table
-    table = table.append_column(value.schema.field(0), pa.repeat(value.column(0)[0], table.num_rows))
-    return table.replace_schema_metadata(None)
+    return restore_partition(table, parquet.schema_arrow, columns)
+
+
+def restore_partition(rows: Rows, stored: pa.Schema, columns: Collection[str] | None = None) -> Rows:
+    """Rows of a partitioned part with the column that its folder is named by, if that is among `columns` (None: all).
+
+    `stored` is the file's schema. Rows of other files are returned as they are.
+    """
+    shared = _shared_column(stored)
+    if shared is None or (columns is not None and shared.column_names[0] not in columns):
+        return rows
+    values = pa.repeat(shared.column(0)[0], rows.num_rows)
+    return rows.append_column(shared.schema.field(0), values).replace_schema_metadata(None)
+
+
+def schema_with_partition(stored: pa.Schema) -> pa.Schema:
+    """The schema of a file's rows after `restore_partition`."""
+    shared = _shared_column(stored)
+    return stored if shared is None else stored.append(shared.schema.field(0)).remove_metadata()
+
+
+def _shared_column(stored: pa.Schema) -> pa.Table | None:
+    """The column of which all rows of a partitioned part have the same value, as a table of one row."""
+    metadata = stored.metadata or {}
+    return pa.ipc.open_stream(metadata[PARTITION_KEY]).read_all() if PARTITION_KEY in metadata else None
 
 
 def read_footer(folder: RunFolder, path: str) -> pq.FileMetaData:

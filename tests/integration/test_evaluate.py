@@ -15,8 +15,13 @@ from jobs.evaluate import EvaluateConfig, main
 from pipeline.config import CaptionConfig, load_config
 from pipeline.demo import CHECKPOINT
 from pipeline.evaluation.canaries import compare_canaries
+from pipeline.manifest.row_set import RowNumbering
+from pipeline.results.fragments import FragmentWriter
+from pipeline.results.parts import finalise
 from pipeline.results.reader import RunReader
-from tests.unit.report.runs import error_row, result_row, write_run
+from pipeline.results.run_folder import RunFolder
+from pipeline.schema import result_schema
+from tests.unit.report.runs import KEPT, error_row, result_row, write_run
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "evaluate.yaml")
 
@@ -43,6 +48,24 @@ def test_a_finished_run_is_scored_where_it_lies(tmp_path: Path, capsys: pytest.C
     page = (folder / "report.html").read_text()
     assert "87.1 %" in page and "Exact match" in page
     assert "87.1 %" in capsys.readouterr().out
+
+
+def test_a_partitioned_run_is_scored_and_reported_like_any_other(tmp_path: Path) -> None:
+    rows, schema, numbering = _rows(wrong=3), result_schema(KEPT), RowNumbering([30])
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.prepare()
+    writer = FragmentWriter(folder, numbering, schema, 30, 60.0)
+    writer.add(pa.Table.from_pylist(rows, schema=schema))
+    finalise(folder, numbering, schema, rows_per_part=11, partition_by="task")
+    folder.write_run({"state": "finished"})
+    assert _evaluate("--run.path", folder.path) == 0
+    whole = write_run(tmp_path / "whole", rows)
+    assert _evaluate("--run.path", str(whole)) == 0
+    both = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "whole")]
+    tasks = [{entry["value"]: entry["metrics"]["exact_match"]["value"] for entry in one["slices"]["task"]} for one in both]
+    assert tasks[0] == tasks[1] and set(tasks[0]) == {"colour", "count", "caption", "video"}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "90.0 %" in page and 'id="gallery-worst"' in page
 
 
 def test_scoring_again_changes_nothing(tmp_path: Path) -> None:

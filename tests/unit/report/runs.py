@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.settings import ScoringSettings
-from pipeline.report import RunReader
+from pipeline.results.reader import RunReader
 from pipeline.schema import result_schema
 
 HOSTILE = (
@@ -56,6 +56,7 @@ RUN: dict[str, Any] = {
         "rows_per_s": 41.5, "output_tokens_per_s": 1234.5, "seconds": 1800.0, "prompt_tokens": 90_000_000,
         "visual_tokens": 70_000_000, "output_tokens": 2_000_000,
     },
+    "bottleneck": "preprocessing held the engine back for 26% of the time",
     "stages": [
         {"kind": "preprocess", "busy_s": 1500.0}, {"kind": "preprocess", "busy_s": 1400.0},
         {"kind": "engine", "busy_s": 1300.0, "idle_s": 500.0}, {"kind": "engine", "busy_s": 1350.0, "idle_s": 450.0},
@@ -139,8 +140,8 @@ def write_scores(folder: Path, **settings: Any) -> dict[str, Any]:
     chosen: dict[str, Any] = {"references": "reference", "metrics": ("exact_match", "token_f1"), "task_column": "task"}
     scorer = Scorer(ScoringSettings(**(chosen | settings)))
     reader = RunReader(str(folder))
-    scorer.learn(one.batch for one in reader.batches())
-    table = pa.Table.from_batches([scorer.score(one.batch) for one in reader.batches()], schema=scorer.schema)
+    scorer.learn(reader.batches())
+    table = pa.Table.from_batches([scorer.score(batch) for batch in reader.batches()], schema=scorer.schema)
     pq.write_table(table, folder / "scores.parquet")
     metrics = scorer.metrics()
     (folder / "metrics.json").write_text(json.dumps(metrics))

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import OutputError
 from pipeline.evaluation.comparison import compare_folders
-from pipeline.report import Report, ReportOptions, build_report, gather, render_html, render_markdown
+from pipeline.report import Report, ReportOptions, gather, render_html, render_markdown
 from tests.unit.report.runs import HOSTILE, RUN, error_row, result_row, write_run, write_scores
 
 _QUICK = ReportOptions(thumbnails=False)
@@ -63,9 +63,9 @@ def test_secrets_of_settings_and_urls_do_not_leave_the_house(page: str) -> None:
 
 def test_scores_stand_with_their_intervals_overall_and_by_slice(page: str, report: Report) -> None:
     text = " ".join(_Tags(page).text.split())
-    overall = (report.metrics or {})["overall"]["exact_match"]
-    assert f"{100 * overall['value']:.1f} %" in text
-    assert f"{100 * overall['low']:.1f} to {100 * overall['high']:.1f} %" in text
+    overall = report.scores.overall["exact_match"].estimate
+    assert f"{100 * overall.value:.1f} %" in text
+    assert f"{100 * overall.low:.1f} to {100 * overall.high:.1f} %" in text
     for name in ("task", "source", "media_kind", "resolution_bucket", "several images", "one video"):
         assert name in text
 
@@ -85,17 +85,17 @@ def test_speed_cost_and_utilisation_are_computed_from_the_run(report: Report, pa
     assert speed.cost == pytest.approx(2.5)
     flops = 2 * 1.54e9 * 92e6 + 2 * 0.665e9 * 4 * 70e6
     assert speed.mfu == pytest.approx(flops / (989e12 * 2 * 1800))
-    stages = {name: (workers, share) for name, workers, _, share in speed.stages}
+    stages = {stage.name: (stage.num_actors, stage.busy_share) for stage in speed.stages}
     assert {name: workers for name, (workers, _) in stages.items()} == {"preprocess": 2, "engine": 2}
     assert stages["engine"][1] == pytest.approx(2650 / 3600)
     assert stages["preprocess"][1] == pytest.approx(2900 / 3600)
-    assert speed.bottleneck and "more CPU actors" in speed.bottleneck
+    assert speed.bottleneck == RUN["bottleneck"]
     assert "€2.50" in page
     assert page.count('class="line"') >= 2, "rows/s and tokens/s over time"
 
 
 def test_every_section_of_the_gallery_shows_the_rows_it_names(report: Report) -> None:
-    sections = {key: cards for key, _, _, cards in report.sections}
+    sections = {section.key: section.cards for section in report.sections}
     assert set(sections) == {
         "worst", "best", "random", "errors", "truncated", "repeating", "longest", "slowest",
     }  # fmt: skip
@@ -110,8 +110,8 @@ def test_every_section_of_the_gallery_shows_the_rows_it_names(report: Report) ->
 
 
 def test_errors_are_counted_by_type_with_an_example_each(report: Report) -> None:
-    assert next((kind, count) for kind, _, count, _ in report.errors) == ("TruncatedMedia", 2)
-    assert all(card is not None and card.error for *_, card in report.errors)
+    assert (report.errors[0].kind, report.errors[0].num_rows) == ("TruncatedMedia", 2)
+    assert all(one.example is not None and one.example.error for one in report.errors)
 
 
 def test_pictures_are_shown_of_images_and_videos_with_words_for_those_who_do_not_see(page: str) -> None:
@@ -136,27 +136,27 @@ def test_an_unfinished_run_without_references_gets_a_page_too(tmp_path: Path) ->
     assert report.state == "running"
     assert "9 of 60 rows" in text and "The run is not finished" in text
     assert "Exact match" not in text and "Scores by slice" not in text
-    assert {key for key, *_ in report.sections} >= {"random", "errors", "longest"}
+    assert {section.key for section in report.sections} >= {"random", "errors", "longest"}
 
 
 def test_a_row_in_several_fragments_counts_once_and_its_answer_wins(tmp_path: Path) -> None:
     again = [result_row(2, text="second try", attempts=2), error_row(3, "FetchTimeout", "fetch", "late")]
     rows = [result_row(0), result_row(1), error_row(2, "FetchTimeout", "fetch", "early"), result_row(3), *again]
     folder = write_run(tmp_path / "run", rows, finished=False)
-    found = gather(str(folder), options=_QUICK).collected
+    found = gather(str(folder), options=_QUICK).rows
     assert (found.num_rows, found.num_ok) == (4, 4)
 
 
 def test_a_folder_without_run_json_or_rows_is_still_a_page_and_a_stranger_is_refused(tmp_path: Path) -> None:
     bare = write_run(tmp_path / "bare", [result_row(0), result_row(1)], run=None)
-    assert "holds no run.json" in build_report(str(bare), options=_QUICK)
+    assert "holds no run.json" in render_html(gather(str(bare), options=_QUICK))
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "run.json").write_text(json.dumps({"state": "running"}))
-    assert "0 rows" in build_report(str(empty), options=_QUICK)
+    assert "0 rows" in render_html(gather(str(empty), options=_QUICK))
     (tmp_path / "stranger").mkdir()
     with pytest.raises(OutputError, match=r"no run folder.*part-\*"):
-        build_report(str(tmp_path / "stranger"))
+        gather(str(tmp_path / "stranger"))
 
 
 def test_scores_of_other_rows_are_not_shown_as_these_rows(tmp_path: Path) -> None:
@@ -164,8 +164,8 @@ def test_scores_of_other_rows_are_not_shown_as_these_rows(tmp_path: Path) -> Non
     write_scores(folder)
     write_run(folder, [result_row(number + 1) for number in range(6)])
     report = gather(str(folder), options=_QUICK)
-    assert not report.collected.scores_fit
-    assert all(card.score is None for _, _, _, cards in report.sections for card in cards)
+    assert not report.rows.scores_fit
+    assert all(card.score is None for section in report.sections for card in section.cards)
     assert "score it again" in render_html(report)
 
 
@@ -184,15 +184,14 @@ def test_a_regression_is_called_with_rows_that_show_it(tmp_path: Path) -> None:
         return {**row, "text": "wrong"} if row["manifest_row"] % 3 == 0 else row
 
     candidate, baseline = _pair(tmp_path, change)
-    comparison = compare_folders(str(candidate), str(baseline))
-    report = gather(str(candidate), comparison=comparison, baseline=str(baseline), options=_QUICK)
+    report = gather(str(candidate), baseline=str(baseline), options=_QUICK)
     text = " ".join(_Tags(render_html(report)).text.split())
     assert "Worse than the baseline: Exact match -35.0 points" in text
     assert "0 rows won, 14 lost, 26 tied" in text
     assert "26 of 40 shared rows have the same answer" in text
-    lost = next(cards for key, _, _, cards in report.sections if key == "lost")
+    lost = next(section.cards for section in report.sections if section.key == "lost")
     assert {(card.answer, card.baseline) for card in lost} == {("wrong", "right")}
-    assert "won" not in {key for key, *_ in report.sections}
+    assert "won" not in {section.key for section in report.sections}
     assert "**Worse than the baseline" in render_markdown(report)
 
 
@@ -201,14 +200,13 @@ def test_rows_that_all_score_the_same_are_not_both_best_and_worst(tmp_path: Path
     rows = [result_row(number, text=text, reference="right") for number in range(5)]
     folder = write_run(tmp_path / "run", rows)
     write_scores(folder)
-    sections = {key for key, *_ in gather(str(folder), options=_QUICK).sections}
+    sections = {section.key for section in gather(str(folder), options=_QUICK).sections}
     assert sections & {"best", "worst"} == shown
 
 
 def test_equal_runs_are_called_identical(tmp_path: Path) -> None:
     candidate, baseline = _pair(tmp_path, lambda row: row)
-    comparison = compare_folders(str(candidate), str(baseline))
-    text = render_html(gather(str(candidate), comparison=comparison, baseline=str(baseline), options=_QUICK))
+    text = render_html(gather(str(candidate), baseline=str(baseline), options=_QUICK))
     assert "Identical scores on all 40 rows" in text
 
 
@@ -216,7 +214,7 @@ def test_two_runs_without_scores_are_compared_by_their_answers(tmp_path: Path) -
     one = write_run(tmp_path / "one", [result_row(number) for number in range(8)])
     other = write_run(tmp_path / "other", [result_row(number, text=f"answer {number % 2}") for number in range(8)])
     assert compare_folders(str(one), str(other)) is None
-    text = build_report(str(one), baseline=str(other), options=_QUICK)
+    text = render_html(gather(str(one), baseline=str(other), options=_QUICK))
     assert "are the same text as the baseline" in text
 
 
@@ -229,5 +227,5 @@ def test_markdown_fits_a_pull_request_and_escapes_what_it_shows(report: Report) 
 
 def test_the_same_folder_gives_the_same_gallery(rich: Path, report: Report) -> None:
     again = gather(str(rich), options=_QUICK)
-    ids = [[card.id for card in cards] for _, _, _, cards in again.sections]
-    assert ids == [[card.id for card in cards] for _, _, _, cards in report.sections]
+    ids = [[card.id for card in section.cards] for section in again.sections]
+    assert ids == [[card.id for card in section.cards] for section in report.sections]

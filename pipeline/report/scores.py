@@ -1,0 +1,82 @@
+"""Scores as a page shows them, typed: what metrics.json holds of a run, and of its comparison with another run.
+
+Knows the keys of metrics.json; not how a score is computed or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.evaluation.interval import Comparison, Estimate
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric over some rows."""
+
+    title: str
+    what: str
+    """One sentence on what the metric measures."""
+    maximum: float
+    """1 for a metric that is a share and is shown as a percentage."""
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class ScoreDifference:
+    """A metric over the rows that two runs share, or all metrics of one task."""
+
+    title: str
+    maximum: float
+    numbers: Comparison
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What metrics.json holds of one run; empty if the run was not scored."""
+
+    overall: Mapping[str, Score]
+    """By the metric's name; the first is the headline."""
+    slices: Mapping[str, tuple[tuple[str, Score], ...]]
+    """The scores of each value, by the slice's name."""
+    canaries: Mapping[str, Any] | None
+    """How rows that were run once more, each alone, compare with themselves."""
+
+
+def read_scores(metrics: Mapping[str, Any]) -> Scores:
+    """The scores of a run's metrics.json."""
+
+    def scores(estimates: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
+        for name, estimate in estimates.items():
+            yield name, Score(**_definition(metrics, name), estimate=Estimate(**estimate))
+
+    slices = {
+        name: tuple((entry["value"], score) for entry in values for _, score in scores(entry["metrics"]))
+        for name, values in metrics.get("slices", {}).items()
+    }
+    return Scores(
+        overall=dict(scores(metrics.get("overall", {}))),
+        slices={name: values for name, values in slices.items() if values},
+        canaries=metrics.get("canaries"),
+    )
+
+
+def read_differences(metrics: Mapping[str, Any], comparison: Mapping[str, Any]) -> dict[str, ScoreDifference]:
+    """The differences by metric, and after them by task as `task NAME`."""
+    found = {}
+    for name, numbers in comparison.get("metrics", {}).items():
+        known = _definition(metrics, name)
+        found[name] = ScoreDifference(known["title"], known["maximum"], _comparison(numbers))
+    for task, numbers in comparison.get("tasks", {}).items():
+        found[f"task {task}"] = ScoreDifference(f"task {task}", 1.0, _comparison(numbers))
+    return found
+
+
+def _definition(metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {"title": name, "what": "", "maximum": 1.0, **metrics.get("definitions", {}).get(name, {})}
+
+
+def _comparison(numbers: Mapping[str, Any]) -> Comparison:
+    return Comparison(**{key: value for key, value in numbers.items() if key != "verdict"})
