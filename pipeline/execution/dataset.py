@@ -29,8 +29,8 @@ from pipeline.execution.actors import EngineActor, PreprocessActor, pack
 from pipeline.execution.placement import READ_CPUS, Placement
 from pipeline.execution.stages import Stages
 from pipeline.generate import GenerateOptions
-from pipeline.manifest.files import ManifestSpec
-from pipeline.manifest.work import Work, read_work
+from pipeline.manifest.files import ManifestSpec, WorkUnit
+from pipeline.manifest.work import read_work
 
 PREPROCESS_ACTOR: type = PreprocessActor
 ENGINE_ACTOR: type = EngineActor
@@ -56,7 +56,7 @@ class Flow:
 class ManifestSource(Datasource):  # type: ignore[misc]
     """Ray's view of the work to do: one read task for each unit, with exact row counts."""
 
-    def __init__(self, spec: ManifestSpec, work: Sequence[Work], columns: Sequence[str]) -> None:
+    def __init__(self, spec: ManifestSpec, work: Sequence[WorkUnit], columns: Sequence[str]) -> None:
         super().__init__()
         self._spec, self._work, self._columns = spec, work, columns
 
@@ -78,11 +78,11 @@ class ManifestSource(Datasource):  # type: ignore[misc]
         ]
 
 
-def _read(spec: ManifestSpec, work: Work, columns: Sequence[str]) -> Iterable[pa.Table]:
+def _read(spec: ManifestSpec, work: WorkUnit, columns: Sequence[str]) -> Iterable[pa.Table]:
     return [pack(read_work(spec, work, columns))]
 
 
-def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[Work], supervisor: Any) -> Iterator[pa.Table]:
+def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], supervisor: Any) -> Iterator[pa.Table]:
     """Start the actors and yield the finished rows (schema.result_schema), in no order. Raises JobError."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -27,10 +27,10 @@ from pipeline.execution.stages import (
     number_rows,
     open_input,
 )
-from pipeline.manifest.files import Manifest
+from pipeline.manifest.files import Manifest, WorkUnit
 from pipeline.manifest.find import recorded_manifest
 from pipeline.manifest.row_set import RowNumbering
-from pipeline.manifest.work import Retries, Work, plan_work
+from pipeline.manifest.work import Retries, plan_work
 from pipeline.preprocess.messages import check_columns
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.results.finished import FinishedRows, read_finished
@@ -77,7 +77,7 @@ class CaptionJob:
         self.folder.write_run(self.record)
         self.started = True
 
-    def plan(self, placement: Placement) -> list[Work]:
+    def plan(self, placement: Placement) -> list[WorkUnit]:
         """Units of work over the rows that are not done."""
         resources = self.config.resources
         return list(

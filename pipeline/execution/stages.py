@@ -14,10 +14,10 @@ from pipeline.checkpoint.locate import read_processor_facts, resolve_model
 from pipeline.config import CaptionConfig
 from pipeline.engine import EngineOptions
 from pipeline.generate import GenerateOptions
-from pipeline.manifest.files import Manifest
+from pipeline.manifest.files import Manifest, WorkUnit
 from pipeline.manifest.find import open_manifest
 from pipeline.manifest.row_set import RowNumbering, RowSet
-from pipeline.manifest.work import Work, plan_work
+from pipeline.manifest.work import plan_work
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
 from pipeline.preprocess.messages import MessageOptions, check_columns, needed_columns
 from pipeline.preprocess.stage import PreprocessOptions
@@ -42,7 +42,7 @@ class OpenedStages:
     manifest: Manifest
     numbering: RowNumbering
 
-    def whole_manifest(self, *, rows_per_unit: int = 32) -> list[Work]:
+    def whole_manifest(self, *, rows_per_unit: int = 32) -> list[WorkUnit]:
         """Units of work over every row, finished or not."""
         done = RowSet(self.numbering.num_rows)
         return list(

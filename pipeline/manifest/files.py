@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.errors import ManifestError
+from pipeline.manifest.row_set import Indices
 from pipeline.storage import FileInfo, StorageOptions
 
 MEDIA = "media"
@@ -33,18 +34,29 @@ class ManifestFile:
 
 @dataclass(frozen=True, slots=True)
 class WorkUnit:
-    """Rows [start, stop) of the manifest's file number `file`."""
+    """Rows of the manifest's file number `file` that are read and run together."""
 
     file: int
     path: str
     start: int
     stop: int
+    """Row numbers [start, stop) in the file."""
     seek: tuple[int, int] = (0, 0)
     """Text files: a row at or before `start`, and the byte at which it begins."""
+    selected: Indices | None = None
+    """The rows among them that are to be run, ascending; None: all."""
+    attempts: npt.NDArray[np.int32] | None = None
+    """The attempt that this is for each row to run; None: the first."""
 
     @property
     def num_rows(self) -> int:
-        return self.stop - self.start
+        """Rows to run."""
+        return self.stop - self.start if self.selected is None else len(self.selected)
+
+    @property
+    def rows(self) -> Indices:
+        """Numbers of the rows to run."""
+        return np.arange(self.start, self.stop) if self.selected is None else self.selected
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ class Manifest:
         return ManifestSpec(self.format, self.schema, self.storage_options)
 
     def unit(self, file: int, start: int, stop: int) -> WorkUnit:
-        """The unit of rows [start, stop) of a file."""
+        """The unit of all rows [start, stop) of a file."""
         seek = (0, 0)
         if self.offsets:
             mark = start // INDEX_STRIDE
@@ -117,8 +129,8 @@ class ManifestFormat(ABC):
     def read(self, spec: ManifestSpec, units: Sequence[WorkUnit], columns: Sequence[str]) -> Iterator[pa.Table]:
         """A table for each unit, in the types of `spec.schema`, in one pass over the file.
 
-        The units are of one file, ascending. Columns that the file lacks are null. Where single rows may be unreadable,
-        the column `schema.MANIFEST_ERROR` has the reason. Raises ManifestError, OSError.
+        The units are of one file, ascending, and whole (nothing `selected`). Columns that the file lacks are null. Where
+        single rows may be unreadable, the column `schema.MANIFEST_ERROR` has the reason. Raises ManifestError, OSError.
         """
 
 

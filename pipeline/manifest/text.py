@@ -156,9 +156,9 @@ def _table(records: Sequence[Record], schema: pa.Schema, names: Sequence[str], u
     for name in names:
         wanted = schema.field(name).type
         values = [None if record.values is None else record.values.get(name) for record in records]
-        if convert := _CONVERSIONS.get(wanted):
-            values = [None if value is None else convert(value) for value in values]
         try:
+            if convert := _CONVERSIONS.get(wanted):
+                values = [None if value is None else convert(value) for value in values]
             columns[name] = pa.array(values, type=wanted)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise ManifestError(

@@ -27,27 +27,6 @@ _UNIT_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True)
-class Work:
-    """A unit's rows that are to be run."""
-
-    unit: WorkUnit
-    selected: Indices | None = None
-    """Rows of the file to run, ascending; None for the whole unit."""
-    attempts: npt.NDArray[np.int32] | None = None
-    """The attempt that this is for each of the rows; None: the first."""
-
-    @property
-    def num_rows(self) -> int:
-        """Rows to run."""
-        return self.unit.num_rows if self.selected is None else len(self.selected)
-
-    @property
-    def rows(self) -> Indices:
-        """Numbers of the rows to run in their file."""
-        return np.arange(self.unit.start, self.unit.stop) if self.selected is None else self.selected
-
-
-@dataclass(frozen=True)
 class Retries:
     """Rows that have failed before."""
 
@@ -74,7 +53,7 @@ def plan_work(
     min_rows: int,
     max_rows: int,
     retries: Retries | None = None,
-) -> Iterator[Work]:
+) -> Iterator[WorkUnit]:
     """Units over all rows that are not done, in manifest order. Holds the bits of one file at a time."""
     remaining = numbering.num_rows - len(done)
     largest = max(max_rows, remaining // _MAX_UNITS)
@@ -90,33 +69,34 @@ def plan_work(
             rows = todo[position : position + size]
             unit = manifest.unit(number, int(rows[0]), int(rows[-1]) + 1)
             selected = None if unit.num_rows == len(rows) else rows
-            yield Work(unit, selected, None if retries is None else retries.next_attempts(rows + first))
+            attempts = None if retries is None else retries.next_attempts(rows + first)
+            yield replace(unit, selected=selected, attempts=attempts)
             position += len(rows)
             remaining -= len(rows)
 
 
-def read_work(spec: ManifestSpec, work: Work, columns: Sequence[str]) -> pa.Table:
+def read_work(spec: ManifestSpec, unit: WorkUnit, columns: Sequence[str]) -> pa.Table:
     """The rows to run, with their row keys: the manifest's columns and those of `UnitColumn`."""
-    (table,) = read_works(spec, [work], columns)
+    (table,) = read_works(spec, [unit], columns)
     return table
 
 
-def read_works(spec: ManifestSpec, works: Sequence[Work], columns: Sequence[str]) -> Iterator[pa.Table]:
+def read_works(spec: ManifestSpec, units: Sequence[WorkUnit], columns: Sequence[str]) -> Iterator[pa.Table]:
     """A table for each of several, which come in manifest order, in one pass over each file."""
-    runs = [_runs(work) for work in works]
-    tables = read_units(spec, [run for of_work in runs for run in of_work], columns=columns)
-    for work, of_work in zip(works, runs, strict=True):
-        table = pa.concat_tables(itertools.islice(tables, len(of_work)))
-        attempts = np.ones(work.num_rows, np.int32) if work.attempts is None else work.attempts
-        table = table.append_column(UnitColumn.FILE, pa.array(np.full(work.num_rows, work.unit.file, np.int32)))
-        table = table.append_column(UnitColumn.ROW, pa.array(work.rows))
+    runs = [_runs(unit) for unit in units]
+    tables = read_units(spec, [run for of_unit in runs for run in of_unit], columns=columns)
+    for unit, of_unit in zip(units, runs, strict=True):
+        table = pa.concat_tables(itertools.islice(tables, len(of_unit)))
+        attempts = np.ones(unit.num_rows, np.int32) if unit.attempts is None else unit.attempts
+        table = table.append_column(UnitColumn.FILE, pa.array(np.full(unit.num_rows, unit.file, np.int32)))
+        table = table.append_column(UnitColumn.ROW, pa.array(unit.rows))
         yield table.append_column(UnitColumn.ATTEMPTS, pa.array(attempts))
 
 
-def _runs(work: Work) -> list[WorkUnit]:
+def _runs(unit: WorkUnit) -> list[WorkUnit]:
     """Contiguous runs of the rows: a few rows to retry may lie far apart, with large rows between them."""
-    if work.selected is None:
-        return [work.unit]
-    breaks = np.flatnonzero(np.diff(work.selected) > 1) + 1
-    runs = np.split(work.selected, breaks)
-    return [replace(work.unit, start=int(run[0]), stop=int(run[-1]) + 1) for run in runs]
+    if unit.selected is None:
+        return [unit]
+    breaks = np.flatnonzero(np.diff(unit.selected) > 1) + 1
+    runs = np.split(unit.selected, breaks)
+    return [replace(unit, start=int(run[0]), stop=int(run[-1]) + 1, selected=None) for run in runs]

@@ -24,9 +24,9 @@ from pipeline.config import CaptionConfig, Fraction, NotNegative, Positive, Sect
 from pipeline.errors import ConfigError
 from pipeline.execution.placement import default_blocks_in_flight
 from pipeline.execution.stages import OpenedStages, open_stages
-from pipeline.manifest.files import Manifest
+from pipeline.manifest.files import Manifest, WorkUnit
 from pipeline.manifest.row_set import RowNumbering
-from pipeline.manifest.work import Work, read_work, read_works
+from pipeline.manifest.work import read_work, read_works
 from pipeline.planning.advice import Advice, advise
 from pipeline.planning.forecast import (
     OUTPUT_SHARE,
@@ -158,7 +158,7 @@ def make_plan(config: PlanConfig) -> Plan:
     )
 
 
-def draw(manifest: Manifest, numbering: RowNumbering, wanted: int, seed: int) -> list[Work]:
+def draw(manifest: Manifest, numbering: RowNumbering, wanted: int, seed: int) -> list[WorkUnit]:
     """Runs of rows spread over the manifest, in its order; all of them where it has no more than `wanted`.
 
     One run from each of as many equal stretches, at a random place in it, so that no part of the manifest is missed.
@@ -178,17 +178,17 @@ def draw(manifest: Manifest, numbering: RowNumbering, wanted: int, seed: int) ->
     return [work for start, stop in spans for work in _works(manifest, numbering, start, stop)]
 
 
-def _works(manifest: Manifest, numbering: RowNumbering, start: int, stop: int) -> Iterator[Work]:
+def _works(manifest: Manifest, numbering: RowNumbering, start: int, stop: int) -> Iterator[WorkUnit]:
     """Rows [start, stop) of the whole manifest, file by file."""
     firsts = numbering.first
     for number in range(int(np.searchsorted(firsts, start, "right")) - 1, int(np.searchsorted(firsts, stop))):
         first, last = int(firsts[number]), int(firsts[number + 1])
         if max(start, first) < min(stop, last):
-            yield Work(manifest.unit(number, max(start, first) - first, min(stop, last) - first))
+            yield manifest.unit(number, max(start, first) - first, min(stop, last) - first)
 
 
 def _survey(
-    opened: OpenedStages, works: Sequence[Work], asked: PlanSection, context: int, cache: int | None
+    opened: OpenedStages, works: Sequence[WorkUnit], asked: PlanSection, context: int, cache: int | None
 ) -> list[SampledRow]:
     """The sampled rows.
 
@@ -320,7 +320,7 @@ def _output_share(sample: Sample, output_tokens: float | None) -> Range:
 
 
 def _probe(
-    config: PlanConfig, opened: OpenedStages, works: Sequence[Work], sample: Sample, engines: Engines
+    config: PlanConfig, opened: OpenedStages, works: Sequence[WorkUnit], sample: Sample, engines: Engines
 ) -> tuple[Times, float | None]:
     """(forecast, mean tokens of an answered row) from running both stages here."""
     order = random.Random(config.plan.seed + 1).sample(works, len(works))

@@ -1,7 +1,7 @@
-"""`errors.jsonl` in the run folder: a line of JSON for every failed row, with its place in the manifest.
+"""`errors.jsonl` in the run folder: a line of JSON for every failed row, with its row key.
 
-The results say the same of every row; this file says it while the job runs, to a person with `tail` or `jq`. It goes
-on where an earlier run's ended, is published whole, since buckets can't append, and ends at MAX_LINES.
+The results have the same errors; this file shows them while the job runs, to a person with `tail` or `jq`. A later run
+adds to the lines of an earlier one. The file is published whole, since buckets can't append, and holds MAX_LINES at most.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status
 
 MAX_LINES = 10_000
 _PUBLISH_EVERY_S = 10.0
-_COLUMNS = ["id", "attempts", "error_stage", "error_type", "error_message", MANIFEST_FILE, MANIFEST_ROW]
+_COLUMNS = ["id", "attempts", "error_stage", "error_type", "error_message", MANIFEST_FILE, MANIFEST_ROW, "status"]
 
 
 class ErrorLog:
@@ -30,19 +30,17 @@ class ErrorLog:
         """`manifest_files` are the manifest's paths, by the numbers that rows carry."""
         self._folder, self._files = folder, manifest_files
         self._path = folder.file("errors.jsonl")
-        self._new = False
+        self._has_new = False
         self._published = time.monotonic()
-        try:
+        self._lines: list[str] = []
+        with contextlib.suppress(OSError):
             self._lines = storage.read_bytes(self._path, folder.storage_options).decode().splitlines()
-        except OSError:
-            self._lines = []
 
     def add(self, table: pa.Table) -> None:
-        """Note the failed rows among finished ones (schema.result_schema)."""
-        if len(self._lines) >= MAX_LINES:
-            return
-        failed = table.select([*_COLUMNS, "status"]).filter(pc.not_equal(table.column("status"), Status.OK.value))
-        for row in failed.slice(0, MAX_LINES - len(self._lines)).to_pylist():
+        """Add the failed rows among finished ones (schema.result_schema)."""
+        room = MAX_LINES - len(self._lines)
+        failed = table.select(_COLUMNS).filter(pc.not_equal(table.column("status"), Status.OK.value)).slice(0, room)
+        for row in failed.to_pylist():
             line = {
                 "time": round(time.time(), 1),
                 "manifest_file": self._files[row[MANIFEST_FILE]],
@@ -54,14 +52,13 @@ class ErrorLog:
                 "attempts": row["attempts"],
             }
             self._lines.append(json.dumps(line, ensure_ascii=False))
-            self._new = True
+            self._has_new = True
         if len(self._lines) == MAX_LINES:
             self._lines[-1] = json.dumps({"message": f"{MAX_LINES - 1:,} errors are shown; the results have them all"})
 
     def flush(self, *, if_old: bool = False) -> None:
-        """Publish what is new; with `if_old`, only when the last time is a while ago."""
-        if self._new and not (if_old and time.monotonic() - self._published < _PUBLISH_EVERY_S):
-            text = "\n".join(self._lines) + "\n"
-            self._new, self._published = False, time.monotonic()
-            with contextlib.suppress(OSError):  # the results say the same; a full disk is told where it costs rows
-                storage.publish(self._path, text.encode(), self._folder.storage_options)
+        """Publish what is new; with `if_old`, only some seconds after the last time."""
+        if self._has_new and not (if_old and time.monotonic() - self._published < _PUBLISH_EVERY_S):
+            self._has_new, self._published = False, time.monotonic()
+            with contextlib.suppress(OSError):  # a full disk is reported where it costs rows
+                storage.publish(self._path, ("\n".join(self._lines) + "\n").encode(), self._folder.storage_options)

@@ -203,9 +203,9 @@ def test_a_sample_is_spread_over_all_files_and_its_range_contains_the_truth(tmp_
         pq.write_table(pa.table({"prompt": texts}), tmp_path / f"{number}.parquet", row_group_size=100)
     manifest = open_manifest(str(tmp_path), listing_path=str(tmp_path / "listing"))
     works = draw(manifest, RowNumbering([file.num_rows for file in manifest.files]), 256, 0)
-    assert {work.unit.file for work in works} == set(range(5))
+    assert {work.file for work in works} == set(range(5))
     assert sum(work.num_rows for work in works) == 256
-    spans = [(work.unit.file, work.unit.start, work.unit.stop) for work in works]
+    spans = [(work.file, work.start, work.stop) for work in works]
     assert spans == sorted(spans) and all(a[2] <= b[1] for a, b in itertools.pairwise(spans) if a[0] == b[0])
     given = overrides_for(tmp_path / "*.parquet", plan__sample=256)
     plan, whole = plan_of(given), plan_of({**given, "plan.sample": "10000"})

@@ -31,8 +31,8 @@ def test_units_cover_just_the_rows_that_are_left(counts: list[int], done: set[in
     planned = []
     for work in plan_work(manifest_of(counts), numbering, finished, actors=actors, min_rows=smallest, max_rows=40):
         assert work.num_rows == len(work.rows) <= 40
-        assert 0 <= work.unit.start < work.unit.stop <= counts[work.unit.file]
-        planned += (numbering.first[work.unit.file] + work.rows).tolist()
+        assert 0 <= work.start < work.stop <= counts[work.file]
+        planned += (numbering.first[work.file] + work.rows).tolist()
     assert planned == [i for i in range(numbering.num_rows) if i not in done]
 
 
