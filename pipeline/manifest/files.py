@@ -129,7 +129,7 @@ class ManifestFormat(ABC):
     def read(self, spec: ManifestSpec, units: Sequence[WorkUnit], columns: Sequence[str]) -> Iterator[pa.Table]:
         """A table for each unit, in the types of `spec.schema`, in one pass over the file.
 
-        The units are of one file, ascending, and whole (nothing `selected`). Columns that the file lacks are null. Where
+        The units are of one file, ascending, and whole (no rows `selected`). Columns that the file lacks are null. If
         single rows may be unreadable, the column `schema.MANIFEST_ERROR` has the reason. Raises ManifestError, OSError.
         """
 

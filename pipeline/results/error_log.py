@@ -1,7 +1,7 @@
 """`errors.jsonl` in the run folder: a line of JSON for every failed row, with its row key.
 
 The results have the same errors; this file shows them while the job runs, to a person with `tail` or `jq`. A later run
-adds to the lines of an earlier one. The file is published whole, since buckets can't append, and holds MAX_LINES at most.
+adds to the lines of an earlier one. The file is published whole, since buckets can't append, and has at most MAX_LINES.
 """
 
 from __future__ import annotations

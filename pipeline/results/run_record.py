@@ -21,13 +21,10 @@ from pipeline.manifest.changes import difference, keep_file_numbers, only_append
 from pipeline.manifest.files import Manifest
 
 _PACKAGES = ("torch", "transformers", "ray", "pyarrow", "pandas", "pillow", "av", "numpy", "fsspec", "flash-attn")
-# Settings under these sections alter the rows' answers; the others alter only how the work is done.
+# Settings in these sections change the rows' answers; the others change only how the work is done.
 _IDENTITY_SECTIONS = ("prompt", "media", "sampling")
 _NO_IDENTITY = {"media.timeout_s", "media.memory_limit_mb"}
-
-
 _MODEL_FILES = "model.files"
-
 _ROOT = Path(__file__).resolve().parent.parent.parent
 COMMIT_VARIABLE = "QWEN2_VL_BATCH_COMMIT"
 """Environment variable with the commit of code that travels without its history."""
@@ -58,39 +55,34 @@ def identity(config: CaptionConfig, model_path: str) -> dict[str, Any]:
 def check_unchanged(
     record: Mapping[str, Any], config: CaptionConfig, asked: Mapping[str, Any], manifest: Manifest, *, folder: str
 ) -> Manifest:
-    """The manifest to go on with, its old files first. Raises OutputError that shows what changed."""
+    """The manifest to continue with, its old files first. Raises OutputError that shows what changed."""
     before = record.get("identity", {})
-    settings = [
-        f"{name}: was {old!r}, is {asked.get(name)!r}"
-        for name, old in before.items()
-        if name != _MODEL_FILES and asked.get(name) != old
-    ]
-    if not any(line.startswith("model.") for line in settings):  # another model has other files, which is no news
+    names = [name for name, old in before.items() if name != _MODEL_FILES and asked.get(name) != old]
+    allows_more = config.run.on_change == "new-rows"
+    if allows_more and "input.limit" in names and _limit_grew(before["input.limit"], asked["input.limit"]):
+        names.remove("input.limit")
+    settings = [f"{name}: was {before[name]!r}, is {asked.get(name)!r}" for name in names]
+    if not any(name.startswith("model.") for name in names):  # another model has other files anyway
         changes = model_changes(before.get(_MODEL_FILES, {}), asked.get(_MODEL_FILES, {}))
         settings += [f"{asked['model.path']}: {line}" for line in changes]
     old, new = record["manifest"]["fingerprint"], manifest.fingerprint()
-    rows = difference(old, new)
-    if config.run.on_change == "new-rows":
-        grown = [line for line in settings if line.startswith("input.limit") and _limit_grew(record, asked)]
-        settings = [line for line in settings if line not in grown]
-        if only_appended(old, new):
-            rows = []
+    appended = only_appended(old, new)
+    rows = [] if allows_more and appended else difference(old, new)
     if settings or rows:
         way_out = "choose another output.path, or go back to the old settings"
-        if rows and not settings and only_appended(old, new):
-            way_out = "--on-change=new-rows takes up the new files; or choose another output.path"
+        if rows and not settings and appended:
+            way_out = "--on-change=new-rows includes the new files; or choose another output.path"
         lines = "\n".join(f"  {line}" for line in [*settings, *rows])
         raise OutputError(f"{folder} holds a run with other settings or rows:\n{lines}\n{way_out}")
     return keep_file_numbers(manifest, old)
 
 
-def _limit_grew(record: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
-    old, new = record["identity"].get("input.limit"), asked.get("input.limit")
+def _limit_grew(old: int | None, new: int | None) -> bool:
     return old is not None and (new is None or new > old)
 
 
 def new_record(config: CaptionConfig, asked: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
-    """run.json as it stands when a run begins."""
+    """The content of run.json when a run begins."""
     return {
         "state": "running",
         "config": _without_secrets(config.model_dump(mode="json")),
@@ -109,7 +101,7 @@ def new_record(config: CaptionConfig, asked: Mapping[str, Any], manifest: Manife
 
 
 def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
-    """The config without the storage options' values: some are credentials, and run.json is for everybody."""
+    """The config without the values of storage options, some of which are credentials."""
     for section in ("input", "model", "output"):
         options = values[section]["storage_options"]
         values[section]["storage_options"] = dict.fromkeys(options, "(not recorded)")
@@ -117,12 +109,12 @@ def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def now() -> str:
-    """This moment, in ISO form."""
+    """The time now, in ISO format."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what may change an answer."""
+    """Versions of the software that may change an answer."""
     found = {"python": platform.python_version()}
     for name in (*_PACKAGES, "qwen2-vl-batch"):
         try:
@@ -134,9 +126,11 @@ def versions() -> dict[str, str]:
 
 
 def code_commit(root: Path) -> str | None:
-    """The commit of the code in a folder, with `-dirty` where tracked files differ from it. None where that is not
-    known: no checkout, or no git; a submitted job is told by whoever sent the code (COMMIT_VARIABLE)."""
-    if not (root / ".git").exists():  # git itself would go on to look in the folders above
+    """The commit of the code in a folder, with `-dirty` when tracked files differ from it. None when it is unknown.
+
+    Without a checkout, COMMIT_VARIABLE has it, which is set for submitted jobs.
+    """
+    if not (root / ".git").exists():  # git would look in the folders above, too
         return os.environ.get(COMMIT_VARIABLE)
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
