@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from pipeline.checkpoint.cache import ModelCache
 from pipeline.engine import (
+    PATCH_BYTES,
     Completion,
     Engine,
     EngineOptions,
@@ -32,13 +33,11 @@ from pipeline.engine import (
     parse_sampling,
 )
 from pipeline.errors import EngineCrash, RowError, SettingError
-from pipeline.preprocess.patches import IMAGE_PATCH_BYTES, VIDEO_PATCH_BYTES, Resize, pixel_table
+from pipeline.preprocess.patches import Resize
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.schema import ANSWER_FIELDS, Status, result_schema
 
 log = logging.getLogger(__name__)
-
-_PATCH_BYTES = {"image": IMAGE_PATCH_BYTES, "video": VIDEO_PATCH_BYTES}
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,9 @@ class GenerateOptions:
     """What the engine stage needs to know; plain data, so that it travels to the actors."""
 
     engine: EngineOptions
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
+    image_mean: tuple[float, ...] | None
+    """As the checkpoint says; None is CLIP's, as for `image_std`."""
+    image_std: tuple[float, ...] | None
     resize: Resize
     kept: pa.Schema
     """The user's columns that go through to the results."""
@@ -206,7 +206,9 @@ class GenerateStage:
         engine = options.engine
         engine = replace(engine, model_path=options.model_cache.local(engine.model_path, weights=True))
         self._tokenizer = ChatTokenizer(engine.model_path, revision=engine.revision)
-        table = pixel_table(options.image_mean, options.image_std, resize=options.resize)
+        from pipeline.engine.pixels import pixel_table  # loads torch, which the driver does not need
+
+        table = pixel_table(options.image_mean, options.image_std, processor=options.resize)
         self._engine = load_engine(engine, pixel_table=table, detokenize=self._tokenizer.decode)
         log.info("engine ready: %s", self._engine.describe())
         self._thread = EngineThread(self._engine, wrap_step)
@@ -324,7 +326,7 @@ def _media(row: dict[str, Any]) -> tuple[Medium, ...]:
     position = 0
     for receipt in row["media"]:
         t, grid_h, grid_w = receipt["grid_thw"]
-        shape = (t * grid_h * grid_w, _PATCH_BYTES[receipt["kind"]])
+        shape = (t * grid_h * grid_w, PATCH_BYTES[receipt["kind"]])
         size = shape[0] * shape[1]
         patches = row["patches"][position : position + size].reshape(shape)
         media.append(Medium(receipt["kind"], (t, grid_h, grid_w), patches))

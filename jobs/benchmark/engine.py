@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.engine import Completion, Engine, EngineOptions, Medium, Request, SamplingParams
+from pipeline.engine import PATCH_BYTES, Completion, Engine, EngineOptions, Medium, Request, SamplingParams
 from pipeline.planning.roofline import SHAPES as PUBLISHED
 from pipeline.planning.roofline import ModelShape, decode_bytes, decode_flops, prefill_flops, vision_flops
-from pipeline.preprocess.patches import smart_resize
+from pipeline.preprocess.size import smart_resize
 
 # Published for the H200: dense bfloat16 as large products reach it, and memory bandwidth.
 GPU_FLOPS, GPU_BYTES_PER_S = 790e12, 4.3e12
@@ -94,7 +94,7 @@ def make_requests(num_images: int, *, side: int | None, tokens: int | None, max_
         height, width = (side, side) if side else (int(x) for x in rng.integers(240, 641, 2))
         height, width = smart_resize(height, width, min_pixels=56 * 56, max_pixels=max_pixels or 12_845_056)
         grid = (1, height // 14, width // 14)
-        patches = rng.integers(0, 256, (grid[1] * grid[2], 588), dtype=np.uint8)
+        patches = rng.integers(0, 256, (grid[1] * grid[2], PATCH_BYTES["image"]), dtype=np.uint8)
         medium = Medium("image", grid, patches)
         text = rng.integers(8, 4000, 25)
         ids = [*text[:12], VISION_START, *([IMAGE_PAD] * medium.num_visual_tokens), VISION_END, *text[12:]]

@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.checkpoint.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from pipeline.engine import Request
+from pipeline.engine.pixels import CLIP_MEAN, CLIP_STD
 
 _NAMES = {
     1: "<|bos|>",
@@ -130,11 +132,11 @@ def _write_processor(folder: Path, vocab_size: int, *, max_pixels: int) -> None:
                 "processor_class": "Qwen2VLProcessor",
                 "min_pixels": _MERGED_SIDE**2,
                 "max_pixels": max_pixels,
-                "patch_size": 14,
-                "temporal_patch_size": 2,
-                "merge_size": 2,
-                "image_mean": [0.48145466, 0.4578275, 0.40821073],
-                "image_std": [0.26862954, 0.26130258, 0.27577711],
+                "patch_size": PATCH_SIZE,
+                "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+                "merge_size": MERGE_SIZE,
+                "image_mean": CLIP_MEAN,
+                "image_std": CLIP_STD,
             }
         )
     )

@@ -1,12 +1,11 @@
-"""Where a checkpoint is, and what its small files say: model type, pixel bounds and normalization.
+"""Where a checkpoint is, and whether it is one that this pipeline runs.
 
-Knows folders, hub names and `preprocessor_config.json`; not weights, tokenizers or arrays.
+Knows folders, hub names and `config.json`; not weights, tokenizers or pixels.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,6 @@ from pipeline.errors import CheckpointError
 
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "checkpoint"
-_EXPECTED = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
-
-
-@dataclass(frozen=True)
-class ProcessorFacts:
-    """Bounds on the area after resizing, in pixels, and the normalization. The defaults are the published values."""
-
-    min_pixels: int = 56 * 56
-    max_pixels: int = 28 * 28 * 1280
-    video_min_pixels: int = 128 * 28 * 28
-    video_max_pixels: int = 768 * 28 * 28
-    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
 
 def resolve_model(path: str) -> str:
@@ -56,39 +42,7 @@ def check_model(model_path: str, *, revision: str | None = None, weights: bool =
 
 def read_config(model_path: str, *, revision: str | None = None) -> dict[str, Any] | None:
     """The checkpoint's `config.json`; None where there is none."""
-    return _read_json(model_path, "config.json", revision)
-
-
-def read_processor_facts(model_path: str, *, revision: str | None = None) -> ProcessorFacts:
-    """Facts from `preprocessor_config.json` (images) and, if there is one, `video_preprocessor_config.json` (videos).
-
-    Raises CheckpointError when the first is missing, or describes another family's patches.
-    """
-    image = _read_json(model_path, "preprocessor_config.json", revision)
-    if image is None:
-        raise CheckpointError(
-            f"can't find preprocessor_config.json in {model_path!r}: "
-            "set model.path to a folder with a Qwen2-VL checkpoint or to a hub name"
-        )
-    for name, expected in _EXPECTED.items():
-        if image.get(name, expected) != expected:
-            raise CheckpointError(f"{model_path!r} has {name} {image[name]}; Qwen2-VL has {expected}")
-    video = _read_json(model_path, "video_preprocessor_config.json", revision) or {}
-    default = ProcessorFacts()
-    return ProcessorFacts(
-        *_bounds(image, default.min_pixels, default.max_pixels),
-        *_bounds(video, default.video_min_pixels, default.video_max_pixels),
-        image_mean=tuple(image.get("image_mean", default.image_mean)),
-        image_std=tuple(image.get("image_std", default.image_std)),
-    )
-
-
-def _bounds(config: dict[str, Any], min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(min_pixels, max_pixels) in either spelling; `min_pixels` and `max_pixels` win, as they do in transformers."""
-    size = config.get("size") or {}
-    low = config.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or min_pixels
-    high = config.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or max_pixels
-    return int(low), int(high)
+    return read_json(model_path, "config.json", revision)
 
 
 def find_file(model_path: str, name: str, *, revision: str | None = None) -> Path | None:
@@ -118,7 +72,8 @@ def find_file(model_path: str, name: str, *, revision: str | None = None) -> Pat
         ) from error
 
 
-def _read_json(model_path: str, name: str, revision: str | None) -> dict[str, Any] | None:
+def read_json(model_path: str, name: str, revision: str | None) -> dict[str, Any] | None:
+    """One of the checkpoint's JSON files; None where it has none."""
     found = find_file(model_path, name, revision=revision)
     if found is None:
         return None

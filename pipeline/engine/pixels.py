@@ -6,23 +6,39 @@ computes them and cast to the model's dtype, so no dtype can round differently.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pipeline.engine.sequence import PATCH_BYTES
 
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _PIXELS = 14 * 14
 
 
-def default_pixel_table() -> npt.NDArray[np.float32]:
-    """[3, 256] by CLIP's mean and deviation, with rescaling folded in as transformers does."""
-    values = torch.arange(256, dtype=torch.float32)
-    mean = torch.tensor(_CLIP_MEAN) * (1.0 / (1 / 255))
-    std = torch.tensor(_CLIP_STD) * (1.0 / (1 / 255))
-    table: npt.NDArray[np.float32] = ((values - mean[:, None]) / std[:, None]).numpy()
+def pixel_table(
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    *,
+    processor: Literal["torch", "pil"] = "torch",
+) -> npt.NDArray[np.float32]:
+    """Normalized value [3, 256] of each (channel, byte), bit-equal to transformers in float32; CLIP's if not given.
+
+    Its two processors round in a different order: the torchvision one folds the 1/255 into mean and std, the PIL
+    one multiplies in float64 first. In bfloat16 both give the same values.
+    """
+    byte = np.arange(256)
+    mean32, std32 = (np.array(values, dtype=np.float32)[:, None] for values in (mean or CLIP_MEAN, std or CLIP_STD))
+    if processor == "pil":
+        rescaled = (byte.astype(np.float64) * (1 / 255)).astype(np.float32)
+        table: npt.NDArray[np.float32] = (rescaled[None] - mean32) / std32
+        return table
+    scale = np.float32(255.0)
+    table = (byte.astype(np.float32)[None] - mean32 * scale) / (std32 * scale)
     return table
 
 
@@ -30,7 +46,7 @@ class PixelTable:
     """The lookup, on one device in one dtype."""
 
     def __init__(self, table: npt.NDArray[np.float32] | None, *, device: torch.device, dtype: torch.dtype) -> None:
-        table = default_pixel_table() if table is None else table
+        table = pixel_table() if table is None else table
         if table.shape != (3, 256):
             raise ValueError(f"pixel_table has shape {table.shape}; expected (3, 256)")
         self.values = torch.tensor(table, dtype=torch.float32).to(device=device, dtype=dtype).reshape(-1)

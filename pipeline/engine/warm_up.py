@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from pipeline.engine.sequence import Medium, Request
+from pipeline.engine.sequence import PATCH_BYTES, Medium, Request
 from pipeline.engine.settings import SamplingParams
 
 MAX_SECONDS = 10.0
@@ -43,7 +43,7 @@ def first_request(image_token_id: int, *, room: int) -> Request:
     """One black image and two tokens of answer, within `room` tokens of prompt and answer: it goes through vision,
     prefill and decode."""
     num_visual = max(1, min(MAX_VISUAL_TOKENS, room - 3))
-    patches = np.zeros((4 * num_visual, 588), dtype=np.uint8)
+    patches = np.zeros((4 * num_visual, PATCH_BYTES["image"]), dtype=np.uint8)
     medium = Medium("image", (1, 2, 2 * num_visual), patches)
     ids = np.asarray([*[image_token_id] * num_visual, 0], dtype=np.int32)
     return Request("warm-up", ids, (medium,), SamplingParams(max_tokens=2, seed=0, ignore_eos=True))

@@ -13,7 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.checkpoint.locate import check_model, read_processor_facts, resolve_model
+from pipeline.checkpoint.locate import check_model, resolve_model
+from pipeline.checkpoint.processor import read_processor_facts
 from pipeline.config import CaptionConfig
 from pipeline.errors import ConfigError, TooManyErrors
 from pipeline.execution.placement import Placement

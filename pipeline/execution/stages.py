@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 
 from pipeline.checkpoint.cache import DEFAULT_FOLDER, ModelCache
-from pipeline.checkpoint.locate import read_processor_facts, resolve_model
+from pipeline.checkpoint.locate import resolve_model
+from pipeline.checkpoint.processor import read_processor_facts
 from pipeline.config import CaptionConfig
 from pipeline.engine import EngineOptions
 from pipeline.generate import GenerateOptions

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipeline.preprocess.patches import MERGE_SIZE
-from pipeline.preprocess.patches import VIDEO_PATCH_BYTES as PATCH_VALUES
+from pipeline.checkpoint.processor import MERGE_SIZE, PATCH_BYTES
 
 BYTES_PER_VALUE = 2
 """Of a weight, key or value in bfloat16 or float16."""
 VISION_MLP_RATIO = 4
+PATCH_VALUES = PATCH_BYTES["video"]
 PATCHES_PER_TOKEN = MERGE_SIZE**2
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.checkpoint.processor import PATCH_BYTES
 from pipeline.conversation import MediumPart
 from pipeline.engine import check_length, parse_sampling
 from pipeline.errors import MediaTimeout, RowError, SettingError
@@ -27,7 +28,6 @@ from pipeline.planning.sample import SampledRow, kind_of
 from pipeline.preprocess.fetch import Fetcher
 from pipeline.preprocess.header import MediumHeader, read_header
 from pipeline.preprocess.messages import conversation, row_id
-from pipeline.preprocess.patches import IMAGE_PATCH_BYTES, VIDEO_PATCH_BYTES
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.preprocess.ranged import RangedFile
 from pipeline.preprocess.size import fit_row
@@ -138,10 +138,10 @@ def add_costs(row: SampledRow, headers: Sequence[MediumHeader]) -> None:
     row.core_s = _ROW_S
     row.grids = tuple(header.size.grid_thw for header in headers)
     for header in headers:
-        source_pixels, is_video = header.width * header.height, header.kind == "video"
-        patch_bytes = math.prod(header.size.grid_thw) * (VIDEO_PATCH_BYTES if is_video else IMAGE_PATCH_BYTES)
+        source_pixels = header.width * header.height
+        patch_bytes = math.prod(header.size.grid_thw) * PATCH_BYTES[header.kind]
         seconds = _SHOW_S_PER_PIXEL * patch_bytes / 3
-        if is_video:
+        if header.kind == "video":
             seconds += source_pixels * _VIDEO_DECODE_S_PER_PIXEL * header.num_decoded
             seconds += source_pixels * _VIDEO_SHOW_S_PER_PIXEL * header.size.num_frames
             row.video_core_s += seconds

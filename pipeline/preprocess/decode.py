@@ -14,22 +14,19 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pipeline.checkpoint.processor import PATCH_BYTES, TEMPORAL_PATCH_SIZE
 from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.errors import MediaMemoryError
 from pipeline.preprocess.image import OpenImage
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.patches import (
-    IMAGE_PATCH_BYTES,
-    TEMPORAL_PATCH_SIZE,
-    VIDEO_PATCH_BYTES,
     Uint8Array,
-    grid_thw,
     patchify_image,
     patchify_video,
     resize_frames,
 )
 from pipeline.preprocess.receipt import SeenMedium, shown_source
-from pipeline.preprocess.size import ShownSize, fit_row, pixel_bounds
+from pipeline.preprocess.size import ShownSize, fit_row, grid_thw, pixel_bounds
 from pipeline.preprocess.video.frames import OpenVideo
 from pipeline.schema import MediumReceipt
 
@@ -94,7 +91,7 @@ class OpenMedium:
         pixels = image.decode()
         height, width = self.size.resize(*pixels.shape[:2])
         grid = grid_thw(1, height, width)
-        out = allocate(math.prod(grid) * IMAGE_PATCH_BYTES).reshape(-1, IMAGE_PATCH_BYTES)
+        out = allocate(math.prod(grid) * PATCH_BYTES["image"]).reshape(-1, PATCH_BYTES["image"])
         patchify_image(resize_frames(pixels[None], height, width, resize=self._resize)[0], out)
         receipt = MediumReceipt(
             "image", shown_source(source), pixels.shape[1], pixels.shape[0], width, height, grid, note=self.size.note
@@ -138,7 +135,7 @@ class _Canvas:
         self.height, self.width = height, width
         steps, grid_h, grid_w = grid_thw(num_frames, height, width)
         self._step_patches = grid_h * grid_w
-        self._out = allocate(steps * self._step_patches * VIDEO_PATCH_BYTES).reshape(-1, VIDEO_PATCH_BYTES)
+        self._out = allocate(steps * self._step_patches * PATCH_BYTES["video"]).reshape(-1, PATCH_BYTES["video"])
         self._step: Uint8Array = np.empty((TEMPORAL_PATCH_SIZE, height, width, 3), dtype=np.uint8)
         self._num_frames = 0
 

@@ -23,9 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.conversation import MediumKind
 from pipeline.errors import (
-    AspectRatioError,
     DecompressionBomb,
     MediaError,
     MediaMemoryError,
@@ -33,13 +31,13 @@ from pipeline.errors import (
     UnsupportedMedia,
 )
 from pipeline.preprocess.limits import MediaOptions
+from pipeline.preprocess.size import check_source_size
 
 # Our own limit, `max_image_pixels`, is checked on the header before any pixel is decoded; Pillow's fixed one would
 # overrule a larger setting and warn below it.
 Image.MAX_IMAGE_PIXELS = None
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA", "ICO")
-MAX_ASPECT_RATIO = 200
 
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
@@ -153,21 +151,6 @@ def _pillow_errors(data: Encoded) -> Iterator[None]:
         if _BOMB.search(message):
             raise DecompressionBomb(f"the image's metadata unpacks to more than is allowed: {message}") from error
         raise UnsupportedMedia(f"the image can't be decoded: {message}") from error
-
-
-def check_source_size(kind: MediumKind, width: int, height: int, options: MediaOptions) -> None:
-    """Raises DecompressionBomb for an image or a frame of too many pixels, AspectRatioError for one too long."""
-    if width * height > options.max_image_pixels:
-        raise DecompressionBomb(
-            f"{'the image' if kind == 'image' else 'a frame of the video'} has {width}x{height} = {width * height:,} "
-            f"pixels; at most {options.max_image_pixels:,} are decoded (media.max_image_pixels)"
-        )
-    short, long = sorted((width, height))
-    if long > MAX_ASPECT_RATIO * short:
-        raise AspectRatioError(
-            f"{width}x{height} pixels is {long / short:.0f}:1; the model takes at most {MAX_ASPECT_RATIO}:1: "
-            f"crop or pad the {kind}"
-        )
 
 
 def _not_an_image(data: Encoded) -> MediaError:

@@ -7,17 +7,88 @@ The one rule of the run (which decodes) and of the plan (which reads headers). K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
+from pipeline.checkpoint.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from pipeline.conversation import MediumKind, MediumSettings
-from pipeline.errors import SettingError
+from pipeline.errors import AspectRatioError, DecompressionBomb, SettingError, UnsupportedMedia
 from pipeline.preprocess.limits import MediaOptions
-from pipeline.preprocess.patches import FACTOR, grid_thw, num_visual_tokens, smart_resize, video_max_pixels
 
+FACTOR = PATCH_SIZE * MERGE_SIZE
+"""Sides of a resized medium are multiples of this many pixels."""
+MAX_ASPECT_RATIO = 200
 _VIDEO_SETTINGS = ("fps", "num_frames", "start_s", "end_s")
 # transformers never caps a video's frames below this multiple of their least area.
 _CAP_SLACK = 1.05
+
+
+def check_source_size(kind: MediumKind, width: int, height: int, options: MediaOptions) -> None:
+    """Raises DecompressionBomb for an image or a frame of too many pixels, AspectRatioError for one too long."""
+    if width * height > options.max_image_pixels:
+        raise DecompressionBomb(
+            f"{'the image' if kind == 'image' else 'a frame of the video'} has {width}x{height} = {width * height:,} "
+            f"pixels; at most {options.max_image_pixels:,} are decoded (media.max_image_pixels)"
+        )
+    _check_aspect_ratio(width, height)
+
+
+def _check_aspect_ratio(width: int, height: int) -> None:
+    short, long = sorted((width, height))
+    if long > MAX_ASPECT_RATIO * short:
+        raise AspectRatioError(
+            f"{width}x{height} pixels is {long / short:.0f}:1; the model takes at most {MAX_ASPECT_RATIO}:1: "
+            "crop or pad the medium"
+        )
+
+
+def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size (height, width) in pixels at which the model sees a medium: multiples of 28, area within bounds.
+
+    Equal to transformers' function of the same name, banker's rounding and all, except that a side which it
+    rounds to 0 (possible only where `min_pixels` is 0) is an error here.
+    Raises AspectRatioError above 200:1 and UnsupportedMedia for an empty side.
+    """
+    if height < 1 or width < 1:
+        raise UnsupportedMedia(f"the medium is {width}x{height} pixels; both sides must be at least 1")
+    _check_aspect_ratio(width, height)
+    resized_height = round(height / FACTOR) * FACTOR
+    resized_width = round(width / FACTOR) * FACTOR
+    if resized_height * resized_width > max_pixels:
+        beta = math.sqrt((height * width) / max_pixels)
+        resized_height = max(FACTOR, math.floor(height / beta / FACTOR) * FACTOR)
+        resized_width = max(FACTOR, math.floor(width / beta / FACTOR) * FACTOR)
+    elif resized_height * resized_width < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        resized_height = math.ceil(height * beta / FACTOR) * FACTOR
+        resized_width = math.ceil(width * beta / FACTOR) * FACTOR
+    if not resized_height or not resized_width:
+        raise UnsupportedMedia(
+            f"{width}x{height} pixels rounds to {resized_width}x{resized_height} at min_pixels {min_pixels}; "
+            f"set min_pixels to at least {FACTOR * FACTOR}"
+        )
+    return resized_height, resized_width
+
+
+def video_max_pixels(*, num_frames: int, min_pixels: int, max_pixels: int, total_pixels: int) -> int:
+    """The most pixels a frame may have, so that `num_frames` of them stay within `total_pixels`.
+
+    The rule of transformers' `cap_pixels_per_frame` and of qwen-vl-utils: an even share of the total, but never
+    less than 1.05 times `min_pixels`.
+    """
+    return max(min(max_pixels, total_pixels * TEMPORAL_PATCH_SIZE // num_frames), int(min_pixels * _CAP_SLACK))
+
+
+def grid_thw(num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(t, gh, gw) of `num_frames` frames (1 for an image) at a resized height and width in pixels."""
+    return math.ceil(num_frames / TEMPORAL_PATCH_SIZE), height // PATCH_SIZE, width // PATCH_SIZE
+
+
+def num_visual_tokens(grid: Sequence[int]) -> int:
+    """Tokens that a medium takes in the prompt: one for each 2 x 2 patches."""
+    t, grid_h, grid_w = grid
+    return t * grid_h * grid_w // MERGE_SIZE**2
 
 
 def pixel_bounds(kind: MediumKind, settings: MediumSettings, options: MediaOptions) -> tuple[int, int]:

@@ -26,10 +26,10 @@ from pipeline.errors import RowError
 from pipeline.preprocess.fetch import Fetcher
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
 from pipeline.preprocess.messages import MessageOptions, conversation, row_id
-from pipeline.preprocess.patches import num_visual_tokens
 from pipeline.preprocess.prompt import ChatTokenizer, prompt_hash
 from pipeline.preprocess.receipt import SeenMedium
 from pipeline.preprocess.sandbox.client import MediaWorker, Medium
+from pipeline.preprocess.size import num_visual_tokens
 from pipeline.schema import MEDIUM_TYPE, Status, UnitColumn, request_schema
 
 _ROWS_PER_HANDOVER = 8

@@ -18,7 +18,6 @@ from pipeline.errors import EngineCrash
 from pipeline.generate import EngineThread, GenerateOptions, GenerateStage
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
 from pipeline.preprocess.messages import MessageOptions
-from pipeline.preprocess.patches import IMAGE_MEAN, IMAGE_STD
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
 from pipeline.schema import UnitColumn
 
@@ -181,8 +180,7 @@ def stages(kind: Any, *, stop_strings: list[str] | None = None, engine: bool = T
     if not engine:
         return preprocess, None
     options = EngineOptions(model_path=str(CHECKPOINT), kind=kind, cache_gb=0.25)
-    mean, std = IMAGE_MEAN, IMAGE_STD
-    return preprocess, GenerateStage(GenerateOptions(options, mean, std, "torch", pa.schema([])))
+    return preprocess, GenerateStage(GenerateOptions(options, None, None, "torch", pa.schema([])))
 
 
 class PlacesEngine(CountingEngine):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.preprocess.patches import IMAGE_MEAN, IMAGE_STD, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from pipeline.checkpoint.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from pipeline.engine.pixels import CLIP_MEAN, CLIP_STD
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLConfig
@@ -82,8 +83,8 @@ def image_processor_config() -> dict[str, Any]:
         "patch_size": PATCH_SIZE,
         "temporal_patch_size": TEMPORAL_PATCH_SIZE,
         "merge_size": MERGE_SIZE,
-        "image_mean": list(IMAGE_MEAN),
-        "image_std": list(IMAGE_STD),
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2VLProcessor",
     }
@@ -102,8 +103,8 @@ def video_processor_config() -> dict[str, Any]:
         "patch_size": PATCH_SIZE,
         "temporal_patch_size": TEMPORAL_PATCH_SIZE,
         "merge_size": MERGE_SIZE,
-        "image_mean": list(IMAGE_MEAN),
-        "image_std": list(IMAGE_STD),
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
         "video_processor_type": "Qwen2VLVideoProcessor",
         "processor_class": "Qwen2VLProcessor",
     }

@@ -13,24 +13,16 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.checkpoint.processor import MERGE_SIZE, PATCH_BYTES
 from pipeline.conversation import MediumKind, MediumPart, Message, Text
 from pipeline.demo.clips import decode_clip, encode_clip, halve_chroma, sampled_frames
 from pipeline.demo.scenes import Clip, Picture, draw_clip, draw_picture
 from pipeline.demo.tasks import Example
 from pipeline.demo.training import recipe
-from pipeline.preprocess.patches import (
-    MERGE_SIZE,
-    VIDEO_PATCH_BYTES,
-    Uint8Array,
-    grid_thw,
-    num_visual_tokens,
-    patchify_image,
-    patchify_video,
-    pixel_table,
-    resize_frames,
-    smart_resize,
-)
+from pipeline.engine.pixels import pixel_table
+from pipeline.preprocess.patches import Uint8Array, patchify_image, patchify_video, resize_frames
 from pipeline.preprocess.prompt import ChatTokenizer
+from pipeline.preprocess.size import grid_thw, num_visual_tokens, smart_resize
 
 Grid = tuple[int, int, int]
 
@@ -80,7 +72,7 @@ def make_samples(
             video_patches.append(patches)
             video_grids.append(grid)
         grids.append(grid)
-    nothing = np.empty((0, VIDEO_PATCH_BYTES), np.uint8)
+    nothing = np.empty((0, PATCH_BYTES["video"]), np.uint8)
     samples = []
     for made in examples:
         kinds: tuple[MediumKind, ...] = tuple("image" if isinstance(scene, Picture) else "video" for scene in media)

@@ -21,8 +21,9 @@ from pipeline.errors import (
     TruncatedMedia,
     UnsupportedMedia,
 )
-from pipeline.preprocess.image import Encoded, check_source_size, looks_like
+from pipeline.preprocess.image import Encoded, looks_like
 from pipeline.preprocess.limits import MediaOptions
+from pipeline.preprocess.size import check_source_size
 
 # Containers that hold their own frames. Playlists, concat scripts, image patterns and devices, which open further
 # files or hosts, are not among them; and with no protocol allowed, nothing else can be opened either.

@@ -11,10 +11,10 @@ from bisect import bisect_left, bisect_right
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.checkpoint.processor import TEMPORAL_PATCH_SIZE
 from pipeline.conversation import MediumSettings
 from pipeline.errors import SettingError
 from pipeline.preprocess.limits import MediaOptions
-from pipeline.preprocess.patches import TEMPORAL_PATCH_SIZE
 
 # A file counts as constant-rate while no frame is further from its even place than this share of the interval, or
 # than one and a half ticks where the time base is coarse (Matroska counts milliseconds).

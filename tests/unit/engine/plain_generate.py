@@ -24,16 +24,10 @@ from pipeline.demo.scenes import Clip, Picture, draw_clip, draw_picture, random_
 from pipeline.demo.tasks import TASKS, example
 from pipeline.demo.training import recipe
 from pipeline.engine import Medium, Request, SamplingParams
-from pipeline.preprocess.patches import (
-    grid_thw,
-    num_visual_tokens,
-    patchify_image,
-    patchify_video,
-    pixel_table,
-    resize_frames,
-    smart_resize,
-)
+from pipeline.engine.pixels import pixel_table
+from pipeline.preprocess.patches import patchify_image, patchify_video, resize_frames
 from pipeline.preprocess.prompt import ChatTokenizer
+from pipeline.preprocess.size import grid_thw, num_visual_tokens, smart_resize
 from tests.unit.engine.tiny import make_model, mixed_requests
 
 SMALLEST_MARGIN = 2e-3
@@ -119,7 +113,7 @@ def demo_world(num_rows: int) -> World:
     scenes = Scenes()
     requests = list(scenes.rows(num_rows + num_rows // 4))
     assert all(map(numbered_alike, requests))
-    return _world(model, requests, scenes.pixels, [], num_rows, pixel_table(resize="pil"))
+    return _world(model, requests, scenes.pixels, [], num_rows, pixel_table(processor="pil"))
 
 
 def _world(

@@ -12,9 +12,9 @@ from pipeline.conversation import MediumSettings
 from pipeline.errors import SettingError
 from pipeline.preprocess.decode import OpenMedium, see_medium
 from pipeline.preprocess.limits import MediaOptions
-from pipeline.preprocess.patches import patchify_video, resize_frames, smart_resize
+from pipeline.preprocess.patches import patchify_video, resize_frames
 from pipeline.preprocess.receipt import SeenMedium
-from pipeline.preprocess.size import fit_row
+from pipeline.preprocess.size import fit_row, smart_resize
 from tests.unit.preprocess.conftest import decode_video, encode_image, encode_video, picture
 
 

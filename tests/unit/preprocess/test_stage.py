@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.demo import CHECKPOINT
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
 from pipeline.preprocess.messages import MessageOptions
-from pipeline.preprocess.patches import IMAGE_PATCH_BYTES, patchify_image, resize_frames
+from pipeline.preprocess.patches import patchify_image, resize_frames
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
 from pipeline.schema import UnitColumn, request_schema
 
@@ -61,7 +61,7 @@ def test_patches_and_ids_are_those_of_the_steps_by_hand(stage: PreprocessStage) 
     pixels = np.asarray(Image.open(io.BytesIO(data)))
     expected = patchify_image(resize_frames(pixels[None], 56, 112)[0])
     assert row["media"][0]["grid_thw"] == [1, 4, 8]
-    assert np.array_equal(np.frombuffer(row["patches"], np.uint8).reshape(-1, IMAGE_PATCH_BYTES), expected)
+    assert np.array_equal(np.frombuffer(row["patches"], np.uint8).reshape(-1, 588), expected)
     assert row["num_visual_tokens"] == 8
     assert row["num_prompt_tokens"] == len(row["input_ids"])
     assert json.loads(row["sampling"])["max_tokens"] == 5

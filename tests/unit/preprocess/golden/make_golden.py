@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from pipeline.conversation import MediumSettings
+from pipeline.engine.pixels import pixel_table
 from pipeline.preprocess.decode import see_medium
 from pipeline.preprocess.limits import MediaOptions
-from pipeline.preprocess.patches import pixel_table
 from tests.unit.preprocess.golden import cases
 
 GOLDEN = Path(__file__).with_name("golden.json")

@@ -13,17 +13,12 @@ import pytest
 import torch
 
 from pipeline.conversation import MediumSettings
+from pipeline.engine.pixels import pixel_table
 from pipeline.errors import SettingError
 from pipeline.preprocess.decode import see_medium
 from pipeline.preprocess.limits import MediaOptions
-from pipeline.preprocess.patches import (
-    grid_thw,
-    patchify_video,
-    pixel_table,
-    resize_frames,
-    smart_resize,
-    video_max_pixels,
-)
+from pipeline.preprocess.patches import patchify_video, resize_frames
+from pipeline.preprocess.size import grid_thw, smart_resize, video_max_pixels
 from pipeline.preprocess.video.timing import evenly_spaced, num_sampled_frames
 from tests.unit.preprocess.golden import cases
 
