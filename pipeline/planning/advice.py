@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pipeline.errors import PromptTooLong
 from pipeline.planning.forecast import Engines, Times
 from pipeline.planning.sample import Rows, Sample
 
@@ -35,7 +36,7 @@ def advise(
         setting = f"--resources.gpus_per_engine {fitted.gpus_per_engine:g}"
         yield Advice(setting, f"the weights and a cache don't fit into {gpus}")
     bad = {one.error_type: one for one in rows.bad}
-    too_long = [row for row in sample.rows if row.error is not None and type(row.error).__name__ == "PromptTooLong"]
+    too_long = [row for row in sample.rows if isinstance(row.error, PromptTooLong)]
     if too_long:
         others = max(row.max_tokens + row.num_prompt_tokens - row.num_visual_tokens for row in too_long)
         longest = max(row.num_prompt_tokens for row in too_long)

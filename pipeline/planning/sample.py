@@ -22,7 +22,7 @@ KINDS = ("text", "one image", "several images", "video", "several videos", "imag
 NUM_GROUPS = 32
 """Groups of neighbouring rows that a sample is divided into. A sample has at least as many runs."""
 _T95 = 2.04
-"""97.5 % quantile of Student's distribution with `NUM_GROUPS - 1` degrees of freedom."""
+"""97.5 % quantile of Student's distribution with `NUM_GROUPS - 1` degrees of freedom; used for fewer groups too."""
 _SINGLE_ERROR = 0.2
 """Relative error assumed where there is a single group, which has no spread."""
 
@@ -134,8 +134,8 @@ class Sample:
         share, error = _ratio_and_error(parts, rows)
         if self.is_whole or not self.rows:
             return Range.exactly(share * self.num_rows)
-        # Wilson's interval for as many independent rows as would have this error; it is wider than nothing also where
-        # all or none of the sample are so.
+        # Wilson's interval for as many independent rows as would have this error. It has a width even where all or
+        # none of the sample are so.
         independent = max(1, min(len(self.rows), int(share * (1 - share) / error**2))) if error else len(self.rows)
         low, high = wilson_interval(share * independent, independent)
         return Range(share, low, high) * self.num_rows
