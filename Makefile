@@ -51,8 +51,8 @@ format: $(STAMP)  ## format the code
 	$(PY) -m ruff format pipeline jobs tests
 	$(PY) -m ruff check --fix pipeline jobs tests
 
-docs: $(STAMP)  ## write docs/configuration.md from the docstrings of the config
-	$(PY) -m jobs.config_reference docs/configuration.md
+docs: $(STAMP)  ## write the generated pages of docs/
+	$(PY) -m jobs.documentation
 
 benchmark: $(STAMP)  ## measure: make benchmark ARGS='preprocess' or ARGS='engine --shape small'
 	$(PY) -m jobs.benchmark $(or $(ARGS),preprocess)

@@ -1,1 +1,1 @@
-"""What a person runs: `python -m jobs.NAME --config configs/NAME.yaml [--section.key value ...]`."""
+"""What a person runs, one file a command: `qwen2-vl-batch NAME` or `python -m jobs.NAME`."""

@@ -1,0 +1,1 @@
+"""Triton kernels. Each is chosen on CUDA only, and compared with torch under Triton's interpreter."""

@@ -1,12 +1,16 @@
-"""Write docs/configuration.md, the reference of every config key: python -m jobs.config_reference FILE
+"""Write the generated pages of docs/: python -m jobs.documentation
 
-The text is the docstrings of the config classes; tests/unit/test_config_reference.py keeps the file current.
+    docs/configuration.md   every config key, from the docstrings of the config classes
+    docs/file_map.md        every source file, from the first sentence of its docstring
+
+tests/unit/test_documentation.py fails when a page is out of date.
 """
 
 from __future__ import annotations
 
+import ast
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from jobs.command_line import default_text, kind_text
@@ -14,6 +18,11 @@ from jobs.evaluate import EvaluateConfig
 from pipeline.config import CaptionConfig, Section, fields_of
 from pipeline.planning.plan import PlanConfig
 
+ROOT = Path(__file__).resolve().parent.parent
+_MAP_HEAD = """# File map
+
+Written by `make docs` from the first sentence of each file's docstring.
+"""
 _HEAD = """# Configuration
 
 Written by `make docs` from the docstrings of the config; do not edit it by hand.
@@ -24,8 +33,8 @@ are errors, and all of them are listed at once.
 """
 
 
-def reference() -> str:
-    """The page."""
+def configuration() -> str:
+    """The page of every config key."""
     seen: set[str] = set()
     parts = [_HEAD]
     for title, config in (
@@ -61,10 +70,35 @@ def _escape(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    (path,) = sys.argv[1:] if argv is None else argv
-    Path(path).write_text(reference(), encoding="utf-8")
+def file_map() -> str:
+    """The page of every source file."""
+    lines = [f"{name:<26} {about}".rstrip() for root in ("jobs", "pipeline") for name, about in _files(ROOT / root, 0)]
+    return "\n".join([_MAP_HEAD, "```", *lines, "```"]) + "\n"
+
+
+def _files(folder: Path, depth: int) -> Iterator[tuple[str, str]]:
+    indent = "  " * depth
+    yield f"{indent}{folder.name}/", _first_sentence(folder / "__init__.py")
+    for path in sorted(folder.glob("*.py")):
+        if not path.name.startswith("__"):
+            yield f"{indent}  {path.name}", _first_sentence(path)
+    for inner in sorted(folder.iterdir()):
+        if (inner / "__init__.py").exists():
+            yield from _files(inner, depth + 1)
+
+
+def _first_sentence(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split()).partition(". ")[0].rstrip(".")
+
+
+PAGES: Mapping[str, Callable[[], str]] = {"configuration.md": configuration, "file_map.md": file_map}
+
+
+def main() -> int:
+    """Write the pages; returns the exit code."""
+    for name, page in PAGES.items():
+        (ROOT / "docs" / name).write_text(page(), encoding="utf-8")
     return 0
 
 
