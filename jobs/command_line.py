@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 from rich.console import Console
 
 from pipeline.config import Section, fields_of, load_config
-from pipeline.errors import ConfigError, JobError, NodesLost
+from pipeline.errors import ConfigError, JobError, RestartNeeded
 from pipeline.storage import StorageError
 
 ConfigType = TypeVar("ConfigType", bound=Section)
@@ -51,7 +51,7 @@ def run_job(
         paths, overrides = parse_words(words, flags)
         return run(load_config(model, paths, overrides))
     except JobError as error:
-        if isinstance(error, NodesLost) and words == sys.orig_argv[-len(words) :]:
+        if isinstance(error, RestartNeeded) and words == sys.orig_argv[-len(words) :]:
             from pipeline.execution.run import restart_command  # loads Ray, which most commands can do without
 
             print(f"{error}: it starts again now", file=sys.stderr)

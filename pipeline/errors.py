@@ -9,7 +9,7 @@
     |   |-- CredentialError       exit 2: a bucket no longer takes the job's credentials
     |   |-- ResourceError         exit 2: the cluster is too small for what was asked
     |   |-- ClusterError          exit 1: Ray or one of the actors failed; running the command again may help
-    |   |   `-- NodesLost             cluster nodes were lost: the command line runs the command again by itself
+    |   |   `-- RestartNeeded         nodes or rows were lost: the command line runs the command again by itself
     |   `-- TooManyErrors         exit 3: more error rows than max_error_fraction allows
     `-- RowError                  becomes a result row; the job goes on
         |-- MessageError          stage prompt: the row's messages or prompt can't be used
@@ -81,8 +81,8 @@ class ClusterError(JobError):
     exit_code = 1
 
 
-class NodesLost(ClusterError):
-    """Nodes of the cluster were lost and Ray does not recover. Running the command again does, on the others."""
+class RestartNeeded(ClusterError):
+    """Nodes or rows were lost and Ray does not recover. Running the command again does, on the nodes that are left."""
 
 
 class TooManyErrors(JobError):

@@ -193,8 +193,8 @@ def _count_engines(
         if pool.min_size * gpus_per_engine > total:
             raise ResourceError(
                 f"{pool.min_size} engine actors with {gpus_per_engine:g} GPUs each need "
-                f"{pool.min_size * gpus_per_engine:g} GPUs; the cluster has {total:g}: lower resources.engine_actors or "
-                f'resources.gpus_per_engine, or write "1,{pool.max_size}" if the cluster will grow'
+                f"{pool.min_size * gpus_per_engine:g} GPUs; the cluster has {total:g}: lower resources.engine_actors "
+                f'or resources.gpus_per_engine, or write "1,{pool.max_size}" if the cluster will grow'
             )
         raise ResourceError(
             f"{pool.min_size} engine actors with {gpus_per_engine:g} GPUs each do not fit: an engine's GPUs are on one "

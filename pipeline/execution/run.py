@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 from rich.console import Console
 
-from pipeline.errors import ClusterError, NodesLost
+from pipeline.errors import ClusterError, RestartNeeded
 from pipeline.execution.cluster import live_nodes, local_path_notes, ray_cluster
 from pipeline.execution.dataset import Flow, run_dataset, with_ticks
 from pipeline.execution.placement import Placement, place, place_again
@@ -31,7 +31,7 @@ from pipeline.results.parts import finalise
 from pipeline.schema import result_schema
 
 RESTARTS_VARIABLE = "QWEN2_VL_BATCH_RESTARTS"
-"""Environment variable with the number of restarts in a row, after lost nodes, that finished no row."""
+"""Environment variable with the number of restarts in a row, that finished no row."""
 _LOOK_EVERY_S = 3.0
 _NOTICE_S = 30.0
 """Seconds that Ray may need to declare a node dead after a job broke on it: its health checks take about 15."""
@@ -39,7 +39,7 @@ _NOTICE_S = 30.0
 
 def run_on_ray(job: CaptionJob, console: Console) -> None:
     """Run every row that is not done, on the cluster that the config names. Whatever ends this, finished rows are
-    published. Raises JobError; NodesLost where starting the command again would help."""
+    published. Raises JobError; RestartNeeded where starting the command again would help."""
     output = job.config.output
     writer = FragmentWriter(
         job.folder, job.numbering, result_schema(job.kept), output.rows_per_fragment, output.seconds_per_fragment
@@ -79,7 +79,7 @@ def finish(job: CaptionJob) -> None:
 
 
 def restart_command() -> None:
-    """Replace this process by a new one with the same command, after NodesLost. Does not return."""
+    """Replace this process by a new one with the same command, after RestartNeeded. Does not return."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.execv(sys.executable, sys.orig_argv)
@@ -132,6 +132,8 @@ def _run_rows(
                 profile.collect(if_old=True)
                 progress.tick()
         writer.flush()
+        if missing := job.numbering.num_rows - len(job.finished.done):
+            raise _restart(job, f"{missing:,} rows never came back")
     finally:
         # Whatever ended the run, such as expired credentials, must not be hidden by the same failure here.
         with contextlib.suppress(*([OSError] if sys.exc_info()[0] else [])):
@@ -141,7 +143,7 @@ def _run_rows(
 
 
 def _until_nodes_are_lost(job: CaptionJob, tables: Iterator[pa.Table | None]) -> Iterator[pa.Table | None]:
-    """The tables. Raises NodesLost when a node was lost and then the dataset broke, or no row finished for
+    """The tables. Raises RestartNeeded when a node was lost and then the dataset broke, or no row finished for
     `run.node_loss_timeout_s`."""
     timeout_s = job.config.run.node_loss_timeout_s
     first = {node.node_id for node in live_nodes()}
@@ -159,12 +161,12 @@ def _until_nodes_are_lost(job: CaptionJob, tables: Iterator[pa.Table | None]) ->
                 if lost_since is None and _lost(first):
                     lost_since = now
             if lost_since is not None and now - max(lost_since, last_row) > timeout_s:
-                raise _nodes_lost(job, first, f"no row has finished for {timeout_s:g} s since a node was lost")
-    except NodesLost:
+                raise _restart(job, f"no row has finished for {timeout_s:g} s since {_describe(first)}")
+    except RestartNeeded:
         raise
     except ClusterError as error:
         if _is_lost_soon(first):
-            raise _nodes_lost(job, first, str(error)) from error
+            raise _restart(job, f"{_describe(first)}: {error}") from error
         raise
 
 
@@ -183,16 +185,18 @@ def _is_lost_soon(first: set[str]) -> bool:
     return True
 
 
-def _nodes_lost(job: CaptionJob, first: set[str], reason: str) -> ClusterError:
-    """NodesLost, or ClusterError when restarts have finished no row too often."""
+def _describe(first: set[str]) -> str:
+    return f"{len(_lost(first))} of the cluster's {len(first)} nodes were lost"
+
+
+def _restart(job: CaptionJob, reason: str) -> ClusterError:
+    """RestartNeeded, or ClusterError when restarts have finished no row too often."""
     fruitless = 0 if job.counts.rows else int(os.environ.get(RESTARTS_VARIABLE, "0")) + 1
     allowed = job.config.run.max_flow_restarts
     if fruitless > allowed:
         return ClusterError(
-            f"{fruitless} times in a row nodes were lost before a row was finished (run.max_flow_restarts {allowed}): "
-            f"{reason}; the same command resumes"
+            f"the job was restarted {allowed} times in a row without a finished row (run.max_flow_restarts): {reason}; "
+            "the same command resumes"
         )
     os.environ[RESTARTS_VARIABLE] = str(fruitless)
-    return NodesLost(
-        f"{len(_lost(first))} of the cluster's {len(first)} nodes lost: {reason}; the same command resumes"
-    )
+    return RestartNeeded(f"{reason}; the same command resumes")

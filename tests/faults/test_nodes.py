@@ -95,7 +95,7 @@ def test_a_lost_node_costs_no_row(tmp_path: Path, cluster: Any, fits: bool) -> N
     assert (record["counts"]["rows"], record["counts"]["done"], record["counts"]["failed"]) == (300, 300, 0)
     assert record["num_runs"] == (1 if fits else 2)
     if not fits:
-        assert "1 of the cluster's 2 nodes lost" in job.stderr
+        assert "1 of the cluster's 2 nodes were lost" in job.stderr
         assert "it starts again now" in job.stderr
         assert record["placement"]["engine_cpus"] < 1.9, "the record has the placement of the second run"
 
