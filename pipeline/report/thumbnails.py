@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.conversation import MediumKind
 from pipeline.errors import FetchError, JobError, RowError
-from pipeline.manifest import ManifestSpec, WorkUnit, read_unit
+from pipeline.manifest.files import ManifestSpec, WorkUnit
+from pipeline.manifest.formats import read_units
 from pipeline.preprocess.fetch import Fetcher
 from pipeline.preprocess.limits import MIB, FetchOptions, MediaOptions
 from pipeline.preprocess.sandbox.client import MediaWorker
@@ -112,7 +113,8 @@ class ThumbnailMaker:
             schema = pq.read_schema(path)
             unit = WorkUnit(row["manifest_file"], path, row["manifest_row"], row["manifest_row"] + 1)
             columns = [name for name in self._columns if name in schema.names]
-            (values,) = read_unit(ManifestSpec("parquet", schema), unit, columns=columns).to_pylist()
+            (table,) = read_units(ManifestSpec("parquet", schema), [unit], columns=columns)
+            (values,) = table.to_pylist()
         except (IndexError, OSError, JobError, pa.ArrowException, ValueError):
             return []
         media = [item for value in values.values() for item in (value if isinstance(value, list) else [value])]
