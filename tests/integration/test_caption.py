@@ -239,7 +239,7 @@ def test_a_finished_folder_is_left_alone_and_says_so_at_once(
 
 
 @pytest.mark.parametrize("moment", ["_place", "finalise"])
-def test_a_run_that_is_stopped_before_its_first_row_or_after_its_last_says_so_and_the_next_one_finishes(
+def test_a_run_that_is_stopped_before_its_first_row_or_after_its_last_is_finished_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], moment: str
 ) -> None:
     source, output = jsonl(tmp_path / "m.jsonl", [{"prompt": "Hello."}]), tmp_path / "out"
@@ -250,7 +250,7 @@ def test_a_run_that_is_stopped_before_its_first_row_or_after_its_last_says_so_an
 
     done = int(moment == "finalise")
     with monkeypatch.context() as patch:
-        patch.setattr(f"jobs.caption.{moment}", stopped)
+        patch.setattr(f"pipeline.execution.run.{moment}", stopped)
         assert caption(source, output) == 130
     assert f"stopped: {done} of 1 rows are done; the same command resumes" in capfd.readouterr().out
     assert not (output / ".lease").exists() and not (output / "_SUCCESS").exists()
