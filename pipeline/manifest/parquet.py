@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -62,20 +62,10 @@ class ParquetFormat(ManifestFormat):
             if not present:  # a batch of no columns does not know its length
                 yield from (_conform(pa.table({}), spec.schema, columns, unit) for unit in units)
                 return
-            left = list(reversed(units))
-            pieces: list[pa.RecordBatch] = []
-            for position, batch in _batches(file, units, present):
-                end = position + batch.num_rows
-                while left and left[-1].start < end:
-                    unit = left[-1]
-                    first, last = max(unit.start - position, 0), min(unit.stop, end) - position
-                    pieces.append(batch.slice(first, last - first))
-                    if unit.stop > end:
-                        break
-                    yield _conform(pa.Table.from_batches(pieces), spec.schema, columns, left.pop())
-                    pieces = []
-                if not left:
-                    return
+            for _, group in itertools.groupby(_pieces(file, units, present), key=lambda piece: piece[0].start):
+                pieces = list(group)
+                table = pa.Table.from_batches([batch for _, batch in pieces])
+                yield _conform(table, spec.schema, columns, pieces[0][0])
 
 
 def read_footer(info: FileInfo, options: StorageOptions) -> pq.FileMetaData:
@@ -106,26 +96,32 @@ def _merge(types: dict[str, pa.DataType], found: pa.Schema, path: str) -> None:
             ) from error
 
 
-def _batches(file: pq.ParquetFile, units: Sequence[WorkUnit], names: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The row groups that hold any of the units, batch by batch, each with the number of its first row.
+def _pieces(
+    file: pq.ParquetFile, units: Sequence[WorkUnit], names: list[str]
+) -> Iterator[tuple[WorkUnit, pa.RecordBatch]]:
+    """The units' rows, in order, each piece with the unit that it belongs to.
 
     A row group may be far larger than a unit and can only be decoded from its beginning: batches before the first unit
     are decoded and dropped.
     """
-    start = 0
+    stop = 0
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
-        position, start = start, start + group.num_rows
-        first = bisect.bisect_right(units, position, key=lambda unit: unit.stop)
-        if first == len(units) or units[first].start >= start:
+        position, stop = stop, stop + group.num_rows
+        inside = [unit for unit in units if unit.start < stop and unit.stop > position]
+        if not inside:
             continue
-        wanted = set(names)
-        columns = (group.column(i) for i in range(group.num_columns))
-        size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in wanted)
+        columns = (group.column(index) for index in range(group.num_columns))
+        size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in names)
         rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES * group.num_rows // max(size, 1)))
         for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=names, use_threads=False):
-            yield position, batch
+            for unit in inside:
+                first, last = max(unit.start - position, 0), min(unit.stop - position, batch.num_rows)
+                if first < last:
+                    yield unit, batch.slice(first, last - first)
             position += batch.num_rows
+            if position >= inside[-1].stop:
+                break
 
 
 @contextmanager

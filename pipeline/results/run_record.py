@@ -1,6 +1,6 @@
 """run.json: what a run was asked to do, on what, by which versions, and how it went.
 
-Also tells whether a folder's run may be continued: whatever changes the outputs must be as it was.
+Also decides whether a run may be continued in its folder: whatever changes the outputs must be the same.
 """
 
 from __future__ import annotations
