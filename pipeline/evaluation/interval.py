@@ -171,8 +171,7 @@ def permutation_p_value(differences: Floats, num_permutations: int = 20_000, see
     Rows with equal |difference| are flipped together by one binomial draw, so that a million rows of a metric with a
     few values cost as little as ten. Above 2,048 distinct values neighbours share their root mean square.
     """
-    sizes = np.abs(differences[differences != 0]).round(12)  # 0.3 - 0.1 and 0.2 are the same difference
-    sizes, counts = np.unique(sizes, return_counts=True)
+    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
     if not len(sizes):
         return 1.0
     if len(sizes) > _MAX_GROUPS:

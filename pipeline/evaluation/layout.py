@@ -15,7 +15,7 @@ import json
 import re
 import string
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,9 @@ from pipeline.config import Section
 from pipeline.errors import ManifestError
 from pipeline.evaluation.columns import answer_texts
 from pipeline.evaluation.metrics.choice import LETTERS
+from pipeline.manifest.files import Manifest, unit_of
+from pipeline.manifest.find import open_manifest
+from pipeline.manifest.read import read_units
 
 _ROWS_PER_BATCH = 64
 _ROWS_PER_FILE = 20_000
@@ -250,15 +253,11 @@ def prepare_manifest(
 ) -> int:
     """Writes the dataset's rows as a manifest folder and returns their number; does nothing if that is there already.
 
-    `source` is a Parquet file or a folder of them. A video's path is relative to the source's folder. Raises
+    `source` is a Parquet file, or a folder or glob of them. A video's path is relative to the source's folder. Raises
     ManifestError.
     """
-    files = _source_files(source, source_options)
-    made_of = {
-        "layout": layout.model_dump(mode="json"),
-        "files": [[info.path, info.size] for info in files],
-        "limit": limit,
-    }
+    dataset = open_manifest(source, format="parquet", storage_options=source_options, listing_path=target)
+    made_of = {"layout": layout.model_dump(mode="json"), "source": dataset.fingerprint(), "limit": limit}
     marker = storage.join(target, "_layout.json")
     try:
         done = json.loads(storage.read_bytes(marker, storage_options))
@@ -270,25 +269,11 @@ def prepare_manifest(
         raise ManifestError(
             f"{target} holds a manifest of another layout or source; set another evaluate.manifest_path, or delete it"
         )
-    base = source if storage.is_dir(source, source_options) else storage.parent(source)
-    rows = itertools.islice(_rows(layout, files, base, source_options), limit)
+    rows = itertools.islice(_rows(layout, dataset), limit)
     num_rows = _write(rows, _schema(layout), target, storage_options)
     note = json.dumps({"num_rows": num_rows, **made_of}, indent=2)
     storage.publish(marker, note.encode(), storage_options)
     return num_rows
-
-
-def _source_files(source: str, options: storage.StorageOptions) -> list[storage.FileInfo]:
-    try:
-        if storage.is_dir(source, options):
-            found = [info for info in storage.list_files(source, options) if info.path.endswith(".parquet")]
-        else:
-            found = [storage.file_info(source, options)]
-    except OSError as error:
-        raise ManifestError(f"can't read the dataset {source}: {error}") from error
-    if not found:
-        raise ManifestError(f"{source} holds no Parquet file; expected a published dataset's data files")
-    return found
 
 
 def _write(
@@ -317,24 +302,13 @@ def _write_file(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -
     return num_rows
 
 
-def _rows(
-    layout: Layout, files: Iterable[storage.FileInfo], base: str, options: storage.StorageOptions
-) -> Iterator[dict[str, Any]]:
-    for info in files:
-        try:
-            with storage.open_input(info.path, options) as stream, pq.ParquetFile(stream) as file:
-                names = file.schema_arrow.names
-                missing = [name for name in layout.columns if name not in names]
-                if missing:
-                    raise ManifestError(
-                        f"{info.path} has no column {', '.join(missing)}; found: {', '.join(names)}. "
-                        "Is this the dataset that the layout is for?"
-                    )
-                for batch in file.iter_batches(_ROWS_PER_BATCH, columns=layout.columns):
-                    for row in batch.to_pylist():
-                        yield _with_absolute_paths(manifest_row(layout, row), base)
-        except (OSError, pa.ArrowException) as error:
-            raise ManifestError(f"can't read {info.path}: {error}") from error
+def _rows(layout: Layout, dataset: Manifest) -> Iterator[dict[str, Any]]:
+    for number, file in enumerate(dataset.files):
+        starts = range(0, file.num_rows, _ROWS_PER_BATCH)
+        units = [unit_of(dataset, number, start, min(start + _ROWS_PER_BATCH, file.num_rows)) for start in starts]
+        for table in read_units(dataset.spec, units, columns=layout.columns):
+            for row in table.to_pylist():
+                yield _with_absolute_paths(manifest_row(layout, row), dataset.base)
 
 
 def _with_absolute_paths(row: dict[str, Any], base: str) -> dict[str, Any]:

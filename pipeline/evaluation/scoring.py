@@ -13,16 +13,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import ConfigError
 from pipeline.evaluation.columns import text_column, text_lists
-from pipeline.evaluation.interval import Floats, Tally
+from pipeline.evaluation.interval import NUM_BUCKETS, Floats, Tally
 from pipeline.evaluation.metrics.choice import multiple_choice
 from pipeline.evaluation.metrics.cider import Cider
 from pipeline.evaluation.metrics.overlap import CorpusScore
@@ -34,7 +33,6 @@ from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status
 _SLICE_BUCKETS = 1_021
 _MAX_SLICE_VALUES = 50
 
-Ints = npt.NDArray[np.int64]
 Tallies = dict[str, Tally]
 """By metric."""
 
@@ -47,17 +45,16 @@ class _Slice:
     tallies: Tallies = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """What the metrics read of a batch, row by row."""
+class _Row(NamedTuple):
+    """What the metrics read of a result row."""
 
-    metrics: list[tuple[str, ...]]
+    metrics: tuple[str, ...]
     """Empty for a row without references."""
-    references: list[list[str]]
-    choices: list[list[str]]
-    texts: list[str]
+    references: list[str]
+    choices: list[str]
+    text: str
     """Empty for a row that failed."""
-    answered: npt.NDArray[np.bool_]
+    answered: bool
 
 
 class Scorer:
@@ -94,94 +91,81 @@ class Scorer:
     def learn(self, batches: Iterable[pa.RecordBatch]) -> None:
         """Counts the references' n-grams of the rows that CIDEr scores."""
         for batch in batches:
-            rows = self._read(batch)
-            for names, references in zip(rows.metrics, rows.references, strict=True):
-                if "cider" in names:
-                    self._cider.add_references(references)
+            for row in self._read(batch):
+                if "cider" in row.metrics:
+                    self._cider.add_references(row.references)
 
     def score(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """The batch's score rows, null where a row has no reference or the metric is not the row's."""
         rows = self._read(batch)
-        self._num_rows += len(batch)
-        self._num_errors += int((~rows.answered).sum())
-        self._num_without_reference += sum(not references for references in rows.references)
-        groups = [self._group(batch, name) for name in self._slices]
-        rows_of: dict[str, list[int]] = defaultdict(list)
-        for row, names in enumerate(rows.metrics):
-            for name in names:
-                rows_of[name].append(row)
-        columns: dict[str, Floats] = {}
-        for name, of_metric in rows_of.items():
-            metric, indices = METRICS[name], np.asarray(of_metric)
-            columns[name] = np.full(len(batch), np.nan)
-            columns[name][indices], statistics = self._row_scores(metric, rows, indices)
-            _tally(self._overall, metric).add(statistics)
-            for slices, slice_of_row in groups:
-                codes = slice_of_row[indices]
-                for code in np.unique(codes):
-                    _tally(slices[code].tallies, metric, _SLICE_BUCKETS).add(statistics[codes == code])
-        nothing = np.full(len(batch), np.nan)
-        scores = [columns[names[0]][row] if names else np.nan for row, names in enumerate(rows.metrics)]
+        self._num_rows += len(rows)
+        self._num_errors += sum(not row.answered for row in rows)
+        self._num_without_reference += sum(not row.references for row in rows)
+        slices = {name: self._slice_values(batch, name) for name in self._slices}
+        indices: dict[str, list[int]] = defaultdict(list)
+        for index, row in enumerate(rows):
+            for name in row.metrics:
+                indices[name].append(index)
+        columns = {name: np.full(len(rows), np.nan) for name in self.settings.possible_metrics}
+        for name, chosen in indices.items():
+            columns[name][chosen], statistics = self._row_scores(METRICS[name], [rows[index] for index in chosen])
+            _add(self._overall, METRICS[name], statistics)
+            for slice_name, values in slices.items():
+                members: dict[str, list[int]] = defaultdict(list)
+                for number, index in enumerate(chosen):
+                    members[values[index]].append(number)
+                for value, numbers in members.items():
+                    tallies = self._slices[slice_name][value].tallies
+                    _add(tallies, METRICS[name], statistics[numbers], _SLICE_BUCKETS)
+        firsts = [row.metrics[0] if row.metrics else None for row in rows]
+        scores = [columns[name][index] if name else None for index, name in enumerate(firsts)]
         arrays = [
             batch.column(MANIFEST_FILE),
             batch.column(MANIFEST_ROW),
             batch.column("id"),
             text_column(batch, self.settings.task_column),
-            pa.array([names[0] if names else None for names in rows.metrics], pa.string()),
-            pa.array(scores, pa.float64(), from_pandas=True),
-            *(pa.array(columns.get(name, nothing), from_pandas=True) for name in self.settings.possible_metrics),
+            pa.array(firsts, pa.string()),
+            pa.array(scores, pa.float64()),
+            *(pa.array(column, from_pandas=True) for column in columns.values()),
         ]
         return pa.record_batch(arrays, schema=self.schema)
 
-    def _read(self, batch: pa.RecordBatch) -> _Rows:
+    def _read(self, batch: pa.RecordBatch) -> list[_Row]:
         settings = self.settings
         references = text_lists(batch, settings.references)
+        choices = text_lists(batch, settings.choices) if settings.choices else [[]] * len(batch)
+        answered = pc.equal(batch.column("status"), Status.OK.value).to_pylist()
+        texts = [text or "" if ok else "" for text, ok in zip(batch.column("text").to_pylist(), answered, strict=True)]
         tasks = text_column(batch, settings.task_column).to_pylist()
         metrics = [tuple(settings.tasks.get(task, settings.metrics)) for task in tasks]
         if settings.metric_column:
             own = batch.column(settings.metric_column).to_pylist()
             metrics = [_own_metrics(value) if value else names for value, names in zip(own, metrics, strict=True)]
-        answered = np.asarray(pc.equal(batch.column("status"), Status.OK.value))
-        texts = batch.column("text").to_pylist()
-        return _Rows(
-            metrics=[names if known else () for names, known in zip(metrics, references, strict=True)],
-            references=references,
-            choices=text_lists(batch, settings.choices) if settings.choices else [[]] * len(batch),
-            texts=[(text or "") if is_ok else "" for text, is_ok in zip(texts, answered, strict=True)],
-            answered=answered,
-        )
+        metrics = [names if known else () for names, known in zip(metrics, references, strict=True)]
+        return list(map(_Row, metrics, references, choices, texts, answered))
 
-    def _group(self, batch: pa.RecordBatch, name: str) -> tuple[list[_Slice], Ints]:
-        """The slices that the batch's rows belong to, and each row's index among them."""
-        column = self.settings.task_column if name == "task" and self.settings.task_column else name
-        encoded = slice_values(batch, column)
+    def _slice_values(self, batch: pa.RecordBatch, name: str) -> list[str]:
+        """Each row's value, `(other)` for those beyond the first fifty. Counts the rows of each."""
         known = self._slices[name]
-        indices: dict[str, int] = {}
-        codes = []
-        for value in encoded.dictionary.to_pylist():
-            shown = value if value in known or len(known) < _MAX_SLICE_VALUES else OTHER
-            known.setdefault(shown, _Slice())
-            codes.append(indices.setdefault(shown, len(indices)))
-        slices = [known[value] for value in indices]
-        slice_of_row = np.asarray(codes, np.int64)[np.asarray(encoded.indices, np.int64)]
-        for one, count in zip(slices, np.bincount(slice_of_row, minlength=len(slices)), strict=True):
-            one.num_rows += int(count)
-        return slices, slice_of_row
+        column = self.settings.task_column if name == "task" and self.settings.task_column else name
+        values = []
+        for value in slice_values(batch, column):
+            values.append(value if value in known or len(known) < _MAX_SLICE_VALUES else OTHER)
+            known.setdefault(values[-1], _Slice()).num_rows += 1
+        return values
 
-    def _row_scores(self, metric: Metric, rows: _Rows, indices: Ints) -> tuple[Floats, Floats]:
-        """Scores of these rows, and what tallies add up: the scores, or the counts behind a corpus score."""
-        pairs = [(rows.texts[row], rows.references[row]) for row in indices]
+    def _row_scores(self, metric: Metric, rows: Sequence[_Row]) -> tuple[Floats, Floats]:
+        """The rows' scores, and what tallies add up: the scores, or the counts behind a corpus score."""
         counts: list[list[int]] | None = None
         if isinstance(metric.score, CorpusScore):
-            counts = [metric.score.statistics(*pair) for pair in pairs]
+            counts = [metric.score.statistics(row.text, row.references) for row in rows]
             scores = [metric.score.row_score(row_counts) for row_counts in counts]
         elif metric.name == "multiple_choice":
-            choices = [rows.choices[row] for row in indices]
-            scores = [multiple_choice(*pair, options) for pair, options in zip(pairs, choices, strict=True)]
+            scores = [multiple_choice(row.text, row.references, row.choices) for row in rows]
         else:
             score = metric.score or self._cider.score
-            scores = [score(*pair) for pair in pairs]
-        values: Floats = np.where(rows.answered[indices], scores, 0.0)
+            scores = [score(row.text, row.references) for row in rows]
+        values: Floats = np.where([row.answered for row in rows], scores, 0.0)
         return values, values if counts is None else np.asarray(counts, np.float64)
 
     def metrics(self) -> dict[str, Any]:
@@ -196,7 +180,7 @@ class Scorer:
             "interval": {"level": 0.95, "num_samples": settings.num_samples, "seed": settings.seed},
             "columns": {"references": settings.references, "task": settings.task_column, "choices": settings.choices},
             "definitions": {
-                name: {"title": METRICS[name].title, "what": METRICS[name].what, "maximum": METRICS[name].maximum}
+                name: {key: getattr(METRICS[name], key) for key in ("title", "what", "maximum")}
                 for name in self._overall
             },
             "overall": self._estimates(self._overall),
@@ -219,9 +203,11 @@ class Scorer:
         }
 
 
-def _tally(tallies: Tallies, metric: Metric, *num_buckets: int) -> Tally:
-    combine = metric.score.combine if isinstance(metric.score, CorpusScore) else None
-    return tallies.setdefault(metric.name, Tally(combine, *num_buckets))
+def _add(tallies: Tallies, metric: Metric, statistics: Floats, num_buckets: int = NUM_BUCKETS) -> None:
+    if metric.name not in tallies:
+        combine = metric.score.combine if isinstance(metric.score, CorpusScore) else None
+        tallies[metric.name] = Tally(combine, num_buckets)
+    tallies[metric.name].add(statistics)
 
 
 def _own_metrics(value: str | Sequence[str]) -> tuple[str, ...]:

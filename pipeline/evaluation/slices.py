@@ -21,34 +21,32 @@ _KINDS = ("text only", "one image", "several images", "one video", "several vide
 _RESOLUTIONS = ("no media", "below 0.25 MP", "0.25 to 1 MP", "1 to 4 MP", "4 MP and more")
 
 
-def slice_values(batch: pa.RecordBatch, name: str) -> pa.DictionaryArray:
+def slice_values(batch: pa.RecordBatch, name: str) -> list[str]:
     """Each row's value as text; `(none)` for null."""
     if name in DERIVED_SLICES and name not in batch.schema.names:
-        return _derived_slice(batch, name).dictionary_encode()
-    return text_column(batch, name).fill_null("(none)").dictionary_encode()
+        return _derived_values(batch.column("media"), name)
+    values: list[str] = text_column(batch, name).fill_null("(none)").to_pylist()
+    return values
 
 
-def _derived_slice(batch: pa.RecordBatch, name: str) -> pa.Array:
-    media = batch.column("media")
+def _derived_values(media: pa.ListArray, name: str) -> list[str]:
     counts = np.asarray(pc.fill_null(pc.list_value_length(media), 0), np.int64)
     if name == "num_media":
-        return pa.array(counts).cast(pa.string())
-    flat, rows = media.flatten(), np.repeat(np.arange(len(batch)), counts)
+        return [str(count) for count in counts]
+    flat, rows = media.flatten(), np.repeat(np.arange(len(media)), counts)
     if name == "media_kind":
         is_video = np.asarray(pc.fill_null(pc.equal(pc.struct_field(flat, "kind"), "video"), False))
-        videos = np.bincount(rows[is_video], minlength=len(batch))
+        videos = np.bincount(rows[is_video], minlength=len(media))
         images = counts - videos
-        codes = np.select(
-            [counts == 0, (images > 0) & (videos > 0), videos > 1, videos == 1, images > 1], [0, 5, 4, 3, 2], 1
-        )
-        return pa.array(_KINDS).take(pa.array(codes))
+        conditions = [counts == 0, (images > 0) & (videos > 0), videos > 1, videos == 1, images > 1]
+        return [_KINDS[code] for code in np.select(conditions, [0, 5, 4, 3, 2], 1)]
     width, height = (
         np.asarray(pc.fill_null(pc.struct_field(flat, f"source_{side}"), 0), np.float64) for side in ("width", "height")
     )
-    largest = np.zeros(len(batch))
+    largest = np.zeros(len(media))
     np.maximum.at(largest, rows, width * height / 1e6)
     codes = np.where(counts == 0, 0, 1 + np.searchsorted([0.25, 1.0, 4.0], largest, side="right"))
-    return pa.array(_RESOLUTIONS).take(pa.array(codes))
+    return [_RESOLUTIONS[code] for code in codes]
 
 
 def slice_order(value: str) -> tuple[int, float, str]:

@@ -258,7 +258,7 @@ def test_the_manifest_is_made_once_and_not_of_something_else(tmp_path: Path) -> 
 
 def test_a_set_of_other_columns_is_refused_by_name(tmp_path: Path) -> None:
     pq.write_table(pa.table({"frage": ["a"], "answer": ["1"]}), tmp_path / "set.parquet")
-    with pytest.raises(ManifestError, match=r"no column question; found: frage, answer"):
+    with pytest.raises(ManifestError, match=r"no column question; its columns: frage, answer"):
         prepare_manifest(Layout(prompt="{question}"), str(tmp_path / "set.parquet"), str(tmp_path / "made"))
 
 
