@@ -57,7 +57,7 @@ def run(config: EvaluateConfig) -> int:
     Scorer(evaluate.scoring)  # fails on a missing package before anything is generated
     folder, canaries = config.run.path or config.output.path, None
     if config.run.path is None:
-        job = caption_config(with_layout(config))
+        job = caption_config(config)
         if code := run_caption(job):
             return code
         canaries = run_canaries(job) if evaluate.canaries else None
@@ -78,46 +78,20 @@ def run(config: EvaluateConfig) -> int:
     return 0
 
 
-def with_layout(config: EvaluateConfig) -> EvaluateConfig:
-    """Makes the manifest of a published dataset, if there is a layout, and returns the config that reads it.
-
-    The layout replaces the config's settings of prompts and columns.
-    """
-    evaluate, source = config.evaluate, config.input
-    if evaluate.layout is None:
-        return config
-    path = evaluate.manifest_path or f"{config.output.path.rstrip('/')}-manifest"
-    prepare_manifest(
-        evaluate.layout,
-        source.path,
-        path,
-        limit=source.limit,
-        source_options=source.storage_options,
-        storage_options=config.output.storage_options,
-    )
-    allow = [*source.allow, storage.parent(source.path) if source.path.endswith(".parquet") else source.path]
-    manifest: dict[str, Any] = {
-        "path": path,
-        "format": "parquet",
-        "columns": {},
-        "limit": None,
-        "allow": allow,
-        "keep": [],
-    }
-    return config.model_copy(update={"input": source.model_copy(update=manifest)})
-
-
 def caption_config(config: EvaluateConfig) -> EvaluateConfig:
-    """The config of the caption job: its results keep every column that scores and report need."""
-    keep = [*config.input.keep, *(name for name in config.evaluate.scoring.columns if name not in RESULT_COLUMNS)]
-    if config.evaluate.layout is not None:
-        keep += ["prompt", *config.evaluate.layout.keep]
-    return config.model_copy(
-        update={
-            "input": config.input.model_copy(update={"keep": list(dict.fromkeys(keep))}),
-            "output": config.output.model_copy(update={"report": False}),  # written once the rows are scored
-        }
-    )
+    """The config of the caption job: its results keep every column that scores and report need.
+
+    With a layout it reads the manifest made by it, in place of what the config says of prompts and columns.
+    """
+    evaluate, source, output = config.evaluate, config.input, config.output
+    keep = [name for name in evaluate.scoring.columns if name not in RESULT_COLUMNS]
+    if evaluate.layout:
+        path = evaluate.manifest_path or f"{output.path.rstrip('/')}-manifest"
+        source = prepare_manifest(evaluate.layout, source, path, output.storage_options)
+        keep += ["prompt", *evaluate.layout.keep]
+    source = source.model_copy(update={"keep": list(dict.fromkeys([*source.keep, *keep]))})
+    output = output.model_copy(update={"report": False})  # it is written once the rows are scored
+    return config.model_copy(update={"input": source, "output": output})
 
 
 def run_caption(config: CaptionConfig) -> int:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
 from pipeline import storage
-from pipeline.config import Section
+from pipeline.config import InputConfig, Section
 from pipeline.errors import ManifestError
 from pipeline.evaluation.columns import answer_texts
 from pipeline.evaluation.metrics.choice import LETTERS
@@ -243,54 +243,52 @@ def _schema(layout: Layout) -> pa.Schema:
 
 
 def prepare_manifest(
-    layout: Layout,
-    source: str,
-    target: str,
-    *,
-    limit: int | None = None,
-    source_options: storage.StorageOptions = None,
-    storage_options: storage.StorageOptions = None,
-) -> int:
-    """Writes the dataset's rows as a manifest folder and returns their number; does nothing if that is there already.
+    layout: Layout, source: InputConfig, target: str, storage_options: storage.StorageOptions = None
+) -> InputConfig:
+    """Writes the dataset's rows as a manifest folder, unless it is there already, and returns the input that reads it.
 
-    `source` is a Parquet file, or a folder or glob of them. A video's path is relative to the source's folder. Raises
-    ManifestError.
+    The source is a Parquet file, or a folder or glob of them. A video's path is relative to the source's folder.
+    Raises ManifestError.
     """
-    dataset = open_manifest(source, format="parquet", storage_options=source_options, listing_path=target)
-    made_of = {"layout": layout.model_dump(mode="json"), "source": dataset.fingerprint(), "limit": limit}
+    path, options = source.path, source.storage_options
+    dataset = open_manifest(path, format="parquet", storage_options=options, listing_path=target)
+    made_of = {"layout": layout.model_dump(mode="json"), "source": dataset.fingerprint(), "limit": source.limit}
     marker = storage.join(target, "_layout.json")
     try:
-        done = json.loads(storage.read_bytes(marker, storage_options))
+        found = json.loads(storage.read_bytes(marker, storage_options))
     except (FileNotFoundError, ValueError):
-        done = None
-    if done is not None:
-        if {name: done.get(name) for name in made_of} == made_of:
-            return int(done["num_rows"])
-        raise ManifestError(
-            f"{target} holds a manifest of another layout or source; set another evaluate.manifest_path, or delete it"
-        )
-    rows = itertools.islice(_rows(layout, dataset), limit)
-    num_rows = _write(rows, _schema(layout), target, storage_options)
-    note = json.dumps({"num_rows": num_rows, **made_of}, indent=2)
-    storage.publish(marker, note.encode(), storage_options)
-    return num_rows
+        _write(itertools.islice(_rows(layout, dataset), source.limit), _schema(layout), target, storage_options)
+        storage.publish(marker, json.dumps(made_of, indent=2).encode(), storage_options)
+    else:
+        if found != made_of:
+            raise ManifestError(
+                f"{target} holds a manifest of another layout or source; delete it, or set evaluate.manifest_path"
+            )
+    allow = [*source.allow, storage.parent(path) if path.endswith(".parquet") else path]
+    update: dict[str, Any] = {
+        "path": target,
+        "format": "parquet",
+        "columns": {},
+        "limit": None,
+        "allow": allow,
+        "keep": [],
+    }
+    return source.model_copy(update=update)
 
 
 def _write(
     rows: Iterator[dict[str, Any]], schema: pa.Schema, target: str, storage_options: storage.StorageOptions
-) -> int:
-    """Writes the rows as Parquet files, one after the other through this machine's disk; returns their number."""
+) -> None:
+    """Writes the rows as Parquet files, one after the other through this machine's disk."""
     storage.make_dir(target, storage_options)
-    num_rows = number = 0
-    while True:
+    for number in itertools.count():
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / "rows.parquet"
-            written = _write_file(local, schema, itertools.islice(rows, _ROWS_PER_FILE))
-            if written or number == 0:  # a dataset without rows becomes a manifest without rows
+            num_rows = _write_file(local, schema, itertools.islice(rows, _ROWS_PER_FILE))
+            if num_rows or number == 0:  # a dataset without rows becomes a manifest without rows
                 storage.publish_file(local, storage.join(target, f"rows-{number:05d}.parquet"), storage_options)
-        num_rows, number = num_rows + written, number + 1
-        if written < _ROWS_PER_FILE:
-            return num_rows
+        if num_rows < _ROWS_PER_FILE:
+            break
 
 
 def _write_file(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> int:

@@ -40,18 +40,23 @@ def score_folder(
             f"{folder} kept no column {', '.join(missing)}: its run needs it in input.keep. "
             f"Its columns: {', '.join(reader.columns)}"
         )
-    columns = {*settings.columns, "id", "text", "status", MANIFEST_FILE, MANIFEST_ROW}
-    if not set(settings.slices).isdisjoint(DERIVED_SLICES):
-        columns |= {"media", *DERIVED_SLICES}
+    columns = {*settings.columns, *DERIVED_SLICES, "media", "id", "text", "status", MANIFEST_FILE, MANIFEST_ROW}
     if scorer.needs_learning:
         scorer.learn(reader.batches(columns))
     try:
         _write_scores(storage.join(folder, "scores.parquet"), scorer, reader, columns, storage_options)
         metrics = scorer.metrics()
         if canaries is not None:
-            metrics["canaries"] = dict(canaries)
+            metrics["canaries"] = canaries
         if baseline is not None:
-            metrics["baseline"] = _compare(folder, baseline, settings, storage_options)
+            metrics["baseline"] = compare_folders(
+                folder, baseline, storage_options=storage_options, num_samples=settings.num_samples, seed=settings.seed
+            )
+            if metrics["baseline"] is None:
+                raise OutputError(
+                    f"{baseline} has no scores.parquet: score it first, "
+                    f"as in `python -m jobs.evaluate --config CONFIG --run.path {baseline}`"
+                )
         content = to_json(metrics, indent=2, inf_nan_mode="null")
         storage.publish(storage.join(folder, "metrics.json"), content, storage_options)
     except OSError as error:
@@ -69,17 +74,3 @@ def _write_scores(
             for batch in reader.batches(columns):
                 writer.write_table(pa.Table.from_batches([scorer.score(batch)]), row_group_size=1 << 20)
         storage.publish_file(temporary, path, storage_options)
-
-
-def _compare(
-    folder: str, baseline: str, settings: ScoringSettings, storage_options: storage.StorageOptions
-) -> dict[str, Any]:
-    comparison = compare_folders(
-        folder, baseline, storage_options=storage_options, num_samples=settings.num_samples, seed=settings.seed
-    )
-    if comparison is None:
-        raise OutputError(
-            f"{baseline} has no scores.parquet: score it first, "
-            f"as in `python -m jobs.evaluate --config CONFIG --run.path {baseline}`"
-        )
-    return comparison

@@ -194,11 +194,10 @@ class Scorer:
         }
 
     def _estimates(self, tallies: Mapping[str, Tally]) -> dict[str, Any]:
-        """In the order in which the config names the metrics, so that the first is the headline."""
         settings = self.settings
         return {
             name: asdict(tallies[name].estimate(settings.num_samples, settings.seed))
-            for name in dict.fromkeys([*settings.named_metrics, *METRICS])
+            for name in settings.possible_metrics
             if name in tallies
         }
 

@@ -61,8 +61,9 @@ class ScoringSettings(Section):
 
     @property
     def possible_metrics(self) -> list[str]:
-        """Those that may occur, in the registry's order: each has a column in the score rows."""
-        return [name for name in METRICS if self.metric_column or name in self.named_metrics]
+        """Those that may occur: each has a column in the score rows. The first is the headline."""
+        others = METRICS if self.metric_column else ()
+        return list(dict.fromkeys([*self.named_metrics, *others]))
 
     @property
     def columns(self) -> list[str]:

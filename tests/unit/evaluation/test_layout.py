@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.evaluate import EvaluateConfig, with_layout
-from pipeline.config import load_config
+from jobs.evaluate import EvaluateConfig, caption_config
+from pipeline.config import InputConfig, load_config
 from pipeline.errors import ConfigError, ManifestError
 from pipeline.evaluation.layout import Layout, fill, manifest_row, prepare_manifest
 from pipeline.evaluation.scoring import Scorer
@@ -160,7 +160,7 @@ def test_a_published_set_becomes_questions_that_score_as_its_paper_says(name: st
     pq.write_table(pa.Table.from_pylist([row, row], schema=schema), source / "validation-0.parquet")
     overrides = {"input.path": str(source), "output.path": str(tmp_path / "out"), "input.limit": "1"}
     config = load_config(EvaluateConfig, str(CONFIGS / f"{name}.yaml"), overrides)
-    made = with_layout(config)
+    made = caption_config(config)
     asked = pq.read_table(made.input.path).to_pylist()
     assert len(asked) == 1
     assert asked[0]["prompt"] == prompt
@@ -244,22 +244,42 @@ def test_an_answer_that_names_no_option_is_refused(answer: str, form: str) -> No
 
 
 def test_the_manifest_is_made_once_and_not_of_something_else(tmp_path: Path) -> None:
-    source, target = tmp_path / "set.parquet", str(tmp_path / "made")
-    pq.write_table(pa.table({"q": ["a", "b"], "answer": ["1", None]}), source)
+    source, target = InputConfig(path=str(tmp_path / "set.parquet"), allow=["other"]), str(tmp_path / "made")
+    pq.write_table(pa.table({"q": ["a", "b"], "answer": ["1", None]}), source.path)
     layout = Layout(prompt="{q}?")
-    assert prepare_manifest(layout, str(source), target) == 2
+    made = prepare_manifest(layout, source, target)
+    assert made.path == target and made.format == "parquet" and made.allow == ["other", str(tmp_path)]
     before = (tmp_path / "made" / "rows-00000.parquet").stat().st_mtime_ns
-    assert prepare_manifest(layout, str(source), target) == 2
+    assert prepare_manifest(layout, source, target) == made
     assert (tmp_path / "made" / "rows-00000.parquet").stat().st_mtime_ns == before
     assert pq.read_table(target).column("reference").to_pylist() == [["1"], []]
     with pytest.raises(ManifestError, match="another layout or source"):
-        prepare_manifest(Layout(prompt="{q}!"), str(source), target)
+        prepare_manifest(Layout(prompt="{q}!"), source, target)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "limit", "sizes"), [(7, None, [3, 3, 1]), (6, None, [3, 3]), (7, 4, [3, 1]), (0, None, [0])]
+)
+def test_a_manifest_is_written_in_files_of_limited_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int, limit: int | None, sizes: list[int]
+) -> None:
+    monkeypatch.setattr("pipeline.evaluation.layout._ROWS_PER_FILE", 3)
+    monkeypatch.setattr("pipeline.evaluation.layout._ROWS_PER_GROUP", 2)
+    source = InputConfig(path=str(tmp_path / "set.parquet"), limit=limit)
+    questions = pa.array([f"q{row}" for row in range(num_rows)], pa.string())
+    pq.write_table(pa.table({"q": questions, "answer": questions}), source.path)
+    made = prepare_manifest(Layout(prompt="{q}"), source, str(tmp_path / "made"))
+    files = sorted((tmp_path / "made").glob("*.parquet"))
+    assert [pq.read_metadata(file).num_rows for file in files] == sizes
+    assert pq.read_table(made.path).column("prompt").to_pylist() == questions.to_pylist()[:limit]
 
 
 def test_a_set_of_other_columns_is_refused_by_name(tmp_path: Path) -> None:
     pq.write_table(pa.table({"frage": ["a"], "answer": ["1"]}), tmp_path / "set.parquet")
     with pytest.raises(ManifestError, match=r"no column question; its columns: frage, answer"):
-        prepare_manifest(Layout(prompt="{question}"), str(tmp_path / "set.parquet"), str(tmp_path / "made"))
+        prepare_manifest(
+            Layout(prompt="{question}"), InputConfig(path=str(tmp_path / "set.parquet")), str(tmp_path / "made")
+        )
 
 
 def test_layouts_are_reachable_from_the_command_line() -> None:

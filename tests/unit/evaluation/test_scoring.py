@@ -218,23 +218,23 @@ def test_two_runs_are_paired_by_place_whatever_their_order() -> None:
     candidate = _run(["1"] * 40 + ["0"] * 30 + ["1"] * 10, tasks)
     shuffled = candidate.take(pa.array(np.random.default_rng(0).permutation(80)[:79]))
     result = compare_runs([shuffled], [baseline.slice(0, 50), baseline.slice(50)])
-    comparison = result.metrics["exact_match"]
-    assert comparison.verdict == "worse" and comparison.p_permutation < 0.01
-    assert comparison.lost in (29, 30) and comparison.won == 0
-    assert result.tasks["easy"].verdict == "identical"
-    assert result.tasks["hard"].verdict == "worse"
-    assert (result.only_candidate, result.only_baseline) == (0, 1)
-    assert result.won == [] and len(result.lost) == 8 and all(40 <= row < 70 for _, row in result.lost)
+    comparison = result["metrics"]["exact_match"]
+    assert comparison["verdict"] == "worse" and comparison["p_permutation"] < 0.01
+    assert comparison["lost"] in (29, 30) and comparison["won"] == 0
+    assert result["tasks"]["easy"]["verdict"] == "identical"
+    assert result["tasks"]["hard"]["verdict"] == "worse"
+    assert (result["only_candidate"], result["only_baseline"]) == (0, 1)
+    assert result["won"] == [] and len(result["lost"]) == 8 and all(40 <= row < 70 for _, row in result["lost"])
 
 
 def test_runs_over_different_manifests_are_paired_by_id() -> None:
     baseline = _run(["1", "1", "0"], ["t"] * 3, ["a", "b", "c"])
     candidate = _run(["0", "1"], ["t"] * 2, ["c", "a"])
     result = compare_runs([candidate], [baseline], by_id=True)
-    assert result.metrics["exact_match"].num_rows == 2
-    assert result.metrics["exact_match"].verdict == "identical"
+    assert result["metrics"]["exact_match"]["num_rows"] == 2
+    assert result["metrics"]["exact_match"]["verdict"] == "identical"
 
 
 def test_comparing_with_an_empty_run_finds_no_rows() -> None:
     result = compare_runs([], [_run(["1"], ["t"])])
-    assert result.metrics == {} and result.only_baseline == 1
+    assert result["metrics"] == {} and result["only_baseline"] == 1
