@@ -28,9 +28,9 @@ from pipeline.config import InputConfig, Section
 from pipeline.errors import ManifestError
 from pipeline.evaluation.columns import answer_texts
 from pipeline.evaluation.metrics.choice import LETTERS
-from pipeline.manifest.files import Manifest, unit_of
+from pipeline.manifest.files import Manifest
 from pipeline.manifest.find import open_manifest
-from pipeline.manifest.read import read_units
+from pipeline.manifest.formats import read_units
 
 _ROWS_PER_BATCH = 64
 _ROWS_PER_FILE = 20_000
@@ -303,7 +303,7 @@ def _write_file(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -
 def _rows(layout: Layout, dataset: Manifest) -> Iterator[dict[str, Any]]:
     for number, file in enumerate(dataset.files):
         starts = range(0, file.num_rows, _ROWS_PER_BATCH)
-        units = [unit_of(dataset, number, start, min(start + _ROWS_PER_BATCH, file.num_rows)) for start in starts]
+        units = [dataset.unit(number, start, min(start + _ROWS_PER_BATCH, file.num_rows)) for start in starts]
         for table in read_units(dataset.spec, units, columns=layout.columns):
             for row in table.to_pylist():
                 yield _with_absolute_paths(manifest_row(layout, row), dataset.base)
