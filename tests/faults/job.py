@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.benchmark.stand_in import StandInStage
+from jobs.benchmark.fake_engine import FakeGenerateStage
 from jobs.caption import main
 from pipeline.execution import actors, dataset
 from pipeline.schema import UnitColumn
@@ -46,7 +46,7 @@ class MarkedPreprocessActor(actors.PreprocessActor):
         self._stage.tables = tables_or_death  # type: ignore[method-assign]
 
 
-class DigestStage(StandInStage):
+class DigestStage(FakeGenerateStage):
     """Answers each row with a digest of its tokens and patches, one row after the other."""
 
     def __init__(self, kept: pa.Schema) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.benchmark.stand_in import StandInStage
+from jobs.benchmark.fake_engine import FakeGenerateStage
 from jobs.caption import main
 from pipeline.execution import dataset
 from pipeline.execution.actors import EngineActor, PreprocessActor, unpack
 
 
-class SlowEcho(StandInStage):
+class SlowEcho(FakeGenerateStage):
     """Answers each row with its id."""
 
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.benchmark.stand_in import StandInStage
+from jobs.benchmark.fake_engine import FakeGenerateStage
 from jobs.caption import main
 from pipeline.execution import dataset
 from pipeline.execution.actors import EngineActor, PreprocessActor, pack
@@ -25,7 +25,7 @@ from pipeline.schema import RESULT_COLUMNS, UnitColumn
 pytestmark = pytest.mark.usefixtures("ray_with_two_cpus")
 
 
-class EchoStage(StandInStage):
+class EchoStage(FakeGenerateStage):
     """Answers each row with its id; the ids `kill` and `hang` do just that, every time."""
 
     def __call__(self, table: pa.Table) -> pa.Table:

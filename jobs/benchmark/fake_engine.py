@@ -1,44 +1,33 @@
-"""The engine stage's stand-in, for measuring and testing the flow around it: result rows without a model.
+"""An engine stage that answers without a model, for measuring and testing everything around the engine.
 
-Knows the flow's engine actor, which it leaves as it is, and the result schema; what else befalls a row is for those
-that derive from it.
+Knows the engine stage and its actor, which it leaves as they are but for the engine itself. What a row's answer is, and
+what happens to the process, can be changed by deriving from the stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 
-from pipeline.errors import RowError
 from pipeline.execution.actors import EngineActor
 from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.schema import result_schema
 
 
-class StandInStage:
-    """What `EngineActor` asks of its stage; answers every request at once and looks at none."""
+class FakeGenerateStage(GenerateStage):
+    """Answers every request at once, with nothing."""
 
     def __init__(self, kept: pa.Schema) -> None:
         self._schema = result_schema(kept)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Result rows (schema.result_schema) for request rows (schema.request_schema): what they had, and nulls."""
+        """Result rows (schema.result_schema) for request rows (schema.request_schema)."""
         return self.rows(table, {})
 
-    def crashed(self, table: pa.Table, error: RowError) -> pa.Table:
-        """The rows as errors."""
-        words = {
-            "status": "error",
-            "error_stage": error.stage,
-            "error_type": type(error).__name__,
-            "error_message": str(error),
-        }
-        return self.rows(table, {name: [word] * table.num_rows for name, word in words.items()})
-
     def rows(self, table: pa.Table, values: Mapping[str, Sequence[Any]]) -> pa.Table:
-        """Result rows: the values, what the requests brought, and nulls."""
+        """Result rows with these values by column, else with what the requests hold, else with nulls."""
         columns = []
         for field in self._schema:
             if field.name in values:
@@ -50,17 +39,20 @@ class StandInStage:
         return pa.table(columns, schema=self._schema)
 
     def describe(self) -> dict[str, Any]:
-        """Its kind."""
-        return {"kind": "stand-in"}
+        """For run.json."""
+        return {"kind": "fake"}
 
     def stats(self) -> dict[str, float]:
-        """No figures."""
+        """No counters."""
         return {}
 
+    def close(self) -> None:
+        """Nothing to close."""
 
-class AnswerAtOnce(EngineActor):
+
+class FakeEngineActor(EngineActor):
     """The real engine actor around the stage above; goes in the place of `dataset.ENGINE_ACTOR`."""
 
     def make_stage(self, options: GenerateOptions) -> GenerateStage:
-        """The stand-in."""
-        return cast(GenerateStage, StandInStage(options.kept))
+        """The stage without a model."""
+        return FakeGenerateStage(options.kept)
