@@ -79,7 +79,9 @@ class InputConfig(Section):
     def _columns_are_known(cls, columns: dict[str, str]) -> dict[str, str]:
         unknown = sorted(set(columns) - set(MANIFEST_COLUMNS))
         if unknown:
-            raise ValueError(f"{', '.join(unknown)} is no column of ours; allowed: {', '.join(MANIFEST_COLUMNS)}")
+            raise ValueError(
+                f"{', '.join(unknown)} is not a column that rows may have; allowed: {', '.join(MANIFEST_COLUMNS)}"
+            )
         return columns
 
     @field_validator("keep")

@@ -15,19 +15,19 @@ Role: TypeAlias = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class MediumSettings:
-    """How a medium is to be seen. None means: as the job's config says."""
+    """How a medium is to be seen. None means: as the job's config says. A field's metadata are its bounds."""
 
-    min_pixels: int | None = None
+    min_pixels: int | None = field(default=None, metadata={"ge": 1})
     """Least area in pixels after resizing (for a video: of each frame)."""
-    max_pixels: int | None = None
+    max_pixels: int | None = field(default=None, metadata={"ge": 1})
     """Largest area in pixels after resizing (for a video: of each frame)."""
-    fps: float | None = None
+    fps: float | None = field(default=None, metadata={"gt": 0})
     """Frames a second to sample; videos only."""
-    num_frames: int | None = None
+    num_frames: int | None = field(default=None, metadata={"ge": 1})
     """Frames to sample in all; videos only, excludes `fps`."""
-    start_s: float | None = None
+    start_s: float | None = field(default=None, metadata={"ge": 0})
     """Second at which the segment begins; videos only."""
-    end_s: float | None = None
+    end_s: float | None = field(default=None, metadata={"gt": 0})
     """Second at which the segment ends; videos only."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.conversation import MediumKind
+from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.engine import SamplingParams
 
 
@@ -43,7 +43,7 @@ class UnitColumn(StrEnum):
 
 # Names that a manifest row may use; the config's `input.columns` maps other names to these.
 CONTENT_COLUMNS = ("messages", "image", "images", "video", "videos", "prompt")
-MEDIUM_SETTING_COLUMNS = ("min_pixels", "max_pixels", "fps", "num_frames", "start_s", "end_s")
+MEDIUM_SETTING_COLUMNS = tuple(each.name for each in fields(MediumSettings))
 SAMPLING_COLUMNS = tuple(each.name for each in fields(SamplingParams))
 MANIFEST_COLUMNS = ("id", "system", *CONTENT_COLUMNS, *MEDIUM_SETTING_COLUMNS, *SAMPLING_COLUMNS)
 

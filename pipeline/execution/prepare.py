@@ -32,7 +32,7 @@ from pipeline.manifest.files import Manifest, WorkUnit
 from pipeline.manifest.find import recorded_manifest
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import Retries, plan_work
-from pipeline.preprocess.messages import check_columns
+from pipeline.preprocess.columns import check_columns
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.results.finished import FinishedRows, read_finished
 from pipeline.results.lease import Lease

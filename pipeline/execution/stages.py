@@ -19,8 +19,8 @@ from pipeline.manifest.files import Manifest, WorkUnit
 from pipeline.manifest.find import open_manifest
 from pipeline.manifest.row_set import RowNumbering, RowSet
 from pipeline.manifest.work import plan_work
+from pipeline.preprocess.columns import MessageOptions, check_columns, needed_columns
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
-from pipeline.preprocess.messages import MessageOptions, check_columns, needed_columns
 from pipeline.preprocess.stage import PreprocessOptions
 from pipeline.results.run_folder import RunFolder
 

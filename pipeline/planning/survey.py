@@ -25,9 +25,10 @@ from pipeline.conversation import MediumPart
 from pipeline.engine import check_length, parse_sampling
 from pipeline.errors import MediaTimeout, RowError, SettingError
 from pipeline.planning.sample import SampledRow, kind_of
+from pipeline.preprocess.columns import row_id
 from pipeline.preprocess.fetch import Fetcher
 from pipeline.preprocess.header import MediumHeader, read_header
-from pipeline.preprocess.messages import conversation, row_id
+from pipeline.preprocess.messages import conversation
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.preprocess.ranged import RangedFile
 from pipeline.preprocess.size import fit_row

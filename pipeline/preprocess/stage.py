@@ -23,9 +23,10 @@ import pyarrow as pa
 from pipeline.checkpoint.cache import ModelCache
 from pipeline.conversation import Conversation
 from pipeline.errors import RowError
+from pipeline.preprocess.columns import MessageOptions, row_id
 from pipeline.preprocess.fetch import Fetcher
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
-from pipeline.preprocess.messages import MessageOptions, conversation, row_id
+from pipeline.preprocess.messages import conversation
 from pipeline.preprocess.prompt import ChatTokenizer, prompt_hash
 from pipeline.preprocess.receipt import SeenMedium
 from pipeline.preprocess.sandbox.client import MediaWorker, Medium

@@ -126,6 +126,8 @@ def test_lists_mappings_and_null_are_understood() -> None:
 def test_one_column_can_be_mapped_on_the_command_line() -> None:
     config = load_config(CaptionConfig, None, {**REQUIRED, "input.columns.image": "url"})
     assert config.input.columns == {"image": "url"}
+    with pytest.raises(ConfigError, match="picture is not a column that rows may have; allowed: id, system, messages"):
+        load_config(CaptionConfig, None, {**REQUIRED, "input.columns.picture": "url"})
 
 
 def test_the_config_is_frozen() -> None:

@@ -16,8 +16,8 @@ from pipeline.demo import CHECKPOINT
 from pipeline.engine import Completion, EngineOptions, Request, SamplingParams
 from pipeline.errors import EngineCrash
 from pipeline.generate import EngineThread, GenerateOptions, GenerateStage
+from pipeline.preprocess.columns import MessageOptions
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
-from pipeline.preprocess.messages import MessageOptions
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
 from pipeline.schema import UnitColumn
 

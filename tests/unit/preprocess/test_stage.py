@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from pipeline.demo import CHECKPOINT
+from pipeline.preprocess.columns import MessageOptions
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
-from pipeline.preprocess.messages import MessageOptions
 from pipeline.preprocess.patches import patchify_image, resize_frames
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
 from pipeline.schema import UnitColumn, request_schema

@@ -1,0 +1,170 @@
+"""The manifest's columns: which ones are read, the prompt template over them, and the media that they hold.
+
+Knows names and forms of values; not the chat forms of `messages`, nor what a medium's source leads to.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from pipeline.conversation import MediumKind
+from pipeline.errors import ConfigError, ManifestError, MessageError
+from pipeline.preprocess.values import plain, shown
+from pipeline.schema import CONTENT_COLUMNS, MANIFEST_COLUMNS, MANIFEST_ERROR
+
+MEDIA_COLUMNS: Mapping[MediumKind, tuple[str, ...]] = {"image": ("image", "images"), "video": ("video", "videos")}
+
+
+@dataclass(frozen=True)
+class MessageOptions:
+    """How a manifest's columns are to be read."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Our column name to the manifest's. An empty name switches a column off that the manifest happens to have."""
+    template: str | None = None
+    """The user's text for rows without prompt and messages: a plain format string over the manifest's columns."""
+    system: str | None = None
+    """System prompt for rows without one."""
+
+    def column(self, name: str) -> str:
+        """What the manifest calls one of our columns."""
+        return self.columns.get(name, name)
+
+    def value(self, row: Mapping[str, Any], name: str) -> Any:
+        """A row's value in one of our columns; None also for blank text."""
+        value = plain(row.get(self.column(name)))
+        return None if isinstance(value, str) and not value.strip() else value
+
+
+def check_columns(schema_names: Sequence[str], options: MessageOptions) -> None:
+    """Refuse a manifest from whose columns no prompt can be made. Raises ManifestError, ConfigError for a template."""
+    found = ", ".join(schema_names) or "none"
+    for ours, theirs in options.columns.items():
+        if theirs and theirs not in schema_names:
+            raise ManifestError(f"input.columns.{ours} names the column {theirs!r}; the manifest's columns: {found}")
+    names = () if options.template is None else template_columns(options.template)
+    missing = [name for name in names if name not in schema_names]
+    if missing:
+        raise ManifestError(f"prompt.template names the column {missing[0]!r}; the manifest's columns: {found}")
+    # A template without columns asks every row the same: without content, the media column was not recognized.
+    if not names and not any(options.column(name) in schema_names for name in CONTENT_COLUMNS):
+        raise ManifestError(
+            f"the manifest has no usable column: found {found}; looked for {', '.join(CONTENT_COLUMNS)}. "
+            "Name yours with input.columns, as in `--input.columns.image url`, or use columns in prompt.template"
+        )
+
+
+def needed_columns(schema_names: Sequence[str], options: MessageOptions) -> list[str]:
+    """The manifest's columns that are read to make requests, in the manifest's order."""
+    wanted = {options.column(name) for name in MANIFEST_COLUMNS} | {MANIFEST_ERROR}
+    if options.template is not None:
+        wanted.update(template_columns(options.template))
+    return [name for name in schema_names if name in wanted]
+
+
+def row_id(row: Mapping[str, Any], options: MessageOptions, row_key: tuple[int, int]) -> str:
+    """The row's `id` as text; its key (file number, row number) where it has none. Never fails."""
+    value = plain(row.get(options.column("id")))
+    if value is None or value == "":
+        return f"{row_key[0]}:{row_key[1]}"
+    if isinstance(value, float) and value.is_integer():  # pandas makes floats of whole numbers beside a null
+        value = int(value)
+    return str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Template
+
+
+def template_columns(template: str) -> tuple[str, ...]:
+    """The columns that a template names. Raises ConfigError for anything but plain names."""
+    return tuple(dict.fromkeys(name for _, name in _parse_template(template) if name is not None))
+
+
+def fill_template(template: str, row: Mapping[str, Any]) -> str:
+    """The template with the row's values. Raises MessageError where one is null, or neither text nor a number."""
+    text = []
+    for literal, name in _parse_template(template):
+        text.append(literal)
+        if name is None:
+            continue
+        value = plain(row.get(name))
+        if value is None:
+            raise MessageError(f"prompt.template needs the column {name}, which is null in this row")
+        if not isinstance(value, str | int | float):
+            raise MessageError(f"prompt.template needs text or a number in the column {name}; found {shown(value)}")
+        text.append(str(value))
+    return "".join(text)
+
+
+@lru_cache(maxsize=16)
+def _parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
+    """Pieces of a template: literal text, and the column that follows it.
+
+    Only `{name}` is allowed: attributes, indexes and format specifications reach into Python.
+    """
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(
+            f"prompt.template {template!r} is not a format string: {error}; write a literal brace twice"
+        ) from error
+    for _, name, specification, conversion in pieces:
+        reaches = name is not None and (not name.strip() or any(mark in name for mark in ".[]{}"))
+        if reaches or specification or conversion:
+            raise ConfigError(
+                f"prompt.template {template!r} has a field that is not a plain column name; "
+                "allowed: {name}, without dots, brackets, colons or exclamation marks"
+            )
+    return tuple((literal, name) for literal, name, _, _ in pieces)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Media
+
+
+def column_media(row: Mapping[str, Any], options: MessageOptions, kind: MediumKind) -> list[str | bytes]:
+    """The sources in a row's columns of one kind, in order. Raises MessageError."""
+    media: list[str | bytes] = []
+    for name in MEDIA_COLUMNS[kind]:
+        value = options.value(row, name)
+        if isinstance(value, str):
+            value = _from_json(value, name)
+        if isinstance(value, list):
+            # A null in a list would move the media behind it: `Picture 2` must stay the second one.
+            media += [_source(item, f"{name}[{number}]") for number, item in enumerate(value)]
+        elif value is not None:
+            media.append(_source(value, name))
+    return media
+
+
+def _from_json(text: str, name: str) -> Any:
+    """What text formats hold for a list or struct; any other text as it is."""
+    stripped = text.strip()
+    if (stripped[:1], stripped[-1:]) not in (("[", "]"), ("{", "}")):
+        return text
+    try:
+        return json.loads(stripped)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(
+            f'{name} looks like a list but is not JSON ({error}); write ["a.jpg", "b.jpg"] with double quotes'
+        ) from error
+
+
+def _source(value: Any, where: str) -> str | bytes:
+    if isinstance(value, dict):
+        items = {key: item for key, item in value.items() if plain(item) not in (None, "", b"")}
+        unknown = sorted(str(key) for key in items if key not in ("bytes", "path", "url"))
+        if unknown:
+            raise MessageError(f"{where} has the keys {', '.join(unknown)}; allowed: bytes, path, url")
+        value = items.get("bytes", items.get("path", items.get("url")))
+        if "bytes" in items and not isinstance(value, bytes):
+            raise MessageError(f"{where}.bytes is text; JSON can't hold bytes: use a data: URL")
+    if isinstance(value, str | bytes) and value:
+        return value
+    raise MessageError(f"{where} must be a URI, bytes or a struct of bytes and path; found {shown(plain(value))}")
