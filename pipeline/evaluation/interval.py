@@ -10,7 +10,7 @@ Knows numbers only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,21 +83,15 @@ class Tally:
     def bootstrap_interval(self, num_samples: int, seed: int) -> tuple[float, float]:
         """Percentile bootstrap interval (Efron 1979) over the buckets that have rows. There must be a row."""
         assert self._sums is not None
-        used = self._sums[: self.num_rows]
-        samples = np.concatenate([self._scores(sums) for sums in resampled_sums(used, num_samples, seed)])
-        low, high = np.quantile(samples, [0.025, 0.975])
+        sums = self._sums[: self.num_rows]
+        rng = np.random.default_rng(seed)
+        samples = []
+        for start in range(0, num_samples, _CHUNK):
+            drawn = rng.integers(0, len(sums), (min(_CHUNK, num_samples - start), len(sums)))
+            times = np.array([np.bincount(sample, minlength=len(sums)) for sample in drawn], np.float64)
+            samples.append(self._scores(times @ sums))
+        low, high = np.quantile(np.concatenate(samples), [0.025, 0.975])
         return float(low), float(high)
-
-
-def resampled_sums(buckets: Floats, num_samples: int, seed: int) -> Iterator[Floats]:
-    """Sums over buckets drawn with replacement, [samples, statistics] at a time."""
-    generator = np.random.default_rng(seed)
-    count = len(buckets)
-    for start in range(0, num_samples, _CHUNK):
-        size = min(_CHUNK, num_samples - start)
-        drawn = generator.integers(0, count, (size, count)) + count * np.arange(size)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
-        yield times.astype(np.float64) @ buckets
 
 
 def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
@@ -180,12 +174,12 @@ def permutation_p_value(differences: Floats, num_permutations: int = 20_000, see
         sizes = np.sqrt(np.bincount(groups, counts * sizes**2) / merged)
         counts = merged.astype(np.int64)
     observed = abs(float(differences.sum()))
-    generator = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     num_as_large = 0
     chunk = max(1, 2_000_000 // len(sizes))
     for start in range(0, num_permutations, chunk):
         size = min(chunk, num_permutations - start)
-        positive = generator.binomial(counts, 0.5, (size, len(counts)))
+        positive = rng.binomial(counts, 0.5, (size, len(counts)))
         sums = np.abs((2 * positive - counts) @ sizes)
         num_as_large += int((sums >= observed * (1 - 1e-9)).sum())
     # The observed signs count as one more permutation, so p is never 0 (Phipson and Smyth 2010).

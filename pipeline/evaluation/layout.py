@@ -17,11 +17,11 @@ import string
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from pipeline import storage
 from pipeline.config import InputConfig, Section
@@ -42,18 +42,38 @@ _EMPTY_TEXTS = ("", "nan")
 MEDIUM = pa.struct([("bytes", pa.large_binary()), ("path", pa.string())])
 
 
+def _columns_of(template: str) -> list[str]:
+    """Columns a template names. Raises ValueError for anything but `{name}`."""
+    names = []
+    for _, name, specification, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name or specification or conversion or any(mark in name for mark in ".[]"):
+            raise ValueError(f"{template!r} has a field that is not a plain column name; allowed: {{name}}")
+        names.append(name)
+    return names
+
+
+def _template(text: str) -> str:
+    _columns_of(text)
+    return text
+
+
+Template = Annotated[str, AfterValidator(_template)]
+
+
 class Layout(Section):
     """How one published dataset names its columns."""
 
-    prompt: str
+    prompt: Template
     """The question: a format string over the dataset's columns; `{choices}` stands for the lettered options."""
-    prompts: dict[str, str] = Field(default_factory=dict)
+    prompts: dict[str, Template] = Field(default_factory=dict)
     """Other prompts for the rows of some tasks."""
     images: list[str] = Field(default_factory=list)
     """Columns with images, in order; nulls are skipped. With `image_marks`, the n-th column is `<image n>`."""
     image_marks: bool = False
     """Whether `<image 1>` in the prompt marks the position of an image in the text (MMMU)."""
-    video: str | None = None
+    video: Template | None = None
     """The video's path: a format string over the dataset's columns, as in `videos/{videoID}.mp4`."""
     choices: list[str] = Field(default_factory=list)
     """One column with a list of options (or the text of one), or several columns with an option each."""
@@ -70,19 +90,6 @@ class Layout(Section):
     keep: list[str] = Field(default_factory=list)
     """Further columns for slices."""
 
-    @field_validator("prompt", "video")
-    @classmethod
-    def _is_a_template(cls, template: str | None) -> str | None:
-        _columns_of(template or "")
-        return template
-
-    @field_validator("prompts")
-    @classmethod
-    def _are_templates(cls, prompts: dict[str, str]) -> dict[str, str]:
-        for template in prompts.values():
-            _columns_of(template)
-        return prompts
-
     @property
     def columns(self) -> list[str]:
         """The dataset's columns that are read."""
@@ -92,18 +99,6 @@ class Layout(Section):
             named = [name for name in named if name != "choices"]
         named += [*self.images, *self.choices, self.answer, *self.keep, self.task or "", self.id or ""]
         return [name for name in dict.fromkeys(named) if name]
-
-
-def _columns_of(template: str) -> list[str]:
-    """Columns a template names. Raises ValueError for anything but `{name}`."""
-    names = []
-    for _, name, specification, conversion in string.Formatter().parse(template):
-        if name is None:
-            continue
-        if not name or specification or conversion or any(mark in name for mark in ".[]"):
-            raise ValueError(f"{template!r} has a field that is not a plain column name; allowed: {{name}}")
-        names.append(name)
-    return names
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
@@ -125,8 +120,11 @@ def _text(value: Any) -> str:
     return "" if text.strip().lower() in _EMPTY_TEXTS else text
 
 
-def manifest_row(layout: Layout, row: Mapping[str, Any]) -> dict[str, Any]:
-    """One row of the dataset as a row of the manifest. Raises ManifestError if the row does not fit the layout."""
+def manifest_row(layout: Layout, row: Mapping[str, Any], base: str | None = None) -> dict[str, Any]:
+    """One row of the dataset as a row of the manifest, with media paths relative to `base` made absolute.
+
+    Raises ManifestError if the row does not fit the layout.
+    """
     choices = _choices(layout, row)
     lettered = "\n".join(
         layout.choice.replace("{letter}", letter).replace("{text}", text)
@@ -134,7 +132,7 @@ def manifest_row(layout: Layout, row: Mapping[str, Any]) -> dict[str, Any]:
     )
     task = _text(row.get(layout.task)) if layout.task else None
     prompt = fill(layout.prompts.get(task or "", layout.prompt), {**row, "choices": lettered})
-    images = [_medium(row.get(name)) for name in layout.images]
+    images = [_medium(row.get(name), base) for name in layout.images]
     messages = None
     if layout.image_marks:
         messages, images = _interleave(prompt, images)
@@ -143,7 +141,7 @@ def manifest_row(layout: Layout, row: Mapping[str, Any]) -> dict[str, Any]:
         "prompt": prompt,
         "messages": messages,
         "images": [image for image in images if image is not None],
-        "video": fill(layout.video, row) if layout.video else None,
+        "video": _absolute(fill(layout.video, row), base) if layout.video else None,
         "choices": choices,
         "reference": _references(layout, row, choices),
         "task": task,
@@ -194,14 +192,21 @@ def _references(layout: Layout, row: Mapping[str, Any], choices: Sequence[str]) 
     raise ManifestError(f"column {layout.answer} holds {value!r}; expected {expected} of one of {len(choices)} options")
 
 
-def _medium(value: Any) -> dict[str, Any] | None:
+def _medium(value: Any, base: str | None) -> dict[str, Any] | None:
     """An image column's value: the {bytes, path} struct, bytes, or a path."""
     if isinstance(value, Mapping):
         content, path = value.get("bytes"), value.get("path")
-        return {"bytes": content, "path": None if content else path} if content or path else None
-    if isinstance(value, bytes):
-        return {"bytes": value, "path": None}
-    return None if value is None else {"bytes": None, "path": str(value)}
+    else:
+        content, path = (value, None) if isinstance(value, bytes) else (None, value)
+    if content:
+        return {"bytes": content, "path": None}
+    return {"bytes": None, "path": _absolute(str(path), base)} if path else None
+
+
+def _absolute(path: str, base: str | None) -> str:
+    if not base or not path or "://" in path or path.startswith(("/", "data:")):
+        return path
+    return storage.absolute(storage.join(base, path))
 
 
 def _interleave(prompt: str, images: Sequence[Any]) -> tuple[str, list[Any]]:
@@ -250,8 +255,8 @@ def prepare_manifest(
     The source is a Parquet file, or a folder or glob of them. A video's path is relative to the source's folder.
     Raises ManifestError.
     """
-    path, options = source.path, source.storage_options
-    dataset = open_manifest(path, format="parquet", storage_options=options, listing_path=target)
+    options = source.storage_options
+    dataset = open_manifest(source.path, format="parquet", storage_options=options, listing_path=target)
     made_of = {"layout": layout.model_dump(mode="json"), "source": dataset.fingerprint(), "limit": source.limit}
     marker = storage.join(target, "_layout.json")
     try:
@@ -264,16 +269,8 @@ def prepare_manifest(
             raise ManifestError(
                 f"{target} holds a manifest of another layout or source; delete it, or set evaluate.manifest_path"
             )
-    allow = [*source.allow, storage.parent(path) if path.endswith(".parquet") else path]
-    update: dict[str, Any] = {
-        "path": target,
-        "format": "parquet",
-        "columns": {},
-        "limit": None,
-        "allow": allow,
-        "keep": [],
-    }
-    return source.model_copy(update=update)
+    update: dict[str, Any] = {"path": target, "format": "parquet", "columns": {}, "keep": [], "limit": None}
+    return source.model_copy(update={**update, "allow": [*source.allow, dataset.base]})
 
 
 def _write(
@@ -306,18 +303,4 @@ def _rows(layout: Layout, dataset: Manifest) -> Iterator[dict[str, Any]]:
         units = [dataset.unit(number, start, min(start + _ROWS_PER_BATCH, file.num_rows)) for start in starts]
         for table in read_units(dataset.spec, units, columns=layout.columns):
             for row in table.to_pylist():
-                yield _with_absolute_paths(manifest_row(layout, row), dataset.base)
-
-
-def _with_absolute_paths(row: dict[str, Any], base: str) -> dict[str, Any]:
-    """Media paths are relative to the dataset, and the manifest is in another folder."""
-    for image in row["images"]:
-        image["path"] = _absolute(image["path"], base)
-    row["video"] = _absolute(row["video"], base)
-    return row
-
-
-def _absolute(path: str | None, base: str) -> str | None:
-    if not path or "://" in path or path.startswith(("/", "data:")):
-        return path
-    return storage.absolute(storage.join(base, path))
+                yield manifest_row(layout, row, dataset.base)

@@ -41,8 +41,7 @@ def score_folder(
             f"Its columns: {', '.join(reader.columns)}"
         )
     columns = {*settings.columns, *DERIVED_SLICES, "media", "id", "text", "status", MANIFEST_FILE, MANIFEST_ROW}
-    if scorer.needs_learning:
-        scorer.learn(reader.batches(columns))
+    scorer.learn(reader.batches(columns))
     try:
         _write_scores(storage.join(folder, "scores.parquet"), scorer, reader, columns, storage_options)
         metrics = scorer.metrics()

@@ -83,13 +83,10 @@ class Scorer:
         self._slices: dict[str, dict[str, _Slice]] = {name: {} for name in names}
         self._num_rows = self._num_errors = self._num_without_reference = 0
 
-    @property
-    def needs_learning(self) -> bool:
-        """Whether `learn` must see all rows before the first is scored."""
-        return "cider" in self.settings.possible_metrics
-
     def learn(self, batches: Iterable[pa.RecordBatch]) -> None:
-        """Counts the references' n-grams of the rows that CIDEr scores."""
+        """Counts the references' n-grams of the rows that CIDEr scores. Reads nothing if it scores none."""
+        if "cider" not in self.settings.possible_metrics:
+            return
         for batch in batches:
             for row in self._read(batch):
                 if "cider" in row.metrics:

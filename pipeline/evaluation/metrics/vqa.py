@@ -34,13 +34,12 @@ _WITH_APOSTROPHES = """
     when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
     wouldn't've y'all y'all'll you'd you'd've you'll you're you've
 """
-
-
-def _without_one_apostrophe(word: str) -> list[str]:
-    return [word[:index] + word[index + 1 :] for index, letter in enumerate(word) if letter == "'"]
-
-
-_CONTRACTIONS = {key: word for word in _WITH_APOSTROPHES.split() for key in _without_one_apostrophe(word)}
+_CONTRACTIONS = {
+    word[:index] + word[index + 1 :]: word
+    for word in _WITH_APOSTROPHES.split()
+    for index, letter in enumerate(word)
+    if letter == "'"
+}
 # The official table's irregular entries.
 _CONTRACTIONS |= {
     "somebody'd": "somebodyd",
