@@ -157,7 +157,3 @@ def file_changed(unit: WorkUnit, num_rows: int) -> ManifestError:
         f"{unit.path} has {num_rows} rows now but had at least {unit.stop} when the job began: "
         "it was changed in the meantime; run the job again to see the difference"
     )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

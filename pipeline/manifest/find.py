@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.errors import ManifestError
-from pipeline.manifest.files import MEDIA, Manifest, ManifestFile, first_line, relative
+from pipeline.errors import ManifestError, first_line
+from pipeline.manifest.files import MEDIA, Manifest, ManifestFile, relative
 from pipeline.manifest.formats import FORMATS, IMAGE_SUFFIXES, VIDEO_SUFFIXES, format_of
 from pipeline.manifest.listing import open_listing, supplement_listing, write_listing
 from pipeline.storage import FileInfo, StorageOptions

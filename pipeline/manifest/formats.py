@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.errors import ManifestError
+from pipeline.errors import ManifestError, first_line
 from pipeline.manifest.csv_files import CsvFormat
-from pipeline.manifest.files import MEDIA, ManifestFormat, ManifestSpec, WorkUnit, first_line
+from pipeline.manifest.files import MEDIA, ManifestFormat, ManifestSpec, WorkUnit
 from pipeline.manifest.json_lines import JsonLinesFormat
 from pipeline.manifest.parquet import ParquetFormat
 

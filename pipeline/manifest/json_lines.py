@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from pipeline.manifest.files import first_line
+from pipeline.errors import first_line
 from pipeline.manifest.text import Lines, Record, TextFormat
 
 _EXCERPT_CHARS = 60

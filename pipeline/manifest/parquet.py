@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.errors import ManifestError
+from pipeline.errors import ManifestError, first_line
 from pipeline.manifest.files import (
     Manifest,
     ManifestFile,
@@ -20,7 +20,6 @@ from pipeline.manifest.files import (
     ManifestSpec,
     WorkUnit,
     file_changed,
-    first_line,
     refuse_repeated_names,
     unify_types,
 )

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.errors import ManifestError
+from pipeline.errors import ManifestError, first_line
 from pipeline.manifest.files import (
     INDEX_STRIDE,
     Manifest,
@@ -26,7 +26,6 @@ from pipeline.manifest.files import (
     ManifestSpec,
     WorkUnit,
     file_changed,
-    first_line,
     unify_types,
 )
 from pipeline.schema import MANIFEST_ERROR

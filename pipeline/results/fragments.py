@@ -1,4 +1,4 @@
-"""Fragments: finished rows are collected and published while the run goes on."""
+"""Fragments: finished rows are collected and published during the run."""
 
 from __future__ import annotations
 

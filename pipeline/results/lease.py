@@ -64,7 +64,7 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._renewer.join()
-        with contextlib.suppress(OSError):  # a bucket that can't be reached now: the lease ends by itself
+        with contextlib.suppress(OSError):  # a bucket that can't be reached now: the lease expires
             if self._is_ours(self._read()):
                 storage.delete(self._path, self._options)
 
@@ -163,7 +163,7 @@ def _is_dead(holder: dict[str, Any]) -> bool:
 
 
 def _began(pid: int) -> str | None:
-    """When a process of this machine began, which tells it from an earlier one of the same number; None if unknown."""
+    """When a process of this machine began, which identifies it where numbers are reused; None if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         # The name in brackets may hold anything; the 22nd field is the start, in ticks since the machine's.

@@ -62,7 +62,7 @@ def test_relative_paths_are_made_absolute_for_readers_elsewhere(
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "reason"),
     [
         (lambda root: root / "nowhere.parquet", "no file or folder at .*nowhere.parquet"),
         (lambda root: root / "*.parquet", r"no file matches .*\*\.parquet"),
@@ -75,12 +75,13 @@ def test_relative_paths_are_made_absolute_for_readers_elsewhere(
         (lambda root: write(root / "m.csv", "a,b,a\n1,2,3\n"), "several columns of the same name: a"),
         (lambda root: write(root / "m.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9000)[:-20]), "not a whole gzip"),
         (lambda root: write(root / "m.jsonl.gz", b"not gzip"), "not a whole gzip"),
+        (lambda root: write(root / "m.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 90), "not a whole gzip"),
     ],
 )
 def test_nothing_usable_says_what_was_found_and_what_is_accepted(
-    make: Callable[[Path], Path], words: str, tmp_path: Path, load: Callable[..., Manifest]
+    make: Callable[[Path], Path], reason: str, tmp_path: Path, load: Callable[..., Manifest]
 ) -> None:
-    with pytest.raises(ManifestError, match=words) as caught:
+    with pytest.raises(ManifestError, match=reason) as caught:
         load(make(tmp_path))
     assert "\n" not in str(caught.value)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
+from pipeline.errors import ManifestError
 from pipeline.manifest.files import Manifest
 from pipeline.schema import MANIFEST_ERROR
 from tests.unit.manifest.manifests import (
@@ -78,6 +80,20 @@ def test_jsonl_files_of_a_folder_share_one_schema(tmp_path: Path, load: Callable
     assert found.schema == pa.schema([("a", pa.float64()), ("b", pa.string())])
     assert [file.num_rows for file in found.files] == [3, 1, 300]
     assert [row["a"] for row in rows_of(found, rows_per_unit=130)] == [1.0] * 3 + [1.5] + [7.0] * 300
+
+
+def test_large_whole_numbers_among_fractions_become_fractions(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    found = load(write_jsonl(tmp_path / "m.jsonl", [{"t": 0.5}, {"t": 2**60 + 1}, {"t": None}]))
+    assert [row["t"] for row in rows_of(found)] == [0.5, 2.0**60, None]
+
+
+def test_a_file_that_was_changed_since_the_plan_is_noticed(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    path = write_jsonl(tmp_path / "m.jsonl", [{"n": number} for number in range(9)])
+    found = load(path)
+    for rows, reason in ((3, "has 3 rows now but had at least 9"), (9, r"column n of .* held int64 .* does not now")):
+        write_jsonl(path, [{"n": "x"}] * rows)
+        with pytest.raises(ManifestError, match=reason):
+            rows_of(found)
 
 
 def test_lone_surrogates_in_json_do_not_end_the_job(tmp_path: Path, load: Callable[..., Manifest]) -> None:

@@ -44,7 +44,7 @@ def test_a_resumed_job_uses_the_listing_of_its_first_run(tmp_path: Path, load: C
     assert difference(first.fingerprint(), again.fingerprint()) == []
 
 
-def test_new_media_are_taken_up_behind_the_old_ones_when_asked(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+def test_new_media_are_added_behind_the_old_ones_when_asked(tmp_path: Path, load: Callable[..., Manifest]) -> None:
     folder = make_media(tmp_path / "photos")
     first = load(folder, new_media=True)
     write(folder / "aa_new.jpg", "x")
@@ -53,7 +53,7 @@ def test_new_media_are_taken_up_behind_the_old_ones_when_asked(tmp_path: Path, l
     assert [row["image"] for row in rows_of(grown)[first.num_rows :]] == ["aa_new.jpg"]
     assert only_appended(first.fingerprint(), grown.fingerprint())
     write(folder / "a" / "zz_newer.mp4", "x")
-    assert load(folder) == grown, "a run that does not ask sees what was taken up, and no more"
+    assert load(folder) == grown, "a run that does not ask sees what an earlier one added, and no more"
     newest = load(folder, new_media=True)
     assert [row["video"] for row in rows_of(newest)][-1] == "a/zz_newer.mp4" and len(newest.files) == 3
     assert load(folder, new_media=True) == newest

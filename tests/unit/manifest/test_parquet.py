@@ -24,8 +24,8 @@ from tests.unit.manifest.manifests import (
 )
 
 
-@pytest.mark.parametrize("place", ["disk", "bucket"])
-def test_units_cut_across_row_groups_and_files(place: str, tmp_path: Path, load: Callable[..., Manifest]) -> None:
+@pytest.mark.parametrize("where", ["disk", "bucket"])
+def test_units_cut_across_row_groups_and_files(where: str, tmp_path: Path, load: Callable[..., Manifest]) -> None:
     counts = [10, 0, 7, 25]
     first = 0
     for number, count in enumerate(counts):
@@ -35,9 +35,9 @@ def test_units_cut_across_row_groups_and_files(place: str, tmp_path: Path, load:
             row_group_size=4,
         )
         first += count
-        if place == "bucket":
+        if where == "bucket":
             storage.publish_file(path, f"memory://{tmp_path.name}/d/{number}.parquet")
-    found = load(tmp_path / "d" if place == "disk" else f"memory://{tmp_path.name}/d")
+    found = load(tmp_path / "d" if where == "disk" else f"memory://{tmp_path.name}/d")
     for rows_per_unit in (1, 3, 4, 6, 100):
         assert [row["id"] for row in rows_of(found, rows_per_unit=rows_per_unit)] == list(range(first))
     assert rows_of(found, columns=["text"])[0] == {"text": "x"}
@@ -95,6 +95,14 @@ def test_a_file_that_shrank_or_vanished_since_the_plan_is_noticed(
     path.unlink()
     with pytest.raises(ManifestError, match="can't read rows 0 to 10"):
         read_unit(found.spec, unit)
+
+
+def test_a_column_that_no_longer_fits_its_type_is_named(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    path = write_parquet(tmp_path / "m.parquet", {"id": [1]})
+    found = load(path)
+    write_parquet(path, {"id": ["x"]})
+    with pytest.raises(ManifestError, match=r"column id of .*m\.parquet is string and does not fit .* int64"):
+        rows_of(found)
 
 
 def test_large_row_groups_are_streamed(

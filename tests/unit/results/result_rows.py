@@ -15,7 +15,7 @@ from pipeline.schema import result_schema
 SCHEMA = result_schema(pa.schema([("tag", pa.string())]))
 
 
-def rows(places: list[tuple[int, int]], *, status: str = "ok", attempts: int = 1, text: str = "t") -> pa.Table:
+def rows(row_keys: list[tuple[int, int]], *, status: str = "ok", attempts: int = 1, text: str = "t") -> pa.Table:
     values = [
         {
             **dict.fromkeys(SCHEMA.names),
@@ -28,7 +28,7 @@ def rows(places: list[tuple[int, int]], *, status: str = "ok", attempts: int = 1
             "manifest_file": file,
             "manifest_row": row,
         }
-        for file, row in places
+        for file, row in row_keys
     ]
     return pa.Table.from_pylist(values, schema=SCHEMA)
 

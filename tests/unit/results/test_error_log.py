@@ -1,4 +1,4 @@
-"""errors.jsonl: failed rows with their places, over several runs, and no more of them than the file may hold."""
+"""errors.jsonl: failed rows with their row keys, over several runs, and no more of them than the file may hold."""
 
 from __future__ import annotations
 
@@ -39,16 +39,19 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "errors.jsonl").read_text().splitlines()]
 
 
-def test_failed_rows_are_told_with_their_place_and_later_runs_add_theirs(tmp_path: Path) -> None:
+def test_failed_rows_are_written_with_their_row_key_and_later_runs_add_theirs(tmp_path: Path) -> None:
     files = ["a.parquet", "b.parquet"]
     for _ in range(2):
         log = ErrorLog(RunFolder(str(tmp_path)), files)
         log.add(finished(False, True, False, True))
         log.flush()
-    told = lines(tmp_path)
-    assert [(line["manifest_file"], line["manifest_row"]) for line in told] == [("b.parquet", 1), ("b.parquet", 3)] * 2
-    assert told[0]["message"] == "no file für 1"
-    assert told[0]["type"] == "MediaNotFound" and told[0]["stage"] == "fetch" and told[0]["id"] == "row 1"
+    written = lines(tmp_path)
+    assert [(line["manifest_file"], line["manifest_row"]) for line in written] == [
+        ("b.parquet", 1),
+        ("b.parquet", 3),
+    ] * 2
+    assert written[0]["message"] == "no file für 1"
+    assert written[0]["type"] == "MediaNotFound" and written[0]["stage"] == "fetch" and written[0]["id"] == "row 1"
 
 
 def test_without_failed_rows_there_is_no_file(tmp_path: Path) -> None:
@@ -74,6 +77,6 @@ def test_the_file_ends_at_its_limit_and_says_so(tmp_path: Path, monkeypatch: pyt
     for _ in range(3):
         log.add(finished(True, True, True))
     log.flush()
-    told = lines(tmp_path)
-    assert len(told) == 5
-    assert told[-1] == {"message": "4 errors are shown; the results have them all"}
+    written = lines(tmp_path)
+    assert len(written) == 5
+    assert written[-1] == {"message": "4 errors are shown; the results have them all"}

@@ -41,7 +41,7 @@ def test_a_folder_without_errors_has_none_to_retry(tmp_path: Path) -> None:
     assert finished.done.mask(0, 2).tolist() == [False, True]
 
 
-def test_error_types_of_many_fragments_are_told_apart(tmp_path: Path) -> None:
+def test_error_types_of_many_fragments_are_counted_apart(tmp_path: Path) -> None:
     folder, numbering = new_folder(tmp_path), RowNumbering([30])
     out = writer(folder, numbering, 3)
     kinds = ["FetchError", "MediaTimeout", "EngineCrash", "MessageError"]

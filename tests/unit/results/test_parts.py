@@ -28,19 +28,19 @@ def test_parts_hold_every_row_once_in_manifest_order(
 ) -> None:  # type: ignore[no-untyped-def]
     with tempfile.TemporaryDirectory() as path:
         folder, numbering = new_folder(Path(path)), RowNumbering(counts)
-        places = [(file, row) for file, count in enumerate(counts) for row in range(count)]
-        again = [place for place in places if random.random() < 0.3]  # a crash makes rows come twice
-        arriving = places + again
+        row_keys = [(file, row) for file, count in enumerate(counts) for row in range(count)]
+        again = [row_key for row_key in row_keys if random.random() < 0.3]  # a crash makes rows come twice
+        arriving = row_keys + again
         random.shuffle(arriving)
         out = writer(folder, numbering, per_fragment)
-        for place in arriving:
-            out.add(rows([place]))
+        for row_key in arriving:
+            out.add(rows([row_key]))
         out.flush()
         finalise(folder, numbering, SCHEMA, rows_per_part=per_part)
         parts = [pq.read_table(part) for part in folder.parts()]
         table = pa.concat_tables(parts)
-        assert table.column("id").to_pylist() == [f"{file}/{row}" for file, row in places]
-        assert table.column("tag").to_pylist() == [f"tag {file}/{row}" for file, row in places]
+        assert table.column("id").to_pylist() == [f"{file}/{row}" for file, row in row_keys]
+        assert table.column("tag").to_pylist() == [f"tag {file}/{row}" for file, row in row_keys]
         assert all(part.num_rows == per_part for part in parts[:-1])
         assert folder.is_finished()
         assert not os.path.exists(folder.file("fragments"))

@@ -1,4 +1,4 @@
-"""run.json's versions: the commit of the code, wherever the code lies."""
+"""run.json's versions: the commit of the code, wherever the code is."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from pipeline.results.run_record import COMMIT_VARIABLE, code_commit
 
 
-def git(folder: Path, *words: str) -> str:
+def git(folder: Path, *args: str) -> str:
     person = ("-c", "user.name=n", "-c", "user.email=e@example.org")
     return subprocess.run(
-        ["git", "-C", str(folder), *person, *words], check=True, capture_output=True, text=True
+        ["git", "-C", str(folder), *person, *args], check=True, capture_output=True, text=True
     ).stdout.strip()
 
 
@@ -48,7 +48,7 @@ def test_changed_code_is_told_from_the_commit_and_new_files_are_not_code(checkou
     assert code_commit(checkout) == f"{head}-dirty"
 
 
-def test_code_without_its_history_is_known_by_what_its_sender_says(
+def test_code_without_its_history_has_the_commit_that_its_sender_set(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed = checkout / "site-packages"
