@@ -1,14 +1,15 @@
-"""Which requests can be answered at all; the rest become error completions before anything runs.
+"""Which requests can be answered at all; the others become error completions before anything runs.
 
-Plain integers and numpy; both engines ask the same questions.
+Plain integers and numpy; both engines apply the same rules.
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 from pipeline.engine.models.mrope import lay_out_prompt
-from pipeline.engine.sequence import PromptLayout, Request
+from pipeline.engine.sequence import Request, Sequence
 from pipeline.errors import GenerateError, PromptTooLong
 
 
@@ -20,11 +21,11 @@ class AdmissionRules:
     max_context: int
     """Prompt and output together."""
     cache_tokens: int | None = None
-    """Tokens the cache holds when one sample has it alone; None without a cache of our own."""
+    """Tokens that the cache holds for one sample alone; None without a cache of our own."""
     can_detokenize: bool = False
 
-    def lay_out(self, request: Request) -> PromptLayout:
-        """The prompt's layout; GenerateError or PromptTooLong for one that can never be answered."""
+    def admit(self, request: Request) -> list[Sequence]:
+        """A sequence for each sample. Raises GenerateError or PromptTooLong where the request can't be answered."""
         ids, sampling = request.input_ids, request.sampling
         if ids.ndim != 1 or len(ids) == 0:
             raise GenerateError(f"input_ids has shape {ids.shape}; expected one axis and at least one token")
@@ -42,26 +43,25 @@ class AdmissionRules:
             max_context=self.max_context,
             cache_tokens=self.cache_tokens,
         )
-        return lay_out_prompt(request, image_token_id=self.image_token_id, video_token_id=self.video_token_id)
+        layout = lay_out_prompt(request, image_token_id=self.image_token_id, video_token_id=self.video_token_id)
+        seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
+        return [Sequence(request, index, seed, layout) for index in range(sampling.n)]
 
 
 def check_length(
     num_prompt_tokens: int, num_visual_tokens: int, max_tokens: int, *, max_context: int, cache_tokens: int | None
 ) -> None:
-    """Raise PromptTooLong for a prompt and its answer that fit into the context or the cache under no circumstances."""
+    """Raise PromptTooLong for a prompt and answer that can never fit the context or the cache."""
     length = num_prompt_tokens + max_tokens
     if length > max_context:
-        raise PromptTooLong(
-            f"the prompt has {num_prompt_tokens} tokens ({num_visual_tokens} of them visual) and max_tokens is "
-            f"{max_tokens}, together {length}; the model's context is {max_context}. "
-            f"A prompt of {max(0, max_context - max_tokens)} tokens would fit: use fewer or "
-            "smaller media, or a smaller max_tokens"
-        )
-    # The last token chosen is never fed back, so it needs no place in the cache.
-    if cache_tokens is not None and length - 1 > cache_tokens:
-        raise PromptTooLong(
-            f"the prompt has {num_prompt_tokens} tokens ({num_visual_tokens} of them visual) and max_tokens is "
-            f"{max_tokens}; the key-value cache holds {cache_tokens} tokens. A prompt of "
-            f"{max(0, cache_tokens - max_tokens + 1)} tokens would fit: give the cache more "
-            "memory, or use fewer or smaller media"
-        )
+        limit, found = max_context, f"the model's context is {max_context} tokens"
+        remedy = "use fewer or smaller media, or a smaller max_tokens"
+    elif cache_tokens is not None and length > cache_tokens + 1:  # the last token chosen is never fed back
+        limit, found = cache_tokens + 1, f"the key-value cache holds {cache_tokens} tokens"
+        remedy = "give the cache more memory, or use fewer or smaller media"
+    else:
+        return
+    raise PromptTooLong(
+        f"the prompt has {num_prompt_tokens} tokens ({num_visual_tokens} of them visual) and max_tokens is "
+        f"{max_tokens}, together {length}; {found}. A prompt of {max(0, limit - max_tokens)} tokens would fit: {remedy}"
+    )

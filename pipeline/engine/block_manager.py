@@ -1,7 +1,7 @@
-"""Who owns which block of the key-value cache. Integers only: no torch, no sequences.
+"""Which blocks of the key-value cache are free, and how many tables own each. Integers only: no torch, no sequences.
 
-free      [5, 2, 7, ...]                   a stack; the block freed last is taken first
-owners    [1, 3, 0, 1, ...]                owners[b] tables list block b; 0 means free
+free      [5, 2, 7, ...]         a stack; the block freed last is allocated first
+owners    [1, 3, 0, 1, ...]      owners[b] tables list block b; 0 means free
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ class BlockManager:
         return self.num_blocks - len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens."""
         return -(-num_tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int]:
-        assert count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
+        assert count <= len(self._free), f"{count} blocks asked for, {len(self._free)} free"
         taken = [self._free.pop() for _ in range(count)]
         for block in taken:
             self._owners[block] = 1
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
-        """One more table lists these blocks; they are only read from now on."""
+        """Give these blocks one more owner; from now on they are only read."""
         for block in blocks:
             assert self._owners[block] > 0, f"block {block} is free and can't be shared"
             self._owners[block] += 1
@@ -49,7 +50,7 @@ class BlockManager:
                 self._free.append(block)
 
     def check_integrity(self, tables: Iterable[list[int]]) -> None:
-        """Every block is either free, or listed by exactly as many tables as it has owners."""
+        """Assert that every block is either free, or listed by exactly as many tables as it has owners."""
         listed = Counter(block for table in tables for block in table)
         free = set(self._free)
         assert len(free) == len(self._free), "a block is free twice"

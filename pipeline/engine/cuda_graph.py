@@ -1,7 +1,7 @@
 """Decode passes as CUDA graphs: one for each padded batch size, captured at warm-up or when first needed.
 
-A graph replays fixed kernels over fixed buffers, so everything that changes from pass to pass is copied into
-those buffers first. Padding rows attend to one token and write to the cache's scrap block.
+A graph replays fixed kernels over fixed buffers, so whatever changes from pass to pass is copied into those buffers
+first. Padding rows attend to one token and write to the cache's scrap block.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def graph_sizes(max_running: int) -> list[int]:
 
 @dataclass
 class _Buffers:
-    rows: torch.Tensor  # [R] places in last_tokens
+    rows: torch.Tensor  # [R] rows of last_tokens
     positions: torch.Tensor  # [R]
     slots: torch.Tensor  # [R]
     lengths: torch.Tensor  # [R] int32
@@ -54,7 +54,7 @@ class DecodeGraphs:
         self._graphs: dict[int, tuple[Any, torch.Tensor]] = {}
         self._pool: Any = None
         device = last_tokens.device
-        # torch's own capture stream belongs to whichever device captured first in this process.
+        # A stream of our own: torch's belongs to the device that captured first in this process.
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         size = self.sizes[-1]
         self._buffers = _Buffers(
@@ -67,7 +67,7 @@ class DecodeGraphs:
 
     @property
     def captured(self) -> list[int]:
-        """Batch sizes that have their graph, in the order of capture."""
+        """Batch sizes that have a graph, in the order of capture."""
         return list(self._graphs)
 
     def fits(self, num_rows: int, width: int) -> bool:
@@ -89,7 +89,7 @@ class DecodeGraphs:
         _fill(buffers.positions, np.pad(positions, (0, padding)))
         _fill(buffers.slots, np.pad(slots, (0, padding), constant_values=self.scrap_slot))
         _fill(buffers.lengths, np.pad(lengths, (0, padding), constant_values=1))
-        # Padding rows read block 0, whatever it holds: their result is thrown away.
+        # Padding rows read block 0, whatever it holds: their result is discarded.
         padded = np.zeros((size, tables.shape[1]), dtype=np.int32)
         padded[:num_rows] = tables
         buffers.tables[:size, : tables.shape[1]].copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
@@ -105,11 +105,11 @@ class DecodeGraphs:
         return self.forward(tokens, buffers.positions[:size], info)
 
     def capture(self, size: int) -> None:
-        """Make the graph for this batch size, unless it is there."""
+        """Make the graph for this batch size, unless there is one."""
         if size in self._graphs:
             return
-        # A run outside the graph first: libraries allocate their workspaces in it. It writes the same keys and
-        # values that the replay will write again; with the buffers as they are made, into the scrap block.
+        # A run outside the graph first, in which libraries allocate their workspaces. It writes the keys and values
+        # that the replay writes again; with fresh buffers, into the scrap block.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._run(size)

@@ -1,13 +1,12 @@
-"""Matrix multiplication by a weight of the checkpoint, and weights joined so that one call does for several.
+"""Matrix multiplication by one weight of the checkpoint, or by several joined into one call.
 
 On a CPU without bfloat16 instructions torch multiplies bfloat16 about seven times slower than float32. There the
-weight is held in float32 and the product rounded to bfloat16 once: the same numbers as a bfloat16
-kernel, which also adds up in float32, at the price of twice the memory.
+weight is held in float32 and the product rounded to bfloat16 once: the same numbers as a bfloat16 kernel, which also
+accumulates in float32, for twice the memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,16 +16,11 @@ from torch.nn import functional as F
 def needs_float32_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cpu" or dtype == torch.float32:
         return False
-    if dtype == torch.float16:
-        return not _cpu_supports("_is_mkldnn_fp16_supported")
-    return not _cpu_supports("_is_mkldnn_bf16_supported")
-
-
-def _cpu_supports(question: str) -> bool:
+    query = "_is_mkldnn_fp16_supported" if dtype == torch.float16 else "_is_mkldnn_bf16_supported"
     try:
-        return bool(getattr(torch.ops.mkldnn, question)())
+        return not getattr(torch.ops.mkldnn, query)()
     except (AttributeError, RuntimeError):
-        return True  # another torch: leave the choice of kernel to it
+        return False  # a torch without this query: leave the choice of kernel to it
 
 
 class Dense:
@@ -44,21 +38,21 @@ class Dense:
         return F.linear(x, self.weight, self.bias)
 
 
-def dense(linear: Any) -> Dense:
-    return Dense(linear.weight, linear.bias)
+def dense(linear: Any, *others: Any) -> Dense:
+    """One product for one nn.Linear or for several over the same input.
 
-
-def joined(linears: Sequence[Any]) -> Dense:
-    """Several nn.Linear over the same input as one; their weights become views, so no memory doubles."""
-    weight = torch.cat([linear.weight.data for linear in linears])
-    bias = None
-    if linears[0].bias is not None:
-        bias = torch.cat([linear.bias.data for linear in linears])
+    The weights of several are copied into one tensor and become views of it, so memory does not double.
+    """
+    if not others:
+        return Dense(linear.weight, linear.bias)
+    linears = (linear, *others)
+    weight = torch.cat([each.weight.data for each in linears])
+    bias = None if linear.bias is None else torch.cat([each.bias.data for each in linears])
     start = 0
-    for linear in linears:
-        stop = start + linear.weight.shape[0]
-        linear.weight.data = weight[start:stop]
+    for each in linears:
+        stop = start + each.weight.shape[0]
+        each.weight.data = weight[start:stop]
         if bias is not None:
-            linear.bias.data = bias[start:stop]
+            each.bias.data = bias[start:stop]
         start = stop
     return Dense(weight, bias)

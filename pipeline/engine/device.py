@@ -1,4 +1,4 @@
-"""What code for a GPU must mind: the calling thread's current device, and copies that the host doesn't wait for."""
+"""What code for a GPU must mind: the thread's current device, and copies that the host does not wait for."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make `device` the current one of this thread: events, graphs and Triton's kernels go there, wherever their
-    tensors lie. Nothing on a CPU."""
+    """Make `device` the current one of this thread. Events, graphs and Triton's kernels use the current device,
+    wherever their tensors lie. Nothing on a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """The array on `device`. For a GPU through pinned memory, the only kind it copies from without the host waiting;
-    on a CPU it shares the array's memory."""
+    """The array on `device`. To a GPU through pinned memory, from which the copy does not make the host wait;
+    on a CPU the tensor shares the array's memory."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -26,5 +26,5 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
 
 
 def local_gpu_name() -> str | None:
-    """The first GPU of this machine, as its driver names it; None where there is none."""
+    """The name of this machine's first GPU; None where there is none."""
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None

@@ -1,15 +1,13 @@
-"""The native engine: schedule a pass, run it, hand out what ended. See the package's page for the whole.
+"""The native engine: schedule a pass, run it, return what ended. The package's docstring describes the whole.
 
-Knows the order of things and what to do when memory runs out; the policy is the scheduler's, the tensors are
-the runner's.
+Knows the order of a step and what to do when memory runs out; the policy is the scheduler's, the tensors are the
+runner's.
 """
 
 from __future__ import annotations
 
-import random
 import time
-from collections import Counter, deque
-from collections.abc import Sequence as SequenceOf
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -18,35 +16,34 @@ import torch
 
 from pipeline.engine.admission import AdmissionRules
 from pipeline.engine.attention.choose import pick_attention
-from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo
 from pipeline.engine.block_manager import BlockManager
 from pipeline.engine.cuda_graph import DecodeGraphs
 from pipeline.engine.device import current
+from pipeline.engine.encoded_media import EncodedMedia
 from pipeline.engine.interface import Detokenize, Engine
-from pipeline.engine.kv_cache import KVCache, block_bytes
-from pipeline.engine.media_ledger import MediaLedger
-from pipeline.engine.model_runner import ModelRunner, PassResult, decode_forward
+from pipeline.engine.kv_cache import make_cache
+from pipeline.engine.model_runner import ModelRunner, PassResult
 from pipeline.engine.models.text_model import TextModel
 from pipeline.engine.models.vision import VisionModel
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.scheduler import Plan, PrefillPlan, Scheduler
 from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, error_completions
 from pipeline.engine.settings import EngineOptions
-from pipeline.engine.shard import ShardedAttention, ShardedCache
+from pipeline.engine.shard import ShardedAttention
 from pipeline.engine.stopping import StopRules
 from pipeline.engine.warm_up import capture_largest_first, first_request
 from pipeline.engine.weights import Checkpoint
-from pipeline.errors import CheckpointError, EngineOutOfMemory, RowError
+from pipeline.errors import EngineOutOfMemory, RowError
 
 MAX_LONE_FAILURES = 4
-"""A sequence that ran out of memory alone in its pass this often, with ever smaller budgets, is an error."""
+"""A row that runs out of memory alone in its pass this often, with ever smaller budgets, becomes an error."""
 
-KEPT_VISUAL_TOKENS = 2**17
+MAX_KEPT_VISUAL_TOKENS = 2**17
 """Visual tokens kept for waiting sequences that share media; above it the oldest are encoded again."""
 
 
 class NativeEngine(Engine):
-    """One step is one pass: a packed prefill or a decode over all running sequences."""
+    """Continuous batching. One step is one pass: a packed prefill or a decode of all running sequences."""
 
     def __init__(
         self,
@@ -57,16 +54,16 @@ class NativeEngine(Engine):
         detokenize: Detokenize | None = None,
         overlap: bool | None = None,
     ) -> None:
-        """`overlap` reads a pass's tokens after the next is launched; None is yes on a GPU, no on a CPU."""
+        """With `overlap`, a pass's tokens are read after the next pass is launched; None: on a GPU, not on a CPU."""
         self.checkpoint = checkpoint
         self.options = options
-        device, dtype = checkpoint.device, checkpoint.dtype
+        device, dtype, layer_devices = checkpoint.device, checkpoint.dtype, checkpoint.layer_devices
         on_gpu = device.type == "cuda"
         self.max_lag = int(on_gpu if overlap is None else overlap)
-        sharded = len(set(checkpoint.layer_devices)) > 1
         attention = pick_attention(options.attention, device, dtype)
+        sharded = len(set(layer_devices)) > 1
         if sharded:
-            backends = {at: pick_attention(options.attention, at, dtype) for at in set(checkpoint.layer_devices)}
+            backends = {each: pick_attention(options.attention, each, dtype) for each in set(layer_devices)}
             attention = ShardedAttention(backends, vision=attention)
         self.rules = StopRules(checkpoint.eos_token_ids, detokenize)
         max_context = min(options.max_context or checkpoint.max_context, checkpoint.max_context)
@@ -76,12 +73,19 @@ class NativeEngine(Engine):
             vision = VisionModel(checkpoint.model, attention, pixels)
         self.max_batch_tokens = options.max_batch_tokens or (16384 if on_gpu else 2048)
         self.max_batch_patches = options.max_batch_patches or 4 * self.max_batch_tokens
-        self.cache = _make_cache(text, attention, options, checkpoint.layer_devices, max_context)
-        blocks = BlockManager(self.cache.num_blocks, self.cache.block_size)
-        self.ledger = MediaLedger(KEPT_VISUAL_TOKENS)
+        self.cache = make_cache(
+            options,
+            layer_devices,
+            max_context=max_context,
+            block_size=attention.block_size,
+            num_kv_heads=text.num_kv_heads,
+            head_dim=text.head_dim,
+            dtype=text.dtype,
+        )
+        self.media = EncodedMedia(MAX_KEPT_VISUAL_TOKENS)
         self.scheduler = Scheduler(
-            blocks,
-            self.ledger,
+            BlockManager(self.cache.num_blocks, self.cache.block_size),
+            self.media,
             max_running=options.max_running,
             max_batch_tokens=self.max_batch_tokens,
             max_batch_patches=self.max_batch_patches,
@@ -91,19 +95,25 @@ class NativeEngine(Engine):
             vision,
             attention,
             self.cache,
-            self.ledger,
+            self.media,
             self.rules,
             device=device,
             max_running=options.max_running,
         )
         if on_gpu and options.cuda_graphs and attention.allows_graphs and not sharded:
-            self.runner.graphs = self._make_graphs(max_context)
+            self.runner.graphs = DecodeGraphs(
+                self.runner.decode_forward,
+                self.runner.last_tokens,
+                max_running=options.max_running,
+                max_width=self.scheduler.blocks.blocks_for(max_context),
+                scrap_slot=self.cache.scrap_slot,
+            )
         self.admission = AdmissionRules(
             checkpoint.vocab_size,
             checkpoint.image_token_id,
             checkpoint.video_token_id,
             max_context,
-            cache_tokens=self.cache.num_blocks * self.cache.block_size,
+            cache_tokens=self.cache.num_tokens,
             can_detokenize=detokenize is not None,
         )
         self._in_flight: deque[PassResult] = deque()
@@ -117,37 +127,16 @@ class NativeEngine(Engine):
 
     def add(self, request: Request) -> None:
         try:
-            layout = self.admission.lay_out(request)
+            sequences = self.admission.admit(request)
         except RowError as error:
             self._done.extend(error_completions(request, error))
             return
-        seed = request.sampling.seed
-        seed = random.getrandbits(63) if seed is None else seed
-        for index in range(request.sampling.n):
-            self.scheduler.add(Sequence(request, index, seed, layout))
+        for sequence in sequences:
+            self.scheduler.add(sequence)
 
     def step(self) -> list[Completion]:
         with current(self.checkpoint.device):
-            return self._step()
-
-    def _step(self) -> list[Completion]:
-        self._let_results_catch_up()
-        plan = self.scheduler.schedule()
-        if plan is not None:
-            try:
-                result = self.runner.run(plan, max_batch_patches=self.scheduler.max_batch_patches)
-                self._in_flight.append(result)
-                if isinstance(plan, PrefillPlan):
-                    self.scheduler.prefill_succeeded()
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                self._recover(plan, error)
-            except RuntimeError as error:
-                if "can't allocate memory" not in str(error):  # how torch says it on a CPU
-                    raise
-                self._recover(plan, error)
-            self.runner.forget_media(self.ledger.forget(self._media_in_use()))
-        while len(self._in_flight) > (self.max_lag if plan is not None else 0):
-            self._collect()
+            self._step()
         done, self._done = self._done, []
         return done
 
@@ -178,7 +167,7 @@ class NativeEngine(Engine):
             "max_batch_tokens": self.max_batch_tokens,
             "max_batch_patches": self.max_batch_patches,
             "cache_bytes": self.cache.num_bytes,
-            "cache_tokens": self.cache.num_blocks * self.cache.block_size,
+            "cache_tokens": self.cache.num_tokens,
             "block_size": self.cache.block_size,
             "eos_token_ids": sorted(self.checkpoint.eos_token_ids),
         }
@@ -186,7 +175,7 @@ class NativeEngine(Engine):
     def stats(self) -> dict[str, float]:
         blocks = self.scheduler.blocks
         return {
-            "running": float(len(self.scheduler.running) + (self.scheduler.prefilling is not None)),
+            "running": float(len(self.scheduler.admitted)),
             "waiting": float(len(self.scheduler.waiting)),
             "cache_use": blocks.num_used / blocks.num_blocks,
             "preemptions": float(self.scheduler.num_preemptions),
@@ -199,19 +188,33 @@ class NativeEngine(Engine):
 
     # ---- inside a step
 
-    def _let_results_catch_up(self) -> None:
-        """A repetition penalty needs every earlier token on the host before the next pass is planned."""
+    def _step(self) -> None:
+        # A repetition penalty needs every earlier token on the host before the next pass is planned.
         if self._in_flight and any(s.sampling.repetition_penalty != 1.0 for s in self.scheduler.running):
-            while self._in_flight:
-                self._collect()
+            self._collect()
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            try:
+                self._in_flight.append(self.runner.run(plan, max_batch_patches=self.scheduler.max_batch_patches))
+                if isinstance(plan, PrefillPlan):
+                    self.scheduler.prefill_succeeded()
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self._recover(plan, error)
+            except RuntimeError as error:
+                if "can't allocate memory" not in str(error):  # torch's message on a CPU
+                    raise
+                self._recover(plan, error)
+            self.runner.forget_media(self.media.forget(self._media_in_use()))
+        self._collect(max_left=self.max_lag if plan is not None else 0)
 
-    def _collect(self) -> None:
-        """Read the oldest pass in flight and let its sequences go on or end."""
-        for sequence, token, logprob in self._in_flight.popleft().read():
-            sequence.num_in_flight -= 1
-            self.rules.append(sequence, token, logprob)
-            if sequence.is_finished:
-                self._retire(sequence)
+    def _collect(self, *, max_left: int = 0) -> None:
+        """Read the oldest passes in flight until `max_left` are left; their sequences continue or end."""
+        while len(self._in_flight) > max_left:
+            for sequence, token, logprob in self._in_flight.popleft().read():
+                sequence.num_in_flight -= 1
+                self.rules.append(sequence, token, logprob)
+                if sequence.is_finished:
+                    self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
         self.scheduler.retire(sequence)
@@ -223,11 +226,10 @@ class NativeEngine(Engine):
         return {medium.content_key for medium in prefilling.request.media} if prefilling else set()
 
     def _recover(self, plan: Plan, error: BaseException) -> None:
-        """Out of memory: read what is in flight, take this pass back, and go on with smaller ones."""
+        """Out of memory: read what is in flight, preempt this pass's sequences, and continue with smaller passes."""
         self._num_out_of_memory += 1
-        while self._in_flight:
-            self._collect()
-        failed = [s for s in plan.sequences if not s.is_finished]
+        self._collect()
+        failed = [sequence for sequence in plan.sequences if not sequence.is_finished]
         for sequence in reversed(failed):
             self.scheduler.preempt(sequence)
         self.scheduler.halve_budgets(plan)
@@ -237,7 +239,7 @@ class NativeEngine(Engine):
             torch.cuda.empty_cache()
 
     def _count_lone_failure(self, failed: list[Sequence], error: BaseException) -> None:
-        """These samples of one request had the pass to themselves; too often is an error row."""
+        """The samples of one request were alone in the pass that failed; after several such passes they are errors."""
         request = failed[0].request
         failures = self._lone_failures.get(request.request_id, 0) + 1
         self._lone_failures[request.request_id] = failures
@@ -253,63 +255,13 @@ class NativeEngine(Engine):
             self._retire(sequence)
 
     def _warm_up(self) -> float:
-        """Answer one row and capture graphs, so that the first batch needn't wait for that. Seconds it took."""
+        """Answer one row and capture graphs, so that the first batch need not wait for that. Returns the seconds."""
         started = time.perf_counter()
-        admission, graphs = self.admission, self.runner.graphs
-        room = min(admission.max_context, admission.cache_tokens or admission.max_context)
-        self.generate([first_request(admission.image_token_id, room=room)])
+        max_length = min(self.admission.max_context, self.cache.num_tokens)
+        self.generate([first_request(self.admission.image_token_id, max_length=max_length)])
+        graphs = self.runner.graphs
         if graphs is not None:
             with current(self.checkpoint.device), torch.inference_mode():
                 capture_largest_first(set(graphs.sizes) - set(graphs.captured), graphs.capture)
         self.runner.reset_counts()
         return time.perf_counter() - started
-
-    def _make_graphs(self, max_context: int) -> DecodeGraphs:
-        runner = self.runner
-
-        def forward(tokens: torch.Tensor, positions: torch.Tensor, info: DecodeInfo) -> torch.Tensor:
-            return decode_forward(runner.text, runner.attention, self.cache, tokens, positions, info)
-
-        return DecodeGraphs(
-            forward,
-            runner.last_tokens,
-            max_running=self.options.max_running,
-            max_width=self.scheduler.blocks.blocks_for(max_context),
-            scrap_slot=self.cache.scrap_slot,
-        )
-
-
-def _make_cache(
-    text: TextModel,
-    attention: AttentionBackend,
-    options: EngineOptions,
-    layer_devices: SequenceOf[torch.device],
-    max_context: int,
-) -> KVCache:
-    """As many blocks as the stated memory holds, on each device for its layers, and no more than could ever be used."""
-    on_gpu = layer_devices[0].type == "cuda"
-    size = attention.block_size
-    shape = {"block_size": size, "num_kv_heads": text.num_kv_heads, "head_dim": text.head_dim}
-    layers = Counter(layer_devices)
-    most = options.max_running * -(-max_context // size)
-    fit = []
-    for device, num_layers in layers.items():
-        if on_gpu:
-            memory = options.cache_fraction * torch.cuda.mem_get_info(device)[0]
-        else:
-            memory = options.cache_gb * 1e9 * num_layers / len(layer_devices)
-        per_block = block_bytes(num_layers=num_layers, **shape, dtype=text.dtype)
-        fit.append(int(memory // per_block) - 1)
-        if fit[-1] < 1:
-            setting = "engine.cache_fraction" if on_gpu else "engine.cache_gb"
-            raise CheckpointError(
-                f"the key-value cache would get {memory / 1e9:.3f} GB, but one block of {size} tokens "
-                f"takes {per_block / 1e9:.3f} GB; raise {setting}"
-            )
-
-    def make(device: torch.device, num_layers: int) -> KVCache:
-        return KVCache(num_layers=num_layers, **shape, num_blocks=min(*fit, most), dtype=text.dtype, device=device)
-
-    if len(layers) == 1:
-        return make(layer_devices[0], len(layer_devices))
-    return ShardedCache(layer_devices, make)

@@ -1,68 +1,127 @@
-"""Keys and values in blocks, one tensor for all layers; sized from memory, written by slot number.
+"""Keys and values of all layers in blocks, sized from memory and written by slot number.
 
     keys[layer]: [blocks + 1, block_size, kv_heads, head_dim]       values likewise
 
     a sequence's table  [4, 0, 9]      token i lies in block table[i // block_size] at i % block_size;
                                        its slot number is block * block_size + i % block_size
 
-The one block more is scrap: padding rows of a CUDA graph write there. Knows no sequences.
+The last block is scrap: padding rows of a CUDA graph write there. Layers may lie on several devices; a block has the
+same number on all of them. Knows no sequences.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from pipeline.engine.settings import EngineOptions
+from pipeline.errors import CheckpointError
+
 
 class KVCache:
     def __init__(
         self,
+        layer_devices: Sequence[torch.device],
         *,
-        num_layers: int,
         num_blocks: int,
         block_size: int,
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.scrap_slot = num_blocks * block_size
-        shape = (2, num_layers, num_blocks + 1, block_size, num_kv_heads, head_dim)
-        storage = _zeros(shape, dtype, device)
-        self.keys, self.values = storage[0], storage[1]
+        shape = (num_blocks + 1, block_size, num_kv_heads, head_dim)
+        self.storage = {
+            device: _zeros((2, num_layers, *shape), dtype, device)
+            for device, num_layers in Counter(layer_devices).items()
+        }
+        """All keys and values of each device: [2, layers, blocks + 1, block_size, kv_heads, head_dim]."""
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        num_taken: Counter[torch.device] = Counter()
+        for device in layer_devices:
+            self.keys.append(self.storage[device][0, num_taken[device]])
+            self.values.append(self.storage[device][1, num_taken[device]])
+            num_taken[device] += 1
+        self._moved: tuple[torch.Tensor, dict[torch.device, torch.Tensor]] | None = None
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-        """Put keys and values [T, kv_heads, head_dim] into slots [T]."""
+        """Put keys and values [T, kv_heads, head_dim], on the layer's device, into slots [T], on any device."""
+        if len(self.storage) > 1:
+            slots = self._slots_on(keys.device, slots)
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
         self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
 
+    def _slots_on(self, device: torch.device, slots: torch.Tensor) -> torch.Tensor:
+        """The pass's slots on a device; moved once for all of the pass's layers."""
+        if self._moved is None or self._moved[0] is not slots:
+            self._moved = (slots, {each: slots.to(each) for each in self.storage})
+        return self._moved[1][device]
+
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:
-            self.keys[:, target] = self.keys[:, source]
-            self.values[:, target] = self.values[:, source]
+            for storage in self.storage.values():
+                storage[:, :, target] = storage[:, :, source]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_size
 
     @property
     def num_bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return sum(storage.numel() * storage.element_size() for storage in self.storage.values())
+
+
+def make_cache(
+    options: EngineOptions,
+    layer_devices: Sequence[torch.device],
+    *,
+    max_context: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> KVCache:
+    """A cache of as many blocks as the stated memory holds on each device, and no more than could ever be used.
+
+    Raises CheckpointError where a device's memory does not hold one block.
+    """
+    num_blocks = options.max_running * -(-max_context // block_size)
+    for device, num_layers in Counter(layer_devices).items():
+        if device.type == "cuda":
+            setting, memory = "engine.cache_fraction", options.cache_fraction * torch.cuda.mem_get_info(device)[0]
+        else:
+            setting, memory = "engine.cache_gb", options.cache_gb * 1e9 * num_layers / len(layer_devices)
+        per_block = 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+        fit = int(memory // per_block) - 1  # one is scrap
+        if fit < 1:
+            raise CheckpointError(
+                f"the key-value cache would get {memory / 1e9:.3f} GB, but one block of {block_size} tokens "
+                f"takes {per_block / 1e9:.3f} GB; raise {setting}"
+            )
+        num_blocks = min(num_blocks, fit)
+    return KVCache(
+        layer_devices,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros, since attention multiplies what lies behind a masked place by 0, and 0 x NaN is NaN.
+    """Zeros, since attention multiplies what lies behind a masked slot by 0, and 0 x NaN is NaN.
 
-    numpy's zeros are pages the system hands out when first touched; torch's would be touched at once.
+    On a CPU, numpy's zeros are pages that the system provides when they are first touched; torch would touch them all.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    width = torch.empty((), dtype=dtype).element_size()
-    raw = torch.from_numpy(np.zeros(math.prod(shape) * width, dtype=np.uint8))
+    raw = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8))
     return raw.view(dtype).view(shape)
-
-
-def block_bytes(*, num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    width = torch.empty((), dtype=dtype).element_size()
-    return 2 * num_layers * block_size * num_kv_heads * head_dim * width

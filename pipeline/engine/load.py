@@ -1,4 +1,4 @@
-"""From options to an engine: loads the checkpoint and builds the engine that the options name."""
+"""From options to an engine."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def load_engine(
 ) -> Engine:
     """Load the checkpoint and build the engine `options.kind` names.
 
-    `pixel_table` [3, 256] maps (channel, byte) to the normalised pixel; None is CLIP's mean and deviation.
-    `detokenize` turns token ids into text; needed by requests with stop strings, and by them only.
+    `pixel_table` [3, 256] maps (channel, byte) to the normalized pixel value; None: CLIP's mean and standard deviation.
+    `detokenize` turns token ids into text; only requests with stop strings need it.
     """
+    # Imported here, so that a job can be planned without torch and transformers.
     from pipeline.engine.weights import load_checkpoint
 
     checkpoint = load_checkpoint(options)

@@ -1,8 +1,7 @@
-"""Turns a plan into tensors, runs the two halves of the model, and samples. The only file that knows both
-sequences and tensors.
+"""Turns a plan into tensors, runs both halves of the model, and samples. Only this file knows sequences and tensors.
 
-Nothing here waits for the device: a pass's tokens stay there (`last_tokens` feeds the next decode) and are
-copied out behind it; `PassResult.read` waits for that copy, which the engine does a pass later on a GPU.
+Nothing here waits for the device. A pass's tokens stay on it (`last_tokens` feeds the next decode) and are copied to
+the host behind the pass; `PassResult.read` waits for that copy, which on a GPU the engine calls one pass later.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ import torch
 from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo, PrefillInfo
 from pipeline.engine.cuda_graph import DecodeGraphs
 from pipeline.engine.device import upload
+from pipeline.engine.encoded_media import EncodedMedia
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.media_ledger import MediaLedger
 from pipeline.engine.models.text_model import TextModel
 from pipeline.engine.models.vision import VisionModel
 from pipeline.engine.sampler import sample, sample_row
@@ -33,7 +32,7 @@ from pipeline.engine.stopping import StopRules
 
 @dataclass
 class PassResult:
-    """Tokens on their way to the host, and whose they are."""
+    """Tokens on their way to the host, and the sequences they belong to."""
 
     sequences: list[Sequence]
     tokens: torch.Tensor | None = None
@@ -41,9 +40,10 @@ class PassResult:
     copied: Any = None
     """CUDA event after the copies; None on a CPU."""
     epochs: list[int] = field(default_factory=list)
-    """num_preemptions at launch: a sequence that was preempted since has no use for its token."""
+    """num_preemptions of each sequence at launch; the token of one that was preempted since is dropped."""
 
     def read(self) -> list[tuple[Sequence, int, float | None]]:
+        """(sequence, token, log-probability) of the sequences that still need it. Waits for the copy."""
         if self.tokens is None:
             return []
         if self.copied is not None:
@@ -65,7 +65,7 @@ class ModelRunner:
         vision: VisionModel,
         attention: AttentionBackend,
         cache: KVCache,
-        ledger: MediaLedger,
+        media: EncodedMedia,
         rules: StopRules,
         *,
         device: torch.device,
@@ -76,7 +76,7 @@ class ModelRunner:
         self.vision = vision
         self.attention = attention
         self.cache = cache
-        self.ledger = ledger
+        self.media = media
         self.rules = rules
         self.device = device
         self.graphs = graphs
@@ -86,13 +86,13 @@ class ModelRunner:
 
     def reset_counts(self) -> None:
         self.seconds = {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
-        """Host time; on a GPU that is the time to launch the work, not to do it."""
+        """Host time; on a GPU that is the time to launch the work, not to run it."""
         self.counts = {"prefill_tokens": 0, "decode_tokens": 0, "patches": 0, "passes": 0}
 
     @torch.inference_mode()
     def run(self, plan: Plan, *, max_batch_patches: int) -> PassResult:
         if isinstance(plan, DecodePlan):
-            # Neighbours of like length are padded together by backends that pad.
+            # Sorted, because backends that pad do so among neighbours.
             sequences = sorted(plan.sequences, key=lambda sequence: sequence.num_computed)
             with self._timed("decode"):
                 logits = self._decode(sequences)
@@ -126,7 +126,7 @@ class ModelRunner:
     def _encode(self, plan: PrefillPlan, max_batch_patches: int) -> None:
         for medium, tokens in self.vision.encode(plan.media, max_batch_patches):
             self.visual_tokens[medium.content_key] = tokens
-            self.ledger.mark_encoded(medium)
+            self.media.mark_encoded(medium)
             self.counts["patches"] += medium.num_patches
 
     def _prefill(self, plan: PrefillPlan) -> PassResult:
@@ -168,51 +168,67 @@ class ModelRunner:
         return np.asarray(sequence.block_table, dtype=np.int64)[index // size] * size + index % size
 
     def _place_visual_tokens(self, hidden: torch.Tensor, chunks: SequenceOf[PrefillChunk]) -> None:
-        """Overwrite placeholder rows of hidden [N, C] with what the vision tower made of the media."""
+        """Overwrite the placeholder rows of hidden [N, C] with the visual tokens of the media."""
         offset = 0
         for chunk in chunks:
-            assert chunk.sequence.layout is not None
             media = zip(chunk.sequence.request.media, chunk.sequence.layout.spans, strict=True)
             for medium, (first, end) in media:
                 start, stop = max(first, chunk.start), min(end, chunk.stop)
                 if start < stop:
                     tokens = self.visual_tokens[medium.content_key]
-                    here = offset + start - chunk.start
-                    hidden[here : here + stop - start] = tokens[start - first : stop - first]
+                    row = offset + start - chunk.start
+                    hidden[row : row + stop - start] = tokens[start - first : stop - first]
             offset += chunk.num_tokens
 
     # ---- decode
 
     def _decode(self, sequences: SequenceOf[Sequence]) -> torch.Tensor:
-        """Feed each sequence its newest token, number num_computed - 1, wherever that is known by now."""
+        """Feed each sequence its newest token, number num_computed - 1, whether or not the host knows it yet."""
         size = self.cache.block_size
-        places = np.fromiter((s.num_computed - 1 for s in sequences), dtype=np.int64)
-        deltas = np.fromiter((s.layout.delta if s.layout else 0 for s in sequences), dtype=np.int64)
+        indices = np.fromiter((s.num_computed - 1 for s in sequences), dtype=np.int64)
+        positions = indices + np.fromiter((s.layout.delta for s in sequences), dtype=np.int64)
+        lengths = (indices + 1).astype(np.int32)
         rows = np.fromiter((s.row for s in sequences), dtype=np.int64)
         widest = max(len(sequence.block_table) for sequence in sequences)
         tables = np.zeros((len(sequences), widest), dtype=np.int32)
         for row, sequence in enumerate(sequences):
             tables[row, : len(sequence.block_table)] = sequence.block_table
-        slots = tables[np.arange(len(sequences)), places // size].astype(np.int64) * size + places % size
+        slots = tables[np.arange(len(sequences)), indices // size].astype(np.int64) * size + indices % size
         if self.graphs is not None and self.graphs.fits(len(sequences), widest):
-            return self.graphs.replay(rows, places + deltas, slots, (places + 1).astype(np.int32), tables)
+            return self.graphs.replay(rows, positions, slots, lengths, tables)
         info = DecodeInfo(
             slots=self._upload(slots),
-            lengths=self._upload((places + 1).astype(np.int32)),
+            lengths=self._upload(lengths),
             tables=self._upload(tables),
-            host_lengths=(places + 1).tolist(),
+            host_lengths=lengths.tolist(),
         )
         tokens = self.last_tokens.index_select(0, self._upload(rows))
-        return decode_forward(self.text, self.attention, self.cache, tokens, self._upload(places + deltas), info)
+        return self.decode_forward(tokens, self._upload(positions), info)
+
+    def decode_forward(
+        self,
+        tokens: torch.Tensor,  # [R]
+        positions: torch.Tensor,  # [R]
+        info: DecodeInfo,
+    ) -> torch.Tensor:
+        """One token of each row through the text model: logits [R, vocabulary]. This is what a graph captures."""
+        self.attention.begin_decode(info, self.cache)
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            self.cache.write(layer, k, v, info.slots)
+            return self.attention.decode(q, self.cache, layer)
+
+        text = self.text
+        return text.logits(text.forward(text.embed(tokens), text.rotation(positions), attend))
 
     # ---- sampling
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> PassResult:
-        # This pass's own token is counted as in flight already.
+        # num_in_flight already counts this pass's own token.
         steps = [len(s.output_ids) + s.num_in_flight - 1 for s in sequences]
         rows = [sample_row(s, self.rules, step) for s, step in zip(sequences, steps, strict=True)]
         tokens, logprobs = sample(logits, rows)
-        # A head on another device than the embedding: the next pass begins at the first.
+        # The head may lie on another device than the embedding, where the next pass begins.
         tokens = tokens.to(self.device)
         logprobs = None if logprobs is None else logprobs.to(self.device)
         index = self._upload(np.asarray([sequence.row for sequence in sequences], dtype=np.int64))
@@ -225,24 +241,6 @@ class ModelRunner:
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
         return PassResult(sequences, tokens, logprobs, copied, epochs)
-
-
-def decode_forward(
-    text: TextModel,
-    attention: AttentionBackend,
-    cache: KVCache,
-    tokens: torch.Tensor,  # [R]
-    positions: torch.Tensor,  # [R]
-    info: DecodeInfo,
-) -> torch.Tensor:
-    """One token of each row through the text model: logits [R, vocabulary]. Also what a graph captures."""
-    attention.begin_decode(info, cache)
-
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        cache.write(layer, k, v, info.slots)
-        return attention.decode(q, cache, layer)
-
-    return text.logits(text.forward(text.embed(tokens), text.rotation(positions), attend))
 
 
 def _copy_out(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""uint8 patches -> pixel values on the model's device, bit-equal to transformers' in the model's dtype.
+"""uint8 patches to pixel values on the model's device, bit-equal to transformers' in the model's dtype.
 
-A table lookup: 256 values for each of three channels, computed once in float32 as transformers
-computes them and cast to the model's dtype, so no dtype can round differently.
+A table lookup: 256 values for each of three channels, computed once in float32 as transformers computes them and then
+cast to the model's dtype, so no dtype can round differently.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def pixel_table(
 
 
 class PixelTable:
-    """The lookup, on one device in one dtype."""
+    """The lookup on one device in one dtype; without a table, CLIP's."""
 
     def __init__(self, table: npt.NDArray[np.float32] | None, *, device: torch.device, dtype: torch.dtype) -> None:
         table = pixel_table() if table is None else table
@@ -57,7 +57,7 @@ class PixelTable:
         if width == PATCH_BYTES["image"]:
             index = patches.to(torch.int32) + self.offsets
             pixels = self.values.index_select(0, index.reshape(-1)).view(num_patches, 3, 1, _PIXELS)
-            # The two temporal halves of a still image are equal; only one was sent.
+            # The two temporal halves of a still image are equal, so only one was sent.
             return pixels.expand(-1, -1, 2, -1).reshape(num_patches, -1)
         index = patches.to(torch.int32).view(num_patches, 3, 2, _PIXELS) + self.offsets.view(3, 1, _PIXELS)
         return self.values.index_select(0, index.reshape(-1)).view(num_patches, width)

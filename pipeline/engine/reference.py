@@ -1,14 +1,12 @@
-"""The reference engine: `model.generate` in left-padded static batches, as the model's page shows it.
+"""The reference engine: `model.generate` in left-padded static batches, as the model's card shows it.
 
-The tests compare the native engine with it, and the benchmarks measure against it. It knows nothing of
-continuous batching: a batch ends with its longest row. Greedy rows go through transformers alone; as
-soon as a row asks for more, our sampler chooses the tokens through a logits processor, so that seeds,
-filters and log-probabilities mean the same in both engines.
+The tests compare the native engine with it, and the benchmarks measure against it. A batch lasts as long as its longest
+row. Greedy rows go through transformers alone; as soon as a row of the batch needs more, our sampler chooses the tokens
+through a logits processor, so that seeds, filters and log-probabilities mean the same in both engines.
 """
 
 from __future__ import annotations
 
-import random
 import time
 from collections import deque
 from typing import Any
@@ -16,14 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from pipeline.engine.admission import AdmissionRules
+from pipeline.engine.attention.choose import flash_attn_installed
 from pipeline.engine.device import current
 from pipeline.engine.interface import Detokenize, Engine
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sampler import sample, sample_row
-from pipeline.engine.sequence import Completion, PromptLayout, Request, RequestId, Sequence, error_completions
+from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, SequenceStatus, error_completions
 from pipeline.engine.settings import EngineOptions
 from pipeline.engine.stopping import StopRules
 from pipeline.engine.weights import Checkpoint
@@ -31,7 +30,7 @@ from pipeline.errors import EngineOutOfMemory, RowError
 
 
 class ReferenceEngine(Engine):
-    """One step is one static batch, run to its end."""
+    """Static batches. One step is one batch, run to its end."""
 
     def __init__(
         self,
@@ -54,20 +53,15 @@ class ReferenceEngine(Engine):
         )
         self.attention = _pick_attention(checkpoint, options)
         checkpoint.model.set_attn_implementation(self.attention)
-        self._waiting: deque[tuple[Sequence, PromptLayout]] = deque()
+        self._waiting: deque[Sequence] = deque()
         self._done: list[Completion] = []
         self._stats = {"prefill_tokens": 0.0, "decode_tokens": 0.0, "batches": 0.0, "seconds": 0.0}
 
     def add(self, request: Request) -> None:
         try:
-            layout = self.admission.lay_out(request)
+            self._waiting.extend(self.admission.admit(request))
         except RowError as error:
             self._done.extend(error_completions(request, error))
-            return
-        seed = request.sampling.seed
-        seed = random.getrandbits(63) if seed is None else seed
-        for index in range(request.sampling.n):
-            self._waiting.append((Sequence(request, index, seed), layout))
 
     def step(self) -> list[Completion]:
         size = min(self.options.batch_size, len(self._waiting))
@@ -77,7 +71,7 @@ class ReferenceEngine(Engine):
             with current(self.checkpoint.device):
                 self._run(batch)
             self._stats["seconds"] += time.perf_counter() - started
-            self._done.extend(sequence.completion() for sequence, _ in batch)
+            self._done.extend(sequence.completion() for sequence in batch)
         done, self._done = self._done, []
         return done
 
@@ -85,8 +79,7 @@ class ReferenceEngine(Engine):
         return bool(self._waiting or self._done)
 
     def abort(self, request_id: RequestId) -> None:
-        kept = [pair for pair in self._waiting if pair[0].request.request_id != request_id]
-        self._waiting = deque(kept)
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.request.request_id != request_id)
         self._done = [completion for completion in self._done if completion.request_id != request_id]
 
     def describe(self) -> dict[str, Any]:
@@ -104,67 +97,62 @@ class ReferenceEngine(Engine):
     def stats(self) -> dict[str, float]:
         return {"running": 0.0, "waiting": float(len(self._waiting)), "preemptions": 0.0, **self._stats}
 
-    def _run(self, batch: list[tuple[Sequence, PromptLayout]]) -> None:
-        """Run one batch; out of memory halves it, and a row that fails alone becomes an error."""
+    def _run(self, batch: list[Sequence]) -> None:
+        """Run one batch. Out of memory halves it; a row that fails alone becomes an error."""
         try:
             self._generate(batch)
         except torch.OutOfMemoryError as error:
-            for sequence, _ in batch:
+            for sequence in batch:
                 sequence.output_ids.clear()
                 sequence.logprobs.clear()
-                if sequence.is_finished:
-                    sequence.status = type(sequence.status).WAITING
+                sequence.status = SequenceStatus.WAITING
             if len(batch) == 1:
-                batch[0][0].error = EngineOutOfMemory(f"out of memory with this row alone: {error}")
-                batch[0][0].finish("error")
+                batch[0].error = EngineOutOfMemory(f"out of memory with this row alone: {error}")
+                batch[0].finish("error")
                 return
             self._run(batch[: len(batch) // 2])
             self._run(batch[len(batch) // 2 :])
 
     @torch.inference_mode()
-    def _generate(self, batch: list[tuple[Sequence, PromptLayout]]) -> None:
-        sequences = [sequence for sequence, _ in batch]
-        inputs = self._inputs(batch)
-        follow = _Follow(sequences, self.rules)
-        needs_sampler = any(_needs_sampler(sequence) for sequence in sequences)
-        pad = min(self.rules.eos_token_ids, default=0)
+    def _generate(self, batch: list[Sequence]) -> None:
+        follow = _Follow(batch, self.rules)
         self.checkpoint.model.generate(
-            **inputs,
-            generation_config=_plain_generation_config(
-                max_new_tokens=max(sequence.sampling.max_tokens for sequence in sequences), pad_token_id=pad
+            **self.inputs(batch),
+            generation_config=plain_generation_config(
+                max_new_tokens=max(sequence.sampling.max_tokens for sequence in batch),
+                pad_token_id=min(self.rules.eos_token_ids, default=0),
             ),
-            logits_processor=[_Choose(follow)] if needs_sampler else [],
+            logits_processor=[_Choose(follow)] if any(map(_needs_sampler, batch)) else [],
             stopping_criteria=[follow],
         )
         self._stats["batches"] += 1
-        self._stats["prefill_tokens"] += sum(sequence.num_prompt_tokens for sequence in sequences)
-        self._stats["decode_tokens"] += sum(len(sequence.output_ids) for sequence in sequences)
+        self._stats["prefill_tokens"] += sum(sequence.num_prompt_tokens for sequence in batch)
+        self._stats["decode_tokens"] += sum(len(sequence.output_ids) for sequence in batch)
 
-    def _inputs(self, batch: list[tuple[Sequence, PromptLayout]]) -> dict[str, torch.Tensor]:
-        """Left-padded ids, mask and positions [4, rows, tokens]: text index, then the three axes."""
+    def inputs(self, batch: list[Sequence]) -> dict[str, torch.Tensor]:
+        """The model's inputs: left-padded ids and mask, positions [4, rows, tokens] (text index, then the three axes),
+        pixel values and grids."""
         device = self.checkpoint.device
-        width = max(sequence.num_prompt_tokens for sequence, _ in batch)
-        ids = np.zeros((len(batch), width), dtype=np.int64)
-        mask = np.zeros((len(batch), width), dtype=np.int64)
+        width = max(sequence.num_prompt_tokens for sequence in batch)
+        ids, mask = np.zeros((2, len(batch), width), dtype=np.int64)
         positions = np.zeros((4, len(batch), width), dtype=np.int64)
-        for row, (sequence, layout) in enumerate(batch):
+        for row, sequence in enumerate(batch):
             start = width - sequence.num_prompt_tokens
             ids[row, start:] = sequence.request.input_ids
             mask[row, start:] = 1
             positions[0, row, start:] = np.arange(sequence.num_prompt_tokens)
-            positions[1:, row, start:] = layout.positions
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-        media = [medium for sequence, _ in batch for medium in sequence.request.media]
+            positions[1:, row, start:] = sequence.layout.positions
+        arrays = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         for kind, values, grid in (
             ("image", "pixel_values", "image_grid_thw"),
             ("video", "pixel_values_videos", "video_grid_thw"),
         ):
-            mine = [medium for medium in media if medium.kind == kind]
-            if mine:
-                patches = np.concatenate([medium.patches for medium in mine])
+            media = [medium for sequence in batch for medium in sequence.request.media if medium.kind == kind]
+            if media:
+                patches = np.concatenate([medium.patches for medium in media])
                 tensors[values] = self.pixels(torch.from_numpy(patches).to(device))
-                tensors[grid] = torch.tensor([medium.grid_thw for medium in mine], device=device)
+                tensors[grid] = torch.tensor([medium.grid_thw for medium in media], device=device)
         return tensors
 
 
@@ -175,25 +163,19 @@ def _needs_sampler(sequence: Sequence) -> bool:
     )
 
 
-def _plain_generation_config(**settings: Any) -> Any:
-    """Greedy, with none of the checkpoint's sampling defaults; end tokens are the criterion's business."""
-    from transformers import GenerationConfig
-
+def plain_generation_config(**settings: Any) -> Any:
+    """Greedy, with none of the checkpoint's sampling defaults; `_Follow` decides when a row ends."""
     return GenerationConfig(do_sample=False, eos_token_id=None, use_cache=True, **settings)
 
 
 def _pick_attention(checkpoint: Checkpoint, options: EngineOptions) -> str:
-    from pipeline.engine.attention.choose import flash_attn_installed
-
-    wants_flash = options.attention in ("auto", "flash")
     half = checkpoint.dtype in (torch.bfloat16, torch.float16)
-    if wants_flash and checkpoint.device.type == "cuda" and half and flash_attn_installed():
-        return "flash_attention_2"
-    return "sdpa"
+    can_flash = checkpoint.device.type == "cuda" and half and flash_attn_installed()
+    return "flash_attention_2" if can_flash and options.attention in ("auto", "flash") else "sdpa"
 
 
 class _Follow(StoppingCriteria):  # type: ignore[misc]
-    """Reads each token as it comes, gives it to its sequence, and says which rows have ended."""
+    """Appends each new token to its sequence, and reports which rows have ended."""
 
     def __init__(self, sequences: list[Sequence], rules: StopRules) -> None:
         self.sequences = sequences
@@ -209,7 +191,7 @@ class _Follow(StoppingCriteria):  # type: ignore[misc]
 
 
 class _Choose(LogitsProcessor):  # type: ignore[misc]
-    """Lets our sampler choose: every other token's score becomes minus infinity."""
+    """Lets our sampler choose: the score of every other token becomes minus infinity."""
 
     def __init__(self, follow: _Follow) -> None:
         self.follow = follow

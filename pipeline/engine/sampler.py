@@ -1,9 +1,9 @@
-"""Logits in, one token a row out; each row by its own parameters, with no word to the host.
+"""Logits in, one token per row out: per-row sampling parameters, without synchronizing with the host.
 
-The order is transformers': repetition penalty, forbidden tokens, temperature, top-k, top-p, min-p.
-Filters are thresholds on values, so equal logits are kept or dropped together and the outcome doesn't
-depend on how a sort breaks ties. A row is drawn by one number in [0, 1) that the host derives from its
-seed, so its neighbours in the batch have no say.
+The order is transformers': repetition penalty, forbidden tokens, temperature, top-k, top-p, min-p. Filters are
+thresholds on values, so equal logits are kept or dropped together and the result does not depend on how a sort breaks
+ties. A row is sampled with one number in [0, 1) that the host derives from the row's seed, so the other rows of the
+batch do not matter.
 
     R rows   V vocabulary
 """
@@ -25,7 +25,7 @@ from pipeline.engine.stopping import StopRules
 
 @dataclass(frozen=True)
 class SampleRow:
-    """What the sampler must know of one row; plain host values."""
+    """What the sampler needs to know of one row, as plain host values."""
 
     sampling: SamplingParams
     draw: float
@@ -53,7 +53,7 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # tokens [R] int64, log-probabilities [R] or None
     """Choose a token for each row."""
     if all(_is_plain(row) for row in rows):
-        # The common case copies nothing: rounding to float32 can't change which logit is the largest.
+        # The common case needs no float32 copy: the cast does not change which logit is the largest.
         return logits.argmax(dim=-1), None
     raw = logits.float()
     scores = raw
@@ -91,7 +91,7 @@ def _forbid(scores: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
     pairs = [(i, token) for i, row in enumerate(rows) for token in row.forbidden if token < scores.shape[1]]
     if pairs:
         index = upload(np.asarray(pairs, dtype=np.int64), scores.device)
-        # A plain number as the value would be copied from the host, which waits for that.
+        # A Python number as the value would be copied from the host, which waits for that.
         scores.index_put_((index[:, 0], index[:, 1]), scores.new_full((), -torch.inf))
 
 
@@ -105,7 +105,7 @@ def _draw(scores: torch.Tensor, rows: SequenceOf[SampleRow]) -> torch.Tensor:
     scores = scores / column([s.temperature for s in sampling])
     vocab_size = scores.shape[1]
     if any(0 < s.top_k < vocab_size for s in sampling):
-        # One top-k for the largest k; each row then reads its own threshold from its k-th place.
+        # One top-k with the largest k; each row reads its own threshold at its k-th column.
         ks = [s.top_k if 0 < s.top_k < vocab_size else 0 for s in sampling]
         best = scores.topk(max(ks), dim=-1).values
         last = upload(np.asarray([max(k - 1, 0) for k in ks]), scores.device)[:, None]
@@ -126,6 +126,6 @@ def _draw(scores: torch.Tensor, rows: SequenceOf[SampleRow]) -> torch.Tensor:
         probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     draws = upload(np.asarray([row.draw for row in rows], dtype=np.float64), scores.device)[:, None]
-    # The first place whose cumulative mass exceeds the draw has a probability above 0.
+    # The first token whose cumulative mass exceeds the draw has a probability above 0.
     picked = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).squeeze(1)
     return picked.clamp_(max=vocab_size - 1)

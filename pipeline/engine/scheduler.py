@@ -1,14 +1,13 @@
-"""Which sequences run in the next pass: the whole policy of continuous batching, in plain Python.
+"""Which sequences run in the next pass: the policy of continuous batching, in plain Python.
 
     waiting --admit--> prefilling --last chunk--> running --end--> finished
        ^                   |                        |
        `------preempt------+------------------------'
 
-A pass is either a prefill (prompts packed one after another, up to a token and a patch budget) or a
-decode (one token for every running sequence); never both, so that decode passes keep one shape.
-Prefill goes first, except that a few newcomers wait some decode passes for company. Rows are admitted as they come
-while many wait; the last of them, a few batches' worth, longest first, so that no long row runs on alone at the end.
-Knows no torch.
+A pass is either a prefill (prompts packed one after another, up to a token and a patch budget) or a decode (one token
+for every running sequence); never both, so that decode passes keep one shape. Prefill goes first, except that a small
+prefill waits for more rows during some decode passes. While many rows wait, they are admitted in the order of arrival;
+the last of them, a few batches' worth, longest first, so that no long row runs alone at the end. Knows no torch.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from pipeline.engine.block_manager import BlockManager
-from pipeline.engine.media_ledger import MediaLedger
+from pipeline.engine.encoded_media import EncodedMedia
 from pipeline.engine.sequence import Medium, RequestId, Sequence, SequenceStatus
 
 MIN_BATCH_TOKENS = 32
 """Halving after out-of-memory stops here."""
 
 LAST_BATCHES = 4
-"""Of what waits, this many times `max_running` is admitted longest first."""
+"""Once at most this many times `max_running` sequences wait, they are admitted longest first."""
 
 
 @dataclass
@@ -35,7 +34,7 @@ class PrefillChunk:
     start: int
     stop: int
     forks: list[Sequence] = field(default_factory=list)
-    """Further samples of the same request, which share the prompt's blocks from here on."""
+    """Further samples of the same request, which share the prompt's blocks from now on."""
 
     @property
     def num_tokens(self) -> int:
@@ -56,12 +55,12 @@ class PrefillPlan:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Everyone this pass touches."""
+        """All sequences of this pass."""
         return [s for chunk in self.chunks for s in (chunk.sequence, *chunk.forks)]
 
     @property
     def sampled(self) -> list[Sequence]:
-        """Those that get a token from this pass."""
+        """The sequences that get a token from this pass."""
         return [s for chunk in self.chunks if chunk.is_last for s in (chunk.sequence, *chunk.forks)]
 
 
@@ -77,20 +76,21 @@ class Scheduler:
     def __init__(
         self,
         blocks: BlockManager,
-        ledger: MediaLedger,
+        media: EncodedMedia,
         *,
         max_running: int,
         max_batch_tokens: int,
         max_batch_patches: int,
         patience: int = 8,
     ) -> None:
+        """`patience`: decode passes that a small prefill waits for more rows."""
         self.blocks = blocks
-        self.ledger = ledger
+        self.media = media
         self.max_running = max_running
         self.max_decoding = max_running
         """Below max_running only after a decode pass ran out of memory."""
         self.max_packed = max_running
-        """Sequences in one prefill pass; halved by out-of-memory until the culprit is alone, then grows back."""
+        """Sequences in one prefill pass; halved after out-of-memory until one is alone, then grows back."""
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_patches = max_batch_patches
         self.patience = patience
@@ -104,38 +104,42 @@ class Scheduler:
     # ---- queues
 
     def add(self, sequence: Sequence) -> None:
-        self.ledger.retain(sequence)
+        self.media.retain(sequence)
         self.waiting.append(sequence)
+
+    @property
+    def admitted(self) -> list[Sequence]:
+        """The sequences that own blocks."""
+        return [*self.running, *([self.prefilling] if self.prefilling else [])]
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self.waiting or self.prefilling or self.running)
 
     def retire(self, sequence: Sequence) -> None:
-        """The sequence has finished: give back all it holds."""
+        """Release everything that a finished sequence holds."""
         assert sequence.is_finished
         if sequence in self.running:
             del self.running[sequence]
         elif sequence is self.prefilling:
             self.prefilling = None
-            self.ledger.release(sequence)
+            self.media.release(sequence)
         else:
             self.waiting.remove(sequence)
-            self.ledger.release(sequence)
+            self.media.release(sequence)
         self._release_cache(sequence)
 
     def find(self, request_id: RequestId) -> list[Sequence]:
         """The unfinished samples of a request."""
-        everyone = [*self.waiting, *self.running, *([self.prefilling] if self.prefilling else [])]
-        return [sequence for sequence in everyone if sequence.request.request_id == request_id]
+        return [s for s in (*self.waiting, *self.admitted) if s.request.request_id == request_id]
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take the sequence's blocks; it goes to the front of the queue and is computed again."""
+        """Release the sequence's blocks and put it at the front of the queue, to be recomputed."""
         if sequence is self.prefilling:
             self.prefilling = None
         else:
             del self.running[sequence]
-            self.ledger.retain(sequence)
+            self.media.retain(sequence)
         self._release_cache(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.num_computed = 0
@@ -160,12 +164,12 @@ class Scheduler:
     # ---- planning
 
     def schedule(self) -> Plan | None:
-        """The next pass, with all it needs allocated; None while only results in flight can help."""
+        """The next pass, with its blocks allocated; None if it has to wait for results in flight."""
         if self._prefill_is_due() and (prefill := self._plan_prefill()):
             return prefill
         if decode := self._plan_decode():
             return decode
-        # A decode that could get no blocks waits for results in flight: admitting more would starve it.
+        # A decode that got no blocks waits for results in flight: admitting more sequences would starve it.
         if any(sequence.num_in_flight for sequence in self.running):
             return None
         return self._plan_prefill()
@@ -178,7 +182,7 @@ class Scheduler:
             return False
         if self._decodes_since_prefill >= self.patience:
             return True
-        # A pass worth its weight: a quarter of a budget, or as much as there is room for.
+        # A pass is worth running from a quarter of a budget on.
         tokens = patches = 0
         for count, sequence in enumerate(self.waiting, start=1):
             tokens += sequence.num_tokens
@@ -195,16 +199,16 @@ class Scheduler:
         if self.prefilling:
             budget -= self._advance(plan, self.prefilling, budget)
         reserve = self._growth_reserve()
-        self._longest_first()
+        self._sort_last_waiting()
         planned: set[bytes] = set()
         num_patches = 0
         while self.waiting and budget > 0 and not self.prefilling and self._has_room():
             sequence = self.waiting[0]
-            media = self.ledger.new_media(sequence, planned)
+            media = self.media.new_media(sequence, planned)
             patches = sum(medium.num_patches for medium in media)
             too_much = sequence.num_tokens > budget or num_patches + patches > self.max_batch_patches
             if plan.chunks and (too_much or len(plan.chunks) >= self.max_packed):
-                break  # alone in a pass it may be cut into chunks, or have its media encoded in parts
+                break  # alone in its pass, it can be cut into chunks and its media encoded in parts
             needed = self.blocks.blocks_for(sequence.num_tokens)
             alone = not self.running and not plan.chunks
             if self.blocks.num_free < needed + (0 if alone else reserve):
@@ -224,22 +228,22 @@ class Scheduler:
         self._decodes_since_prefill = 0
         return plan
 
-    def _longest_first(self) -> None:
-        """Order what waits by most expected work, once a few batches' worth or less is left.
+    def _sort_last_waiting(self) -> None:
+        """Sort the waiting sequences longest first, once a few batches' worth or less is left.
 
-        What comes later is ordered only when all of these are admitted: a short row is overtaken but never starved.
-        Preempted rows stay in front, and a request's samples together.
+        Sequences that arrive later are sorted only after all of these are admitted, so a short row is overtaken but
+        never starved. Preempted sequences stay in front, and the samples of a request together.
         """
-        if not self.waiting or self.waiting[0].is_ordered or len(self.waiting) > LAST_BATCHES * self.max_running:
+        if not self.waiting or self.waiting[0].is_sorted or len(self.waiting) > LAST_BATCHES * self.max_running:
             return
         preempted = [sequence for sequence in self.waiting if sequence.num_preemptions]
         others = [sequence for sequence in self.waiting if not sequence.num_preemptions]
         self.waiting = deque([*preempted, *sorted(others, key=lambda sequence: -sequence.max_num_tokens)])
         for sequence in self.waiting:
-            sequence.is_ordered = True
+            sequence.is_sorted = True
 
     def _advance(self, plan: PrefillPlan, sequence: Sequence, budget: int) -> int:
-        """Plan as much of the sequence as the budget allows; after its last chunk it is running."""
+        """Plan as much of the sequence as the budget allows, and return the tokens; after its last chunk it runs."""
         stop = min(sequence.num_tokens, sequence.num_computed + budget)
         chunk = PrefillChunk(sequence, sequence.num_computed, stop)
         plan.chunks.append(chunk)
@@ -254,13 +258,13 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         sequence.num_in_flight = 1
         self.running[sequence] = None
-        self.ledger.release(sequence)
+        self.media.release(sequence)
 
     def _fork(self, plan: PrefillPlan, chunk: PrefillChunk) -> None:
-        """Start the request's other samples on the prompt just computed, while there is room for them.
+        """Start the request's other samples from the prompt just computed, while there is room for them.
 
         Full blocks are shared; a half-filled last block is copied, since each sample writes to its own.
-        A sample that finds no room stays in the queue and computes the prompt again later.
+        A sample for which there is no room stays in the queue and computes the prompt itself later.
         """
         leader = chunk.sequence
         if leader.output_ids:
@@ -285,7 +289,7 @@ class Scheduler:
         return bool(self._free_rows) and len(self.running) < self.max_decoding
 
     def _growth_reserve(self) -> int:
-        """A block for each running sequence that may still grow: keeps preemptions rare."""
+        """One block for each running sequence that may still grow, kept free on admission: preemptions stay rare."""
         return sum(
             self.blocks.blocks_for(sequence.max_num_tokens) > len(sequence.block_table) for sequence in self.running
         )
@@ -293,8 +297,8 @@ class Scheduler:
     def _plan_decode(self) -> DecodePlan | None:
         planned: list[Sequence] = []
         for sequence in list(self.running):
-            if sequence not in self.running or not sequence.has_budget:
-                continue  # preempted by an older one just now, or all its tokens are on their way
+            if sequence not in self.running or not sequence.may_decode:
+                continue  # just preempted for an older one, or all its tokens are in flight
             if len(planned) == self.max_decoding:
                 break
             if self.blocks.blocks_for(sequence.num_computed + 1) > len(sequence.block_table):
@@ -311,11 +315,11 @@ class Scheduler:
         return DecodePlan(planned)
 
     def _make_room_for(self, sequence: Sequence) -> bool:
-        """Free a block by preempting whoever came last; False where that must wait or hit itself."""
+        """Free a block by preempting the youngest; False where that is the sequence itself or has tokens in flight."""
         while self.blocks.num_free == 0:
             victim = self.prefilling or next(reversed(self.running))
             if victim.num_in_flight:
-                return False  # its tokens are not known yet, so it can't be computed again
+                return False  # the host does not know its tokens yet, so they can't be recomputed
             self.preempt(victim)
             if victim is sequence:
                 return False
@@ -328,17 +332,16 @@ class Scheduler:
             self._free_rows.append(sequence.row)
             sequence.row = -1
 
-    # ---- for tests and for whoever hunts a fault
+    # ---- for tests and debugging
 
     def check_integrity(self) -> None:
         """No block lost or shared wrongly, every row owned once, every sequence in one queue."""
-        owners = [*self.running, *([self.prefilling] if self.prefilling else [])]
-        self.blocks.check_integrity(sequence.block_table for sequence in [*owners, *self.waiting])
-        rows = sorted([*(sequence.row for sequence in owners), *self._free_rows])
-        assert rows == list(range(self.max_running)), f"rows lost or owned twice: {rows}"
-        everyone = [*owners, *self.waiting]
+        everyone = [*self.admitted, *self.waiting]
         assert len(set(map(id, everyone))) == len(everyone), "a sequence is in two queues"
-        for sequence in owners:
+        self.blocks.check_integrity(sequence.block_table for sequence in everyone)
+        rows = sorted([*(sequence.row for sequence in self.admitted), *self._free_rows])
+        assert rows == list(range(self.max_running)), f"rows lost or owned twice: {rows}"
+        for sequence in self.admitted:
             held = len(sequence.block_table) * self.blocks.block_size
-            assert sequence.num_computed <= held, f"{sequence.num_computed} tokens in {held} places"
+            assert sequence.num_computed <= held, f"{sequence.num_computed} tokens in {held} slots"
         assert all(not sequence.block_table for sequence in self.waiting), "a waiting sequence owns blocks"

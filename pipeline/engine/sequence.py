@@ -1,15 +1,14 @@
-"""What goes into the engine, what comes out, and what it remembers of a sample in between.
+"""What goes into the engine, what comes out, and the state of a sample in between.
 
-    Request (frozen)  -->  n x Sequence (mutable, one for each sample)  -->  n x Completion (frozen)
+    Request (frozen)  -->  n x Sequence (mutable, one per sample)  -->  n x Completion (frozen)
 
-Knows token ids, patches and their grids. Knows no text, no files and no torch: everything here is
-numpy and plain Python, so that the scheduler can be tested in milliseconds.
+Knows token ids, patches and their grids. Knows no text, files or torch, so that the scheduler can be tested in
+milliseconds.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -22,7 +21,7 @@ from pipeline.engine.settings import SamplingParams
 from pipeline.errors import RowError
 
 MERGE_SIZE = 2
-"""Patches are merged 2 x 2 into one visual token; Qwen2-VL has no checkpoint with another value."""
+"""2 x 2 patches are merged into one visual token; no Qwen2-VL checkpoint has another value."""
 
 PATCH_BYTES = {"image": 588, "video": 1176}
 """Bytes of one patch: (3 channels, 14, 14), and for a video (3 channels, 2 frames, 14, 14)."""
@@ -31,17 +30,12 @@ FinishReason = Literal["stop", "length", "repetition", "error"]
 RequestId = int | str
 
 
-def _check(ok: bool, name: str, found: object, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} is {found!r}; allowed: {allowed}")
-
-
 @dataclass(frozen=True, eq=False)
 class Medium:
     """One image or video, as uint8 patches in transformers' order.
 
-    `patches` is [t*h*w, bytes]: merge block after merge block, so that four neighbouring rows make one
-    visual token. A still image's two temporal halves are equal, so one travels (588 bytes a patch).
+    `patches` is [t*h*w, bytes]: merge block after merge block, so four neighbouring rows make one visual token.
+    The two temporal halves of a still image are equal, so only one is sent (588 bytes per patch).
     """
 
     kind: Literal["image", "video"]
@@ -50,13 +44,16 @@ class Medium:
 
     def __post_init__(self) -> None:
         t, h, w = self.grid_thw
-        _check(self.kind in PATCH_BYTES, "medium kind", self.kind, "image, video")
-        _check(t >= 1 and h >= 1 and w >= 1, "grid_thw", self.grid_thw, "1 or more on each axis")
-        _check(h % MERGE_SIZE == 0 and w % MERGE_SIZE == 0, "grid_thw", self.grid_thw, "even height and width")
-        _check(self.kind == "video" or t == 1, "grid_thw of an image", self.grid_thw, "one temporal step")
-        _check(self.patches.dtype == np.uint8, "patches", self.patches.dtype, "uint8")
+        if self.kind not in PATCH_BYTES:
+            raise ValueError(f"medium kind is {self.kind!r}; allowed: image, video")
+        if t < 1 or h < 1 or w < 1 or h % MERGE_SIZE or w % MERGE_SIZE or (self.kind == "image" and t > 1):
+            raise ValueError(
+                f"grid_thw of the {self.kind} is {self.grid_thw}; expected an even height and width, and one temporal "
+                "step for an image or at least one for a video"
+            )
         expected = (t * h * w, PATCH_BYTES[self.kind])
-        _check(self.patches.shape == expected, "shape of patches", self.patches.shape, f"{expected}")
+        if self.patches.dtype != np.uint8 or self.patches.shape != expected:
+            raise ValueError(f"patches are {self.patches.dtype} {self.patches.shape}; expected uint8 {expected}")
 
     @property
     def num_patches(self) -> int:
@@ -77,7 +74,7 @@ class Medium:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One row for the engine. `input_ids` holds one placeholder id for each visual token already."""
+    """One row for the engine. `input_ids` already holds one placeholder id for each visual token."""
 
     request_id: RequestId
     input_ids: npt.NDArray[np.int32]
@@ -102,24 +99,30 @@ class Completion:
     logprobs: tuple[float, ...] | None = None
     error: RowError | None = None
     stop_reason: int | str | None = None
-    """With `stop`: the end token, or the stop string, that ended it."""
+    """With `stop`: the end token or stop string that ended it."""
+
+
+def error_completions(request: Request, error: RowError) -> list[Completion]:
+    """The n completions of a request that can't be answered."""
+    logprobs = () if request.sampling.logprobs else None
+    return [Completion(request.request_id, index, (), "error", logprobs, error) for index in range(request.sampling.n)]
 
 
 @dataclass(frozen=True, eq=False)
 class PromptLayout:
-    """Where the media of a prompt lie, and the positions of its tokens (see mrope.py)."""
+    """Where the media of a prompt lie, and the positions of its tokens (see models/mrope.py)."""
 
     positions: npt.NDArray[np.int32]
     """[3, tokens]: temporal, height, width."""
     delta: int
-    """Position of an output token is its index plus this, on all three axes."""
+    """The position of an output token is its index plus this, on all three axes."""
     spans: tuple[tuple[int, int], ...]
     """Token range [start, stop) of each medium, in order."""
 
 
 class SequenceStatus(Enum):
     WAITING = "waiting"
-    """In the queue: never run, or preempted and to be computed again."""
+    """In the queue: never run, or preempted and to be recomputed."""
     PREFILLING = "prefilling"
     """Owns blocks; part of its prompt is still to be computed."""
     RUNNING = "running"
@@ -131,7 +134,7 @@ _MASK = 2**64 - 1
 
 
 def _mix(value: int) -> int:
-    """splitmix64: a cheap integer hash, so that a draw depends on nothing but its coordinates."""
+    """splitmix64, a cheap integer hash."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -139,26 +142,26 @@ def _mix(value: int) -> int:
 
 
 def uniform_draw(seed: int, index: int, step: int) -> float:
-    """The number in [0, 1) that chooses token `step` of sample `index`; the batch has no say in it."""
+    """A number in [0, 1) that depends on the seed, the sample's index and the token's number alone."""
     mixed = _mix(_mix(_mix(seed & _MASK) ^ index) ^ step)
     return (mixed >> 11) * 2.0**-53
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One sample on its way: the facts; everything else is a property.
+    """The state of one sample. Only independent facts are stored; everything else is a property.
 
         prompt tokens ................ | output tokens ......... | in flight
         0            num_prompt_tokens   num_tokens
 
-    `num_computed` tokens have keys and values in the cache (or are about to, in the pass that runs).
-    In flight are tokens that the device has chosen and the host has not read yet.
+    `num_computed` tokens have keys and values in the cache, or will have after the pass that now runs.
+    Tokens in flight have been chosen on the device and not yet been read by the host.
     """
 
     request: Request
     index: int
     seed: int
-    layout: PromptLayout | None = None
+    layout: PromptLayout
     status: SequenceStatus = SequenceStatus.WAITING
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -166,10 +169,10 @@ class Sequence:
     num_in_flight: int = 0
     block_table: list[int] = field(default_factory=list)
     row: int = -1
-    """Its place in the runner's per-sequence tensors while it owns blocks."""
+    """Its row in the runner's per-sequence tensors while it owns blocks."""
     num_preemptions: int = 0
-    is_ordered: bool = False
-    """Whether the scheduler has put it in its place among the last that wait."""
+    is_sorted: bool = False
+    """Whether the scheduler has sorted it into the last waiting sequences."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: RowError | None = None
@@ -184,16 +187,12 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the host knows: prompt and output."""
+        """Tokens that the host knows: prompt and output."""
         return self.num_prompt_tokens + len(self.output_ids)
 
     @property
-    def num_tokens_with_in_flight(self) -> int:
-        return self.num_tokens + self.num_in_flight
-
-    @property
     def max_num_tokens(self) -> int:
-        """Tokens that may ever need a place in the cache; the last token chosen is never fed back."""
+        """Tokens that may ever need a slot in the cache; the last token chosen is never fed back."""
         return self.num_prompt_tokens + self.sampling.max_tokens - 1
 
     @property
@@ -201,22 +200,18 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED
 
     @property
-    def has_budget(self) -> bool:
-        """Whether another token may be asked for, counting those in flight."""
+    def may_decode(self) -> bool:
+        """Whether `max_tokens` allows another token besides those in flight."""
         return len(self.output_ids) + self.num_in_flight < self.sampling.max_tokens
 
     def positions(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Three-axis positions [3, stop - start]; output tokens continue where the prompt ended."""
-        assert self.layout is not None
         prompt = self.layout.positions[:, start:stop]
         if stop <= self.num_prompt_tokens:
             return prompt
         first = max(start, self.num_prompt_tokens)
         output = np.arange(first, stop, dtype=np.int32) + np.int32(self.layout.delta)
         return np.concatenate([prompt, np.broadcast_to(output, (3, len(output)))], axis=1)
-
-    def draw(self, step: int) -> float:
-        return uniform_draw(self.seed, self.index, step)
 
     def known_ids(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Token ids [start, stop) of prompt and output."""
@@ -226,6 +221,10 @@ class Sequence:
         first = max(0, start - self.num_prompt_tokens)
         output = np.asarray(self.output_ids[first : stop - self.num_prompt_tokens], dtype=np.int32)
         return np.concatenate([prompt, output]) if len(prompt) else output
+
+    def draw(self, step: int) -> float:
+        """The number in [0, 1) that chooses output token `step`."""
+        return uniform_draw(self.seed, self.index, step)
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         assert not self.is_finished, f"sequence {self.request.request_id}/{self.index} finished twice"
@@ -244,30 +243,3 @@ class Sequence:
             error=self.error,
             stop_reason=self.stop_reason,
         )
-
-
-def error_completions(request: Request, error: RowError) -> list[Completion]:
-    """A request that can't be answered still gives its n completions."""
-    return [
-        Completion(request.request_id, index, (), "error", () if request.sampling.logprobs else None, error)
-        for index in range(request.sampling.n)
-    ]
-
-
-def repeats_endlessly(token_ids: SequenceOf[int], *, min_repeats: int = 8, max_period: int = 64) -> bool:
-    """Whether the end is one phrase of up to `max_period` tokens, `min_repeats` times and 32 tokens or more.
-
-    Looks only at the end, so it is cheap enough to ask after every token: periods are tried where the
-    last token occurred before.
-    """
-    length = len(token_ids)
-    for period in range(1, min(max_period, length // min_repeats) + 1):
-        if token_ids[-1 - period] != token_ids[-1]:
-            continue
-        span = max(period * min_repeats, 32)
-        if span > length:
-            continue
-        start = length - span
-        if all(token_ids[i] == token_ids[i + period] for i in range(start, length - period)):
-            return True
-    return False

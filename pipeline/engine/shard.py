@@ -4,16 +4,16 @@
     vision tower, embedding,       layers 19 .. 39    layers 40 .. 60    layers 61 .. 79, last norm, head
     layers 0 .. 18
 
-A pass goes through the devices one after another, so a shard's gain is room and not speed: for a model that fits one
-GPU, one engine a GPU is faster. Keys and values lie with their layer; hidden states cross over between devices.
-Nothing here has run on several GPUs yet: the tests run it on torch's pretended ones, which refuse whatever mixes
-devices, and on the CPU.
+A pass visits the devices one after another, so sharding adds memory and not speed: for a model that fits one GPU, one
+engine per GPU is faster. Keys and values lie with their layer; hidden states move from device to device.
+This has not run on several GPUs yet. The tests run it on simulated devices, which refuse operations that mix two, and
+on the CPU.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,14 +24,14 @@ from pipeline.engine.kv_cache import KVCache
 
 
 def split_layers(layer: int, first: int, last: int, num_layers: int, num_devices: int) -> list[int]:
-    """The device of each layer: runs of layers, as even in bytes as they can be.
+    """The device number of each layer, so that devices hold consecutive layers and about equal bytes.
 
-    `layer` is the size of one; `first` lies on the first device beside its layers (vision tower, embedding), `last`
-    on the last one (head).
+    `layer` is the size of one layer; `first` lies on the first device besides its layers (vision tower, embedding),
+    `last` on the last one (head).
     """
     total = first + num_layers * layer + last
     share = total / num_devices
-    # A layer goes where its middle falls when all bytes are laid out in a row and cut into equal shares.
+    # With all bytes in a row and cut into equal shares, a layer goes where its middle falls.
     return [min(num_devices - 1, int((first + (index + 0.5) * layer) / share)) for index in range(num_layers)]
 
 
@@ -42,60 +42,27 @@ def device_map(config: Any, devices: Sequence[torch.device]) -> dict[str, torch.
     attention = text.hidden_size * (2 * text.hidden_size + 2 * text.num_key_value_heads * head_dim)
     layer = attention + 3 * text.hidden_size * text.intermediate_size
     tower = vision.depth * vision.embed_dim**2 * (4 + 2 * int(vision.mlp_ratio))
-    words = text.vocab_size * text.hidden_size
-    places = split_layers(layer, tower + words, words, text.num_hidden_layers, len(devices))
+    embedding = text.vocab_size * text.hidden_size
+    numbers = split_layers(layer, tower + embedding, embedding, text.num_hidden_layers, len(devices))
     first, last = devices[0], devices[-1]
-    # A head that is the embedding again has to lie where the embedding does.
+    # A head that shares the embedding's weight has to lie where the embedding does.
     head = first if config.tie_word_embeddings else last
     return {
         "model.visual": first,
         "model.language_model.embed_tokens": first,
         "model.language_model.rotary_emb": first,
-        **{f"model.language_model.layers.{index}": devices[place] for index, place in enumerate(places)},
+        **{f"model.language_model.layers.{index}": devices[number] for index, number in enumerate(numbers)},
         "model.language_model.norm": head,
         "lm_head": head,
     }
 
 
-class ShardedCache(KVCache):
-    """A key-value cache for each device, numbered as one: what a block is on one device it is on all. It has no
-    `keys` and `values` of its own; attention is given the part of the layer's device."""
-
-    def __init__(self, layer_devices: Sequence[torch.device], make: Callable[[torch.device, int], KVCache]) -> None:
-        """`make` gives the cache of a device for a number of layers; all must have as many blocks."""
-        counts = Counter(layer_devices)
-        self.parts = {device: make(device, count) for device, count in counts.items()}
-        seen: Counter[torch.device] = Counter()
-        self.places: list[tuple[torch.device, int]] = []
-        """Device of each layer, and its number among that device's."""
-        for device in layer_devices:
-            self.places.append((device, seen[device]))
-            seen[device] += 1
-        first = self.parts[layer_devices[0]]
-        self.num_blocks, self.block_size, self.scrap_slot = first.num_blocks, first.block_size, first.scrap_slot
-        self._slots: tuple[torch.Tensor, dict[torch.device, torch.Tensor]] | None = None
-
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-        """Put keys and values [T, kv_heads, head_dim], on the layer's device, into slots [T], on any."""
-        if self._slots is None or self._slots[0] is not slots:
-            self._slots = (slots, {device: slots.to(device) for device in self.parts})
-        device, place = self.places[layer]
-        self.parts[device].write(place, keys, values, self._slots[1][device])
-
-    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        for part in self.parts.values():
-            part.copy_blocks(copies)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(part.num_bytes for part in self.parts.values())
-
-
 class ShardedAttention(AttentionBackend):
-    """A backend for each device behind the face of one; what a pass prepares is prepared on each."""
+    """One backend per device behind a single interface; each prepares every pass on its own device."""
 
     def __init__(self, backends: Mapping[torch.device, AttentionBackend], vision: AttentionBackend) -> None:
-        """`vision` is the vision tower's own: its device may hold layers too, and their passes must not mix."""
+        """`vision` serves the vision tower alone, because its device may hold layers too and a backend keeps the state
+        of the pass that it has prepared."""
         self._backends = backends
         self._vision = vision
         self.name = vision.name
@@ -109,27 +76,19 @@ class ShardedAttention(AttentionBackend):
 
     def begin_prefill(self, info: PrefillInfo, cache: KVCache) -> None:
         for device, backend in self._backends.items():
-            here = PrefillInfo(info.lengths, info.starts, info.tables, info.slots.to(device))
             with current(device):
-                backend.begin_prefill(here, _sharded(cache).parts[device])
+                backend.begin_prefill(replace(info, slots=info.slots.to(device)), cache)
 
     def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
-        device, place = _sharded(cache).places[layer]
-        with current(device):
-            return self._backends[device].prefill(q, k, v, _sharded(cache).parts[device], place)
+        with current(q.device):
+            return self._backends[q.device].prefill(q, k, v, cache, layer)
 
     def begin_decode(self, info: DecodeInfo, cache: KVCache) -> None:
         for device, backend in self._backends.items():
-            here = DecodeInfo(info.slots.to(device), info.lengths.to(device), info.tables.to(device), info.host_lengths)
+            slots, lengths, tables = (part.to(device) for part in (info.slots, info.lengths, info.tables))
             with current(device):
-                backend.begin_decode(here, _sharded(cache).parts[device])
+                backend.begin_decode(DecodeInfo(slots, lengths, tables, info.host_lengths), cache)
 
     def decode(self, q: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
-        device, place = _sharded(cache).places[layer]
-        with current(device):
-            return self._backends[device].decode(q, _sharded(cache).parts[device], place)
-
-
-def _sharded(cache: KVCache) -> ShardedCache:
-    assert isinstance(cache, ShardedCache)
-    return cache
+        with current(q.device):
+            return self._backends[q.device].decode(q, cache, layer)

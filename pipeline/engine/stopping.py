@@ -9,7 +9,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from pipeline.engine.sequence import Sequence, repeats_endlessly
+from pipeline.engine.sequence import Sequence
 from pipeline.engine.settings import SamplingParams
 
 
@@ -19,14 +19,14 @@ class StopRules:
     detokenize: Callable[[SequenceOf[int]], str] | None = None
 
     def forbidden_ids(self, sampling: SamplingParams, num_output_tokens: int) -> tuple[int, ...]:
-        """Tokens that may not be chosen yet, because `min_tokens` are not reached."""
+        """Tokens that may not be chosen yet, because `min_tokens` is not reached."""
         if num_output_tokens >= sampling.min_tokens:
             return ()
         ends = frozenset(sampling.stop_token_ids)
         return tuple(sorted(ends if sampling.ignore_eos else ends | self.eos_token_ids))
 
     def append(self, sequence: Sequence, token: int, logprob: float | None = None) -> None:
-        """Give the sequence its next token, and finish it if that ends it."""
+        """Append the next token, and finish the sequence if that ends it."""
         sequence.output_ids.append(token)
         sampling = sequence.sampling
         if sampling.logprobs and logprob is not None:
@@ -50,3 +50,19 @@ class StopRules:
         text = self.detokenize(sequence.output_ids[-tail:])
         found = [(text.find(stop), stop) for stop in sampling.stop_strings if stop in text]
         return min(found)[1] if found else None
+
+
+def repeats_endlessly(token_ids: SequenceOf[int], *, min_repeats: int = 8, max_period: int = 64) -> bool:
+    """Whether the tokens end with one phrase of up to `max_period` tokens, repeated at least `min_repeats` times and
+    over at least 32 tokens.
+
+    Cheap enough to be asked after every token: only periods at which the last token occurred before are tried.
+    """
+    length = len(token_ids)
+    for period in range(1, min(max_period, length // min_repeats) + 1):
+        if token_ids[-1 - period] != token_ids[-1]:
+            continue
+        span = max(period * min_repeats, 32)
+        if span <= length and all(token_ids[i] == token_ids[i + period] for i in range(length - span, length - period)):
+            return True
+    return False

@@ -1,8 +1,7 @@
-"""What an engine on a GPU does before its first row: load the kernels, and capture graphs for seconds, not minutes.
+"""What an engine on a GPU does before its first row: load the kernels, and capture graphs for some seconds.
 
-The largest batch comes first: most passes of a job are that large, and the memory its graph takes serves the smaller
-ones too. Sizes that the seconds don't reach are captured when a batch first needs them.
-Knows sizes and seconds; how a graph is captured it is told.
+The largest batch is captured first: most passes of a job have that size, and the smaller graphs reuse its memory. Sizes
+for which there is no time are captured when a batch first needs them. Capture itself is injected by the caller.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from pipeline.engine.sequence import PATCH_BYTES, Medium, Request
+from pipeline.engine.sequence import MERGE_SIZE, PATCH_BYTES, Medium, Request
 from pipeline.engine.settings import SamplingParams
 
 MAX_SECONDS = 10.0
-"""For capturing; a capture under way is finished."""
+"""For captures; one that is running is finished."""
 
 MAX_VISUAL_TOKENS = 256
 
@@ -28,7 +27,7 @@ def capture_largest_first(
     max_seconds: float = MAX_SECONDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Capture one size after another while there are seconds left for one more like the one before."""
+    """Capture one size after another while there is time for another capture as long as the last one."""
     started = before = clock()
     last = 0.0
     for size in sorted(sizes, reverse=True):
@@ -39,11 +38,11 @@ def capture_largest_first(
         before, last = now, now - before
 
 
-def first_request(image_token_id: int, *, room: int) -> Request:
-    """One black image and two tokens of answer, within `room` tokens of prompt and answer: it goes through vision,
-    prefill and decode."""
-    num_visual = max(1, min(MAX_VISUAL_TOKENS, room - 3))
-    patches = np.zeros((4 * num_visual, PATCH_BYTES["image"]), dtype=np.uint8)
-    medium = Medium("image", (1, 2, 2 * num_visual), patches)
+def first_request(image_token_id: int, *, max_length: int) -> Request:
+    """One black image and two tokens of answer, `max_length` tokens at most in all. It needs vision, prefill and
+    decode."""
+    num_visual = max(1, min(MAX_VISUAL_TOKENS, max_length - 3))
+    grid_thw = (1, MERGE_SIZE, MERGE_SIZE * num_visual)
+    medium = Medium("image", grid_thw, np.zeros((MERGE_SIZE**2 * num_visual, PATCH_BYTES["image"]), dtype=np.uint8))
     ids = np.asarray([*[image_token_id] * num_visual, 0], dtype=np.int32)
     return Request("warm-up", ids, (medium,), SamplingParams(max_tokens=2, seed=0, ignore_eos=True))

@@ -1,7 +1,7 @@
-"""Load a Qwen2-VL checkpoint through transformers; every way that can fail is one CheckpointError.
+"""Load a Qwen2-VL checkpoint through transformers; whatever goes wrong is a CheckpointError.
 
-Knows transformers' classes, devices and dtypes. Knows nothing of requests. The checkpoint's own
-sampling defaults are not read: the caller decides how tokens are chosen.
+Knows transformers' classes, devices and dtypes; not requests. The checkpoint's own sampling defaults are not read: the
+caller decides how tokens are chosen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.errors import CheckpointError
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model on its device, and the few facts about it that both engines need."""
+    """A model on its device, and what both engines need to know about it."""
 
     model: Any
     """transformers' Qwen2VLForConditionalGeneration."""
@@ -53,30 +53,9 @@ def pick_device(wanted: str) -> torch.device:
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _read_config(options: EngineOptions) -> Any:
-    from transformers import AutoConfig
-
-    path = options.model_path
-    looks_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1
-    if looks_local and not os.path.isdir(os.path.expanduser(path)):
-        raise CheckpointError(f"{path}: no such checkpoint folder")
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise CheckpointError(f"{path}: the checkpoint folder has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(path, revision=options.revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: can't read the checkpoint's config: {_one_line(error)}") from error
-    if config.model_type != "qwen2_vl":
-        raise CheckpointError(f"{path}: model_type is {config.model_type!r}; only 'qwen2_vl' is supported")
-    return config
+        wanted = "bfloat16" if device.type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, wanted)
+    return dtype
 
 
 def end_token_ids(model: Any) -> frozenset[int]:
@@ -91,7 +70,7 @@ def end_token_ids(model: Any) -> frozenset[int]:
 
 
 def from_model(model: Any, *, name: str = "random weights") -> Checkpoint:
-    """Wrap a model that is on its device in its dtype already."""
+    """Wrap a model that is already on its device in its dtype."""
     parameter = next(model.parameters())
     text = model.config.text_config
     model.eval().requires_grad_(False)
@@ -115,19 +94,17 @@ def load_checkpoint(options: EngineOptions) -> Checkpoint:
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
+    path, device = options.model_path, pick_device(options.device)
     config = _read_config(options)
-    path = options.model_path
-    spread = _spread(options, device, config)
+    devices = _devices(options, device)
     try:
         model, info = Qwen2VLForConditionalGeneration.from_pretrained(
             path,
             config=config,
             revision=options.revision,
-            dtype=dtype,
+            dtype=pick_dtype(options.dtype, device),
             output_loading_info=True,
-            **spread,
+            device_map=device_map(config, devices) if len(devices) > 1 else None,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path}: can't load the weights: {_one_line(error)}") from error
@@ -135,15 +112,33 @@ def load_checkpoint(options: EngineOptions) -> Checkpoint:
         raise CheckpointError(f"{path}: damaged weights: {_one_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
-        # transformers only warns and goes on with random numbers, which would caption nonsense.
+        # transformers only warns and continues with random numbers.
         raise CheckpointError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    return from_model(model if spread else model.to(device), name=path)
+    return from_model(model if len(devices) > 1 else model.to(device), name=path)
 
 
-def _spread(options: EngineOptions, device: torch.device, config: Any) -> dict[str, Any]:
-    """What `from_pretrained` must be told to lay the layers over several GPUs; nothing where one is enough."""
+def _read_config(options: EngineOptions) -> Any:
+    from transformers import AutoConfig
+
+    path = options.model_path
+    looks_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1
+    if looks_local and not os.path.isdir(os.path.expanduser(path)):
+        raise CheckpointError(f"{path}: no such checkpoint folder")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise CheckpointError(f"{path}: the checkpoint folder has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(path, revision=options.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: can't read the checkpoint's config: {_one_line(error)}") from error
+    if config.model_type != "qwen2_vl":
+        raise CheckpointError(f"{path}: model_type is {config.model_type!r}; only 'qwen2_vl' is supported")
+    return config
+
+
+def _devices(options: EngineOptions, device: torch.device) -> list[torch.device]:
+    """The devices over which the layers are spread; `device` alone where that is enough."""
     if options.num_devices == 1 or device.type != "cuda":
-        return {}
+        return [device]
     found, first = torch.cuda.device_count(), device.index or 0
     if found < first + options.num_devices:
         raise CheckpointError(
@@ -156,6 +151,8 @@ def _spread(options: EngineOptions, device: torch.device, config: Any) -> dict[s
             "a model over several GPUs is loaded by the accelerate package, which is missing; "
             "install it with pip install 'qwen2-vl-batch[gpu]' (or: pip install accelerate)"
         )
-    return {
-        "device_map": device_map(config, [torch.device("cuda", first + index) for index in range(options.num_devices)])
-    }
+    return [torch.device("cuda", first + index) for index in range(options.num_devices)]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -41,16 +41,14 @@ def random(*shape: int) -> torch.Tensor:
 
 def make_cache(block_size: int, head_dim: int) -> KVCache:
     cache = KVCache(
-        num_layers=1,
+        [torch.device("cuda")],
         num_blocks=64,
         block_size=block_size,
         num_kv_heads=2,
         head_dim=head_dim,
         dtype=torch.bfloat16,
-        device=torch.device("cuda"),
     )
-    cache.keys.normal_()
-    cache.values.normal_()
+    cache.storage[torch.device("cuda")].normal_()
     return cache
 
 

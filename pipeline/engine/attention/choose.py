@@ -17,37 +17,45 @@ def flash_attn_installed() -> bool:
 
 
 def torch_varlen_available() -> bool:
-    return (
-        importlib.util.find_spec("torch.nn.attention.varlen") is not None
-        and importlib.util.find_spec("triton") is not None
-    )
+    return all(importlib.util.find_spec(name) is not None for name in ("torch.nn.attention.varlen", "triton"))
 
 
 def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """The first that works here, or the one that was asked for; CheckpointError says what is missing."""
-    from pipeline.engine.attention.sdpa import SdpaAttention
+    """The backend that `engine.attention` asks for; `auto` is the first of flash, torch and sdpa that works here.
 
-    can_flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    if wanted in ("flash", "torch") and not can_flash:
-        raise CheckpointError(
-            f"engine.attention is {wanted!r}, which needs an NVIDIA GPU and bfloat16 or float16, not {device} in "
-            f"{str(dtype).removeprefix('torch.')}; use auto or sdpa"
-        )
-    if wanted == "flash" and not flash_attn_installed():
-        raise CheckpointError(
-            f"engine.attention is 'flash', but flash-attn is missing; install it with {INSTALL_FLASH}"
-        )
-    if wanted == "torch" and not torch_varlen_available():
-        raise CheckpointError(
-            "engine.attention is 'torch', but this torch has no varlen kernels or no triton; "
-            "install them with pip install 'torch>=2.11' triton"
-        )
-    if wanted == "flash" or (wanted == "auto" and can_flash and flash_attn_installed()):
+    Raises CheckpointError, which says what is missing, for one that can't run here.
+    """
+    for name in ("flash", "torch") if wanted == "auto" else (wanted,):
+        problem = _problem(name, device, dtype)
+        if problem is None:
+            return _load(name)
+        if wanted != "auto":
+            raise CheckpointError(f"engine.attention is {name!r}, {problem}")
+    return _load("sdpa")
+
+
+def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend can't run here; None if it can."""
+    if name != "sdpa" and (device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16)):
+        dtype_name = str(dtype).removeprefix("torch.")
+        return f"which needs an NVIDIA GPU and bfloat16 or float16, not {device} in {dtype_name}; use auto or sdpa"
+    if name == "flash" and not flash_attn_installed():
+        return f"but flash-attn is missing; install it with {INSTALL_FLASH}"
+    if name == "torch" and not torch_varlen_available():
+        return "but this torch has no varlen kernels or no triton; install them with pip install 'torch>=2.11' triton"
+    return None
+
+
+def _load(name: str) -> AttentionBackend:
+    # Imported when chosen: the first needs flash-attn, the second triton.
+    if name == "flash":
         from pipeline.engine.attention.flash import FlashAttention
 
         return FlashAttention()
-    if wanted == "torch" or (wanted == "auto" and can_flash and torch_varlen_available()):
+    if name == "torch":
         from pipeline.engine.attention.torch_varlen import TorchAttention
 
         return TorchAttention()
+    from pipeline.engine.attention.sdpa import SdpaAttention
+
     return SdpaAttention()

@@ -1,14 +1,14 @@
 """Attention by the flash-attn package, for NVIDIA GPUs in bfloat16 or float16.
 
-Decode uses `flash_attn_with_kvcache`, one query a row: the varlen kernel over a paged cache with split keys
-gives wrong results in flash-attn 2, so it is never called that way here. A chunk's past is gathered instead.
+Decode uses `flash_attn_with_kvcache` with one query per row. The varlen kernel over a paged cache with split keys
+gives wrong results in flash-attn 2, so it is never called that way; the past of a later chunk is gathered instead.
 """
 
 from __future__ import annotations
 
 import torch
 
-from pipeline.engine.attention.packed import PackedAttention
+from pipeline.engine.attention.packed import PackedAttention, Packing
 from pipeline.engine.kv_cache import KVCache
 
 
@@ -23,18 +23,11 @@ class FlashAttention(PackedAttention):
         self._with_kvcache = flash_attn_with_kvcache
 
     def varlen(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        ends_q: torch.Tensor,
-        ends_k: torch.Tensor,
-        longest_q: int,
-        longest_k: int,
-        *,
-        causal: bool,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Packing, keys: Packing, *, causal: bool
     ) -> torch.Tensor:
-        out: torch.Tensor = self._varlen_func(q, k, v, ends_q, ends_k, longest_q, longest_k, causal=causal)
+        out: torch.Tensor = self._varlen_func(
+            q, k, v, queries.ends, keys.ends, queries.longest, keys.longest, causal=causal
+        )
         return out
 
     def decode(self, q: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Attention behind one interface, what a pass tells it, and the choice of a backend.
+"""Attention behind one interface, and what a pass tells it.
 
-Three shapes of attention, and a backend answers all three:
+Three shapes of attention; every backend computes all of them:
 
     vision    every patch sees its own frame        packed frames, one after another
     prefill   a token sees its own past             packed prompts; the past may lie in the cache
@@ -17,8 +17,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from pipeline.engine.kv_cache import KVCache
@@ -32,33 +30,33 @@ class PrefillInfo:
     starts: list[int]
     tables: list[list[int]]
     slots: torch.Tensor
-    """[N] slot of each token, for writing."""
+    """[N] cache slot of each token, for writing."""
 
 
 @dataclass
 class DecodeInfo:
-    """One token of each row; lengths count the token itself, which is written before it is attended."""
+    """One token of each row; lengths count the token itself, which is written before attention runs."""
 
     slots: torch.Tensor
     """[R]"""
     lengths: torch.Tensor
     """[R] int32 on the device."""
     tables: torch.Tensor
-    """[R, widest] int32 block tables on the device, padded with block 0."""
+    """[R, width of the widest] int32 block tables on the device, padded with block 0."""
     host_lengths: Sequence[int] = ()
-    """The same as `lengths`, for backends that choose shapes by it; empty inside a CUDA graph."""
+    """The same as `lengths`, for backends whose shapes depend on it; empty inside a CUDA graph."""
 
 
 class AttentionBackend(ABC):
     name: str
     block_size: int
-    """What the decode kernel wants of the cache."""
+    """The cache's block size that the decode kernel needs."""
     allows_graphs = False
     """Whether decode can be captured: no shape may depend on the rows' lengths."""
 
     @abstractmethod
     def begin_vision(self, frame_lengths: Sequence[int], device: torch.device) -> None:
-        """Prepare a vision pass over frames of these many patches, used by all its layers."""
+        """Prepare a vision pass over frames of these many patches, for all its layers."""
 
     @abstractmethod
     def vision(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -66,7 +64,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def begin_prefill(self, info: PrefillInfo, cache: KVCache) -> None:
-        """Prepare a prefill pass."""
+        """Prepare a prefill pass, for all its layers."""
 
     @abstractmethod
     def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
@@ -74,16 +72,11 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def begin_decode(self, info: DecodeInfo, cache: KVCache) -> None:
-        """Prepare a decode pass."""
+        """Prepare a decode pass, for all its layers."""
 
     @abstractmethod
     def decode(self, q: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
         """q [R, H, D] -> [R, H, D]."""
-
-
-def cumulative(lengths: Sequence[int]) -> npt.NDArray[np.int32]:
-    """[0, l0, l0 + l1, ...]"""
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
 def gather_context(cache: KVCache, layer: int, table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:

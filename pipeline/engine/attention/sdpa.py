@@ -1,14 +1,15 @@
-"""Attention by torch's scaled_dot_product_attention: any device, any dtype; the one the others are held to.
+"""Attention by torch's scaled_dot_product_attention on any device in any dtype: the reference for the others.
 
-On a CPU it is also the fast one. Query heads that share a kv head are folded into the query length
-(or expanded by stride 0), so keys and values are never copied per head; decode rows are grouped by
-length, so one long row doesn't make short ones pay for padding.
+On a CPU it is also the fastest. Query heads that share a kv head are folded into the query length or expanded with
+stride 0, so keys and values are never copied per head. Decode rows are grouped by length, so that short rows are not
+padded to the longest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class SdpaAttention(AttentionBackend):
             if start == 0:
                 self._prompts.append((length, 0, None, None))
                 continue
-            # A later chunk: token i of it sees the start tokens in the cache and the chunk up to itself.
+            # A later chunk: its token i sees the `start` tokens in the cache and the chunk up to itself.
             seen = torch.arange(start + length, device=device)[None]
             mask = seen <= torch.arange(start, start + length, device=device)[:, None]
             blocks = upload(np.asarray(table, dtype=np.int64), device)
@@ -91,11 +92,11 @@ class SdpaAttention(AttentionBackend):
             self._groups.append(_Group(start, stop, width, blocks, mask))
 
     def decode(self, q: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
-        num_kv_heads, head_dim = cache.keys.shape[-2:]
+        num_kv_heads, head_dim = cache.keys[layer].shape[-2:]
         out = torch.empty_like(q)
         for group in self._groups:
             rows = group.stop - group.start
-            # The heads of a group share their keys, so they are queries of one head: [rows, K, H / K, D].
+            # Heads that share their keys become queries of one head: [rows, K, H / K, D].
             queries = q[group.start : group.stop].view(rows, num_kv_heads, -1, head_dim)
             keys, values = (
                 part[layer]
@@ -126,7 +127,7 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
     queries = q.view(length, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [K, G, n, D]
-    # Stride 0 over the group instead of a copy for each of its heads.
+    # Stride 0 over the group, instead of a copy for each head.
     keys, values = (x.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
     attended = _sdpa(queries, keys, values, mask, causal=mask is None)
     return attended.permute(2, 0, 1, 3).reshape(length, num_heads, head_dim)
@@ -134,19 +135,13 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
 
 def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
     """[5, 5, 7] -> [(5, 2), (7, 1)]"""
-    runs: list[tuple[int, int]] = []
-    for length in lengths:
-        if runs and runs[-1][0] == length:
-            runs[-1] = (length, runs[-1][1] + 1)
-        else:
-            runs.append((length, 1))
-    return runs
+    return [(length, len(list(run))) for length, run in groupby(lengths)]
 
 
 def _similar(widths: Sequence[int]) -> list[tuple[int, int]]:
-    """Cut rows, which come sorted by width, where padding a group to its widest would waste over a third.
+    """Groups [start, stop) of rows sorted by width, cut where padding to the widest would waste over a third.
 
-    A group costs one call a layer, so small waste is not worth a cut.
+    Each group costs one call per layer, so little waste is not worth a cut.
     """
     groups: list[tuple[int, int]] = []
     start = used = 0

@@ -1,15 +1,14 @@
 """Attention for NVIDIA GPUs without the flash-attn package: torch's own flash kernels, and Triton for decode.
 
-torch's built-in flash attention takes packed sequences but no paged cache, so the decode kernel is ours: one
-program for each (row, kv head) walks the row's blocks once with an online softmax, the query heads that share
-the kv head side by side.
+torch's built-in flash attention takes packed sequences but no paged cache, so the decode kernel is our own
+(kernels/paged_decode.py).
 """
 
 from __future__ import annotations
 
 import torch
 
-from pipeline.engine.attention.packed import PackedAttention
+from pipeline.engine.attention.packed import PackedAttention, Packing
 from pipeline.engine.kernels.paged_decode import paged_decode
 from pipeline.engine.kv_cache import KVCache
 
@@ -19,20 +18,11 @@ class TorchAttention(PackedAttention):
     block_size = 64
 
     def varlen(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        ends_q: torch.Tensor,
-        ends_k: torch.Tensor,
-        longest_q: int,
-        longest_k: int,
-        *,
-        causal: bool,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Packing, keys: Packing, *, causal: bool
     ) -> torch.Tensor:
         # The operator under torch.nn.attention.varlen, whose Python signature changes between releases.
         out: torch.Tensor = torch.ops.aten._flash_attention_forward(
-            q, k, v, ends_q, ends_k, longest_q, longest_k, 0.0, causal, False
+            q, k, v, queries.ends, keys.ends, queries.longest, keys.longest, 0.0, causal, False
         )[0]
         return out
 

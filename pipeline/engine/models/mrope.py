@@ -2,12 +2,11 @@
 
     text      v v v v v v   text          a medium of 1 x 2 x 3 visual tokens after two text tokens
     t  0 1    2 2 2 2 2 2    5 6
-    h  0 1    2 2 2 3 3 3    5 6          text goes on at (largest position so far) + 1
+    h  0 1    2 2 2 3 3 3    5 6          text continues at (largest position so far) + 1
     w  0 1    2 3 4 2 3 4    5 6
 
-transformers 5.23 goes on at start + max(h, w) instead, which is the same unless a video has more
-temporal steps than that; then its later text runs backwards in time. Positions are therefore ours,
-and both engines get them from here.
+transformers 5.23 continues at start + max(h, w) instead. The two differ where a video has more temporal steps than
+that: its later text then gets positions before the end of the video. So both engines use these positions.
 """
 
 from __future__ import annotations
@@ -19,7 +18,10 @@ from pipeline.errors import GenerateError
 
 
 def lay_out_prompt(request: Request, *, image_token_id: int, video_token_id: int) -> PromptLayout:
-    """Find the media among the placeholders and number the tokens; GenerateError where they disagree."""
+    """Find the media among the placeholders, and the position of every token.
+
+    Raises GenerateError where placeholders and media disagree.
+    """
     ids = np.asarray(request.input_ids)
     is_visual = (ids == image_token_id) | (ids == video_token_id)
     if int(is_visual.sum()) != request.num_visual_tokens:

@@ -1,8 +1,8 @@
 """The text half of Qwen2-VL over packed tokens: transformers' weights, our forward pass.
 
-Each operation rounds where transformers' does (norm in float32 and then the weight in the model's
-dtype, rotation in the model's dtype), so that greedy tokens agree. Joined here: q, k and v into one
-product, gate and up into one. Knows tensors only; where keys and values go is the cache's business.
+Each operation rounds where transformers' does (the norm in float32 and then times the weight in the model's dtype, the
+rotation in the model's dtype), so that greedy tokens agree. q, k and v are joined into one product, gate and up into
+another. Knows tensors only; the caller's `attend` writes the cache.
 
     N packed tokens   H query heads   K kv heads   D head_dim   C hidden size
 """
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from pipeline.engine.dense import Dense, dense, joined
+from pipeline.engine.dense import Dense, dense
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer, q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]; writes the cache as well."""
+"""(layer, q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]; also writes the cache."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class _Layer:
 
 class TextModel:
     def __init__(self, model: Any) -> None:
-        """`model` is transformers' Qwen2VLForConditionalGeneration; its weights become views of ours."""
+        """`model` is transformers' Qwen2VLForConditionalGeneration; its joined weights become views of ours."""
         config = model.config.text_config
         language = model.model.language_model
         self.num_heads: int = config.num_attention_heads
@@ -49,22 +49,20 @@ class TextModel:
         self.layers = [
             _Layer(
                 layer.input_layernorm.weight,
-                joined([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
+                dense(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
                 dense(layer.self_attn.o_proj),
                 layer.post_attention_layernorm.weight,
-                joined([layer.mlp.gate_proj, layer.mlp.up_proj]),
+                dense(layer.mlp.gate_proj, layer.mlp.up_proj),
                 dense(layer.mlp.down_proj),
             )
             for layer in language.layers
         ]
         rotary = language.rotary_emb
         device = self.embed_weight.device
-        # model.to(bfloat16) would have rounded the buffer; the default rule is recomputed in float32.
-        if rotary.rope_type == "default":
-            inverse, _ = rotary.compute_default_rope_parameters(config)
-            self.inv_freq = inverse.float().to(device)
-        else:
-            self.inv_freq = rotary.inv_freq.float().to(device)
+        # model.to(bfloat16) may have rounded the buffer, so the default rule is computed again in float32.
+        is_default = rotary.rope_type == "default"
+        inv_freq = rotary.compute_default_rope_parameters(config)[0] if is_default else rotary.inv_freq
+        self.inv_freq = inv_freq.float().to(device)
         self.rope_scaling = float(rotary.attention_scaling)
         sections = (getattr(config, "rope_parameters", None) or {}).get("mrope_section", [16, 24, 24])
         axis = [i % 3 for i, size in enumerate(sections) for _ in range(size)]
@@ -91,8 +89,8 @@ class TextModel:
         rotation: tuple[torch.Tensor, torch.Tensor],
         attend: Attend,
     ) -> torch.Tensor:
-        """All layers; the last norm is left to `logits`, which few rows need. Where the next layer lies on another
-        device, the hidden states cross over."""
+        """All layers. The last norm is left to `logits`, which few tokens need. Hidden states move to the device of the
+        next layer."""
         cos, sin = rotation
         num_tokens = hidden.shape[0]
         num_rotated = self.num_heads + self.num_kv_heads
@@ -114,12 +112,12 @@ class TextModel:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    x_float = x.float()
+    normed = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the two halves of each head of x [N, heads, D] by the angles in cos and sin [N, 1, D]."""
+    """Rotate the two halves of the last axis of x [N, ..., D] by the angles of cos and sin [N, ..., D]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

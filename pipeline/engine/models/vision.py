@@ -1,10 +1,10 @@
-"""The vision half of Qwen2-VL: patches of many media in one packed pass -> visual tokens.
+"""The vision half of Qwen2-VL: patches of many media in one packed pass to visual tokens.
 
     passes    media are cut into frames and packed up to the patch budget, frames of one size side by side
-    pixels    uint8 goes to the device and is normalised there (pixels.py)
-    frames    attention stays within a frame, so a long video may be spread over several passes
+    pixels    uint8 patches are copied to the device and normalized there (pixels.py)
+    frames    attention stays within a frame, so a long video can be spread over several passes
 
-transformers' weights, our forward pass; grids stay on the host, so nothing waits for the device.
+transformers' weights, our forward pass. Grids stay on the host, so nothing waits for the device.
 
     N patches   H heads   D head_dim   C embedding size
 """
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from pipeline.engine.attention.interface import AttentionBackend
 from pipeline.engine.dense import Dense, dense
 from pipeline.engine.device import upload
+from pipeline.engine.models.text_model import rotate
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sequence import MERGE_SIZE, PATCH_BYTES, Medium
 
@@ -60,7 +61,7 @@ class Frames:
 
 
 def plan_passes(media: Sequence[Medium], max_patches: int) -> list[list[Frames]]:
-    """Pack whole frames into passes of at most `max_patches`; a frame above that has a pass to itself."""
+    """Pack whole frames into passes of at most `max_patches`; a larger frame gets a pass of its own."""
     passes: list[list[Frames]] = [[]]
     room = max_patches
     # Sorted, so that frames of one size are neighbours and attend as one batch.
@@ -90,7 +91,7 @@ class VisionModel:
         self.pixels = pixels
         self.num_heads: int = config.num_heads
         self.head_dim: int = config.embed_dim // config.num_heads
-        # The convolution's kernel is as large as its stride, so it is one product over flat patches.
+        # The convolution's kernel is as large as its stride, so it is one product over flattened patches.
         self.embed = Dense(tower.patch_embed.proj.weight.flatten(1), None)
         self.blocks = [
             _Block(
@@ -115,7 +116,7 @@ class VisionModel:
         self._copies: Any = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     def encode(self, media: Sequence[Medium], max_patches: int) -> Iterator[tuple[Medium, torch.Tensor]]:
-        """Each medium with its visual tokens [tokens, text width], as soon as all its frames are done."""
+        """Each medium with its visual tokens [tokens, text width], once all its frames are done."""
         parts: dict[int, list[torch.Tensor]] = {}
         for frames in plan_passes(media, max_patches):
             merged = self._run(frames)
@@ -142,9 +143,7 @@ class VisionModel:
         num_patches = hidden.shape[0]
         qkv = block.qkv(block.norm1(hidden)).view(num_patches, 3, self.num_heads, self.head_dim)
         # Rotated in float32 and rounded once, as transformers does.
-        wide = qkv[:, :2].float()
-        first, second = wide.chunk(2, dim=-1)
-        rotated = (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(hidden.dtype)
+        rotated = rotate(qkv[:, :2].float(), cos, sin).to(hidden.dtype)
         attended = self.attention.vision(rotated[:, 0], rotated[:, 1], qkv[:, 2])
         hidden = hidden + block.out(attended.reshape(num_patches, -1))
         return hidden + block.fc2(block.act(block.fc1(block.norm2(hidden))))
@@ -158,7 +157,8 @@ class VisionModel:
         return values[0] if len(values) == 1 else torch.cat(values)  # plan_passes puts images first
 
     def _upload(self, parts: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
-        """Into one buffer; for a GPU a pinned one, copied on a stream of its own while earlier passes compute."""
+        """All parts in one tensor on the device, copied to a GPU from pinned memory on a separate stream, while earlier
+        passes compute."""
         total = sum(len(part) for part in parts)
         on_gpu = self.device.type == "cuda"
         staging = torch.empty((total, parts[0].shape[1]), dtype=torch.uint8, pin_memory=on_gpu)

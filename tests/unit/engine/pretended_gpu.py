@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.engine.attention.packed import PackedAttention
+from pipeline.engine.attention.packed import PackedAttention, Packing
 from pipeline.engine.kv_cache import KVCache
 
 GPU = torch.device("cuda", 1)
@@ -297,33 +297,24 @@ class PretendedFlash(PackedAttention):
     block_size = 16
 
     def varlen(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        ends_q: torch.Tensor,
-        ends_k: torch.Tensor,
-        longest_q: int,
-        longest_k: int,
-        *,
-        causal: bool,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Packing, keys: Packing, *, causal: bool
     ) -> torch.Tensor:
         with torch._C.DisableTorchFunction():  # a kernel reads where it likes
-            bounds_q, bounds_k = ends_q.tolist(), ends_k.tolist()
+            bounds_q, bounds_k = queries.ends.tolist(), keys.ends.tolist()
             lengths = [(b - a, d - c) for (a, b), (c, d) in zip(_pairs(bounds_q), _pairs(bounds_k), strict=True)]
-            assert (longest_q, longest_k) == tuple(max(each) for each in zip(*lengths, strict=True))
+            assert (queries.longest, keys.longest) == tuple(max(each) for each in zip(*lengths, strict=True))
             out = torch.empty_like(q)
             group = q.shape[1] // k.shape[1]
             for (a, b), (c, d) in zip(_pairs(bounds_q), _pairs(bounds_k), strict=True):
-                keys, values = (part[c:d].repeat_interleave(group, dim=1).transpose(0, 1) for part in (k, v))
+                k_part, v_part = (part[c:d].repeat_interleave(group, dim=1).transpose(0, 1) for part in (k, v))
                 mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a)) if causal else None
-                out[a:b] = F.scaled_dot_product_attention(q[a:b].transpose(0, 1), keys, values, mask).transpose(0, 1)
+                out[a:b] = F.scaled_dot_product_attention(q[a:b].transpose(0, 1), k_part, v_part, mask).transpose(0, 1)
         return out.as_subclass(OnGpu)
 
     def decode(self, q: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
         tables, lengths = self._decode.tables, self._decode.lengths
         num_rows, width = tables.shape
-        num_kv_heads, head_dim = cache.keys.shape[-2:]
+        num_kv_heads, head_dim = cache.keys[layer].shape[-2:]
         keys, values = (
             part[layer].index_select(0, tables.flatten()).view(num_rows, -1, num_kv_heads, head_dim).transpose(1, 2)
             for part in (cache.keys, cache.values)

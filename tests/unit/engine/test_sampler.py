@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pipeline.engine.sampler import SampleRow, sample
-from pipeline.engine.sequence import repeats_endlessly, uniform_draw
+from pipeline.engine.sequence import uniform_draw
 from pipeline.engine.settings import SamplingParams
+from pipeline.engine.stopping import repeats_endlessly
 
 
 def distribution(logits: list[float], **params: Any) -> dict[int, float]:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.engine.block_manager import BlockManager
-from pipeline.engine.media_ledger import MediaLedger
+from pipeline.engine.encoded_media import EncodedMedia
 from pipeline.engine.scheduler import DecodePlan, PrefillPlan, Scheduler
-from pipeline.engine.sequence import Medium, Request, Sequence
+from pipeline.engine.sequence import Medium, PromptLayout, Request, Sequence
 from pipeline.engine.settings import SamplingParams
 
 
@@ -24,7 +24,7 @@ def make_scheduler(
 ) -> Scheduler:
     return Scheduler(
         BlockManager(num_blocks, block_size),
-        MediaLedger(),
+        EncodedMedia(),
         max_running=max_running,
         max_batch_tokens=tokens,
         max_batch_patches=patches,
@@ -33,7 +33,8 @@ def make_scheduler(
 
 def make_sequences(prompt: int, max_tokens: int = 4, *, n: int = 1, media: tuple[Medium, ...] = ()) -> list[Sequence]:
     request = Request(0, np.zeros(prompt, dtype=np.int32), media, SamplingParams(max_tokens=max_tokens, n=n))
-    return [Sequence(request, index, 0) for index in range(n)]
+    layout = PromptLayout(np.zeros((3, prompt), dtype=np.int32), 0, ())
+    return [Sequence(request, index, 0, layout) for index in range(n)]
 
 
 def image(value: int, side: int = 4) -> Medium:
@@ -102,11 +103,11 @@ def test_encoded_media_are_kept_while_a_waiting_sequence_needs_them() -> None:
         scheduler.add(make_sequences(10, media=(shared,))[0])
     plan = scheduler.schedule()
     assert isinstance(plan, PrefillPlan)
-    scheduler.ledger.mark_encoded(shared)
-    assert scheduler.ledger.forget(set()) == []
+    scheduler.media.mark_encoded(shared)
+    assert scheduler.media.forget(set()) == []
     plan = scheduler._plan_prefill()
     assert plan is not None and plan.media == []
-    assert scheduler.ledger.forget(set()) == [shared.content_key]
+    assert scheduler.media.forget(set()) == [shared.content_key]
 
 
 def test_a_row_that_ends_makes_place_for_a_waiting_one_at_once() -> None:
@@ -236,10 +237,10 @@ def test_every_request_finishes_once_and_no_block_is_lost(
                 patches, sum(m.num_patches for m in plan.chunks[0].sequence.request.media)
             )
             for medium in plan.media:
-                scheduler.ledger.mark_encoded(medium)
+                scheduler.media.mark_encoded(medium)
         if plan is not None:
             in_flight.append(plan)
-            scheduler.ledger.forget(set())
+            scheduler.media.forget(set())
         while len(in_flight) > (lag if plan is not None else 0):
             ends = {id(s) for s in everyone if rng.random() < 0.05}
             give_tokens(scheduler, in_flight.pop(0), ends)
@@ -249,8 +250,8 @@ def test_every_request_finishes_once_and_no_block_is_lost(
         scheduler.check_integrity()
     assert all(sequence.is_finished for sequence in everyone)
     assert scheduler.blocks.num_free == num_blocks
-    scheduler.ledger.forget(set())
-    assert scheduler.ledger.num_kept_tokens == 0
+    scheduler.media.forget(set())
+    assert scheduler.media.num_kept_tokens == 0
 
 
 def test_blocks_can_not_be_released_twice() -> None:

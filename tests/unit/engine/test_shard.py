@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pipeline.engine import EngineOptions, SamplingParams
 from pipeline.engine.dense import Dense
 from pipeline.engine.engine import NativeEngine
-from pipeline.engine.shard import ShardedCache, device_map, split_layers
+from pipeline.engine.shard import device_map, split_layers
 from pipeline.engine.weights import from_model, load_checkpoint
 from pipeline.errors import CheckpointError
 from tests.unit.engine.tiny import make_config, make_model, mixed_requests, tokens_of
@@ -105,7 +105,6 @@ FIRST, SECOND = torch.device("cpu"), torch.device("cpu", 0)
 def sharded_engine(model: Any, options: EngineOptions, devices: TwoDevices) -> NativeEngine:
     """The first layer on the first device, the others, the last norm and the head on the second."""
     engine = NativeEngine(replace(from_model(model), layer_devices=(FIRST, SECOND, SECOND)), options)
-    assert isinstance(engine.cache, ShardedCache)
     text = engine.runner.text
     for layer in text.layers[1:]:
         devices.put(layer.input_norm, layer.post_norm)
@@ -113,7 +112,7 @@ def sharded_engine(model: Any, options: EngineOptions, devices: TwoDevices) -> N
             devices.put(product.weight, product.bias)
     text.lm_head = Dense(text.lm_head.weight.clone(), None)
     devices.put(text.final_norm, text.lm_head.weight)
-    devices.put(engine.cache.parts[SECOND].keys, engine.cache.parts[SECOND].values)
+    devices.put(*engine.cache.keys[1:], *engine.cache.values[1:])
     return engine
 
 
@@ -126,7 +125,7 @@ def test_two_devices_give_the_tokens_of_one_and_no_operation_mixes_them() -> Non
     expected = NativeEngine(from_model(model), small).generate(requests)
     devices = TwoDevices()
     engine = sharded_engine(make_model(seed=3), small, devices)
-    assert [part.keys.shape[0] for part in engine.cache.parts.values()] == [1, 2]  # type: ignore[attr-defined]
+    assert {device: storage.shape[1] for device, storage in engine.cache.storage.items()} == {FIRST: 1, SECOND: 2}
     assert engine.describe()["devices"] == 2
     with devices:
         found = engine.generate(requests)

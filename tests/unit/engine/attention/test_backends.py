@@ -26,13 +26,12 @@ def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bo
 
 def make_cache(num_blocks: int = 64) -> KVCache:
     return KVCache(
-        num_layers=1,
+        [torch.device("cpu")],
         num_blocks=num_blocks,
         block_size=BLOCK,
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
         dtype=torch.float32,
-        device=torch.device("cpu"),
     )
 
 
@@ -85,8 +84,7 @@ def test_prefill_sees_its_own_past_in_the_batch_and_in_the_cache() -> None:
 def test_decode_sees_all_of_its_row_and_nothing_of_others(lengths: list[int]) -> None:
     torch.manual_seed(0)
     cache = make_cache(80)
-    cache.keys.fill_(1e4)  # what other rows left behind must not show
-    cache.values.fill_(1e4)
+    cache.storage[torch.device("cpu")].fill_(1e4)  # what other rows left behind must not show
     tables, contents = fill(cache, lengths)
     widest = max(map(len, tables))
     padded = torch.tensor([table + [0] * (widest - len(table)) for table in tables], dtype=torch.int32)
@@ -105,8 +103,8 @@ def test_rows_of_like_length_are_padded_together_and_a_long_one_apart() -> None:
 
 def test_a_fresh_cache_holds_zeros_and_copies_blocks_whole() -> None:
     cache = make_cache()
-    assert not cache.keys.any() and not cache.values.any()
+    assert not cache.storage[torch.device("cpu")].any()
     fill(cache, [BLOCK])
     source = int(cache.keys[0].flatten(1).any(1).nonzero()[0])
     cache.copy_blocks([(source, 63 if source != 63 else 62)])
-    assert torch.equal(cache.keys[0, source], cache.keys[0, 63 if source != 63 else 62])
+    assert torch.equal(cache.keys[0][source], cache.keys[0][63 if source != 63 else 62])

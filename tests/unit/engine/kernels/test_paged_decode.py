@@ -22,10 +22,9 @@ from pipeline.engine.kernels.paged_decode import paged_decode
 
 for block_size, head_dim, group, kv_heads in ((16, 32, 3, 2), (64, 128, 6, 2), (16, 80, 7, 1)):
     torch.manual_seed(0)
-    cache = KVCache(num_layers=1, num_blocks=20, block_size=block_size, num_kv_heads=kv_heads,
-                    head_dim=head_dim, dtype=torch.float32, device=torch.device("cpu"))
-    cache.keys.normal_()
-    cache.values.normal_()
+    cache = KVCache([torch.device("cpu")], num_blocks=20, block_size=block_size, num_kv_heads=kv_heads,
+                    head_dim=head_dim, dtype=torch.float32)
+    cache.storage[torch.device("cpu")].normal_()
     lengths = [1, block_size, 2 * block_size + 3, 7]
     tables = torch.tensor([[5, 0, 0], [2, 0, 0], [9, 8, 13], [4, 0, 0]], dtype=torch.int32)
     q = torch.randn(4, kv_heads * group, head_dim)
