@@ -1,4 +1,4 @@
-"""Caption, tag or question every row of a manifest; the same command resumes.
+"""Caption, tag or ask about every row of a manifest; the same command resumes.
 
     manifest --> what is left to do --> preprocess --> generate --> fragments --> part files, every row once
 

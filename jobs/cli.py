@@ -1,6 +1,6 @@
 """The command `qwen2-vl-batch`: the first argument names the job, the others are the job's own.
 
-    caption      caption, tag or question every row of a manifest
+    caption      caption, tag or ask about every row of a manifest
     plan         forecast rows, tokens, memory, time and cost of a caption job
     evaluate     answer a manifest that has references, and score the answers
     report       write the page of a run folder

@@ -101,7 +101,7 @@ def print_help(model: type[Section], name: str, about: str, flags: Flags = FLAGS
     console.print(about.strip(), markup=False)
     config = "caption" if name == "plan" else name  # a plan is of the caption job
     console.print(f"\npython -m jobs.{name} --config configs/{config}.yaml [--section.key value ...]", markup=False)
-    console.print("--config may stand several times: each file is laid over those before it.\n", markup=False)
+    console.print("--config may be given several times: later files override earlier ones.\n", markup=False)
     section = ""
     for key, field in fields_of(model):
         if key.partition(".")[0] != section:

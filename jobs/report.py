@@ -79,13 +79,13 @@ def _parser() -> argparse.ArgumentParser:
 def _price(text: str) -> float:
     price = float(text)
     if not 0 <= price < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no price; expected a number, 0 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not a valid price; expected a number, 0 or more")
     return price
 
 
 def _cards(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 50:
-        raise argparse.ArgumentTypeError(f"{text} is no number of rows; expected 1 to 50")
+        raise argparse.ArgumentTypeError(f"{text} is not a valid number of rows; expected 1 to 50")
     return int(text)
 
 

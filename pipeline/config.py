@@ -68,7 +68,8 @@ class InputConfig(Section):
     allow_private_hosts: bool = False
     """Whether http(s) URLs may lead to private networks and this machine."""
     fetch_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds that a source may stay silent before the fetch is tried again."""
+    """Time limit in seconds for one attempt to fetch a medium from a bucket or URL; then it is tried again. Local files
+    have no limit."""
     fetch_retries: NotNegative = 3
     """How often a transient fetch error is tried again, with growing pauses."""
     storage_options: dict[str, Any] = Field(default_factory=dict)
@@ -221,10 +222,10 @@ class ResourcesConfig(Section):
 
     address: str | None = None
     """Ray cluster to join: `auto` or `host:port`; `local` starts one for this job. Default: what RAY_ADDRESS
-    says; else the Ray that runs on this machine, or one of the job's own."""
+    says; else the Ray that runs on this machine, or a new local one."""
     num_cpus: Positive | None = None
-    """CPUs of a Ray that the job starts for itself, which it then does whatever else runs on this machine. Default:
-    this machine's."""
+    """CPUs for a Ray that this job starts, even if one runs on this machine already. Ignored when joining a cluster.
+    Default: this machine's."""
     preprocess_actors: Pool = None
     """CPU actors that fetch, decode and patchify: a number, or fewest and most as in `2,16`, for a pool that grows
     and shrinks with the work and the cluster. Default: from the cluster's CPUs."""
@@ -255,7 +256,8 @@ class RunConfig(Section):
     max_error_fraction: Fraction = 1.0
     """Share of error rows above which the job stops (looked at after the first 100 rows, and at the end)."""
     on_change: Literal["error", "new-rows"] = "error"
-    """What to do when manifest or settings differ from the folder's run: refuse, or take up appended rows."""
+    """`error` refuses a changed manifest. `new-rows` also processes files or media that were added, or a larger
+    `input.limit`. Other changed settings are always refused."""
     retry_failed: str | None = None
     """Run error rows again: `all`, or error types separated by commas; a type stands for those below it too."""
     stall_timeout_s: Annotated[float, Field(gt=0)] = 900.0
@@ -265,7 +267,7 @@ class RunConfig(Section):
     """Seconds without a finished row, after a node of the cluster was lost, that Ray has to recover by itself; then
     the command starts again, and resumes on the nodes that are left."""
     max_flow_restarts: NotNegative = 3
-    """Restarts in a row, after lost nodes, that may finish no row."""
+    """Consecutive restarts after lost nodes that may pass without a finished row."""
     profile_steps: Annotated[int, Field(gt=0, le=1000)] | None = None
     """Write a torch trace of so many engine steps, and Ray's timeline, into `profile/` in the run folder."""
     verbose: bool = False
@@ -281,7 +283,7 @@ class RunConfig(Section):
             close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.6) if unknown else []
             hint = f"did you mean {close[0]}? " if close else ""
             raise ValueError(
-                f"{', '.join(unknown) or repr(asked)} is no error type of rows; {hint}known: all, {', '.join(known)}"
+                f"{', '.join(unknown) or repr(asked)} is not a row error type; {hint}known: all, {', '.join(known)}"
             )
         return asked
 
@@ -297,7 +299,7 @@ class RunConfig(Section):
 
 
 def _names_in(asked: str | None) -> list[str]:
-    """What stands between the commas of `run.retry_failed`."""
+    """The comma-separated names in `run.retry_failed`."""
     return [name.strip() for name in (asked or "").split(",") if name.strip()]
 
 
@@ -423,7 +425,7 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _override_value(text: str, field: Any) -> Any:
-    """A command-line word as YAML would read it in the field's place; text fields take it as it stands."""
+    """A command-line value parsed as YAML for this field; text is taken literally."""
     annotation = field.annotation if field is not None else Any
     kinds = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     if text in ("null", "none", "None") and type(None) in kinds:

@@ -68,7 +68,7 @@ class OutputError(JobError):
 
 
 class CredentialError(JobError):
-    """A bucket refuses the job's credentials, whatever is asked of it: nothing that a row can help."""
+    """A bucket refuses the job's credentials, whatever is asked of it: not the fault of any row."""
 
 
 class ResourceError(JobError):

@@ -1,4 +1,4 @@
-"""Whether the model at a path is still the one that a run began with: a mark for each of its files.
+"""Whether the model at a path is still the one that a run began with: a fingerprint of each of its files.
 
 A small file's mark is its hash. The mark of weights is their size and a hash of some blocks spread over them, so that
 nobody waits for gigabytes to be read; in a bucket a file's mark is its size and version, as listed. A hub name has

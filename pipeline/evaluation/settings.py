@@ -87,7 +87,7 @@ class EvaluateSection(ScoringSettings):
     price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
     """Price from which the report computes the run's cost."""
     currency: str = "$"
-    """Put before prices."""
+    """Currency symbol."""
     thumbnails: bool = True
     """Whether the report shows pictures."""
 

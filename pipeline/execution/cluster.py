@@ -26,8 +26,8 @@ from pipeline.execution.placement import Node
 from pipeline.results.run_folder import RunFolder
 
 _JOINING_HINT = (
-    "; a cluster that asks for a token wants RAY_AUTH_MODE=token here, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; "
-    "resources.address local starts a Ray of the job's own; log.txt in the run folder has Ray's own lines"
+    "; if the cluster uses tokens, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; "
+    "resources.address local starts a private local Ray; log.txt in the run folder has Ray's own lines"
 )
 
 

@@ -3,8 +3,8 @@
     profile/engine-0.json.gz   for chrome://tracing, Perfetto or TensorBoard
     profile/ray.json.gz        what ran on which worker when, the whole run
 
-The engine knows nothing of it: its step is wrapped on the way into the engine's thread. The trace travels to the
-driver, which alone writes to the run folder.
+The engine is not aware of it: its step is wrapped before the engine's thread runs it. The driver, which alone writes to
+the run folder, collects the traces.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class ProfileFolder:
             self._num_written += 1
 
     def close(self, console: Console) -> None:
-        """Write the rest and Ray's timeline; say where they are."""
+        """Write the rest and Ray's timeline; print where they are."""
         import ray
 
         if self._num_steps is None:

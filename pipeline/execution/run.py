@@ -133,7 +133,7 @@ def _run_rows(
                 progress.tick()
         writer.flush()
         if missing := job.numbering.num_rows - len(job.finished.done):
-            raise _restart(job, f"{missing:,} rows never came back")
+            raise _restart(job, f"{missing:,} rows were lost")
     finally:
         # Whatever ended the run, such as expired credentials, must not be hidden by the same failure here.
         with contextlib.suppress(*([OSError] if sys.exc_info()[0] else [])):

@@ -1,4 +1,4 @@
-"""Which rows are inside which actor: rows that kill or hang their actor are found, run alone, and given up in the end.
+"""Which rows are inside which actor: rows that kill or hang their actor are found, run alone, and finally given up.
 
 Ray restarts a dead actor and runs its tasks again, so a row that kills its actor would do so for ever. Each actor
 therefore reports to the Supervisor which rows it begins and ends. Rows that were in progress when their actor died run

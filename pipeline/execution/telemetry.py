@@ -1,8 +1,8 @@
-"""Figures of a running job on Ray's metrics endpoint, for Prometheus and the dashboard in configs/cluster/grafana.json.
+"""Metrics of a running job on Ray's endpoint, for Prometheus and the dashboard in configs/cluster/grafana.json.
 
-Every name below begins with PREFIX; on the endpoint Ray puts `ray_` before it, and `_total` after counters. The
-driver tells of finished rows, each actor of itself, once a second. Tags are few and their values fewer: a stage, a
-phase, an error's type; Ray adds the node and the process. Knows names and figures; not where they come from.
+Every name below begins with PREFIX; on the endpoint Ray puts `ray_` before it, and `_total` after counters. The driver
+reports finished rows, and each actor its own stats once a second. There are few tags, with few values each: a stage, a
+phase, an error type; Ray adds the node and the process. Knows names and values; not where they come from.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ METRICS: Mapping[str, Definition] = {
     )
 }
 
-# What actors call their figures, where it differs from the metric: (metric, tags).
-_FIGURES: Mapping[str, tuple[str, Mapping[str, str]]] = {
+# Names of actors' stats that differ from the metric's: (metric, tags).
+_STATS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "running": ("running_sequences", {}),
     "waiting": ("waiting_sequences", {}),
     "idle_s": ("starved_seconds", {}),
@@ -95,7 +95,7 @@ class Meter:
         return self._made[name]
 
     def count(self, name: str, value: float, tags: Mapping[str, str] | None = None) -> None:
-        """Add to a counter; one that never moved is not on the endpoint."""
+        """Add to a counter. A counter that never moved is not on the endpoint."""
         if value > 0:
             self._metric(name).inc(value, tags=dict(tags or {}))
 
@@ -109,13 +109,13 @@ class Meter:
         for value in values.drop_null().to_pylist():
             metric.observe(value, tags=fixed)
 
-    def actor(self, stage: str, figures: Mapping[str, Any]) -> None:
-        """What an actor of a stage says of itself: figures since its start."""
-        for key, value in figures.items():
-            name, tags = _FIGURES.get(key, (key, {}))
+    def actor(self, stage: str, stats: Mapping[str, Any]) -> None:
+        """The stats of an actor of a stage, counted since its start."""
+        for key, value in stats.items():
+            name, tags = _STATS.get(key, (key, {}))
             if key == "busy_s":
                 name, tags = "busy_seconds", {"stage": stage}
-            elif key not in _FIGURES and key not in _PLAIN:
+            elif key not in _STATS and key not in _PLAIN:
                 continue
             if METRICS[name].kind == "gauge":
                 self.show(name, value)
@@ -142,6 +142,6 @@ class Meter:
             self.count("row_errors", kind["count_all"], tags)
 
     def progress(self, answered: int, total: int) -> None:
-        """How far the run folder is."""
+        """Finished rows of the run folder, and all rows."""
         self.show("answered_rows", answered)
         self.show("manifest_rows", total)

@@ -59,9 +59,9 @@ class PlanSection(Section):
     gpu: str | None = None
     """GPU by name, such as `H200`, `A100-80GB` or `8xH200`. Default: this machine's, or a comparison of several."""
     price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
-    """States the cost."""
+    """Price of one GPU hour; adds the cost to the forecast."""
     currency: str = "$"
-    """Put before prices."""
+    """Currency symbol."""
     cpus: Annotated[float, Field(gt=0)] | None = None
     """Cores for preprocessing, in all. Default: resources.preprocess_actors; without it, as many as it takes."""
     output_tokens: Annotated[float, Field(gt=0)] | None = None
@@ -73,7 +73,7 @@ class PlanSection(Section):
     seed: NotNegative = 0
     """Seed of the sample."""
     seconds: Annotated[float, Field(gt=0)] = 300.0
-    """Time for looking; rows not reached by then are left out of the sample."""
+    """Time limit in seconds for reading the sample; rows not reached by then are left out of the sample."""
     threads: Positive = 16
     """Rows whose headers are read at once."""
     probe: bool = False

@@ -1,4 +1,4 @@
-"""One run at a time on an output folder: a lease that a dead run does not hold for ever.
+"""One run at a time on an output folder: a lease that expires when its run dies.
 
 The holder writes a small file and renews it. A file that was not renewed for STALE_S, or whose process on this machine
 has ended, is taken over. A run that was taken over because it was suspended finds out in `check`, before it writes

@@ -194,7 +194,7 @@ def test_a_driver_that_joins_directly_is_told_of_the_token_that_it_lacks(head: R
     done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.search(rf"can't reach or start Ray \({re.escape(head.gcs_address)}\): Failed to connect .*", done.stderr)
-    assert "a cluster that asks for a token wants RAY_AUTH_MODE=token here" in done.stderr
+    assert "if the cluster uses tokens, set RAY_AUTH_MODE=token" in done.stderr
     assert "InvalidAuthToken" in (tmp_path / "out" / "log.txt").read_text()
     done = subprocess.run(
         command, cwd=ROOT, env={**head.environment, "RAY_AUTH_MODE": "token"}, capture_output=True, text=True

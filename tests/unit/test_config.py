@@ -173,10 +173,10 @@ def test_error_types_to_retry_may_have_blanks_and_stand_for_those_below_them() -
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ("FetchEror", "run.retry_failed: FetchEror is no error type of rows; did you mean FetchError? known: all, Row"),
-        ("FetchError, Media Timeout", "Media Timeout is no error type of rows; did you mean MediaTimeout?"),
-        ("ConfigError", "ConfigError is no error type of rows"),
-        (" , ", "is no error type of rows"),
+        ("FetchEror", "run.retry_failed: FetchEror is not a row error type; did you mean FetchError? known: all, Row"),
+        ("FetchError, Media Timeout", "Media Timeout is not a row error type; did you mean MediaTimeout?"),
+        ("ConfigError", "ConfigError is not a row error type"),
+        (" , ", "is not a row error type"),
     ],
 )
 def test_an_error_type_that_no_row_can_have_is_refused(asked: str, expected: str) -> None:

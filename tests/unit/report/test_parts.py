@@ -173,4 +173,4 @@ def test_the_command_writes_a_page_prints_markdown_and_refuses_strangers(
     elsewhere = tmp_path / "new" / "page.html"
     assert main([str(folder), "--output", str(elsewhere), "--no-thumbnails"]) == 0 and elsewhere.exists()
     assert main([str(tmp_path / "new")]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
