@@ -177,7 +177,7 @@ def _process(processor: Any, data: bytes) -> Any:
 
 
 def _seen(worker: MediaWorker, kind: MediumKind, data: bytes, name: str) -> SeenMedium:
-    (seen,) = worker.see_media([Medium(kind, data, MediumSettings(), name)])
+    ((seen,),) = worker.see_rows([[Medium(kind, data, MediumSettings(), name)]])
     if isinstance(seen, RowError):
         raise seen
     return seen

@@ -21,7 +21,7 @@ from typing import IO, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.errors import (
     DecompressionBomb,
@@ -39,16 +39,6 @@ Image.MAX_IMAGE_PIXELS = None
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA", "ICO")
 
-_ORIENTATION_TAG = 0x0112
-_ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _TRUNCATED = re.compile(r"truncated|unexpected end|end of file|no more data|not enough image data", re.IGNORECASE)
 _BOMB = re.compile(r"too large|too much memory|decompress", re.IGNORECASE)
 
@@ -57,6 +47,21 @@ _PILLOW_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
     AssertionError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
+
+_HEIC_BRANDS = ("heic", "heix", "mif1", "hevc")
+_DESCRIPTIONS = (
+    ((b"<!doctype html", b"<html", b"<head", b"<body"), "HTML, likely an error page"),
+    ((b"<?xml", b"<svg"), "SVG or XML"),
+    ((b"{", b"["), "text that looks like JSON"),
+    ((b"#extm3u",), "an HLS playlist"),
+    ((b"ffconcat",), "an FFmpeg concat script"),
+    ((b"version https://git-lfs",), "a Git LFS pointer; fetch the real file with git lfs pull"),
+    ((b"%pdf",), "a PDF"),
+    ((b"%!ps",), "PostScript"),
+    ((b"pk\x03\x04",), "a ZIP archive"),
+    ((b"\x1f\x8b",), "gzip data"),
+)
+"""(how files begin, in lower case; what they are)"""
 
 
 class Encoded(Protocol):
@@ -93,22 +98,16 @@ class OpenImage:
             if min_side is not None:
                 image.draft("RGB", (min_side, min_side))
             image.load()
-            return np.asarray(_to_rgb(image, _orientation(image)))
+            return np.asarray(_to_upright_rgb(image))
 
 
-def _orientation(image: Image.Image) -> Image.Transpose | None:
-    """How to turn the stored pixels upright; None where they are, or where the EXIF block can't be read."""
+def _to_upright_rgb(image: Image.Image) -> Image.Image:
     try:
-        return _ORIENTATIONS.get(image.getexif().get(_ORIENTATION_TAG, 1))
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
     except Exception:  # whatever a broken EXIF block makes Pillow raise; browsers show such images as stored
-        return None
-
-
-def _to_rgb(image: Image.Image, orientation: Image.Transpose | None) -> Image.Image:
-    if orientation is not None:
-        info = image.info
-        image = image.transpose(orientation)
-        image.info = info  # transparency is kept there, and transposing drops it
+        pass
     if image.mode.startswith("I;16") or image.mode == "I":
         return _from_16_bit(image)
     if image.mode == "F":
@@ -164,29 +163,8 @@ def looks_like(data: Encoded) -> str:
     """A guess at what bytes are, for error messages."""
     head = bytes(data[:512])
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
-        return f"{len(data):,} bytes of HTML, likely an error page"
-    if text.startswith((b"<?xml", b"<svg")):
-        return f"{len(data):,} bytes of SVG or XML"
-    if text.startswith((b"{", b"[")) and not text.startswith(b"[\x00"):
-        return f"{len(data):,} bytes that look like JSON"
-    if text.startswith(b"#extm3u"):
-        return "an HLS playlist"
-    if text.startswith(b"ffconcat"):
-        return "an FFmpeg concat script"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer; fetch the real file with git lfs pull"
-    if head[4:8] == b"ftyp":
+    found = next((description for beginnings, description in _DESCRIPTIONS if text.startswith(beginnings)), None)
+    if found is None and head[4:8] == b"ftyp":
         brand = head[8:12].decode("latin-1")
-        return (
-            f"an HEIC image (brand {brand})" if brand in ("heic", "heix", "mif1", "hevc") else f"an MP4 file ({brand})"
-        )
-    if head.startswith(b"%PDF"):
-        return "a PDF"
-    if head.startswith(b"%!PS"):
-        return "PostScript"
-    if head.startswith(b"PK\x03\x04"):
-        return "a ZIP archive"
-    if head.startswith(b"\x1f\x8b"):
-        return "gzip data"
-    return f"{len(data):,} bytes beginning {head[:8].hex(' ')}"
+        found = f"an {'HEIC image' if brand in _HEIC_BRANDS else 'MP4 file'} of brand {brand}"
+    return f"{found or 'a file beginning ' + head[:8].hex(' ')} ({len(data):,} bytes)"

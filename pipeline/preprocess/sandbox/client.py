@@ -68,16 +68,12 @@ class MediaWorker:
         self._outputs = _Outputs()
         self._decoder = DecoderProcess(options, self._input, self._outputs.segments)
 
-    def see_media(self, media: Sequence[Medium]) -> list[SeenMedium | RowError]:
-        """One result for each medium of a row, in order: what the model gets, or the error that makes an error row.
-
-        The patches lie in shared memory, which is reused once no array uses it.
-        Raises ResourceError if the decoder process can't be started.
-        """
-        return self.see_rows([media])[0]
-
     def see_rows(self, rows: Sequence[Sequence[Medium]]) -> list[list[SeenMedium | RowError]]:
-        """`see_media` for several rows in one request: cheaper for small media."""
+        """For each medium of each row, in order: what the model gets, or the error that makes an error row.
+
+        Several rows in one request are cheaper for small media. The patches lie in shared memory, which is reused once
+        no array uses it. Raises ResourceError if the decoder process can't be started.
+        """
         return self._decode(rows, _seen_medium)
 
     def thumbnails(

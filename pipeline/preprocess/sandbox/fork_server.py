@@ -28,37 +28,26 @@ from pipeline.preprocess.sandbox.shared_memory import Segment
 
 REPLY = struct.Struct("<ii")
 """(exit code of the decoder before, or minus the signal that ended it; process id of the new one)"""
-_PARENT_CHECK_S = 2.0
 # A decoder that closed its connection is about to end: its exit code is worth a moment's wait.
 _EXIT_WAIT_S = 1.0
 
 
 def main(descriptor: int, segment_descriptors: Sequence[int], resize: Resize) -> None:
     """Fork decoders on request from the socket behind `descriptor`; they inherit the shared segments."""
-    parent = os.getppid()
     control = socket.socket(fileno=descriptor)
-    control.settimeout(_PARENT_CHECK_S)
     segments = [Segment(number) for number in segment_descriptors]
     _import_codecs(resize)
     gc.freeze()  # so that collecting garbage in a decoder does not copy this process's memory
     decoder: ForkProcess | None = None
-    while os.getppid() == parent:
-        try:
-            message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-        except TimeoutError:
-            continue
-        except OSError:
-            break
-        if not message:
-            break
-        exit_code = _end(decoder)
-        decoder = multiprocessing.get_context("fork").Process(
-            target=_run_decoder, args=(control, descriptors[0], segments)
-        )
-        decoder.start()
-        os.close(descriptors[0])
-        assert decoder.pid is not None
-        control.sendall(REPLY.pack(exit_code, decoder.pid))
+    context = multiprocessing.get_context("fork")
+    with contextlib.suppress(ConnectionError):  # the actor is gone
+        while (received := socket.recv_fds(control, 1, 1))[0]:
+            (connection,) = received[1]
+            exit_code = _end(decoder)
+            decoder = context.Process(target=_run_decoder, args=(control, connection, segments), daemon=True)
+            decoder.start()
+            os.close(connection)
+            control.sendall(REPLY.pack(exit_code, decoder.pid))
     _end(decoder)
 
 

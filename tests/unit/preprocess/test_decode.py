@@ -130,6 +130,6 @@ def test_patches_are_written_where_the_caller_says() -> None:
         return buffers[-1]
 
     for kind, data in (("image", photo(64, 64)), ("video", encode_video(6))):
-        seen = see_medium(kind, data, MediumSettings(), MediaOptions(), source="", allocate=allocate)
+        seen = OpenMedium(kind, data, MediumSettings(), MediaOptions()).see(source="", allocate=allocate)
         assert np.shares_memory(seen.patches, buffers[-1]) and seen.patches.nbytes == buffers[-1].nbytes
     assert len(buffers) == 2

@@ -91,7 +91,7 @@ def test_damaged_files_give_a_result_or_a_typed_error() -> None:
         assert outcomes["SeenMedium"] > 20 and len(outcomes) >= 3, outcomes
         assert outcomes["MediaTimeout"] == 0, outcomes
         good = encode_image(Image.fromarray(picture(64, 64)))
-        assert isinstance(worker.see_media([Medium("image", good, MediumSettings(), "good")])[0], SeenMedium)
+        assert isinstance(worker.see_rows([[Medium("image", good, MediumSettings(), "good")]])[0][0], SeenMedium)
 
 
 @pytest.mark.slow

@@ -54,31 +54,31 @@ class SamplingCase:
 
 def image_cases(count: int = 320) -> list[ImageCase]:
     """Sizes from 1 pixel to some hundred, all modes, wide and narrow bounds."""
-    dice = random.Random(20)
+    rng = random.Random(20)
     edges = [(1, 1), (1, 200), (200, 1), (27, 27), (28, 28), (14, 42), (13, 520), (640, 480), (644, 476), (1036, 31)]
     cases = []
     for seed in range(count):
-        width, height = edges[seed] if seed < len(edges) else (dice.randint(5, 420), dice.randint(5, 420))
+        width, height = edges[seed] if seed < len(edges) else (rng.randint(5, 420), rng.randint(5, 420))
         if max(width, height) > 200 * min(width, height):
             height = width
-        max_pixels = dice.choice([28 * 28 * 16, 28 * 28 * 100, 28 * 28 * 256, 12_845_056])
-        min_pixels = dice.choice([56 * 56, 28 * 28, 28 * 28 * 16])
+        max_pixels = rng.choice([28 * 28 * 16, 28 * 28 * 100, 28 * 28 * 256, 12_845_056])
+        min_pixels = rng.choice([56 * 56, 28 * 28, 28 * 28 * 16])
         cases.append(ImageCase(seed, MODES[seed % len(MODES)], width, height, min_pixels, max_pixels))
     return cases
 
 
 def video_cases(count: int = 30) -> list[VideoCase]:
     """Short clips, even and odd, some of which the total-pixel cap makes smaller."""
-    dice = random.Random(21)
+    rng = random.Random(21)
     return [
         VideoCase(
             seed,
-            num_frames=dice.choice([1, 2, 3, 4, 5, 6, 8]),
-            width=dice.randint(16, 240),
-            height=dice.randint(16, 240),
-            min_pixels=dice.choice([28 * 28 * 4, 28 * 28 * 20]),
-            max_pixels=dice.choice([28 * 28 * 24, 28 * 28 * 64]),
-            max_video_tokens=dice.choice([128_000, 100, 60]),
+            num_frames=rng.choice([1, 2, 3, 4, 5, 6, 8]),
+            width=rng.randint(16, 240),
+            height=rng.randint(16, 240),
+            min_pixels=rng.choice([28 * 28 * 4, 28 * 28 * 20]),
+            max_pixels=rng.choice([28 * 28 * 24, 28 * 28 * 64]),
+            max_video_tokens=rng.choice([128_000, 100, 60]),
         )
         for seed in range(count)
     ]
@@ -89,16 +89,16 @@ def sampling_cases(count: int = 400) -> list[SamplingCase]:
 
     Not longer: transformers' places are rounded in float32, in an order that depends on the processor's vector width.
     """
-    dice = random.Random(22)
+    rng = random.Random(22)
     rates = [24.0, 25.0, 30.0, 60.0, 30000 / 1001, 24000 / 1001, 15.0, 12.5, 10.0, 7.77, 120.0, 1.0]
     cases = []
     for number in range(count):
-        total = dice.choice([dice.randint(2, 40), dice.randint(2, 400), dice.randint(2, 1500)])
+        total = rng.choice([rng.randint(2, 40), rng.randint(2, 400), rng.randint(2, 1500)])
         if number % 3 == 0:
-            cases.append(SamplingCase(total, dice.choice(rates), None, dice.randint(2, min(total, 800))))
+            cases.append(SamplingCase(total, rng.choice(rates), None, rng.randint(2, min(total, 800))))
         else:
-            fps = dice.choice([2.0, 2.0, 1.0, 0.5, 4.0, 3.7, 30.0, 0.01])
-            cases.append(SamplingCase(total, dice.choice(rates), fps, None))
+            fps = rng.choice([2.0, 2.0, 1.0, 0.5, 4.0, 3.7, 30.0, 0.01])
+            cases.append(SamplingCase(total, rng.choice(rates), fps, None))
     return cases
 
 
@@ -135,14 +135,14 @@ def make_video(case: VideoCase) -> npt.NDArray[np.uint8]:
 
 def _pixels(seed: int, height: int, width: int) -> npt.NDArray[np.uint8]:
     # Integers throughout: floating-point functions differ between machines in their last digit.
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width]
     planes = []
     for _ in range(3):
-        slope_y, slope_x, period = (int(value) for value in dice.integers(1, 9, 3))
+        slope_y, slope_x, period = (int(value) for value in rng.integers(1, 9, 3))
         smooth = rows * slope_y + columns * slope_x
         stripes = 90 * ((rows // (3 * period) + columns // (2 * period)) % 2)
-        planes.append((smooth + stripes + dice.integers(0, 25, (height, width))) % 256)
+        planes.append((smooth + stripes + rng.integers(0, 25, (height, width))) % 256)
     return np.stack(planes, axis=-1).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Nothing hangs and nothing dies: a decoder process is killed, crashes or bursts, and the error row says so."""
+"""A decoder process that hangs, crashes or outgrows its memory costs one typed error; the other media are decoded."""
 
 from __future__ import annotations
 
@@ -34,34 +34,34 @@ from pipeline.preprocess.sandbox.client import MediaWorker, Medium
 from tests.unit.preprocess.conftest import encode_image, encode_video, level, picture
 
 SETTINGS = MediumSettings()
-# A decoder that misbehaves on command stands for a codec with a fault: its own process, its own death.
-SABOTAGE = """
+# Stands for codecs with faults: the decoder hangs, crashes or grows as the first bytes of a file say.
+FAULTS = """
 import os, signal, sys, time
 import pipeline.preprocess.image as image
 
-class Saboteur(image.OpenImage):
+class FaultyImage(image.OpenImage):
     def __init__(self, data, options):
-        order = bytes(data[:16])
-        if order.startswith(b"HANG"):
+        fault = bytes(data[:16])
+        if fault.startswith(b"HANG"):
             while True:
                 time.sleep(60)
-        if order.startswith(b"SPIN"):
+        if fault.startswith(b"SPIN"):
             while True:
                 pass
-        if order.startswith(b"CRASH"):
+        if fault.startswith(b"CRASH"):
             os.kill(os.getpid(), signal.SIGSEGV)
-        if order.startswith(b"EXIT"):
+        if fault.startswith(b"EXIT"):
             os._exit(3)
-        if order.startswith(b"GROW"):
-            hoard = []
+        if fault.startswith(b"GROW"):
+            grown = []
             while True:
-                hoard.append(b"x" * (8 << 20))
+                grown.append(b"x" * (8 << 20))
                 time.sleep(0.001)
-        if order.startswith(b"BUG"):
+        if fault.startswith(b"BUG"):
             raise ZeroDivisionError("a mistake")
         super().__init__(data, options)
 
-image.OpenImage = Saboteur
+image.OpenImage = FaultyImage
 """
 
 Make = Callable[[MediaOptions], MediaWorker]
@@ -73,15 +73,15 @@ def image(width: int = 64, height: int = 48, seed: int = 0) -> Medium:
     )
 
 
-def order(word: bytes) -> Medium:
-    return Medium("image", word, SETTINGS, "saboteur")
+def faulty(fault: bytes) -> Medium:
+    return Medium("image", fault, SETTINGS, "faulty")
 
 
 @pytest.fixture(scope="module")
 def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MediaWorker]:
-    """A worker whose decoder does what a file tells it; its start, which takes seconds, is paid for once."""
-    folder = tmp_path_factory.mktemp("sabotage")
-    (folder / "sitecustomize.py").write_text(SABOTAGE)
+    """A worker whose decoder has the faults above. Starting it takes seconds, so all tests share it."""
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "sitecustomize.py").write_text(FAULTS)
     sys.path.insert(0, str(folder))
     with MediaWorker(MediaOptions()) as worker:
         sys.path.remove(str(folder))
@@ -94,7 +94,7 @@ def make_worker(one_worker: MediaWorker) -> Make:
 
     def make(options: MediaOptions) -> MediaWorker:
         one_worker._decoder.options = options  # for the next decoder
-        one_worker.see_media([order(b"EXIT")])
+        see_media(one_worker, [faulty(b"EXIT")])
         return one_worker
 
     return make
@@ -105,6 +105,11 @@ def worker(make_worker: Make) -> MediaWorker:
     return make_worker(MediaOptions())
 
 
+def see_media(worker: MediaWorker, media: list[Medium]) -> list[SeenMedium | RowError]:
+    """The results for one row."""
+    return worker.see_rows([media])[0]
+
+
 def seen(result: SeenMedium | RowError) -> SeenMedium:
     assert isinstance(result, SeenMedium), repr(result)
     return result
@@ -113,23 +118,23 @@ def seen(result: SeenMedium | RowError) -> SeenMedium:
 def test_the_worker_gives_what_the_function_gives(worker: MediaWorker) -> None:
     clip = encode_video(20)
     row = [image(), Medium("video", clip, MediumSettings(fps=4.0), "clip.mp4"), image(300, 20)]
-    for result, (kind, data, settings, source) in zip(worker.see_media(row), row, strict=True):
+    for result, (kind, data, settings, source) in zip(see_media(worker, row), row, strict=True):
         alone = see_medium(kind, data, settings, MediaOptions(), source=source)
         assert np.array_equal(seen(result).patches, alone.patches)
         assert seen(result).receipt == alone.receipt
 
 
 def test_a_bad_medium_is_its_own_error_and_the_others_are_seen(worker: MediaWorker) -> None:
-    row = [image(), order(b""), order(b"<html>"), Medium("image", image().data, MediumSettings(fps=1.0), "x")]
-    results = worker.see_media(row)
+    row = [image(), faulty(b""), faulty(b"<html>"), Medium("image", image().data, MediumSettings(fps=1.0), "x")]
+    results = see_media(worker, row)
     assert [type(result) for result in results] == [SeenMedium, TruncatedMedia, UnsupportedMedia, SettingError]
     assert str(results[3]) == "fps can't be applied to an image: remove it or give a video"
-    assert worker.see_media([]) == []
+    assert see_media(worker, []) == []
 
 
 def test_a_data_uri_is_shortened_in_the_receipt(worker: MediaWorker) -> None:
     uri = "data:image/png;base64," + "A" * 5000
-    (result,) = worker.see_media([image()._replace(source=uri)])
+    (result,) = see_media(worker, [image()._replace(source=uri)])
     assert seen(result).receipt.source == "data:image/png;base64,AAAAAAAAAAAAAAAAAA... (5,022 characters)"
 
 
@@ -139,16 +144,16 @@ def test_several_rows_at_once_give_what_each_row_gives(make_worker: Make) -> Non
     together = worker.see_rows([*rows, []])
     assert together[3] == []
     for row, results in zip(rows, together[:3], strict=True):
-        for one, other in zip(worker.see_media(row), results, strict=True):
+        for one, other in zip(see_media(worker, row), results, strict=True):
             assert np.array_equal(seen(one).patches, seen(other).patches) and seen(one).receipt == seen(other).receipt
 
 
 @pytest.mark.parametrize("word", [b"HANG", b"SPIN"])
 def test_a_hang_is_killed_at_its_deadline_and_the_rest_of_the_row_is_seen(make_worker: Make, word: bytes) -> None:
     worker = make_worker(MediaOptions(timeout_s=1.0))
-    worker.see_media([image()])  # the start of the process is not measured
+    see_media(worker, [image()])  # the start of the process is not measured
     begun = time.monotonic()
-    before, hung, after = worker.see_media([image(seed=1), order(word), image(seed=2)])
+    before, hung, after = see_media(worker, [image(seed=1), faulty(word), image(seed=2)])
     assert time.monotonic() - begun < 10
     assert isinstance(hung, MediaTimeout)
     assert str(hung) == "decoding took longer than 1 s and was stopped (media.timeout_s) (image of 4 bytes)"
@@ -158,7 +163,7 @@ def test_a_hang_is_killed_at_its_deadline_and_the_rest_of_the_row_is_seen(make_w
 
 def test_a_crash_in_a_codec_is_one_error_and_names_the_signal(make_worker: Make) -> None:
     worker = make_worker(MediaOptions())
-    results = worker.see_rows([[image()], [order(b"CRASH")], [order(b"EXIT"), image()], [order(b"BUG")]])
+    results = worker.see_rows([[image()], [faulty(b"CRASH")], [faulty(b"EXIT"), image()], [faulty(b"BUG")]])
     crashed, left, mistaken = results[1][0], results[2][0], results[3][0]
     assert isinstance(crashed, DecoderCrash) and "SIGSEGV" in str(crashed)
     assert isinstance(left, DecoderCrash) and "exit code 3" in str(left)
@@ -168,38 +173,38 @@ def test_a_crash_in_a_codec_is_one_error_and_names_the_signal(make_worker: Make)
 
 def test_a_new_decoder_is_there_in_a_moment(make_worker: Make) -> None:
     worker = make_worker(MediaOptions())
-    worker.see_media([image()])
+    see_media(worker, [image()])
     begun = time.monotonic()
     for _ in range(5):
-        worker.see_media([order(b"CRASH"), image()])
+        see_media(worker, [faulty(b"CRASH"), image()])
     assert time.monotonic() - begun < 10  # importing the codecs anew takes seconds each time
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read from /proc")
 def test_outgrowing_the_memory_limit_is_an_error_with_the_numbers(make_worker: Make) -> None:
     worker = make_worker(MediaOptions(memory_limit_mb=200))
-    grown, fine = worker.see_media([order(b"GROW"), image()])
+    grown, fine = see_media(worker, [faulty(b"GROW"), image()])
     assert isinstance(grown, MediaMemoryError) and isinstance(fine, SeenMedium)
     assert "at most 200 are allowed (media.memory_limit_mb)" in str(grown)
 
 
 def test_a_decoder_killed_between_rows_is_replaced(worker: MediaWorker) -> None:
-    worker.see_media([image()])
+    see_media(worker, [image()])
     killed = worker.decoder_pid
     os.kill(killed, signal.SIGKILL)
-    results = [worker.see_media([image()])[0] for _ in range(2)]
+    results = [see_media(worker, [image()])[0] for _ in range(2)]
     assert isinstance(results[-1], SeenMedium) and worker.decoder_pid != killed
 
 
 def test_a_medium_that_is_too_large_never_reaches_the_decoder(make_worker: Make) -> None:
-    (result,) = make_worker(MediaOptions(max_bytes=100)).see_media([order(b"x" * 101)])
+    (result,) = see_media(make_worker(MediaOptions(max_bytes=100)), [faulty(b"x" * 101)])
     assert isinstance(result, MediaTooLarge) and "101 bytes; at most 100" in str(result)
 
 
 def test_patches_that_are_still_held_are_not_overwritten(worker: MediaWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker._outputs, "_unused", worker._outputs._unused[:5])
     media = [image(700, 500, seed) for seed in range(8)] + [image(seed=seed) for seed in range(8)]
-    held = [seen(worker.see_media([medium])[0]).patches for medium in media]
+    held = [seen(see_media(worker, [medium])[0]).patches for medium in media]
     for medium, patches in zip(media, held, strict=True):
         assert np.array_equal(patches, see_medium(*medium[:3], MediaOptions(), source="").patches)
     assert len(worker._outputs._unused) == 1
@@ -209,13 +214,13 @@ def test_memory_of_patches_that_nobody_holds_is_used_again(worker: MediaWorker) 
     gc.collect()
     before = sum(segment.size > 0 for segment in worker._outputs.segments)
     for seed in range(20):
-        worker.see_media([image(700, 500, seed)])
+        see_media(worker, [image(700, 500, seed)])
     assert sum(segment.size > 0 for segment in worker._outputs.segments) <= before + 1
 
 
 def test_patches_outlive_the_worker() -> None:
     with MediaWorker(MediaOptions()) as worker:
-        (result,) = worker.see_media([image(700, 500)])
+        (result,) = see_media(worker, [image(700, 500)])
     expected = see_medium(*image(700, 500)[:3], MediaOptions(), source="").patches
     assert np.array_equal(seen(result).patches, expected)
 
@@ -252,7 +257,7 @@ def test_threads_may_share_a_worker(worker: MediaWorker) -> None:
     def look(seed: int) -> None:
         expected = see_medium(*image(seed=seed)[:3], MediaOptions(), source="").patches
         for _ in range(5):
-            if not np.array_equal(seen(worker.see_media([image(seed=seed)])[0]).patches, expected):
+            if not np.array_equal(seen(see_media(worker, [image(seed=seed)])[0]).patches, expected):
                 wrong.append(seed)
 
     threads = [threading.Thread(target=look, args=(seed,)) for seed in range(4)]
@@ -266,17 +271,17 @@ def test_threads_may_share_a_worker(worker: MediaWorker) -> None:
 def test_a_rows_media_shrink_together_to_the_budget_and_say_so(make_worker: Make) -> None:
     worker = make_worker(MediaOptions(max_visual_tokens=60))
     row = [image(560, 280), image(280, 280), Medium("video", encode_video(12), SETTINGS, "clip.mp4")]
-    results = [seen(result) for result in worker.see_media(row)]
+    results = [seen(result) for result in see_media(worker, row)]
     tokens = [result.patches.shape[0] // 4 for result in results]
     assert sum(tokens) <= 60 and min(tokens) >= 1
     assert tokens[0] > tokens[1]
     assert all(result.receipt.note and "max_visual_tokens is 60" in result.receipt.note for result in results)
-    (small,) = worker.see_media([image(56, 56)])
+    (small,) = see_media(worker, [image(56, 56)])
     assert seen(small).receipt.note is None
 
 
 def test_a_budget_that_cannot_be_met_is_an_error_with_the_least_number(make_worker: Make) -> None:
-    results = make_worker(MediaOptions(max_visual_tokens=3)).see_media([image(seed=seed) for seed in range(4)])
+    results = see_media(make_worker(MediaOptions(max_visual_tokens=3)), [image(seed=seed) for seed in range(4)])
     assert {type(result) for result in results} == {SettingError}
     assert "need at least 4 visual tokens; max_visual_tokens is 3" in str(results[0])
 
@@ -288,7 +293,7 @@ def test_the_decoder_dies_with_its_actor() -> None:
         "from pipeline.preprocess.sandbox.client import MediaWorker, Medium\n"
         "from pipeline.conversation import MediumSettings\n"
         "worker = MediaWorker(MediaOptions())\n"
-        "worker.see_media([Medium('image', b'x', MediumSettings(), 'x')])\n"
+        "worker.see_rows([[Medium('image', b'x', MediumSettings(), 'x')]])\n"
         "print(worker._decoder._fork_server.pid, worker.decoder_pid, flush=True)\n"
         "time.sleep(60)\n"
     )
