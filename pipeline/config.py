@@ -146,6 +146,8 @@ class MediaConfig(Section):
     """Largest decoded image or frame, in pixels; above it a medium counts as a decompression bomb."""
     max_video_s: Annotated[float, Field(gt=0)] = 6 * 3600.0
     """Longest video, in seconds."""
+    max_video_frames: Positive = 1_000_000
+    """Most frames that a video may have in its file."""
 
 
 class ModelConfig(Section):

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,8 +27,11 @@ from PIL import Image
 
 from jobs.benchmark.measure import command_line, print_result, time_in_turns
 from jobs.benchmark.media import bare_loop, make_clip, make_photo
+from pipeline.checkpoint.processor import ProcessorFacts
+from pipeline.config import MediaConfig
 from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.errors import RowError
+from pipeline.execution.stages import media_options
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.receipt import SeenMedium
 from pipeline.preprocess.sandbox.client import MediaWorker, Medium
@@ -36,6 +40,7 @@ from pipeline.preprocess.video.frames import OpenVideo
 SIZES = ((640, 480), (1024, 1024), (1920, 1080), (4000, 3000))
 # transformers' own default bound, at which a large photograph is mostly decoding; the checkpoints' bound is 12.8 Mpx.
 ONE_MEGAPIXEL = 28 * 28 * 1280
+_OPTIONS = media_options(MediaConfig(), ProcessorFacts(max_pixels=28 * 28 * 16384))
 KEYFRAME_DISTANCES = (30, 250)
 
 Processors: TypeAlias = Mapping[str, Any]
@@ -55,8 +60,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"one core{core}, {args.rounds} rounds, medians; in brackets the same by processor time\n")
     print(f"{'case':24} {'ours ms':>16} {'PIL ms':>18} {'speedup':>14} {'torchvision ms':>18} {'speedup':>14}  bytes")
     processors = _load_processors(args.torchvision)
-    images = [(f"jpeg_{width}x{height}", (width, height), MediaOptions()) for width, height in SIZES]
-    images.append(("jpeg_4000x3000_to_1mpx", (4000, 3000), MediaOptions(max_pixels=ONE_MEGAPIXEL)))
+    images = [(f"jpeg_{width}x{height}", (width, height), _OPTIONS) for width, height in SIZES]
+    images.append(("jpeg_4000x3000_to_1mpx", (4000, 3000), replace(_OPTIONS, max_pixels=ONE_MEGAPIXEL)))
     for name, size, options in images:
         if args.only in name:
             with MediaWorker(options) as worker:
@@ -66,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         name = f"clip_720p_30s_gop{distance}"
         if args.only in name:
             data = make_clip(args.output / f"{name}.mp4", distance)
-            with MediaWorker(MediaOptions()) as worker:
+            with MediaWorker(_OPTIONS) as worker:
                 cases.append(_video_case(name, data, worker, max(3, args.rounds // 3)))
     print_result("preprocess", rounds=args.rounds, cases=cases)
     return 0
@@ -103,7 +108,7 @@ def _image_case(
 
 
 def _video_case(name: str, data: bytes, worker: MediaWorker, rounds: int) -> dict[str, Any]:
-    options, settings = MediaOptions(), MediumSettings()
+    options, settings = _OPTIONS, MediumSettings()
     video = OpenVideo(data, settings, options)
     wanted, needed = video.wanted_and_needed_packets()
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from pipeline.checkpoint.cache import DEFAULT_FOLDER, ModelCache
 from pipeline.checkpoint.locate import resolve_model
-from pipeline.checkpoint.processor import read_processor_facts
-from pipeline.config import CaptionConfig
+from pipeline.checkpoint.processor import ProcessorFacts, read_processor_facts
+from pipeline.config import CaptionConfig, InputConfig, MediaConfig
 from pipeline.engine import EngineOptions
 from pipeline.generate import GenerateOptions
 from pipeline.manifest.files import Manifest, WorkUnit
@@ -67,25 +67,14 @@ def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> 
     """The stages' options. `model_path` is what `resolve_model` made of the config's."""
     cache = model_cache(config)
     facts = read_processor_facts(cache.local(model_path, weights=False), revision=config.model.revision)
-    media = config.media.model_dump()
-    for name in ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"):
-        media[name] = media[name] or getattr(facts, name)
     messages, kept = message_options(config), kept_schema(config, manifest)
     preprocess = PreprocessOptions(
         model_path=model_path,
         revision=config.model.revision,
         messages=messages,
         add_vision_id=config.prompt.add_vision_id,
-        media=MediaOptions(**media),
-        fetch=FetchOptions(
-            base=manifest.base,
-            allow=tuple(config.input.allow),
-            allow_private_hosts=config.input.allow_private_hosts,
-            storage_options=config.input.storage_options,
-            timeout_s=config.input.fetch_timeout_s,
-            max_bytes=config.media.max_bytes,
-            retries=config.input.fetch_retries,
-        ),
+        media=media_options(config.media, facts),
+        fetch=fetch_options(config.input, config.media, manifest.base),
         sampling=asdict(config.sampling),
         kept=kept,
         model_cache=cache,
@@ -127,6 +116,27 @@ def number_rows(manifest: Manifest, limit: int | None) -> RowNumbering:
 def kept_schema(config: CaptionConfig, manifest: Manifest) -> pa.Schema:
     """The manifest columns that go into the results."""
     return pa.schema([manifest.schema.field(name) for name in config.input.keep if name in manifest.schema.names])
+
+
+def media_options(media: MediaConfig, facts: ProcessorFacts) -> MediaOptions:
+    """The config's, with the checkpoint's bounds where it has none."""
+    values = media.model_dump()
+    for name in ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"):
+        values[name] = values[name] or getattr(facts, name)
+    return MediaOptions(**values)
+
+
+def fetch_options(source: InputConfig, media: MediaConfig, base: str) -> FetchOptions:
+    """The config's, for rows of a manifest in the folder or prefix `base`."""
+    return FetchOptions(
+        base=base,
+        allow=tuple(source.allow),
+        allow_private_hosts=source.allow_private_hosts,
+        storage_options=source.storage_options,
+        timeout_s=source.fetch_timeout_s,
+        max_bytes=media.max_bytes,
+        retries=source.fetch_retries,
+    )
 
 
 def message_options(config: CaptionConfig) -> MessageOptions:

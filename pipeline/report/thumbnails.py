@@ -18,12 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.checkpoint.processor import ProcessorFacts
+from pipeline.config import InputConfig, MediaConfig
 from pipeline.conversation import MediumKind
 from pipeline.errors import FetchError, JobError, RowError
+from pipeline.execution.stages import fetch_options, media_options
 from pipeline.manifest.files import ManifestSpec, WorkUnit
 from pipeline.manifest.formats import read_units
 from pipeline.preprocess.fetch import Fetcher
-from pipeline.preprocess.limits import MIB, FetchOptions, MediaOptions
+from pipeline.preprocess.limits import MIB
 from pipeline.preprocess.sandbox.client import MediaWorker
 from pipeline.report.facts import at, items_at, text_at
 
@@ -54,7 +57,9 @@ class ThumbnailMaker:
         columns = at(run, "config.input.columns")
         self._columns = [at(columns, name) or name for name in _MEDIA_COLUMNS]
         # Paths as the run's manifest has them; results are the user's own, so any file on this machine may be shown.
-        self._fetcher = Fetcher(FetchOptions(base=self._base or os.curdir, allow=("*",), max_bytes=_MAX_MEDIUM_BYTES))
+        paths = InputConfig(path=self._base or os.curdir, allow=["*"])
+        self._media = MediaConfig(resize="pil", timeout_s=20.0, max_bytes=_MAX_MEDIUM_BYTES)
+        self._fetcher = Fetcher(fetch_options(paths, self._media, paths.path))
 
     def __enter__(self) -> ThumbnailMaker:
         return self
@@ -65,7 +70,7 @@ class ThumbnailMaker:
 
     @cached_property
     def _worker(self) -> MediaWorker:
-        return MediaWorker(MediaOptions(resize="pil", timeout_s=20.0, max_bytes=_MAX_MEDIUM_BYTES))
+        return MediaWorker(media_options(self._media, ProcessorFacts()))
 
     def thumbnails(self, row: Mapping[str, Any], max_media: int = 4) -> list[Thumbnail]:
         """One for each of the first media of a result row."""

@@ -17,9 +17,9 @@ from pipeline.engine import Completion, EngineOptions, Request, SamplingParams
 from pipeline.errors import EngineCrash
 from pipeline.generate import EngineThread, GenerateOptions, GenerateStage
 from pipeline.preprocess.columns import MessageOptions
-from pipeline.preprocess.limits import FetchOptions, MediaOptions
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
 from pipeline.schema import UnitColumn
+from tests.options import fetch_options, media_options
 
 
 class CountingEngine:
@@ -171,8 +171,8 @@ def stages(kind: Any, *, stop_strings: list[str] | None = None, engine: bool = T
             revision=None,
             messages=MessageOptions(),
             add_vision_id=True,
-            media=MediaOptions(max_pixels=140 * 140, video_min_pixels=84 * 84, video_max_pixels=112 * 112),
-            fetch=FetchOptions(base="."),
+            media=media_options(max_pixels=140 * 140, video_min_pixels=84 * 84, video_max_pixels=112 * 112),
+            fetch=fetch_options("."),
             sampling=sampling,
             kept=pa.schema([]),
         )

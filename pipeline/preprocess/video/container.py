@@ -68,7 +68,7 @@ def check_frame_size(width: int, height: int, options: MediaOptions) -> None:
 def check_num_frames(count: int, options: MediaOptions) -> None:
     """Raises DecompressionBomb for a file with more frames than `max_video_frames`."""
     if count > options.max_video_frames:
-        raise DecompressionBomb(f"the video has more than {options.max_video_frames:,} frames (max_video_frames)")
+        raise DecompressionBomb(f"the video has more than {options.max_video_frames:,} frames (media.max_video_frames)")
 
 
 def check_duration(seconds: float, end_s: float | None, options: MediaOptions) -> None:

@@ -19,8 +19,9 @@ from pipeline.preprocess.image import OpenImage
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.sandbox.client import MediaWorker
 from pipeline.preprocess.video.frames import OpenVideo
+from tests.options import media_options
 
-_DEFAULTS = MediaOptions()
+_DEFAULTS = media_options()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -112,5 +113,5 @@ def level(pixels: npt.NDArray[np.uint8]) -> int:
 @pytest.fixture(scope="module")
 def worker() -> Iterator[MediaWorker]:
     """One decoder process for a module's tests."""
-    with MediaWorker(MediaOptions()) as shared:
+    with MediaWorker(media_options()) as shared:
         yield shared

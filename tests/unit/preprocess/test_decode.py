@@ -15,11 +15,12 @@ from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.patches import patchify_video, resize_frames
 from pipeline.preprocess.receipt import SeenMedium
 from pipeline.preprocess.size import fit_row, smart_resize
+from tests.options import media_options
 from tests.unit.preprocess.conftest import decode_video, encode_image, encode_video, picture
 
 
 def see(kind: Any, data: bytes, options: MediaOptions | None = None, **settings: Any) -> SeenMedium:
-    return see_medium(kind, data, MediumSettings(**settings), options or MediaOptions(), source="here")
+    return see_medium(kind, data, MediumSettings(**settings), options or media_options(), source="here")
 
 
 def photo(width: int, height: int) -> bytes:
@@ -46,7 +47,7 @@ def test_the_receipt_of_a_turned_photo_has_its_upright_size() -> None:
 
 def test_a_videos_patches_are_those_of_its_frames_resized_together() -> None:
     data = encode_video(np.stack([np.roll(picture(96, 64), 3 * n, axis=1) for n in range(21)]), rate=10)
-    for options in (MediaOptions(), MediaOptions(resize="pil")):
+    for options in (media_options(), media_options(resize="pil")):
         seen = see("video", data, options, num_frames=7)
         frames = decode_video(data, MediumSettings(num_frames=7), options)
         height, width = smart_resize(64, 96, min_pixels=options.video_min_pixels, max_pixels=options.video_max_pixels)
@@ -96,7 +97,7 @@ def test_settings_that_cannot_be_applied_are_errors(kind: str, settings: dict[st
 def test_a_long_video_is_shrunk_by_the_total_pixel_cap() -> None:
     data = encode_video(40, size=(560, 560))
     free, capped = (
-        see("video", data, MediaOptions(video_total_pixels=total), fps=10.0) for total in (10**9, 4_000_000)
+        see("video", data, media_options(video_total_pixels=total), fps=10.0) for total in (10**9, 4_000_000)
     )
     assert free.receipt.grid_thw == (20, 40, 40)
     steps, grid_h, grid_w = capped.receipt.grid_thw
@@ -106,8 +107,8 @@ def test_a_long_video_is_shrunk_by_the_total_pixel_cap() -> None:
 def test_a_budget_shrinks_media_by_the_same_share_and_leaves_fitting_rows_alone() -> None:
     def row() -> list[OpenMedium]:
         return [
-            OpenMedium("image", photo(560, 560), MediumSettings(), MediaOptions()),
-            OpenMedium("image", photo(1120, 560), MediumSettings(), MediaOptions()),
+            OpenMedium("image", photo(560, 560), MediumSettings(), media_options()),
+            OpenMedium("image", photo(1120, 560), MediumSettings(), media_options()),
         ]
 
     media = row()
@@ -130,6 +131,6 @@ def test_patches_are_written_where_the_caller_says() -> None:
         return buffers[-1]
 
     for kind, data in (("image", photo(64, 64)), ("video", encode_video(6))):
-        seen = OpenMedium(kind, data, MediumSettings(), MediaOptions()).see(source="", allocate=allocate)
+        seen = OpenMedium(kind, data, MediumSettings(), media_options()).see(source="", allocate=allocate)
         assert np.shares_memory(seen.patches, buffers[-1]) and seen.patches.nbytes == buffers[-1].nbytes
     assert len(buffers) == 2

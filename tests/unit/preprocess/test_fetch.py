@@ -25,8 +25,8 @@ from pipeline.preprocess import allow
 from pipeline.preprocess import http as http_module
 from pipeline.preprocess.allow import is_public
 from pipeline.preprocess.fetch import Fetcher
-from pipeline.preprocess.limits import FetchOptions
 from pipeline.storage import retry
+from tests.options import fetch_options
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -81,7 +81,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def fetcher(base: Path | str = "/nowhere", **options: Any) -> Fetcher:
-    return Fetcher(FetchOptions(str(base), **{"retries": 2, "timeout_s": 5.0, **options}))
+    return Fetcher(fetch_options(str(base), **{"retries": 2, "timeout_s": 5.0, **options}))
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from PIL import Image
 
 from pipeline.conversation import MediumSettings
 from pipeline.errors import FetchError, MediaError, RowError
-from pipeline.preprocess.limits import MIB, MediaOptions
+from pipeline.preprocess.limits import MIB
 from pipeline.preprocess.receipt import SeenMedium
 from pipeline.preprocess.sandbox.client import MediaWorker, Medium
 from pipeline.preprocess.sandbox.process import private_bytes
+from tests.options import media_options
 from tests.unit.preprocess.conftest import encode_image, encode_video, picture
 
 ROWS_AT_ONCE = 16
@@ -86,7 +87,7 @@ def survive(worker: MediaWorker, count: int, seed: int) -> Counter[str]:
 
 
 def test_damaged_files_give_a_result_or_a_typed_error() -> None:
-    with MediaWorker(MediaOptions(timeout_s=20.0, memory_limit_mb=1500)) as worker:
+    with MediaWorker(media_options(timeout_s=20.0, memory_limit_mb=1500)) as worker:
         outcomes = survive(worker, 176, seed=1)
         assert outcomes["SeenMedium"] > 20 and len(outcomes) >= 3, outcomes
         assert outcomes["MediaTimeout"] == 0, outcomes
@@ -96,7 +97,7 @@ def test_damaged_files_give_a_result_or_a_typed_error() -> None:
 
 @pytest.mark.slow
 def test_two_thousand_damaged_files_give_a_result_or_a_typed_error() -> None:
-    with MediaWorker(MediaOptions(timeout_s=20.0, memory_limit_mb=1500)) as worker:
+    with MediaWorker(media_options(timeout_s=20.0, memory_limit_mb=1500)) as worker:
         outcomes = survive(worker, 2000, seed=2)
     print(dict(outcomes))
     assert sum(outcomes.values()) == 2000 and outcomes["SeenMedium"] > 200, outcomes

@@ -31,9 +31,10 @@ from pipeline.preprocess.fetch import RangedSource
 from pipeline.preprocess.header import MediumHeader, read_header
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.ranged import RangedFile
+from tests.options import media_options
 from tests.unit.preprocess.conftest import decode_image, decode_video, encode_image, encode_video, picture
 
-OPTIONS = MediaOptions()
+OPTIONS = media_options()
 
 
 def ranged(data: bytes) -> RangedFile:
@@ -118,7 +119,7 @@ def test_a_large_file_without_an_index_is_estimated_from_its_stated_duration_and
     data = clip(name)
     found = header("video", data)
     assert not found.is_exact
-    seen = see_medium("video", data, MediumSettings(), MediaOptions(), source="").receipt
+    seen = see_medium("video", data, MediumSettings(), media_options(), source="").receipt
     assert found.size.num_visual_tokens == pytest.approx(np.prod(seen.grid_thw) / 4, rel=0.1)
 
 
@@ -126,7 +127,7 @@ def test_keyframes_and_decoded_frames_are_counted() -> None:
     data = encode_video(100, options={"g": "10", "keyint_min": "10", "sc_threshold": "0", "bf": "0"})
     exact = assert_as_decoded("video", data, fps=1.0)
     assert exact.size.num_frames == 10 and exact.num_decoded == 10  # each wanted frame is a keyframe
-    keys = assert_as_decoded("video", data, MediaOptions(video_frames="keyframes"), fps=5.0)
+    keys = assert_as_decoded("video", data, media_options(video_frames="keyframes"), fps=5.0)
     assert keys.num_decoded == keys.size.num_frames == 10
     between = header("video", data, num_frames=4)
     assert between.num_decoded == 1 + 6 + 1 + 6  # frames 0, 25, 50, 75
@@ -142,11 +143,11 @@ def test_headers_of_real_media_equal_what_decoding_gives(photos: Path, clips: Pa
 def test_only_a_part_of_a_large_file_is_read() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
     photo = ranged(encode_image(Image.fromarray(noise)))
-    read_header("image", photo, MediumSettings(), MediaOptions())
+    read_header("image", photo, MediumSettings(), media_options())
     assert len(photo) > 5_000_000 and photo.bytes_read <= 65536
     frames = np.random.default_rng(0).integers(0, 256, (60, 240, 320, 3), dtype=np.uint8)
     film = ranged(encode_video(frames, options={"preset": "ultrafast", "crf": "10", "g": "10"}))
-    read_header("video", film, MediumSettings(), MediaOptions())
+    read_header("video", film, MediumSettings(), media_options())
     assert len(film) > 4_000_000 and film.bytes_read < len(film) / 10
 
 
@@ -164,14 +165,14 @@ def test_a_header_raises_the_same_error_as_decoding() -> None:
         with pytest.raises(expected) as raised:
             header(kind, data)
         with pytest.raises(type(raised.value)):
-            see_medium(kind, data, MediumSettings(), MediaOptions(), source="")
+            see_medium(kind, data, MediumSettings(), media_options(), source="")
     with pytest.raises(SettingError):
         header("image", encode_image(Image.new("RGB", (9, 9))), fps=1.0)
     with pytest.raises(SettingError):
         header("video", encode_video(20), start_s=9.0)
     with pytest.raises(DecompressionBomb):
-        header("image", encode_image(Image.new("RGB", (400, 400))), MediaOptions(max_image_pixels=1000))
-    for options in (MediaOptions(max_video_frames=10), MediaOptions(max_video_s=1.0)):
+        header("image", encode_image(Image.new("RGB", (400, 400))), media_options(max_image_pixels=1000))
+    for options in (media_options(max_video_frames=10), media_options(max_video_s=1.0)):
         with pytest.raises(DecompressionBomb):
             header("video", encode_video(75), options)
 
@@ -216,7 +217,7 @@ def test_the_error_of_a_read_is_raised_through_the_parser(
 
     file = RangedFile(RangedSource(len(data), read), seconds=9)
     with pytest.raises(FetchTimeout, match="no answer from the bucket"):
-        read_header(kind, file, MediumSettings(), MediaOptions())
+        read_header(kind, file, MediumSettings(), media_options())
 
 
 @pytest.mark.parametrize("name", ["WEBP", "mp4"])
@@ -228,7 +229,7 @@ def test_a_slow_source_raises_fetch_timeout(name: str) -> None:
         return data[start:stop]
 
     with pytest.raises(FetchTimeout, match="not read within"):
-        read_header(kind, RangedFile(RangedSource(len(data), slow), seconds=0.1), MediumSettings(), MediaOptions())
+        read_header(kind, RangedFile(RangedSource(len(data), slow), seconds=0.1), MediumSettings(), media_options())
 
 
 def test_a_header_that_is_too_large_or_ends_early_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from pipeline.errors import AspectRatioError, DecompressionBomb, MediaError, TruncatedMedia, UnsupportedMedia
 from pipeline.preprocess.image import OpenImage
-from pipeline.preprocess.limits import MediaOptions
+from tests.options import media_options
 from tests.unit.preprocess.conftest import decode_image, encode_image, picture
 
 
@@ -172,13 +172,13 @@ def test_huge_dimensions_in_the_header_are_refused_before_any_memory_is_taken() 
     with pytest.raises(DecompressionBomb, match=r"60000x50000 = 3,000,000,000 pixels; at most 178,956,970"):
         decode_image(data)
     with pytest.raises(DecompressionBomb, match="max_image_pixels"):
-        decode_image(encode_image(Image.new("1", (110, 100))), MediaOptions(max_image_pixels=10_000))
+        decode_image(encode_image(Image.new("1", (110, 100))), media_options(max_image_pixels=10_000))
 
 
 def test_a_limit_above_pillows_own_is_honoured() -> None:
     # 200 Mpx of one bit each: Pillow by itself refuses from 179 Mpx on. Read no further than the header here.
     data = png(20_000, 10_000, b"", bit_depth=1, colour_type=0)
-    assert OpenImage(data, MediaOptions(max_image_pixels=200_000_000)).width == 20_000
+    assert OpenImage(data, media_options(max_image_pixels=200_000_000)).width == 20_000
 
 
 def test_a_png_whose_text_unpacks_to_gigabytes_is_a_bomb() -> None:

@@ -18,9 +18,9 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as refere
 from pipeline.conversation import MediumSettings
 from pipeline.engine.pixels import pixel_table
 from pipeline.preprocess.decode import see_medium
-from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.patches import patchify_image, patchify_video, resize_frames
 from pipeline.preprocess.size import grid_thw, num_visual_tokens
+from tests.options import media_options
 from tests.unit.preprocess.golden import cases
 
 
@@ -85,7 +85,7 @@ def test_images_are_bit_equal_to_the_pil_processor_in_every_mode_and_size() -> N
         image = cases.make_image(case)
         size = {"shortest_edge": case.min_pixels, "longest_edge": case.max_pixels}
         theirs = reference.Qwen2VLImageProcessorPil(size=size)(image, return_tensors="np")
-        options = MediaOptions(resize="pil", min_pixels=case.min_pixels, max_pixels=case.max_pixels)
+        options = media_options(resize="pil", min_pixels=case.min_pixels, max_pixels=case.max_pixels)
         seen = see_medium("image", cases.encode(image), MediumSettings(), options, source="")
         assert list(seen.receipt.grid_thw) == theirs["image_grid_thw"][0].tolist(), cases.key(case)
         assert np.array_equal(pixel_values(seen.patches, table), theirs["pixel_values"]), cases.key(case)
@@ -95,7 +95,7 @@ def test_a_jpeg_is_bit_equal_to_the_pil_processor() -> None:
     file = io.BytesIO()
     Image.fromarray(cases.make_video(cases.video_cases()[0])[0]).resize((500, 333)).save(file, "JPEG")
     theirs = reference.Qwen2VLImageProcessorPil()(Image.open(file), return_tensors="np")
-    options = MediaOptions(resize="pil", max_pixels=28 * 28 * 1280)
+    options = media_options(resize="pil", max_pixels=28 * 28 * 1280)
     seen = see_medium("image", file.getvalue(), MediumSettings(), options, source="")
     assert np.array_equal(pixel_values(seen.patches, pixel_table(processor="pil")), theirs["pixel_values"])
 

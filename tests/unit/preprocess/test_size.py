@@ -24,8 +24,8 @@ from pipeline.conversation import MediumSettings
 from pipeline.engine import PATCH_BYTES
 from pipeline.engine.sequence import MERGE_SIZE
 from pipeline.errors import AspectRatioError, UnsupportedMedia
-from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.size import FACTOR, ShownSize, pixel_bounds, smart_resize, video_max_pixels
+from tests.options import media_options
 
 MAX_PIXELS = 12_845_056
 
@@ -104,7 +104,7 @@ def test_many_frames_share_the_total_evenly_down_to_a_floor(num_frames: int, exp
 
 def test_a_rows_max_pixels_lowers_a_videos_least_area_so_that_the_cap_stays_within_it() -> None:
     # By default a frame has at least 100,352 pixels. The row allows 12,544; 11,946 * 1.05 = 12,543.3 keeps within that.
-    options, row = MediaOptions(), MediumSettings(max_pixels=12_544)
+    options, row = media_options(), MediumSettings(max_pixels=12_544)
     assert pixel_bounds("video", row, options) == (11_946, 12_544)
     long = ShownSize("video", 560, 560, 30_000, pixel_bounds("video", row, options), options)
     assert long.resized == (84, 84)  # 112 * 112 = 12,544 is a pixel above 12,543
@@ -113,7 +113,7 @@ def test_a_rows_max_pixels_lowers_a_videos_least_area_so_that_the_cap_stays_with
 
 
 def test_a_row_bound_within_the_jobs_leaves_the_other_bound_alone() -> None:
-    options = MediaOptions(min_pixels=3136, max_pixels=1_003_520)
+    options = media_options(min_pixels=3136, max_pixels=1_003_520)
     assert pixel_bounds("image", MediumSettings(max_pixels=12_544), options) == (3136, 12_544)
     assert pixel_bounds("image", MediumSettings(max_pixels=1568), options) == (1568, 1568)
     assert pixel_bounds("image", MediumSettings(min_pixels=2_000_000), options) == (2_000_000, 2_000_000)

@@ -17,10 +17,10 @@ from PIL import Image
 
 from pipeline.demo import CHECKPOINT
 from pipeline.preprocess.columns import MessageOptions
-from pipeline.preprocess.limits import FetchOptions, MediaOptions
 from pipeline.preprocess.patches import patchify_image, resize_frames
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
 from pipeline.schema import UnitColumn, request_schema
+from tests.options import fetch_options, media_options
 
 
 def png(width: int, height: int, seed: int = 0) -> bytes:
@@ -45,8 +45,8 @@ def stage(tmp_path: Path) -> Iterator[PreprocessStage]:
         revision=None,
         messages=MessageOptions(),
         add_vision_id=False,
-        media=MediaOptions(min_pixels=28 * 28, max_pixels=112 * 112),
-        fetch=FetchOptions(base=str(tmp_path)),
+        media=media_options(min_pixels=28 * 28, max_pixels=112 * 112),
+        fetch=fetch_options(str(tmp_path)),
         sampling={"max_tokens": 5, "temperature": 0.0},
         kept=pa.schema([]),
     )

@@ -26,9 +26,10 @@ from pipeline.errors import (
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.video.frames import OpenVideo
 from pipeline.preprocess.video.timing import evenly_spaced
+from tests.options import media_options
 from tests.unit.preprocess.conftest import VideoFrames, decode_video, encode_image, encode_video, level, picture
 
-OPTIONS = MediaOptions()
+OPTIONS = media_options()
 FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 
 
@@ -186,7 +187,7 @@ def test_settings_that_cannot_be_applied_are_errors(settings: dict[str, Any], sa
 
 
 def test_the_jobs_num_frames_gives_way_to_a_short_video_and_says_so() -> None:
-    video = shown(encode_video(7), MediaOptions(num_frames=16))
+    video = shown(encode_video(7), media_options(num_frames=16))
     assert levels(video) == [0, 1, 2, 3, 4, 5] or len(video.frames) == 6
     assert video.note == "all 7 frames shown: num_frames is 16"
 
@@ -197,7 +198,7 @@ def test_very_short_videos_are_shown_whole_pairs(total: int, expected: int) -> N
 
 
 def test_max_frames_bounds_a_dense_sampling() -> None:
-    assert len(shown(encode_video(50), MediaOptions(max_frames=9), fps=10.0).frames) == 8
+    assert len(shown(encode_video(50), media_options(max_frames=9), fps=10.0).frames) == 8
 
 
 @pytest.mark.parametrize(("rotation", "quarter_turns"), [(90, 1), (-90, -1), (180, 2)])
@@ -212,7 +213,7 @@ def test_display_rotation_is_applied(rotation: int, quarter_turns: int) -> None:
 
 def test_keyframe_mode_shows_the_nearest_keyframes_and_says_so() -> None:
     data = encode_video(40, options={"g": "10", "x264-params": "keyint=10:scenecut=0"})
-    video = shown(data, MediaOptions(video_frames="keyframes"), fps=2.0)
+    video = shown(data, media_options(video_frames="keyframes"), fps=2.0)
     assert levels(video) == [0, 10, 20, 30]
     assert video.note == "keyframes: 4 shown in place of 8 sampled frames"
 
@@ -321,13 +322,13 @@ def test_pictures_and_other_files_are_no_videos() -> None:
 
 def test_too_many_frames_too_long_and_too_large_are_bombs_with_their_numbers() -> None:
     data = encode_video(40, rate=10)
-    with pytest.raises(DecompressionBomb, match=r"more than 30 frames \(max_video_frames\)"):
-        shown(data, MediaOptions(max_video_frames=30))
+    with pytest.raises(DecompressionBomb, match=r"more than 30 frames \(media\.max_video_frames\)"):
+        shown(data, media_options(max_video_frames=30))
     with pytest.raises(DecompressionBomb, match=r"longer than 2 s \(max_video_s\)"):
-        shown(data, MediaOptions(max_video_s=2.0))
-    assert len(shown(data, MediaOptions(max_video_s=2.0), end_s=1.0).frames) > 0
+        shown(data, media_options(max_video_s=2.0))
+    assert len(shown(data, media_options(max_video_s=2.0), end_s=1.0).frames) > 0
     with pytest.raises(DecompressionBomb, match=r"96x64 = 6,144 pixels; at most 5,000"):
-        shown(data, MediaOptions(max_image_pixels=5000))
+        shown(data, media_options(max_image_pixels=5000))
 
 
 def test_a_ratio_above_200_is_an_error() -> None:

@@ -16,10 +16,10 @@ from pipeline.demo.training import recipe
 from pipeline.demo.training.samples import Sample, make_sample
 from pipeline.demo.training.tokens import write_tokenizer
 from pipeline.preprocess.decode import see_medium
-from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.prompt import ChatTokenizer
+from tests.options import media_options
 
-OPTIONS = MediaOptions(
+OPTIONS = media_options(
     min_pixels=recipe.IMAGE_MIN_PIXELS,
     max_pixels=recipe.IMAGE_MAX_PIXELS,
     video_min_pixels=recipe.VIDEO_MIN_PIXELS,

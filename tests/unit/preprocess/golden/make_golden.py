@@ -23,7 +23,7 @@ import torch
 from pipeline.conversation import MediumSettings
 from pipeline.engine.pixels import pixel_table
 from pipeline.preprocess.decode import see_medium
-from pipeline.preprocess.limits import MediaOptions
+from tests.options import media_options
 from tests.unit.preprocess.golden import cases
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -68,7 +68,7 @@ def check_clips(processor: Any) -> int:
             frames, _ = read_video_pyav(str(folder / name), sample)
             theirs = processor(videos=[torch.from_numpy(frames).permute(0, 3, 1, 2)], return_tensors="np")
             data, settings = (folder / name).read_bytes(), MediumSettings(**question)
-            ours = see_medium("video", data, settings, MediaOptions(), source=name)
+            ours = see_medium("video", data, settings, media_options(), source=name)
             halves = ours.patches.reshape(len(ours.patches), 3, 2, 196)
             values = np.stack([table[channel][halves[:, channel]] for channel in range(3)], axis=1)
             assert tuple(theirs["video_grid_thw"][0].tolist()) == ours.receipt.grid_thw, (name, question)

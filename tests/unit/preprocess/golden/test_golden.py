@@ -16,10 +16,10 @@ from pipeline.conversation import MediumSettings
 from pipeline.engine.pixels import pixel_table
 from pipeline.errors import SettingError
 from pipeline.preprocess.decode import see_medium
-from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.patches import patchify_video, resize_frames
 from pipeline.preprocess.size import grid_thw, smart_resize, video_max_pixels
 from pipeline.preprocess.video.timing import evenly_spaced, num_sampled_frames
+from tests.options import media_options
 from tests.unit.preprocess.golden import cases
 
 GOLDEN: dict[str, Any] = json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))
@@ -47,7 +47,7 @@ def pixel_values(patches: npt.NDArray[np.uint8], halves: int) -> npt.NDArray[np.
 def test_images_are_bit_equal_to_the_torchvision_processor_in_every_mode_and_size() -> None:
     wrong = []
     for case in cases.image_cases():
-        options = MediaOptions(min_pixels=case.min_pixels, max_pixels=case.max_pixels)
+        options = media_options(min_pixels=case.min_pixels, max_pixels=case.max_pixels)
         data = cases.encode(cases.make_image(case))
         seen = see_medium("image", data, MediumSettings(), options, source="golden")
         ours = [*seen.receipt.grid_thw, digest(pixel_values(seen.patches, 1))]

@@ -31,6 +31,7 @@ from pipeline.preprocess.decode import see_medium
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.receipt import SeenMedium
 from pipeline.preprocess.sandbox.client import MediaWorker, Medium
+from tests.options import media_options
 from tests.unit.preprocess.conftest import encode_image, encode_video, level, picture
 
 SETTINGS = MediumSettings()
@@ -83,7 +84,7 @@ def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MediaWorker
     folder = tmp_path_factory.mktemp("faults")
     (folder / "sitecustomize.py").write_text(FAULTS)
     sys.path.insert(0, str(folder))
-    with MediaWorker(MediaOptions()) as worker:
+    with MediaWorker(media_options()) as worker:
         sys.path.remove(str(folder))
         yield worker
 
@@ -102,7 +103,7 @@ def make_worker(one_worker: MediaWorker) -> Make:
 
 @pytest.fixture
 def worker(make_worker: Make) -> MediaWorker:
-    return make_worker(MediaOptions())
+    return make_worker(media_options())
 
 
 def see_media(worker: MediaWorker, media: list[Medium]) -> list[SeenMedium | RowError]:
@@ -119,7 +120,7 @@ def test_the_worker_gives_what_the_function_gives(worker: MediaWorker) -> None:
     clip = encode_video(20)
     row = [image(), Medium("video", clip, MediumSettings(fps=4.0), "clip.mp4"), image(300, 20)]
     for result, (kind, data, settings, source) in zip(see_media(worker, row), row, strict=True):
-        alone = see_medium(kind, data, settings, MediaOptions(), source=source)
+        alone = see_medium(kind, data, settings, media_options(), source=source)
         assert np.array_equal(seen(result).patches, alone.patches)
         assert seen(result).receipt == alone.receipt
 
@@ -140,7 +141,7 @@ def test_a_data_uri_is_shortened_in_the_receipt(worker: MediaWorker) -> None:
 
 def test_several_rows_at_once_give_what_each_row_gives(make_worker: Make) -> None:
     rows = [[image(200, 100, seed), image(90, 90, seed)] for seed in range(3)]
-    worker = make_worker(MediaOptions(max_visual_tokens=12))
+    worker = make_worker(media_options(max_visual_tokens=12))
     together = worker.see_rows([*rows, []])
     assert together[3] == []
     for row, results in zip(rows, together[:3], strict=True):
@@ -150,19 +151,19 @@ def test_several_rows_at_once_give_what_each_row_gives(make_worker: Make) -> Non
 
 @pytest.mark.parametrize("word", [b"HANG", b"SPIN"])
 def test_a_hang_is_killed_at_its_deadline_and_the_rest_of_the_row_is_seen(make_worker: Make, word: bytes) -> None:
-    worker = make_worker(MediaOptions(timeout_s=1.0))
+    worker = make_worker(media_options(timeout_s=1.0))
     see_media(worker, [image()])  # the start of the process is not measured
     begun = time.monotonic()
     before, hung, after = see_media(worker, [image(seed=1), faulty(word), image(seed=2)])
     assert time.monotonic() - begun < 10
     assert isinstance(hung, MediaTimeout)
     assert str(hung) == "decoding took longer than 1 s and was stopped (media.timeout_s) (image of 4 bytes)"
-    assert np.array_equal(seen(before).patches, see_medium(*image(seed=1)[:3], MediaOptions(), source="").patches)
-    assert np.array_equal(seen(after).patches, see_medium(*image(seed=2)[:3], MediaOptions(), source="").patches)
+    assert np.array_equal(seen(before).patches, see_medium(*image(seed=1)[:3], media_options(), source="").patches)
+    assert np.array_equal(seen(after).patches, see_medium(*image(seed=2)[:3], media_options(), source="").patches)
 
 
 def test_a_crash_in_a_codec_is_one_error_and_names_the_signal(make_worker: Make) -> None:
-    worker = make_worker(MediaOptions())
+    worker = make_worker(media_options())
     results = worker.see_rows([[image()], [faulty(b"CRASH")], [faulty(b"EXIT"), image()], [faulty(b"BUG")]])
     crashed, left, mistaken = results[1][0], results[2][0], results[3][0]
     assert isinstance(crashed, DecoderCrash) and "SIGSEGV" in str(crashed)
@@ -172,7 +173,7 @@ def test_a_crash_in_a_codec_is_one_error_and_names_the_signal(make_worker: Make)
 
 
 def test_a_new_decoder_is_there_in_a_moment(make_worker: Make) -> None:
-    worker = make_worker(MediaOptions())
+    worker = make_worker(media_options())
     see_media(worker, [image()])
     begun = time.monotonic()
     for _ in range(5):
@@ -182,7 +183,7 @@ def test_a_new_decoder_is_there_in_a_moment(make_worker: Make) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read from /proc")
 def test_outgrowing_the_memory_limit_is_an_error_with_the_numbers(make_worker: Make) -> None:
-    worker = make_worker(MediaOptions(memory_limit_mb=200))
+    worker = make_worker(media_options(memory_limit_mb=200))
     grown, fine = see_media(worker, [faulty(b"GROW"), image()])
     assert isinstance(grown, MediaMemoryError) and isinstance(fine, SeenMedium)
     assert "at most 200 are allowed (media.memory_limit_mb)" in str(grown)
@@ -197,7 +198,7 @@ def test_a_decoder_killed_between_rows_is_replaced(worker: MediaWorker) -> None:
 
 
 def test_a_medium_that_is_too_large_never_reaches_the_decoder(make_worker: Make) -> None:
-    (result,) = see_media(make_worker(MediaOptions(max_bytes=100)), [faulty(b"x" * 101)])
+    (result,) = see_media(make_worker(media_options(max_bytes=100)), [faulty(b"x" * 101)])
     assert isinstance(result, MediaTooLarge) and "101 bytes; at most 100" in str(result)
 
 
@@ -206,7 +207,7 @@ def test_patches_that_are_still_held_are_not_overwritten(worker: MediaWorker, mo
     media = [image(700, 500, seed) for seed in range(8)] + [image(seed=seed) for seed in range(8)]
     held = [seen(see_media(worker, [medium])[0]).patches for medium in media]
     for medium, patches in zip(media, held, strict=True):
-        assert np.array_equal(patches, see_medium(*medium[:3], MediaOptions(), source="").patches)
+        assert np.array_equal(patches, see_medium(*medium[:3], media_options(), source="").patches)
     assert len(worker._outputs._unused) == 1
 
 
@@ -219,9 +220,9 @@ def test_memory_of_patches_that_nobody_holds_is_used_again(worker: MediaWorker) 
 
 
 def test_patches_outlive_the_worker() -> None:
-    with MediaWorker(MediaOptions()) as worker:
+    with MediaWorker(media_options()) as worker:
         (result,) = see_media(worker, [image(700, 500)])
-    expected = see_medium(*image(700, 500)[:3], MediaOptions(), source="").patches
+    expected = see_medium(*image(700, 500)[:3], media_options(), source="").patches
     assert np.array_equal(seen(result).patches, expected)
 
 
@@ -242,7 +243,7 @@ def test_thumbnails_are_small_upright_jpegs(worker: MediaWorker) -> None:
 
 
 def test_a_thumbnail_that_cannot_be_made_is_a_typed_error_and_the_next_is_made(make_worker: Make) -> None:
-    worker = make_worker(MediaOptions(timeout_s=1.0, max_bytes=10_000))
+    worker = make_worker(media_options(timeout_s=1.0, max_bytes=10_000))
     for data, error in ((b"HANG", MediaTimeout), (b"CRASH", DecoderCrash), (b"%PDF", UnsupportedMedia)):
         with pytest.raises(error):
             worker.thumbnails("image", data, max_side=64)
@@ -255,7 +256,7 @@ def test_threads_may_share_a_worker(worker: MediaWorker) -> None:
     wrong: list[int] = []
 
     def look(seed: int) -> None:
-        expected = see_medium(*image(seed=seed)[:3], MediaOptions(), source="").patches
+        expected = see_medium(*image(seed=seed)[:3], media_options(), source="").patches
         for _ in range(5):
             if not np.array_equal(seen(see_media(worker, [image(seed=seed)])[0]).patches, expected):
                 wrong.append(seed)
@@ -269,7 +270,7 @@ def test_threads_may_share_a_worker(worker: MediaWorker) -> None:
 
 
 def test_a_rows_media_shrink_together_to_the_budget_and_say_so(make_worker: Make) -> None:
-    worker = make_worker(MediaOptions(max_visual_tokens=60))
+    worker = make_worker(media_options(max_visual_tokens=60))
     row = [image(560, 280), image(280, 280), Medium("video", encode_video(12), SETTINGS, "clip.mp4")]
     results = [seen(result) for result in see_media(worker, row)]
     tokens = [result.patches.shape[0] // 4 for result in results]
@@ -281,7 +282,7 @@ def test_a_rows_media_shrink_together_to_the_budget_and_say_so(make_worker: Make
 
 
 def test_a_budget_that_cannot_be_met_is_an_error_with_the_least_number(make_worker: Make) -> None:
-    results = see_media(make_worker(MediaOptions(max_visual_tokens=3)), [image(seed=seed) for seed in range(4)])
+    results = see_media(make_worker(media_options(max_visual_tokens=3)), [image(seed=seed) for seed in range(4)])
     assert {type(result) for result in results} == {SettingError}
     assert "need at least 4 visual tokens; max_visual_tokens is 3" in str(results[0])
 
@@ -289,10 +290,10 @@ def test_a_budget_that_cannot_be_met_is_an_error_with_the_least_number(make_work
 def test_the_decoder_dies_with_its_actor() -> None:
     program = (
         "import os, sys, time\n"
-        "from pipeline.preprocess.limits import MediaOptions\n"
+        "from tests.options import media_options\n"
         "from pipeline.preprocess.sandbox.client import MediaWorker, Medium\n"
         "from pipeline.conversation import MediumSettings\n"
-        "worker = MediaWorker(MediaOptions())\n"
+        "worker = MediaWorker(media_options())\n"
         "worker.see_rows([[Medium('image', b'x', MediumSettings(), 'x')]])\n"
         "print(worker._decoder._fork_server.pid, worker.decoder_pid, flush=True)\n"
         "time.sleep(60)\n"

@@ -1,0 +1,21 @@
+"""Options of preprocessing as a job has them: the config's defaults, and the bounds of the published checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pipeline.checkpoint.processor import ProcessorFacts
+from pipeline.config import InputConfig, MediaConfig
+from pipeline.execution import stages
+from pipeline.preprocess.limits import FetchOptions, MediaOptions
+
+_PUBLISHED = ProcessorFacts(max_pixels=16384 * 28 * 28)
+
+
+def media_options(**changes: Any) -> MediaOptions:
+    return replace(stages.media_options(MediaConfig(), _PUBLISHED), **changes)
+
+
+def fetch_options(base: str, **changes: Any) -> FetchOptions:
+    return replace(stages.fetch_options(InputConfig(path=base), MediaConfig(), base), **changes)
