@@ -37,7 +37,7 @@ def _evaluate(*words: str) -> int:
     return main(["--config", CONFIG, "--evaluate.thumbnails", "false", *words])
 
 
-def test_a_finished_run_is_scored_where_it_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_scored_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run", [*_rows(wrong=3), error_row(30, "FetchTimeout", "fetch", "late")])
     assert _evaluate("--run.path", str(folder)) == 0
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -78,7 +78,7 @@ def test_scoring_again_changes_nothing(tmp_path: Path) -> None:
     assert [(folder / name).read_bytes() for name in ("metrics.json", "scores.parquet")] == before
 
 
-def test_a_baseline_is_compared_and_the_verdict_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_compared_with_its_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     baseline, worse = write_run(tmp_path / "a", _rows()), write_run(tmp_path / "b", _rows(wrong=12))
     assert _evaluate("--run.path", str(worse), "--evaluate.baseline", str(baseline)) == 2
     assert "score it first" in capsys.readouterr().err
@@ -90,13 +90,13 @@ def test_a_baseline_is_compared_and_the_verdict_kept(tmp_path: Path, capsys: pyt
     assert "Worse than the baseline" in (worse / "report.html").read_text()
 
 
-def test_a_run_that_kept_no_references_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_references_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run", _rows(), kept=pa.schema([("prompt", pa.string()), ("task", pa.string())]))
     assert _evaluate("--run.path", str(folder)) == 2
     assert "kept no column reference" in capsys.readouterr().err
 
 
-def test_mistakes_in_metrics_are_found_before_anything_runs(
+def test_unknown_metrics_are_found_before_anything_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(caption, "run", lambda config: pytest.fail("nothing may run"))
@@ -121,7 +121,7 @@ class _Caption:
 
 
 @pytest.mark.parametrize("alone", ["right", "another"])
-def test_canary_rows_run_alone_and_the_run_says_whether_they_agree(
+def test_canary_rows_run_alone_and_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alone: str
 ) -> None:
     job = _Caption(alone)
@@ -138,7 +138,7 @@ def test_canary_rows_run_alone_and_the_run_says_whether_they_agree(
     assert said in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_canaries_look_at_tokens_and_endings_too(tmp_path: Path) -> None:
+def test_canaries_compare_token_counts_and_finish_reasons_too(tmp_path: Path) -> None:
     mixed, alone = _rows(), _rows()[:4]
     alone[1]["num_output_tokens"] += 1
     alone[2]["finish_reason"] = "length"
@@ -146,7 +146,7 @@ def test_canaries_look_at_tokens_and_endings_too(tmp_path: Path) -> None:
     assert compare_canaries(*readers)["num_same"] == 2
 
 
-def test_the_config_is_a_caption_config_and_more() -> None:
+def test_the_config_extends_the_caption_config() -> None:
     config = load_config(EvaluateConfig, CONFIG, {"run.path": "out/x", "evaluate.tasks": "{a: [anls]}"})
     assert isinstance(config, CaptionConfig)
     assert config.run.path == "out/x" and config.evaluate.tasks == {"a": ["anls"]}

@@ -39,7 +39,7 @@ def test_the_mean_of_a_stream_does_not_depend_on_its_batches() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [400, 50_000])
-def test_the_interval_is_that_of_theory_for_few_rows_and_for_bucketed_ones(num_rows: int) -> None:
+def test_the_interval_agrees_with_theory_with_and_without_shared_buckets(num_rows: int) -> None:
     scores = np.random.default_rng(1).random(num_rows)
     estimate = _estimate(scores, 4_000)
     half = 1.96 * scores.std() / math.sqrt(num_rows)
@@ -48,7 +48,7 @@ def test_the_interval_is_that_of_theory_for_few_rows_and_for_bucketed_ones(num_r
     assert (estimate.high + estimate.low) / 2 == pytest.approx(scores.mean(), abs=0.15 * half)
 
 
-def test_95_of_100_intervals_hold_the_truth() -> None:
+def test_95_of_100_intervals_contain_the_true_score() -> None:
     generator = np.random.default_rng(2)
     hits = 0
     for _ in range(300):
@@ -80,7 +80,7 @@ def test_the_bootstrap_draws_only_buckets_that_have_rows() -> None:
     assert all((drawn == 5).all() for drawn in sums)
 
 
-def test_one_row_has_no_interval_and_none_no_value() -> None:
+def test_one_row_has_no_interval_and_no_rows_have_no_value() -> None:
     assert _estimate([0.5]).low is None
     assert math.isnan(Tally().value())
 
@@ -107,7 +107,7 @@ def test_a_corpus_score_is_combined_from_sums_not_averaged() -> None:
     assert tally.value() == pytest.approx(0.2)
 
 
-def test_a_planted_regression_is_called_with_the_right_sign() -> None:
+def test_a_regression_is_found_with_the_right_sign() -> None:
     generator = np.random.default_rng(3)
     baseline = generator.random(500) < 0.95
     candidate = baseline & (generator.random(500) < 0.9)
@@ -141,13 +141,13 @@ def test_a_permutation_p_value_is_never_zero() -> None:
     assert permutation_p_value(np.ones(1_000), 99) == pytest.approx(1 / 100)
 
 
-def test_noise_is_called_a_difference_as_seldom_as_the_level_says() -> None:
+def test_noise_is_significant_no_more_often_than_the_level() -> None:
     generator = np.random.default_rng(5)
     called = sum(permutation_p_value(generator.normal(size=60), 500, seed) < 0.05 for seed in range(200))
     assert called <= 20
 
 
-def test_permutation_p_values_are_those_of_all_sign_flips() -> None:
+def test_permutation_p_values_agree_with_all_sign_flips() -> None:
     differences = np.array([0.5, 1.0, -0.25, 0.75, 0.0, 1.5, 0.3])
     nonzero = differences[differences != 0]
     signs = 1 - 2 * (np.arange(2 ** len(nonzero))[:, None] >> np.arange(len(nonzero)) & 1)
@@ -155,7 +155,7 @@ def test_permutation_p_values_are_those_of_all_sign_flips() -> None:
     assert permutation_p_value(differences, 100_000) == pytest.approx(exact, abs=0.005)
 
 
-def test_permutation_p_values_of_many_distinct_differences_follow_the_normal_law() -> None:
+def test_permutation_p_values_of_many_distinct_differences_agree_with_the_normal_distribution() -> None:
     differences = np.random.default_rng(6).normal(0.01, 1.0, 40_000)
     z = abs(differences.sum()) / math.sqrt((differences**2).sum())
     assert permutation_p_value(differences, 10_000) == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.02)

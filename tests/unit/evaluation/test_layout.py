@@ -1,4 +1,4 @@
-"""Published sets: each config's layout over a small file of that set's columns gives the right questions."""
+"""Published datasets: each config's layout makes the right questions from a small file with the dataset's columns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _image_columns(count: int) -> dict[str, pa.DataType]:
     return {f"image_{number}": IMAGE for number in range(1, count + 1)}
 
 
-# Of each set: the published columns (those that matter and some that do not), a row, what is asked, and the reference.
+# For each dataset: the published columns (some of them unused), a row, its prompt, its references, and a right answer.
 SETS: dict[str, tuple[dict[str, Any], dict[str, Any], str, list[str], str]] = {
     "coco_captions": (
         {"question_id": pa.string(), "image": IMAGE, "question": pa.string(), "answer": STRINGS, "id": pa.int64()},
@@ -147,12 +147,12 @@ SETS: dict[str, tuple[dict[str, Any], dict[str, Any], str, list[str], str]] = {
 }  # fmt: skip
 
 
-def test_every_published_set_has_a_test() -> None:
+def test_every_published_dataset_has_a_test() -> None:
     assert set(SETS) == {path.stem for path in CONFIGS.glob("*.yaml")}
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_published_set_becomes_questions_that_score_as_its_paper_says(name: str, tmp_path: Path) -> None:
+def test_a_published_dataset_becomes_questions_that_are_scored_as_in_its_paper(name: str, tmp_path: Path) -> None:
     columns, row, prompt, references, right = SETS[name]
     schema = pa.schema(list(columns.items()))
     source = tmp_path / "set"
@@ -196,7 +196,7 @@ def _mmmu() -> Layout:
     return layout
 
 
-def test_images_stand_where_the_question_marks_them() -> None:
+def test_images_are_placed_where_the_question_marks_them() -> None:
     row = {
         **SETS["mmmu"][1],
         "question": "<image 2> then <image 1>, again <image 2>",
@@ -243,7 +243,7 @@ def test_an_answer_that_names_no_option_is_refused(answer: str, form: str) -> No
         manifest_row(layout, {"options": ["x", "y"], "answer": answer})
 
 
-def test_the_manifest_is_made_once_and_not_of_something_else(tmp_path: Path) -> None:
+def test_the_manifest_is_made_once_and_another_layout_is_refused(tmp_path: Path) -> None:
     source, target = InputConfig(path=str(tmp_path / "set.parquet"), allow=["other"]), str(tmp_path / "made")
     pq.write_table(pa.table({"q": ["a", "b"], "answer": ["1", None]}), source.path)
     layout = Layout(prompt="{q}?")
@@ -274,7 +274,7 @@ def test_a_manifest_is_written_in_files_of_limited_size(
     assert pq.read_table(made.path).column("prompt").to_pylist() == questions.to_pylist()[:limit]
 
 
-def test_a_set_of_other_columns_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_missing_column_of_the_dataset_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"frage": ["a"], "answer": ["1"]}), tmp_path / "set.parquet")
     with pytest.raises(ManifestError, match=r"no column question; its columns: frage, answer"):
         prepare_manifest(
@@ -282,7 +282,7 @@ def test_a_set_of_other_columns_is_refused_by_name(tmp_path: Path) -> None:
         )
 
 
-def test_layouts_are_reachable_from_the_command_line() -> None:
+def test_layouts_can_be_overridden_on_the_command_line() -> None:
     path = str(CONFIGS / "ai2d.yaml")
     config = load_config(EvaluateConfig, path, {"evaluate.layout.prompt": "{question} {choices}"})
     assert config.evaluate.layout is not None and config.evaluate.layout.prompt == "{question} {choices}"

@@ -52,7 +52,7 @@ def _scores(scorer: Scorer, *batches: pa.RecordBatch) -> pa.Table:
     return pa.Table.from_batches([scorer.score(batch) for batch in batches])
 
 
-def test_each_row_is_scored_by_its_own_task_and_the_config_by_default() -> None:
+def test_each_row_is_scored_by_its_tasks_metrics_or_by_the_default_ones() -> None:
     kept = {
         "answer": pa.array(["red", "100", "cat", "B"]),
         "kind": pa.array(["colour", "number", None, "choice"]),
@@ -77,7 +77,7 @@ def test_each_row_is_scored_by_its_own_task_and_the_config_by_default() -> None:
     assert by_task["(none)"]["exact_match"]["num_rows"] == 1
 
 
-def test_the_metric_column_wins_and_takes_lists_or_commas() -> None:
+def test_the_metric_column_overrides_the_config() -> None:
     batch = _batch(
         ["Red!", "Red!", "Red!"],
         {"answer": pa.array(["red"] * 3), "metric": pa.array(["normalised_match", "exact_match, token_f1", None])},
@@ -88,7 +88,7 @@ def test_the_metric_column_wins_and_takes_lists_or_commas() -> None:
     assert rows[1]["token_f1"] == 1
 
 
-def test_an_error_row_scores_zero_and_a_row_without_reference_nothing() -> None:
+def test_a_failed_row_scores_zero_and_a_row_without_reference_is_not_scored() -> None:
     batch = _batch(["", None, "x", None], {"answer": pa.array(["", "", None, None])})
     scorer = Scorer(ScoringSettings(references="answer", metrics=("exact_match",)))
     assert _scores(scorer, batch).column("score").to_pylist() == [1, 0, None, None]
@@ -97,7 +97,7 @@ def test_an_error_row_scores_zero_and_a_row_without_reference_nothing() -> None:
     assert metrics["overall"]["exact_match"]["value"] == 0.5
 
 
-def test_references_come_as_published_structs_lists_numbers_and_texts() -> None:
+def test_references_may_be_structs_lists_numbers_or_texts() -> None:
     answers = pa.array([[{"answer": "red", "answer_id": n} for n in range(10)], None])
     texts = ["red", "red"]
     settings = ScoringSettings(references="answers", metrics=("vqa_accuracy",))
@@ -108,7 +108,7 @@ def test_references_come_as_published_structs_lists_numbers_and_texts() -> None:
     assert _scores(Scorer(numbers), _batch(["3", "4"], {"n": pa.array([3, 5])})).column("score").to_pylist() == [1, 0]
 
 
-def test_corpus_scores_are_computed_from_the_corpus_whatever_the_batches() -> None:
+def test_corpus_scores_do_not_depend_on_the_batches() -> None:
     texts = ["a red cat sits on the mat", "two dogs run over a green lawn", "a bird", None]
     references = [["a red cat is on the mat"], ["two dogs run on a lawn", "dogs on grass"], ["a blue bird"], ["a fish"]]
     kept = {"captions": pa.array(references)}
@@ -128,7 +128,7 @@ def test_corpus_scores_are_computed_from_the_corpus_whatever_the_batches() -> No
     assert rows.column("cider").to_pylist() == pytest.approx([*expected_rows, 0])
 
 
-def test_slices_follow_columns_and_the_receipt() -> None:
+def test_slices_by_columns_and_by_the_receipts_of_media() -> None:
     media = [
         [],
         [_medium("image", 640, 480)],
@@ -154,7 +154,7 @@ def test_slices_follow_columns_and_the_receipt() -> None:
     assert list(found["num_media"]) == ["0", "1", "2"]
 
 
-def test_a_slice_of_endless_values_is_bounded() -> None:
+def test_a_slice_shows_a_bounded_number_of_values() -> None:
     values = [f"v{row:04d}" for row in range(500)]
     batch = _batch(["1"] * 500, {"answer": pa.array([1] * 500), "user": pa.array(values)})
     scorer = Scorer(ScoringSettings(references="answer", metrics=("exact_match",), slices=("user",)))
@@ -212,7 +212,7 @@ def _run(texts: Sequence[str | None], tasks: list[str], ids: list[str] | None = 
     return scorer.score(batch)
 
 
-def test_two_runs_are_paired_by_place_whatever_their_order() -> None:
+def test_two_runs_are_paired_by_row_key_in_any_order() -> None:
     tasks = ["easy"] * 40 + ["hard"] * 40
     baseline = _run(["1"] * 80, tasks)
     candidate = _run(["1"] * 40 + ["0"] * 30 + ["1"] * 10, tasks)

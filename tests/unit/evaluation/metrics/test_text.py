@@ -16,13 +16,13 @@ from pipeline.evaluation.metrics.text import (
 )
 
 
-def test_exact_match_forgives_surrounding_space_only() -> None:
+def test_exact_match_ignores_surrounding_space_only() -> None:
     assert exact_match(" red cube\n", ["blue", "red cube"]) == 1
     assert exact_match("Red cube", ["red cube"]) == 0
     assert exact_match("red cube", []) == 0
 
 
-def test_normalised_match_forgives_case_punctuation_and_articles() -> None:
+def test_normalised_match_ignores_case_punctuation_and_articles() -> None:
     assert normalised_match("The Denver Broncos!", ["denver broncos"]) == 1
     assert normalised_match("Denver", ["denver broncos"]) == 0
     assert normalise_answer("An apple, a day; the end.") == "apple day end"
@@ -32,7 +32,7 @@ def test_token_f1_of_a_worked_example() -> None:
     # Shared "denver broncos": precision 2/3, recall 2/2, F1 0.8; the better of two references counts.
     assert token_f1("the Denver Broncos team", ["Carolina", "Denver Broncos"]) == pytest.approx(0.8)
     assert token_f1("red red", ["red"]) == pytest.approx(2 / 3), "a word counts as often as both have it"
-    assert token_f1("", ["the"]) == 1, "nothing meets nothing"
+    assert token_f1("", ["the"]) == 1, "both are empty"
     assert token_f1("red", ["the"]) == 0
 
 
@@ -64,7 +64,7 @@ def test_anls_of_worked_examples() -> None:
     assert anls("abcd", ["xbcd", "abyy", "zzzz"]) == pytest.approx(0.75), "the nearest reference counts"
 
 
-def test_anls_is_zero_from_a_normalised_distance_of_one_half_on() -> None:
+def test_anls_is_zero_if_the_normalised_distance_is_one_half_or_more() -> None:
     assert anls("ab", ["ax"]) == 0
     assert anls("abc", ["abx"]) == pytest.approx(2 / 3)
 
@@ -98,6 +98,6 @@ def test_relaxed_accuracy_allows_five_percent_on_numbers_and_nothing_on_text(
 
 
 @given(st.text(max_size=30), st.lists(st.text(max_size=30), max_size=3))
-def test_every_score_stays_between_zero_and_one_whatever_the_text(answer: str, references: list[str]) -> None:
+def test_every_score_is_between_zero_and_one_for_any_text(answer: str, references: list[str]) -> None:
     for score in (exact_match, normalised_match, token_f1, anls, relaxed_accuracy):
         assert 0 <= score(answer, references) <= 1

@@ -47,14 +47,14 @@ def test_both_sides_are_normalised() -> None:
     assert vqa_accuracy("The cat!", ["cat", "a cat", "Cat."] + ["dog"] * 7) == pytest.approx(0.9)
 
 
-def test_a_single_reference_stands_for_all_ten() -> None:
+def test_a_single_reference_counts_as_ten_equal_ones() -> None:
     assert vqa_accuracy("red", ["red"]) == 1
     assert vqa_accuracy("red", ["blue"]) == 0
     assert vqa_accuracy("red", []) == 0
 
 
 @given(st.sampled_from("abcd"), st.lists(st.sampled_from(["b", "c", "d"]), min_size=10, max_size=10))
-def test_it_is_the_mean_over_every_nine_of_the_ten(answer: str, references: list[str]) -> None:
+def test_vqa_accuracy_is_the_mean_over_all_nine_of_ten_references(answer: str, references: list[str]) -> None:
     nines = itertools.combinations(references, 9)
     expected = [min(1, sum(reference == answer for reference in nine) / 3) for nine in nines]
     assert vqa_accuracy(answer, references) == pytest.approx(sum(expected) / 10)
