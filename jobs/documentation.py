@@ -28,8 +28,8 @@ _HEAD = """# Configuration
 Written by `make docs` from the docstrings of the config; do not edit it by hand.
 
 A config is a YAML file of sections. Every key can be set on the command line too: `--section.key value` or
-`--section.key=value`. `--config` may be given several times: later files override earlier ones, key by key. Unknown keys
-and wrong values are errors, and all of them are listed at once.
+`--section.key=value`. `--config` may be given several times: later files override earlier ones, key by key. Unknown
+keys and wrong values are errors, and all of them are listed at once.
 """
 
 
