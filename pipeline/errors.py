@@ -1,41 +1,17 @@
 """Every error this package raises, in one tree.
 
     PipelineError
-    |-- JobError                  ends the job, in one line
-    |   |-- ConfigError           exit 2: a key or value in the config is wrong
-    |   |-- ManifestError         exit 2: the manifest can't be found, read or understood
-    |   |-- CheckpointError       exit 2: the model can't be loaded
-    |   |-- OutputError           exit 2: the output folder belongs to something else
-    |   |-- CredentialError       exit 2: a bucket no longer takes the job's credentials
-    |   |-- ResourceError         exit 2: the cluster is too small for what was asked
-    |   |-- ClusterError          exit 1: Ray or one of the actors failed; running the command again may help
-    |   |   `-- RestartNeeded         nodes or rows were lost: the command line runs the command again by itself
-    |   `-- TooManyErrors         exit 3: more error rows than max_error_fraction allows
-    `-- RowError                  becomes a result row; the job goes on
-        |-- MessageError          stage prompt: the row's messages or prompt can't be used
-        |   |-- ReservedTokenError    the text contains a token that only the pipeline may write
-        |   `-- SettingError          a per-row setting is wrong or can't be applied
-        |-- FetchError            stage fetch: the medium's bytes can't be had; trying again may help
-        |   |-- MediaNotFound         no such file or object
-        |   |-- AccessDenied          outside what input.allow permits, or refused by the server
-        |   |-- FetchTimeout          the source was too slow
-        |   `-- MediaTooLarge         more bytes than media.max_bytes
-        |-- MediaError            stage decode: the bytes are not what they should be
-        |   |-- UnsupportedMedia      not an image or video that can be decoded
-        |   |-- TruncatedMedia        the file ends too early
-        |   |-- DecompressionBomb     more pixels, frames, text or seconds than allowed
-        |   |-- AspectRatioError      longer than 200 times its short side
-        |   |-- NoVideoStream         audio only, or only an attached picture
-        |   |-- MediaTimeout          decoding exceeded media.timeout_s and was killed
-        |   |-- DecoderCrash          the decoder process died (a fault in a codec)
-        |   `-- MediaMemoryError      decoding outgrew media.memory_limit_mb
-        `-- GenerateError         stage generate
-            |-- PromptTooLong         the prompt can never fit the cache or the context
-            |-- EngineOutOfMemory     the row does not fit even alone
-            `-- EngineCrash           the engine died on this row, twice
+    |-- JobError          ends the job: ConfigError, ManifestError, CheckpointError, OutputError, CredentialError,
+    |                     ResourceError (exit 2), ClusterError and its RestartNeeded (exit 1), TooManyErrors (exit 3)
+    `-- RowError          becomes a result row; the job goes on
+        |-- MessageError  stage prompt: ReservedTokenError, SettingError
+        |-- FetchError    stage fetch: MediaNotFound, AccessDenied, FetchTimeout, MediaTooLarge
+        |-- MediaError    stage decode: UnsupportedMedia, TruncatedMedia, DecompressionBomb, AspectRatioError,
+        |                 NoVideoStream, MediaTimeout, DecoderCrash, MediaMemoryError
+        `-- GenerateError stage generate: PromptTooLong, EngineOutOfMemory, EngineCrash
 
-Knows no other module. The class's name is what a result row carries as `error_type`, its message as
-`error_message`, and its `stage` as `error_stage`.
+Knows no other module. A result row has the class's name as `error_type`, the message as `error_message`, and the
+`stage` as `error_stage`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Manifest rows in, request rows out: the CPU stage.
 
-For each row: messages, fetch, decode, resize, patchify, tokenize; one pass, one thread of computing, with fetches
-running ahead. A row that fails becomes a request row with its error in it and goes on beside the others.
+For each row: messages, fetch, decode, resize, patchify, tokenize; one pass, one computing thread, with fetches running
+ahead. A row that fails becomes a request row that holds its error.
 Knows the steps it joins and the two row schemas; not Ray, nor what the engine does with a request.
 """
 
@@ -31,7 +31,7 @@ from pipeline.preprocess.prompt import ChatTokenizer, prompt_hash
 from pipeline.preprocess.receipt import SeenMedium
 from pipeline.preprocess.sandbox.client import MediaWorker, Medium
 from pipeline.preprocess.size import num_visual_tokens
-from pipeline.schema import MEDIUM_TYPE, Status, UnitColumn, request_schema
+from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status, UnitColumn, request_schema
 
 _ROWS_PER_HANDOVER = 8
 
@@ -60,18 +60,47 @@ class PreprocessOptions:
 class _Row:
     """A row on its way through the stage."""
 
+    key: tuple[int, int]
+    """(manifest file, row in it)."""
     id: str
     attempts: int
-    file: int
-    row: int
     seconds: float = 0.0
     conversation: Conversation | None = None
-    fetches: list[Future[bytes]] = field(default_factory=list)
-    input_ids: npt.NDArray[np.int32] | None = None
-    seen: list[SeenMedium] = field(default_factory=list)
-    prompt_hash: str | None = None
     sampling: str | None = None
+    fetches: list[Future[bytes]] = field(default_factory=list)
+    rendered: str = ""
+    input_ids: npt.NDArray[np.int32] | None = None
+    media: list[SeenMedium] = field(default_factory=list)
     error: RowError | None = None
+
+    @property
+    def num_visual_tokens(self) -> list[int]:
+        """Of each medium."""
+        return [num_visual_tokens(medium.receipt.grid_thw) for medium in self.media]
+
+    def request(self) -> dict[str, Any]:
+        """The request row without its patches and the user's columns."""
+        values: dict[str, Any] = {
+            MANIFEST_FILE: self.key[0],
+            MANIFEST_ROW: self.key[1],
+            "id": self.id,
+            "attempts": self.attempts,
+            "sampling": self.sampling,
+            "preprocess_s": self.seconds,
+            "status": Status.OK if self.error is None else Status.ERROR,
+        }
+        if self.error is not None:
+            names = ("error_stage", "error_type", "error_message")
+            values.update(zip(names, (self.error.stage, type(self.error).__name__, str(self.error)), strict=True))
+        if self.input_ids is not None:
+            values.update(
+                input_ids=self.input_ids,
+                num_prompt_tokens=len(self.input_ids),
+                num_visual_tokens=sum(self.num_visual_tokens),
+                media=[medium.receipt.as_dict() for medium in self.media],
+                prompt_hash=prompt_hash(self.rendered),
+            )
+        return values
 
 
 class PreprocessStage:
@@ -92,55 +121,56 @@ class PreprocessStage:
         self._worker.close()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Request rows (schema.request_schema) for manifest rows with their places (schema.UnitColumn)."""
+        """Request rows (schema.request_schema) for manifest rows with their row keys (schema.UnitColumn)."""
         return pa.concat_tables(list(self.tables(table, 1 << 62, 1 << 62)) or [self._schema.empty_table()])
 
-    def tables(self, table: pa.Table, block_bytes: int, block_rows: int) -> Iterator[pa.Table]:
-        """The same, a table each time that so many bytes of patches or so many rows have come together.
+    def tables(self, table: pa.Table, max_bytes: int, max_rows: int) -> Iterator[pa.Table]:
+        """The same in several tables, each ended by so many bytes of patches or so many rows.
 
         Never by the clock: Ray runs a unit again after its actor died, and counts on the same tables as before.
         """
         rows: list[_Row] = []
-        first, size = 0, 0
+        first, num_bytes = 0, 0
         ahead = self._read_ahead(table)
-        # A few at a time: enough that handing them to the decoder costs next to nothing each.
-        while group := list(itertools.islice(ahead, min(_ROWS_PER_HANDOVER, block_rows - len(rows)))):
+        # A few at a time, so that handing them to the decoder costs next to nothing each.
+        while group := list(itertools.islice(ahead, min(_ROWS_PER_HANDOVER, max_rows - len(rows)))):
             self._finish(group)
             rows += group
-            size += sum(one.patches.nbytes for row in group for one in row.seen)
-            if size >= block_bytes or len(rows) >= block_rows:
+            num_bytes += sum(medium.patches.nbytes for row in group for medium in row.media)
+            if num_bytes >= max_bytes or len(rows) >= max_rows:
                 yield self._request_table(rows, table.slice(first, len(rows)))
-                first, size, rows = first + len(rows), 0, []
+                first, num_bytes, rows = first + len(rows), 0, []
         if rows:
             yield self._request_table(rows, table.slice(first, len(rows)))
 
     def crashed(self, table: pa.Table, error: RowError) -> pa.Table:
         """Request rows that say why these rows were given up."""
-        rows = []
-        for values in _python_rows(table):
-            place = (int(values.pop(UnitColumn.FILE)), int(values.pop(UnitColumn.ROW)))
-            attempts = int(values.pop(UnitColumn.ATTEMPTS))
-            rows.append(_Row(row_id(values, self._options.messages, place), attempts, *place, error=error))
+        rows = [self._new_row(values) for values in _python_rows(table)]
+        for row in rows:
+            row.error = error
         return self._request_table(rows, table)
+
+    def _new_row(self, values: dict[str, Any]) -> _Row:
+        key = (int(values.pop(UnitColumn.FILE)), int(values.pop(UnitColumn.ROW)))
+        attempts = int(values.pop(UnitColumn.ATTEMPTS))
+        return _Row(key, row_id(values, self._options.messages, key), attempts)
 
     def _read_ahead(self, table: pa.Table) -> Iterator[_Row]:
         """Rows in order, their media being fetched while earlier rows are decoded."""
         waiting: deque[_Row] = deque()
-        under_way = 0
+        num_fetches = 0
         for values in _python_rows(table):
             row = self._begin(values)
             waiting.append(row)
-            under_way += len(row.fetches)
-            while waiting and under_way > self._options.read_ahead:
-                under_way -= len(waiting[0].fetches)
+            num_fetches += len(row.fetches)
+            while waiting and num_fetches > self._options.read_ahead:
+                num_fetches -= len(waiting[0].fetches)
                 yield waiting.popleft()
         yield from waiting
 
     def _begin(self, values: dict[str, Any]) -> _Row:
-        place = (int(values.pop(UnitColumn.FILE)), int(values.pop(UnitColumn.ROW)))
-        row = _Row(id="", attempts=int(values.pop(UnitColumn.ATTEMPTS)), file=place[0], row=place[1])
         started = time.perf_counter()
-        row.id = row_id(values, self._options.messages, place)
+        row = self._new_row(values)
         try:
             row.conversation = conversation(values, self._options.messages)
             row.sampling = json.dumps({**self._options.sampling, **row.conversation.sampling}, sort_keys=True)
@@ -151,72 +181,45 @@ class PreprocessStage:
         return row
 
     def _finish(self, rows: Sequence[_Row]) -> None:
-        """See the media of a few rows, with one hand-over to the decoder, and write their prompts."""
+        """Decode the media of a few rows, handed to the decoder together, and tokenize their prompts."""
         started = time.perf_counter()
-        ready: list[tuple[_Row, str, list[Medium]]] = []
+        ready: list[tuple[_Row, list[Medium]]] = []
         for row in rows:
             try:
                 if row.error is None and row.conversation is not None:
-                    ready.append((row, *self._gather(row, row.conversation)))
+                    ready.append((row, self._gather(row, row.conversation)))
             except RowError as error:
                 row.error = error
             for fetch in row.fetches:
                 fetch.cancel()
             row.fetches = []
-        seen = self._worker.see_rows([media for _, _, media in ready])
-        for (row, rendered, _), results in zip(ready, seen, strict=True):
+        for (row, _), results in zip(ready, self._worker.see_rows([media for _, media in ready]), strict=True):
             row.error = next((result for result in results if isinstance(result, RowError)), None)
-            if row.error is not None:
-                continue
-            row.seen = [result for result in results if isinstance(result, SeenMedium)]
-            counts = [num_visual_tokens(one.receipt.grid_thw) for one in row.seen]
-            row.input_ids = self._tokenizer.encode(rendered, counts)
-            row.prompt_hash = prompt_hash(rendered)
+            if row.error is None:
+                row.media = [result for result in results if isinstance(result, SeenMedium)]
+                row.input_ids = self._tokenizer.encode(row.rendered, row.num_visual_tokens)
         seconds = (time.perf_counter() - started) / len(rows)
         for row in rows:
             row.seconds += seconds
 
-    def _gather(self, row: _Row, asked: Conversation) -> tuple[str, list[Medium]]:
-        """The row's prompt as text, and its media's bytes. Raises the first RowError met."""
-        # Rendering comes first: it is cheap, and a prompt that is refused spares the decoding.
-        rendered = self._tokenizer.render(asked.messages, add_vision_id=self._options.add_vision_id)
-        media: list[Medium] = []
-        for part, fetch in zip(asked.media, row.fetches, strict=True):
-            source = part.source if isinstance(part.source, str) else "bytes"
-            media.append(Medium(part.kind, fetch.result(), part.settings, source))
-        return rendered, media
+    def _gather(self, row: _Row, asked: Conversation) -> list[Medium]:
+        """The row's media, fetched, after its prompt has been rendered. Raises the first RowError met."""
+        # Rendering is cheap, and a prompt that is refused saves the decoding.
+        row.rendered = self._tokenizer.render(asked.messages, add_vision_id=self._options.add_vision_id)
+        return [
+            Medium(part.kind, fetch.result(), part.settings, part.source if isinstance(part.source, str) else "bytes")
+            for part, fetch in zip(asked.media, row.fetches, strict=True)
+        ]
 
     def _request_table(self, rows: Sequence[_Row], table: pa.Table) -> pa.Table:
-        columns: dict[str, pa.Array | pa.ChunkedArray] = {
-            "manifest_file": pa.array([row.file for row in rows], pa.int32()),
-            "manifest_row": pa.array([row.row for row in rows], pa.int64()),
-            "id": pa.array([row.id for row in rows], pa.string()),
-            "input_ids": _lists([row.input_ids for row in rows]),
-            "patches": _binaries(
-                [None if row.input_ids is None else [one.patches for one in row.seen] for row in rows]
-            ),
-            "sampling": pa.array([row.sampling for row in rows], pa.string()),
-            "num_prompt_tokens": pa.array([_length(row.input_ids) for row in rows], pa.int32()),
-            "num_visual_tokens": pa.array(
-                [
-                    None if row.input_ids is None else sum(num_visual_tokens(one.receipt.grid_thw) for one in row.seen)
-                    for row in rows
-                ],
-                pa.int32(),
-            ),
-            "media": pa.array(
-                [None if row.input_ids is None else [one.receipt.as_dict() for one in row.seen] for row in rows],
-                pa.list_(MEDIUM_TYPE),
-            ),
-            "prompt_hash": pa.array([row.prompt_hash for row in rows], pa.string()),
-            "preprocess_s": pa.array([row.seconds for row in rows], pa.float32()),
-            "status": pa.array([Status.OK if row.error is None else Status.ERROR for row in rows], pa.string()),
-            "error_stage": pa.array([row.error and row.error.stage for row in rows], pa.string()),
-            "error_type": pa.array([row.error and type(row.error).__name__ for row in rows], pa.string()),
-            "error_message": pa.array([row.error and str(row.error) for row in rows], pa.string()),
-            "attempts": pa.array([row.attempts for row in rows], pa.int32()),
-        }
-        columns.update({name: table.column(name) for name in self._options.kept.names})
+        requests = [row.request() for row in rows]
+        columns = {name: table.column(name) for name in self._options.kept.names}
+        columns["patches"] = _binaries(
+            [None if row.input_ids is None else [medium.patches for medium in row.media] for row in rows]
+        )
+        for column in self._schema:
+            if column.name not in columns:
+                columns[column.name] = pa.array([request.get(column.name) for request in requests], column.type)
         return pa.table([columns[name] for name in self._schema.names], schema=self._schema)
 
 
@@ -226,30 +229,13 @@ def _python_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _length(ids: npt.NDArray[np.int32] | None) -> int | None:
-    return None if ids is None else len(ids)
-
-
-def _lists(values: Sequence[npt.NDArray[np.int32] | None]) -> pa.Array:
-    """A large_list<int32> column over one buffer."""
-    offsets = np.zeros(len(values) + 1, dtype=np.int64)
-    np.cumsum([0 if value is None else len(value) for value in values], out=offsets[1:])
-    present = [value for value in values if value is not None]
-    flat = np.concatenate(present) if present else np.empty(0, dtype=np.int32)
-    missing = pa.array([value is None for value in values], pa.bool_())
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.int32()), mask=missing)
-
-
 def _binaries(values: Sequence[Sequence[npt.NDArray[np.uint8]] | None]) -> pa.Array:
-    """A large_binary column over one buffer: each row's arrays one after the other."""
+    """A large_binary column over one buffer, each value made of several arrays: copied once, where Arrow's own builder
+    would copy as it grows."""
     offsets = np.zeros(len(values) + 1, dtype=np.int64)
     np.cumsum([sum(array.nbytes for array in value or ()) for value in values], out=offsets[1:])
-    buffer = np.empty(int(offsets[-1]), dtype=np.uint8)
-    for start, value in zip(offsets, values, strict=False):
-        position = int(start)
-        for array in value or ():
-            buffer[position : position + array.nbytes] = array.reshape(-1)
-            position += array.nbytes
+    flat = [array.reshape(-1) for value in values for array in value or ()]
+    buffer = np.concatenate(flat) if flat else np.empty(0, dtype=np.uint8)
     valid = np.packbits([value is not None for value in values], bitorder="little")
     buffers = [pa.py_buffer(valid), pa.py_buffer(offsets), pa.py_buffer(buffer)]
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(values), buffers)
