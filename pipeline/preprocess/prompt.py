@@ -27,13 +27,9 @@ from pipeline.checkpoint.locate import find_file
 from pipeline.conversation import Message, Text
 from pipeline.errors import CheckpointError, MessageError, ReservedTokenError, first_line
 
-IMAGE_PAD = "<|image_pad|>"
-VIDEO_PAD = "<|video_pad|>"
-
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""Where Qwen2's tokenizer splits text into words, for checkpoints that come without a tokenizer.json."""
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 
 
 class ChatTokenizer:
@@ -146,18 +142,30 @@ def _read_json(file: Path | None) -> dict[str, Any]:
     return values
 
 
+def qwen2_tokenizer(model: BPE) -> Tokenizer:
+    """The tokenizer around a vocabulary and its merges, as transformers' Qwen2Tokenizer builds it."""
+    words = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def _load_tokenizer(whole: Path | None, vocab: Path | None, merges: Path | None, config: dict[str, Any]) -> Tokenizer:
     """From tokenizer.json, else from the vocabulary, merges and special tokens that Qwen2's tokenizer consists of."""
     if whole is not None:
         tokenizer = Tokenizer.from_file(str(whole))
     elif vocab is not None and merges is not None:
-        tokenizer = Tokenizer(BPE.from_file(str(vocab), str(merges)))
-        tokenizer.normalizer = normalizers.NFC()
-        words = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer = qwen2_tokenizer(BPE.from_file(str(vocab), str(merges)))
     else:
         raise FileNotFoundError("expected tokenizer.json, or vocab.json and merges.txt")
     tokenizer.no_truncation()

@@ -22,7 +22,7 @@ import torch
 
 from pipeline.demo.tasks import LESSONS, Example
 from pipeline.demo.training.samples import Sample, make_samples, pixel_values
-from pipeline.preprocess.prompt import ChatTokenizer
+from pipeline.preprocess.prompt import TURN_END, TURN_START, ChatTokenizer
 
 _PICTURE = ("describe_image", "count", "count", "yes_no", "yes_no")
 Groups: TypeAlias = Mapping[str, tuple[int, tuple[str, ...]]]
@@ -233,7 +233,7 @@ def _system_prefix_length(tokenizer: ChatTokenizer) -> int:
     """Tokens before the user's own: the system prompt and the opening of the turn."""
     empty = Example("text", (), "", "")
     sample = make_samples([empty], tokenizer, vision_id=False)[0]
-    end = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n", [])
+    end = tokenizer.encode(f"{TURN_END}\n{TURN_START}assistant\n", [])
     return len(sample.prompt_ids) - len(end)
 
 

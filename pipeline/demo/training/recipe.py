@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from pipeline.engine.pixels import CLIP_MEAN, CLIP_STD
+from pipeline.preprocess.prompt import END_OF_TEXT, IMAGE_PAD, TURN_END, VIDEO_PAD, VISION_END, VISION_START
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLConfig
@@ -38,9 +39,9 @@ def model_config(vocab_size: int, token_ids: dict[str, int]) -> Qwen2VLConfig:
             # A theta of a million would leave the height and width axes, which have the slow frequencies, all but
             # blind to a shift by one place.
             "rope_parameters": {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [4, 6, 6]},
-            "bos_token_id": token_ids["<|endoftext|>"],
-            "eos_token_id": token_ids["<|im_end|>"],
-            "pad_token_id": token_ids["<|endoftext|>"],
+            "bos_token_id": token_ids[END_OF_TEXT],
+            "eos_token_id": token_ids[TURN_END],
+            "pad_token_id": token_ids[END_OF_TEXT],
         },
         vision_config={
             "depth": 3,
@@ -53,13 +54,13 @@ def model_config(vocab_size: int, token_ids: dict[str, int]) -> Qwen2VLConfig:
             "spatial_merge_size": MERGE_SIZE,
             "initializer_range": 0.04,
         },
-        image_token_id=token_ids["<|image_pad|>"],
-        video_token_id=token_ids["<|video_pad|>"],
-        vision_start_token_id=token_ids["<|vision_start|>"],
-        vision_end_token_id=token_ids["<|vision_end|>"],
-        bos_token_id=token_ids["<|endoftext|>"],
-        eos_token_id=token_ids["<|im_end|>"],
-        pad_token_id=token_ids["<|endoftext|>"],
+        image_token_id=token_ids[IMAGE_PAD],
+        video_token_id=token_ids[VIDEO_PAD],
+        vision_start_token_id=token_ids[VISION_START],
+        vision_end_token_id=token_ids[VISION_END],
+        bos_token_id=token_ids[END_OF_TEXT],
+        eos_token_id=token_ids[TURN_END],
+        pad_token_id=token_ids[END_OF_TEXT],
         tie_word_embeddings=True,
     )
 
@@ -67,9 +68,9 @@ def model_config(vocab_size: int, token_ids: dict[str, int]) -> Qwen2VLConfig:
 def generation_config(token_ids: dict[str, int]) -> dict[str, Any]:
     """`generation_config.json`: greedy, and both end tokens of the family."""
     return {
-        "bos_token_id": token_ids["<|endoftext|>"],
-        "eos_token_id": [token_ids["<|im_end|>"], token_ids["<|endoftext|>"]],
-        "pad_token_id": token_ids["<|endoftext|>"],
+        "bos_token_id": token_ids[END_OF_TEXT],
+        "eos_token_id": [token_ids[TURN_END], token_ids[END_OF_TEXT]],
+        "pad_token_id": token_ids[END_OF_TEXT],
         "do_sample": False,
     }
 

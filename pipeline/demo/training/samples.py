@@ -21,7 +21,7 @@ from pipeline.demo.tasks import Example
 from pipeline.demo.training import recipe
 from pipeline.engine.pixels import pixel_table
 from pipeline.preprocess.patches import Uint8Array, patchify_image, patchify_video, resize_frames
-from pipeline.preprocess.prompt import ChatTokenizer
+from pipeline.preprocess.prompt import TURN_END, ChatTokenizer
 from pipeline.preprocess.size import grid_thw, num_visual_tokens, smart_resize
 
 Grid = tuple[int, int, int]
@@ -77,7 +77,7 @@ def make_samples(
     for made in examples:
         kinds: tuple[MediumKind, ...] = tuple("image" if isinstance(scene, Picture) else "video" for scene in media)
         prompt_ids = _prompt_ids(tokenizer, kinds, made.question, vision_id, tuple(map(num_visual_tokens, grids)))
-        answer_ids = tokenizer.encode(made.answer + "<|im_end|>", [])
+        answer_ids = tokenizer.encode(made.answer + TURN_END, [])
         is_visual = (prompt_ids == tokenizer.image_pad_id) | (prompt_ids == tokenizer.video_pad_id)
         is_visual = np.concatenate([is_visual, np.zeros(len(answer_ids), dtype=bool)])
         samples.append(

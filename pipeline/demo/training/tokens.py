@@ -9,16 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.demo.tasks import TASKS, example
+from pipeline.preprocess.prompt import (
+    END_OF_TEXT,
+    IMAGE_PAD,
+    TURN_END,
+    TURN_START,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    qwen2_tokenizer,
+)
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
+    END_OF_TEXT,
+    TURN_START,
+    TURN_END,
+    VISION_START,
+    VISION_END,
     "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+    IMAGE_PAD,
+    VIDEO_PAD,
 )
 _EXAMPLES_A_TASK = 1000
 
@@ -73,8 +83,8 @@ def write_tokenizer(folder: Path) -> None:
         merges=merges,
         unk_token=None,
         bos_token=None,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
         additional_special_tokens=list(SPECIAL_TOKENS[1:]),
         model_max_length=4096,
     )
@@ -96,20 +106,9 @@ def _byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges, by the family's own splitting rule."""
     import json
 
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import models, pre_tokenizers, trainers
 
-    split = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
-    )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(split), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer = qwen2_tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=700, min_frequency=2, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
     )

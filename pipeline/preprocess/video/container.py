@@ -145,8 +145,3 @@ def _has_box(data: Encoded, name: bytes) -> bool:
             return False
         at += size
     return False
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of the error's message, or its class where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ import av
 import numpy as np
 
 from pipeline.preprocess.limits import MediaOptions
-from pipeline.preprocess.video.container import check_duration, check_num_frames, first_line, stated_rate
+from pipeline.preprocess.video.container import check_duration, check_num_frames, stated_rate
 from pipeline.preprocess.video.timing import Timeline, constant_rate
 
 # Seconds by which decoding order may run ahead of presentation order.
