@@ -47,11 +47,11 @@ def test_units_shrink_towards_the_end() -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_the_first_unit_is_an_actor_s_share_of_all_rows() -> None:
+def test_the_first_unit_is_an_actor_s_share_of_the_rows_that_are_left() -> None:
+    finished = RowSet(600)
+    finished.add(np.arange(200))
     for actors, size in ((1, 100), (4, 25), (50, 8)):
-        works = plan_work(
-            manifest_of([400]), RowNumbering([400]), RowSet(400), actors=actors, min_rows=8, max_rows=2048
-        )
+        works = plan_work(manifest_of([600]), RowNumbering([600]), finished, actors=actors, min_rows=8, max_rows=2048)
         assert next(works).num_rows == size
 
 
