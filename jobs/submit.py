@@ -1,20 +1,15 @@
-"""Run a job on a Ray cluster from here: check the config, send the code, follow the logs, pass the exit code on.
+"""Run a job on a Ray cluster: check the config here, send the code, follow the logs, pass the job's exit code on.
 
     python -m jobs.submit --address http://127.0.0.1:8265 --config FILE ... [--section.key value ...]
 
-    --address URL       the cluster's dashboard; default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS
-    --job NAME          caption (default) or evaluate
-    --env none | pip    none (default): the cluster's image has the packages; pip: each node installs the versions of
-                        constraints.txt into an environment of its own, once
-    --no-wait           return once the job is submitted
-
-Sent is the code without tests, data and weights (.rayignore): under a megabyte, and the demo's checkpoint where
-`model.path` is `demo`. The token that the cluster asks for is found where Ray finds it: RAY_AUTH_TOKEN, the file that
-RAY_AUTH_TOKEN_PATH names, ~/.ray/auth_token.
+The code is sent without tests, data and weights (.rayignore): under a megabyte, plus the demo checkpoint where
+`model.path` is `demo`. Where the cluster asks for a token, it is read from where Ray reads it: RAY_AUTH_TOKEN, the file
+that RAY_AUTH_TOKEN_PATH names, ~/.ray/auth_token.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import hashlib
 import logging
@@ -25,7 +20,6 @@ import socket
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,278 +36,235 @@ STOP_WAIT_S = 60
 _DEMO_CHECKPOINT = "/pipeline/demo/checkpoint"
 _PATHS = ("input.path", "output.path", "model.path", "run.path", "evaluate.baseline", "evaluate.manifest_path")
 """Keys of all jobs that hold a path: it must mean the same thing on the cluster."""
+_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _CONNECT_S = 30.0
 _RECONNECT_S = 5.0
 
 
-@dataclass(frozen=True)
-class Submission:
-    """What was asked for on the command line."""
-
-    address: str
-    job: str
-    env: str
-    wait: bool
-    config_paths: list[str]
-    overrides: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A cluster that answered."""
-
-    address: str
-    token: str | None
-    is_here: bool
-    """Whether its head node is this machine, so that paths mean the same thing there."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the job's exit code, 130 when it was stopped."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if any(word in ("-h", "--help") for word in words):
-        print(__doc__)
-        return 0
+    options, rest = _parser().parse_known_args(argv)
     try:
-        return submit(read_words(words, os.environ))
+        paths, overrides = parse_words(rest)
+        return submit(options, paths, overrides)
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def read_words(words: Sequence[str], environment: Mapping[str, str]) -> Submission:
-    """The command line's meaning. Raises ConfigError."""
-    left = [word for word in words if word != "--no-wait"]
-    paths, overrides = parse_words(left)
-    given = overrides.pop("address", None)
-    address = given or environment.get("RAY_API_SERVER_ADDRESS") or environment.get("RAY_ADDRESS")
-    if not address:
-        raise ConfigError("no cluster named: give --address http://HOST:8265, its dashboard's address")
-    if not address.startswith(("http://", "https://")):
-        raise ConfigError(f"--address {address}: expected the dashboard's address, such as http://127.0.0.1:8265")
-    job, env = overrides.pop("job", "caption"), overrides.pop("env", "none")
-    if job not in ("caption", "evaluate"):
-        raise ConfigError(f"--job {job}: allowed: caption, evaluate")
-    if env not in ("none", "pip"):
-        raise ConfigError(f"--env {env}: allowed: none (the cluster's image has the packages), pip")
-    return Submission(address.rstrip("/"), job, env, len(left) == len(words), paths, overrides)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.submit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    default = next(filter(None, map(os.environ.get, _ADDRESS_VARIABLES)), None)
+    variables = " or ".join(_ADDRESS_VARIABLES)
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        type=_dashboard_address,
+        default=default,
+        required=default is None,
+        help=f"the cluster's dashboard, such as http://127.0.0.1:8265; default: {variables}",
+    )
+    parser.add_argument("--job", choices=("caption", "evaluate"), default="caption", help="default: caption")
+    parser.add_argument(
+        "--env",
+        choices=("none", "pip"),
+        default="none",
+        help="none (default): the cluster's image has the packages; pip: each node installs the versions of "
+        "constraints.txt into an environment of its own, once",
+    )
+    parser.add_argument("--no-wait", dest="wait", action="store_false", help="return once the job is submitted")
+    return parser
 
 
-def submit(asked: Submission) -> int:
-    """Submit the job and follow it. Raises ConfigError, ClusterError."""
+def _dashboard_address(text: str) -> str:
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"found {text}; expected a dashboard's address: http://127.0.0.1:8265")
+    return text.rstrip("/")
+
+
+def submit(options: argparse.Namespace, config_paths: Sequence[str], overrides: Mapping[str, str]) -> int:
+    """Submit the job and follow it; returns its exit code. Raises ConfigError, ClusterError."""
     if not (ROOT / "pyproject.toml").exists():
-        raise ConfigError(f"a job is submitted from a checkout of this project; {ROOT} is none")
-    logging.disable(logging.WARNING)  # Ray's client tells every step
-    config = load_config(_config_class(asked.job), asked.config_paths, asked.overrides)
-    cluster = find_cluster(asked.address, find_token(os.environ))
-    overrides = {**asked.overrides, **settled_paths(_values(config), cluster)}
-    client = _client(cluster)
+        raise ConfigError(f"found no checkout of this project at {ROOT}; submit jobs from one, whose code is sent")
+    logging.disable(logging.WARNING)  # Ray's client logs every step
+    mode = "RAY_AUTH_MODE=token " if use_token() else ""
+    config = load_config(_config_class(options.job), config_paths, overrides)
+    paths, address = _paths_of(config), options.address
+    client, is_here = connect(address)
+    overrides = {**overrides, **absolute_paths(paths, address, is_here=is_here)}
     try:
         submission_id = client.submit_job(
-            entrypoint=entrypoint(asked.job, asked.config_paths, overrides),
-            runtime_env=runtime_environment(asked.env, _values(config)),
+            entrypoint=entrypoint(options.job, config_paths, overrides),
+            runtime_env=runtime_environment(options.env, paths),
         )
     except RuntimeError as error:
         raise ClusterError(f"the cluster refused the job: {_first_line(error)}") from error
-    print(f"submitted {submission_id} to {cluster.address}; output {overrides.get('output.path', config.output.path)}")
-    mode = "RAY_AUTH_MODE=token " if cluster.token else ""
-    for verb, options in (("logs", " --follow"), ("stop", "")):
-        print(f"  {verb}: {mode}ray job {verb} {submission_id} --address {cluster.address}{options}", flush=True)
-    return _follow(client, submission_id) if asked.wait else 0
+    print(f"submitted {submission_id} to {address}; output {overrides.get('output.path', config.output.path)}")
+    for verb, extra in (("logs", " --follow"), ("stop", "")):
+        print(f"  {verb}: {mode}ray job {verb} {submission_id} --address {address}{extra}", flush=True)
+    return _follow(client, submission_id) if options.wait else 0
 
 
 def _config_class(job: str) -> type[CaptionConfig]:
     if job == "caption":
         return CaptionConfig
-    from jobs.evaluate import EvaluateConfig
+    from jobs.evaluate import EvaluateConfig  # loads packages that the caption job does without
 
     return EvaluateConfig
 
 
-def _values(config: CaptionConfig) -> dict[str, str]:
+def _paths_of(config: CaptionConfig) -> dict[str, str]:
     """The config's paths, by full name."""
-    found = {}
-    for name in _PATHS:
-        section, _, key = name.partition(".")
-        value = getattr(getattr(config, section, None), key, None)
-        if value is not None:
-            found[name] = value
-    return found
+    keys = {name: name.split(".") for name in _PATHS}
+    values = {name: getattr(getattr(config, section, None), key, None) for name, (section, key) in keys.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def find_token(environment: Mapping[str, str]) -> str | None:
-    """The token for the cluster, from where Ray looks for it; None where there is none. Raises ConfigError."""
-    if environment.get("RAY_AUTH_MODE") == "disabled":
-        return None
-    if environment.get("RAY_AUTH_TOKEN"):
-        return environment["RAY_AUTH_TOKEN"].strip()
-    named = environment.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named) if named else Path("~/.ray/auth_token").expanduser()
+def use_token() -> bool:
+    """Turn Ray's token authentication on where Ray would find a token here; whether it is on.
+
+    To be called before Ray is imported.
+    """
+    variables = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if any(map(os.environ.get, variables)) or Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    return os.environ.get("RAY_AUTH_MODE") == "token"
+
+
+def connect(address: str) -> tuple[Any, bool]:
+    """Ray's client for the cluster at this dashboard, and whether the cluster's head node is this machine.
+
+    Raises ClusterError when nothing answers, something other than a dashboard answers, or the token is refused.
+    """
+    import requests  # as slow to import as Ray
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for name in _ADDRESS_VARIABLES:  # to Ray's client they count for more than the address that it is given
+        os.environ.pop(name, None)
     try:
-        token = path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        if not named:
-            return None
-        raise ConfigError(f"RAY_AUTH_TOKEN_PATH: can't read {named}: {error.strerror}") from error
-    if not token:
-        raise ConfigError(f"the token file {path} is empty: `ray get-auth-token` on the head node prints the token")
-    return token
-
-
-def find_cluster(address: str, token: str | None) -> Cluster:
-    """The cluster at a dashboard's address. Raises ClusterError when it does not answer or refuses the token."""
-    import requests
-
-    headers = _headers(token)
-    try:
-        answer = requests.get(f"{address}/nodes?view=summary", headers=headers, timeout=_CONNECT_S)
-    except requests.RequestException as error:
+        requests.get(address, timeout=_CONNECT_S)  # Ray's client would wait for an answer without end
+        client: Any = JobSubmissionClient(address)
+        # Ray's client has no method for this path, but knows how to send the token.
+        nodes = client._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"{address} asks for a token: {_first_line(error)}. `ray get-auth-token` on the head node prints it: "
+            "put it into RAY_AUTH_TOKEN or into ~/.ray/auth_token"
+        ) from error
+    except (ValueError, LookupError, TypeError, RuntimeError, requests.HTTPError) as error:
+        raise ClusterError(
+            f"{address} answers, but not as a Ray dashboard does ({_first_line(error)}): "
+            "give the dashboard's address, port 8265 by default"
+        ) from error
+    except (requests.RequestException, ConnectionError) as error:
         raise ClusterError(
             f"no Ray dashboard answers at {address} ({type(error).__name__}): is the cluster up "
             "(`ray start --head`, `ray status`), and the dashboard's port, 8265 by default, open or forwarded to here?"
         ) from error
-    if answer.status_code in (401, 403):
-        found = "it refused the token that was found here" if token else "it asks for a token, and none was found here"
-        raise ClusterError(
-            f"{address}: {found}. `ray get-auth-token` on the head node prints it: "
-            "put it into RAY_AUTH_TOKEN or into ~/.ray/auth_token"
-        )
-    try:
-        nodes = answer.json()["data"]["summary"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ClusterError(
-            f"{address} answers, but not as a Ray dashboard does (HTTP {answer.status_code}): "
-            "give the dashboard's address, port 8265 by default"
-        ) from error
-    return Cluster(address, token, any(_is_here(node) for node in nodes))
+    return client, any(_is_head_here(node.get("raylet") or {}) for node in nodes)
 
 
-def _is_here(node: Mapping[str, Any]) -> bool:
-    """Whether a head node runs on this machine: a forwarded port makes a far one look near, so its address won't do."""
-    raylet = node.get("raylet") or {}
+def _is_head_here(raylet: Mapping[str, Any]) -> bool:
+    """By name and socket: with a forwarded port, the address of a distant cluster looks like one of this machine."""
     if not raylet.get("isHeadNode") or raylet.get("nodeManagerHostname") != socket.gethostname():
         return False
     return Path(raylet.get("rayletSocketName") or "/nowhere").is_socket()
 
 
-def settled_paths(paths: Mapping[str, str], cluster: Cluster) -> dict[str, str]:
+def absolute_paths(paths: Mapping[str, str], address: str, *, is_here: bool) -> dict[str, str]:
     """Overrides that make relative paths absolute where the head node is this machine.
 
     Raises ConfigError elsewhere: only code is sent, and what is written below it is lost with the job.
     """
-    settled = {}
+    absolute = {}
     for name, value in paths.items():
         if storage.is_remote(value) or value.startswith(("/", "~")):
             continue
         if name == "model.path" and not (value.startswith(("./", "../")) or Path(value).is_dir()):
             continue  # `demo`, or a hub name
-        if not cluster.is_here:
+        if not is_here:
             raise ConfigError(
-                f"{name}: {value} is relative, and {cluster.address} is another machine, which is sent the code only: "
+                f"{name}: {value} is relative, and {address} is another machine, which is sent the code only: "
                 "give a bucket (s3://..., gs://...) or an absolute path on a disk that the cluster's nodes share"
             )
-        settled[name] = os.path.abspath(value)
-    return settled
+        absolute[name] = os.path.abspath(value)
+    return absolute
 
 
 def entrypoint(job: str, config_paths: Sequence[str], overrides: Mapping[str, str]) -> str:
     """The command that the cluster runs in the folder that was sent. Raises ConfigError."""
-    words = ["exec", "python", "-m", f"jobs.{job}"]  # exec: Ray's signals are for the job, not for a shell
+    command = ["exec", "python", "-m", f"jobs.{job}"]  # exec: Ray's signals are for the job, not for a shell
     for path in config_paths:
         sent = os.path.relpath(path, ROOT)
         if not sent.startswith("configs" + os.sep):
             raise ConfigError(f"{path} is not among the files that are sent: put it into {ROOT / 'configs'}")
-        words += ["--config", sent]
-    for name, value in overrides.items():
-        words.append(f"--{name}={value}")
-    return " ".join(shlex.quote(word) for word in words)
+        command += ["--config", sent]
+    return shlex.join([*command, *(f"--{name}={value}" for name, value in overrides.items())])
 
 
 def runtime_environment(env: str, paths: Mapping[str, str]) -> dict[str, Any]:
-    """Ray's runtime environment: the code, and the packages where the image does not bring them."""
-    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    """Ray's runtime environment: the code, and the packages where the image does not have them."""
     commit = code_commit(ROOT)
-    if commit:
-        variables[COMMIT_VARIABLE] = commit
-    found: dict[str, Any] = {
-        "working_dir": str(ROOT),
-        "excludes": [] if paths["model.path"] == DEMO else [_DEMO_CHECKPOINT],
-        "env_vars": variables,
-    }
-    if env == "pip":
-        schemes = {value.partition("://")[0] for value in paths.values() if storage.is_remote(value)}
-        found["pip"] = {"packages": _packages(schemes)}
-    return found
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **({COMMIT_VARIABLE: commit} if commit else {})}
+    excludes = [] if paths["model.path"] == DEMO else [_DEMO_CHECKPOINT]
+    schemes = {value.partition("://")[0] for value in paths.values() if storage.is_remote(value)}
+    packages = {"pip": {"packages": _packages(schemes)}} if env == "pip" else {}
+    return {"working_dir": str(ROOT), "excludes": excludes, "env_vars": variables, **packages}
 
 
 def _packages(schemes: set[str]) -> list[str]:
-    """What pip is to install on each node: the project's dependencies as constraints.txt pins them, without Ray."""
+    """What pip installs on each node: the project's dependencies as constraints.txt pins them, without Ray."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = list(project["dependencies"])
     for scheme, extra in (("s3", "s3"), ("gs", "gcs")):
         if scheme in schemes:
             needed += project["optional-dependencies"][extra]
-    # The pins travel with the code. Ray keeps an environment by these lines, so the digest makes new pins a new one.
+    # The pins are sent with the code. Ray caches an environment by these lines: the digest makes new pins a new one.
     digest = hashlib.sha256((ROOT / "constraints.txt").read_bytes()).hexdigest()[:12]
     pins = f"-c ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/constraints.txt  # {digest}"
     return [pins, *(package for package in needed if not re.match(r"ray\b", package))]
 
 
-def _headers(token: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def _client(cluster: Cluster) -> Any:
-    # Ray lets these win over the address that it is given.
-    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-        os.environ.pop(name, None)
-    from ray.job_submission import JobSubmissionClient
-
-    try:
-        return JobSubmissionClient(cluster.address, headers=_headers(cluster.token))
-    except (RuntimeError, ConnectionError) as error:
-        raise ClusterError(f"{cluster.address}: {_first_line(error)}") from error
-
-
 def _follow(client: Any, submission_id: str) -> int:
-    """Show the job's logs till its end; gives its exit code."""
+    """Show the job's logs until it ends; returns its exit code."""
     try:
         details = asyncio.run(_show_logs(client, submission_id))
     except KeyboardInterrupt:
-        print(f"\nno longer following {submission_id}; it goes on", flush=True)
+        print(f"\nno longer following {submission_id}, which keeps running", flush=True)
         return EXIT_INTERRUPTED
-    status = str(details.status.value)
-    if status == "SUCCEEDED":
+    if details.status == "SUCCEEDED":
         return 0
-    if status == "STOPPED":
-        print(f"{submission_id} was stopped; submitting it again goes on where it was", flush=True)
+    if details.status == "STOPPED":
+        print(f"{submission_id} was stopped; submit it again to resume", flush=True)
         return EXIT_INTERRUPTED
-    if details.driver_exit_code is None:  # it never ran, or its node went away: its logs don't say why
+    if details.driver_exit_code is None:  # it never ran, or its node was lost: its logs don't say why
         raise ClusterError(f"{submission_id} failed: {str(details.message).strip()}")
     return int(details.driver_exit_code)
 
 
 async def _show_logs(client: Any, submission_id: str) -> Any:
-    """Print the logs as they come, through lost connections; gives the job's details once it has ended."""
-    import aiohttp
+    """Print the logs as they come, through lost connections; returns the job's details once it has ended."""
+    import aiohttp  # comes with Ray's client
 
     shown = 0
     while True:
         position = 0
         try:
             async for text in client.tail_job_logs(submission_id):  # always from the beginning
-                sys.stdout.write(text[max(0, shown - position) :])
-                sys.stdout.flush()
+                print(text[max(0, shown - position) :], end="", flush=True)
                 position += len(text)
                 shown = max(shown, position)
-        except (RuntimeError, OSError, aiohttp.ClientError) as error:
-            print(f"(the connection was lost: {_first_line(error)}; trying again)", file=sys.stderr)
-        try:
             details = client.get_job_info(submission_id)
             if details.status.is_terminal():
                 return details
-        except (RuntimeError, OSError) as error:
-            print(f"(the cluster does not answer: {_first_line(error)}; trying again)", file=sys.stderr)
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            print(f"(the connection was lost: {_first_line(error)}; trying again)", file=sys.stderr)
         await asyncio.sleep(_RECONNECT_S)
 
 

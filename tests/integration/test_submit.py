@@ -1,4 +1,5 @@
-"""Submitting: words, tokens, paths, what is sent; against small real servers. test_submit_cluster.py has a cluster."""
+"""Submitting: arguments, tokens, paths, what is sent; against small real servers. The cluster is in
+test_submit_cluster.py."""
 
 from __future__ import annotations
 
@@ -13,55 +14,69 @@ from pathlib import Path
 import pytest
 
 from jobs.command_line import parse_words
-from jobs.submit import (
-    ROOT,
-    Cluster,
-    entrypoint,
-    find_cluster,
-    find_token,
-    main,
-    read_words,
-    runtime_environment,
-    settled_paths,
-)
+from jobs.submit import ROOT, absolute_paths, connect, entrypoint, main, runtime_environment, use_token
 from pipeline.errors import ClusterError, ConfigError
 from tests.integration.ray_head import free_ports
 
-HERE = Cluster("http://127.0.0.1:8265", None, is_here=True)
-FAR = Cluster("http://head:8265", None, is_here=False)
+FAR = "http://head:8265"
 DEMO = str(ROOT / "configs" / "demo.yaml")
 
 
-def test_the_address_is_given_or_comes_from_ray_s_variables() -> None:
-    words = ["--config", "a.yaml", "--input.path", "x", "--no-wait"]
-    asked = read_words([*words, "--address", "http://head:8265/"], {"RAY_ADDRESS": "http://other:1"})
-    assert (asked.address, asked.wait, asked.config_paths) == ("http://head:8265", False, ["a.yaml"])
-    assert asked.overrides == {"input.path": "x"}
-    assert read_words(words, {"RAY_ADDRESS": "http://other:1"}).address == "http://other:1"
-    with pytest.raises(ConfigError, match="no cluster named"):
-        read_words(words, {})
-    with pytest.raises(ConfigError, match="expected the dashboard's address"):
-        read_words(words, {"RAY_ADDRESS": "head:6379"})
-    with pytest.raises(ConfigError, match="--env conda: allowed"):
-        read_words([*words, "--address", "http://head:8265", "--env", "conda"], {})
+def test_the_address_is_given_or_comes_from_ray_s_variables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nobody = [f"http://127.0.0.1:{port}" for port in free_ports(2)]
+    monkeypatch.setenv("RAY_ADDRESS", nobody[1])
+    arguments = ["--config", DEMO, "--input.path", "x", "--no-wait"]
+    assert main([*arguments, "--address", f"{nobody[0]}/"]) == 1
+    assert f"no Ray dashboard answers at {nobody[0]} " in capsys.readouterr().err
+    monkeypatch.setenv("RAY_ADDRESS", nobody[1])
+    assert main(arguments) == 1
+    assert f"no Ray dashboard answers at {nobody[1]} " in capsys.readouterr().err
 
 
-def test_a_token_is_found_where_ray_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("address", "more", "expected"),
+    [
+        (None, [], "arguments are required: --address"),
+        ("head:6379", [], "found head:6379; expected a dashboard's address"),
+        (FAR, ["--env", "conda"], "invalid choice: 'conda'"),
+        (FAR, ["--job", "plan"], "invalid choice: 'plan'"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    address: str | None,
+    more: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--config", DEMO, *more])
+    assert expected in capsys.readouterr().err
+
+
+def test_a_token_is_used_where_ray_finds_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert find_token({}) is None
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert not use_token()
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "given")
+            patch.setenv("RAY_AUTH_MODE", "disabled")
+            assert not use_token()
+            patch.delenv("RAY_AUTH_MODE")
+            assert use_token() and os.environ["RAY_AUTH_MODE"] == "token"
+            del os.environ["RAY_AUTH_MODE"]
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("from the default file\n")
-    assert find_token({}) == "from the default file"
-    named = tmp_path / "named"
-    named.write_text("from the named file")
-    assert find_token({"RAY_AUTH_TOKEN_PATH": str(named)}) == "from the named file"
-    assert find_token({"RAY_AUTH_TOKEN_PATH": str(named), "RAY_AUTH_TOKEN": "given"}) == "given"
-    assert find_token({"RAY_AUTH_TOKEN": "given", "RAY_AUTH_MODE": "disabled"}) is None
-    named.write_text("")
-    with pytest.raises(ConfigError, match="is empty"):
-        find_token({"RAY_AUTH_TOKEN_PATH": str(named)})
-    with pytest.raises(ConfigError, match=r"can't read .*nowhere"):
-        find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "nowhere")})
+    assert use_token()
+    del os.environ["RAY_AUTH_MODE"]
 
 
 @contextmanager
@@ -83,16 +98,19 @@ def server(status: int, body: bytes = b"") -> Iterator[str]:
         one.shutdown()
 
 
-def test_what_answers_wrongly_or_not_at_all_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_answers_wrongly_or_not_at_all_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(ClusterError, match=f"no Ray dashboard answers at {nobody}"):
-        find_cluster(nobody, None)
-    with server(401) as address, pytest.raises(ClusterError, match="asks for a token, and none was found here"):
-        find_cluster(address, None)
-    with server(403) as address, pytest.raises(ClusterError, match=r"refused the token .* `ray get-auth-token`"):
-        find_cluster(address, "wrong")
+        connect(nobody)
+    for status in (401, 403):
+        with server(status) as address, pytest.raises(ClusterError, match=r"asks for a token: .* `ray get-auth-token`"):
+            connect(address)
     with server(200, b"<html>hello</html>") as address, pytest.raises(ClusterError, match="not as a Ray dashboard"):
-        find_cluster(address, None)
+        connect(address)
+    with server(500) as address, pytest.raises(ClusterError, match="not as a Ray dashboard"):
+        connect(address)
     assert main(["--address", nobody, "--config", DEMO]) == 1
     assert capsys.readouterr().err.startswith("error: no Ray dashboard answers")
 
@@ -102,16 +120,16 @@ def test_relative_paths_are_made_absolute_here_and_refused_for_another_machine(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     kept = {"input.path": "s3://data/in", "output.path": "/shared/out", "model.path": "Qwen/Qwen2-VL-2B-Instruct"}
-    assert settled_paths(kept, HERE) == settled_paths(kept, FAR) == {}
-    assert settled_paths({"output.path": "out/a", "model.path": "demo"}, HERE) == {
+    assert absolute_paths(kept, FAR, is_here=True) == absolute_paths(kept, FAR, is_here=False) == {}
+    assert absolute_paths({"output.path": "out/a", "model.path": "demo"}, FAR, is_here=True) == {
         "output.path": str(tmp_path / "out/a")
     }
     with pytest.raises(ConfigError, match=r"output\.path: out/a is relative, and http://head:8265 is another machine"):
-        settled_paths({"output.path": "out/a"}, FAR)
+        absolute_paths({"output.path": "out/a"}, FAR, is_here=False)
     (tmp_path / "weights").mkdir()
-    assert settled_paths({"model.path": "weights"}, HERE) == {"model.path": str(tmp_path / "weights")}
+    assert absolute_paths({"model.path": "weights"}, FAR, is_here=True) == {"model.path": str(tmp_path / "weights")}
     with pytest.raises(ConfigError, match=r"model\.path"):
-        settled_paths({"model.path": "weights"}, FAR)
+        absolute_paths({"model.path": "weights"}, FAR, is_here=False)
 
 
 def test_the_command_survives_a_shell_with_every_override_as_it_was() -> None:

@@ -142,7 +142,7 @@ def stop_and_go_on(head: RayHead, manifest: Path, held: str, released: threading
     printed = job.stdout.read()
     job.wait()
     released.set()
-    assert "submitting it again goes on where it was" in printed
+    assert "was stopped; submit it again to resume" in printed
     assert re.search(rf"stopped: \d+ of {num_rows} rows are done; the same command resumes", printed), printed
     assert job.returncode == 2, "make's own, for our 130"
     before = json.loads((output / "run.json").read_text())
@@ -171,7 +171,9 @@ def test_a_job_s_own_error_is_read_in_the_logs_and_passed_on(head: RayHead, tmp_
     assert re.search(rf"^error: .*{re.escape(str(ROOT / 'out' / 'nowhere'))}", done.stdout, re.MULTILINE), done.stdout
 
 
-@pytest.mark.parametrize(("token", "expected"), [("wrong", "refused the token"), ("", "asks for a token")])
+@pytest.mark.parametrize(
+    ("token", "expected"), [("wrong", "Invalid authentication token"), ("", "Missing authentication token")]
+)
 def test_a_wrong_or_missing_token_is_our_error(head: RayHead, tmp_path: Path, token: str, expected: str) -> None:
     environment = {name: value for name, value in head.environment.items() if not name.startswith("RAY_AUTH")}
     done = subprocess.run(
