@@ -20,6 +20,7 @@ from pipeline.errors import (
     NoVideoStream,
     TruncatedMedia,
     UnsupportedMedia,
+    first_line,
 )
 from pipeline.preprocess.image import Encoded, looks_like
 from pipeline.preprocess.limits import MediaOptions
