@@ -12,6 +12,7 @@ from bisect import bisect_right
 import av
 import numpy as np
 
+from pipeline.errors import first_line
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.video.container import check_duration, check_num_frames, stated_rate
 from pipeline.preprocess.video.timing import Timeline, constant_rate
