@@ -25,6 +25,8 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-def local_gpu_name() -> str | None:
-    """The name of this machine's first GPU; None where there is none."""
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+def gpu_name(device: torch.device | None = None) -> str | None:
+    """The name of a GPU as its driver gives it, by default of this machine's first; None for a CPU."""
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        return None
+    return torch.cuda.get_device_name(device or 0)

@@ -18,7 +18,7 @@ from pipeline.engine.admission import AdmissionRules
 from pipeline.engine.attention.choose import pick_attention
 from pipeline.engine.block_manager import BlockManager
 from pipeline.engine.cuda_graph import DecodeGraphs
-from pipeline.engine.device import current
+from pipeline.engine.device import current, gpu_name
 from pipeline.engine.encoded_media import EncodedMedia
 from pipeline.engine.interface import Detokenize, Engine
 from pipeline.engine.kv_cache import make_cache
@@ -155,6 +155,7 @@ class NativeEngine(Engine):
             "kind": "native",
             "model": self.checkpoint.name,
             "device": str(self.checkpoint.device),
+            "gpu": gpu_name(self.checkpoint.device),
             "devices": len(set(self.checkpoint.layer_devices)),
             "dtype": str(self.checkpoint.dtype).removeprefix("torch."),
             "matmul_dtype": str(self.runner.text.lm_head.weight.dtype).removeprefix("torch."),

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from pipeline.engine.admission import AdmissionRules
 from pipeline.engine.attention.choose import flash_attn_installed
-from pipeline.engine.device import current
+from pipeline.engine.device import current, gpu_name
 from pipeline.engine.interface import Detokenize, Engine
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sampler import sample, sample_row
@@ -87,6 +87,7 @@ class ReferenceEngine(Engine):
             "kind": "transformers",
             "model": self.checkpoint.name,
             "device": str(self.checkpoint.device),
+            "gpu": gpu_name(self.checkpoint.device),
             "dtype": str(self.checkpoint.dtype).removeprefix("torch."),
             "attention": self.attention,
             "batch_size": self.options.batch_size,

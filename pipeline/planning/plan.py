@@ -246,9 +246,9 @@ def _hardware(config: PlanConfig) -> tuple[Gpu | None, Engines]:
 
 def _local_gpu() -> str | None:
     """Name of this machine's GPU."""
-    from pipeline.engine.device import local_gpu_name  # loads torch, which a plan for a named GPU does without
+    from pipeline.engine.device import gpu_name  # loads torch, which a plan for a named GPU does without
 
-    return local_gpu_name()
+    return gpu_name()
 
 
 def _fit(config: PlanConfig, shape: ModelShape | None, gpu: Gpu | None, engines: Engines) -> tuple[int | None, Engines]:

@@ -1,7 +1,7 @@
 """Small JPEGs of the media that a report shows.
 
-Media are strangers' files, so the decoder process of the preprocessing stage decodes them: a codec that crashes, hangs
-or takes too much memory costs one picture. Only local files and bytes are read, never the network. Where no picture
+Media may be hostile, so the decoder process of the preprocessing stage decodes them: a codec that crashes, hangs or
+takes too much memory costs one picture. Only local files and bytes are read, never the network. Where no picture
 can be made, a reason is given. Knows where media lie; not codecs or pages.
 """
 

@@ -75,9 +75,9 @@ class RunReader:
     def __init__(self, path: str, storage_options: storage.StorageOptions = None) -> None:
         self._folder = RunFolder(path, storage_options)
         self.path = self._folder.path
-        found = self._json("run.json")
+        found = self._folder.read_run()
         self.run: dict[str, Any] = found or {}
-        self.metrics: dict[str, Any] | None = self._json("metrics.json")
+        self.metrics: dict[str, Any] | None = self._folder.read_json("metrics.json")
         self.is_finished = self._folder.is_finished()
         try:
             self._files = self._result_files()
@@ -172,18 +172,6 @@ class RunReader:
             footer.num_rows if file.counted is None else int(file.counted.sum())
             for file, footer in zip(self._files, footers, strict=True)
         ]
-
-    def _json(self, name: str) -> dict[str, Any] | None:
-        path = self._folder.file(name)
-        try:
-            values = json.loads(storage.read_bytes(path, self._folder.storage_options))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise OutputError(f"can't read {path}: {error}") from error
-        if not isinstance(values, dict):
-            raise OutputError(f"{path} holds a {type(values).__name__}; expected an object")
-        return values
 
     def _result_files(self) -> list[_ResultFile]:
         paths = [] if self.is_finished else self._folder.fragments()

@@ -49,13 +49,19 @@ class RunFolder:
 
     def read_run(self) -> dict[str, Any] | None:
         """The content of run.json; None when there is none."""
+        return self.read_json("run.json")
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The object in a JSON file; None when there is no such file. Raises OutputError."""
+        path = self.file(name)
         try:
-            values = json.loads(storage.read_bytes(self.file("run.json"), self.storage_options))
+            values = json.loads(storage.read_bytes(path, self.storage_options))
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise OutputError(f"{self.file('run.json')} is not JSON: {error}") from error
-        assert isinstance(values, dict)
+        except (OSError, ValueError) as error:
+            raise OutputError(f"can't read {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise OutputError(f"{path} holds a {type(values).__name__}; expected an object")
         return values
 
     def write_run(self, values: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The page: self-contained, escaped, complete, and honest about what it does not know."""
+"""The page: self-contained, escaped, complete, and without claims about what the run did not record."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_hostile_strings_stay_text(page: str) -> None:
     assert not set(page) & {"\u202e", "\u0000", "\u001b"}, "nothing that reverses or controls the terminal"
 
 
-def test_secrets_of_settings_and_urls_do_not_leave_the_house(page: str) -> None:
+def test_secrets_in_settings_and_urls_are_not_on_the_page(page: str) -> None:
     assert "AKIA-REAL" not in page
     assert "input.storage_options.key" in page, "the setting is named, its value is not"
     assert "http://minio" in page
     assert "user:pw" not in page
 
 
-def test_scores_stand_with_their_intervals_overall_and_by_slice(page: str, report: Report) -> None:
+def test_scores_have_their_intervals_overall_and_by_slice(page: str, report: Report) -> None:
     text = " ".join(_Tags(page).text.split())
     overall = report.scores.overall["exact_match"].estimate
     assert f"{100 * overall.value:.1f} %" in text
@@ -70,7 +70,7 @@ def test_scores_stand_with_their_intervals_overall_and_by_slice(page: str, repor
         assert name in text
 
 
-def test_what_ran_is_said_in_full(page: str) -> None:
+def test_model_engine_data_code_and_hardware_are_shown(page: str) -> None:
     text = " ".join(_Tags(page).text.split())
     for fact in (
         "Qwen/Qwen2-VL-2B-Instruct, revision 895c3a4", "greedy, at most 64 tokens", "commit 0123456789ab with changes",
@@ -114,7 +114,7 @@ def test_errors_are_counted_by_type_with_an_example_each(report: Report) -> None
     assert all(one.example is not None and one.example.error for one in report.errors)
 
 
-def test_pictures_are_shown_of_images_and_videos_with_words_for_those_who_do_not_see(page: str) -> None:
+def test_images_and_videos_have_pictures_with_alternative_text(page: str) -> None:
     tags = _Tags(page).tags
     pictures = [attrs for tag, attrs in tags if tag == "span" and "strip" in str(attrs.get("class"))]
     films = [attrs for attrs in pictures if "film" in str(attrs["class"])]
@@ -147,7 +147,7 @@ def test_a_row_in_several_fragments_counts_once_and_its_answer_wins(tmp_path: Pa
     assert (found.num_rows, found.num_ok) == (4, 4)
 
 
-def test_a_folder_without_run_json_or_rows_is_still_a_page_and_a_stranger_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_run_json_or_rows_has_a_page_and_one_with_neither_is_refused(tmp_path: Path) -> None:
     bare = write_run(tmp_path / "bare", [result_row(0), result_row(1)], run=None)
     assert "holds no run.json" in render_html(gather(str(bare), options=_QUICK))
     empty = tmp_path / "empty"
@@ -155,7 +155,7 @@ def test_a_folder_without_run_json_or_rows_is_still_a_page_and_a_stranger_is_ref
     (empty / "run.json").write_text(json.dumps({"state": "running"}))
     assert "0 rows" in render_html(gather(str(empty), options=_QUICK))
     (tmp_path / "stranger").mkdir()
-    with pytest.raises(OutputError, match=r"no run folder.*part-\*"):
+    with pytest.raises(OutputError, match=r"not a run folder.*part-\*"):
         gather(str(tmp_path / "stranger"))
 
 
@@ -179,7 +179,7 @@ def _pair(tmp_path: Path, change: Any) -> tuple[Path, Path]:
     return folders
 
 
-def test_a_regression_is_called_with_rows_that_show_it(tmp_path: Path) -> None:
+def test_a_regression_is_reported_with_rows_that_show_it(tmp_path: Path) -> None:
     def change(row: dict[str, Any]) -> dict[str, Any]:
         return {**row, "text": "wrong"} if row["manifest_row"] % 3 == 0 else row
 
@@ -204,7 +204,7 @@ def test_rows_that_all_score_the_same_are_not_both_best_and_worst(tmp_path: Path
     assert sections & {"best", "worst"} == shown
 
 
-def test_equal_runs_are_called_identical(tmp_path: Path) -> None:
+def test_equal_runs_are_reported_as_identical(tmp_path: Path) -> None:
     candidate, baseline = _pair(tmp_path, lambda row: row)
     text = render_html(gather(str(candidate), baseline=str(baseline), options=_QUICK))
     assert "Identical scores on all 40 rows" in text

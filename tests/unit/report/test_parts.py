@@ -81,13 +81,13 @@ _JSON = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(RUN)), _JSON))
-def test_whatever_run_json_holds_is_no_reason_to_fail(run: dict[str, Any]) -> None:
+def test_any_content_of_run_json_can_be_shown(run: dict[str, Any]) -> None:
     headline(run)
     speed(run, price_per_gpu_hour=2.0)
     list(settings_lines(run))
 
 
-def test_rates_follow_the_pace_and_pass_over_lines_without_the_count() -> None:
+def test_rates_follow_the_pace_and_skip_lines_without_the_count() -> None:
     progress = [{"t": 10.0 + second, "rows": 5 * second + 20 * max(second - 50, 0)} for second in range(101)]
     points = rates([*progress, {"t": 200.0}], "rows", max_points=10)
     assert len(points) <= 11
@@ -95,7 +95,7 @@ def test_rates_follow_the_pace_and_pass_over_lines_without_the_count() -> None:
     assert rates(progress, "output_tokens") == []
 
 
-def test_sources_lose_their_secrets_and_their_bulk() -> None:
+def test_sources_are_shown_without_secrets_and_shortened() -> None:
     assert shown_source("https://me:pw@host/a.png?X-Amz-Signature=1") == "https://host/a.png?…"
     assert shown_source("data:image/png;base64,AAAA") == "data:image/png;base64,…"
     assert shown_source("photos/what?.png") == "photos/what?.png"
@@ -124,7 +124,7 @@ def _size(picture: bytes) -> tuple[int, int]:
         return image.size
 
 
-def test_thumbnails_are_made_of_files_urls_and_videos_and_say_why_not(tmp_path: Path) -> None:
+def test_thumbnails_are_made_of_files_urls_and_videos_or_give_a_reason(tmp_path: Path) -> None:
     make_image(tmp_path / "tall.png", 3)
     encoded = base64.b64encode((tmp_path / "tall.png").read_bytes()).decode()
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff" + b"x" * 50)
@@ -142,7 +142,7 @@ def test_thumbnails_are_made_of_files_urls_and_videos_and_say_why_not(tmp_path: 
     assert gone.missing == remote.missing == "not on this machine"
 
 
-def test_embedded_images_are_read_from_the_manifest_by_their_place(tmp_path: Path) -> None:
+def test_embedded_images_are_read_from_the_manifest_by_row_key(tmp_path: Path) -> None:
     files = [Path(make_image(tmp_path / f"{number}.png", number)).read_bytes() for number in range(4)]
     column = [[{"bytes": data, "path": None}] for data in files]
     pq.write_table(pa.table({"pics": column}), tmp_path / "rows.parquet", row_group_size=2)
@@ -155,14 +155,14 @@ def test_embedded_images_are_read_from_the_manifest_by_their_place(tmp_path: Pat
     assert shown[2].missing == "inside the manifest, which can't be read from here"
 
 
-def test_pictures_stop_where_the_page_would_grow_too_large(tmp_path: Path) -> None:
+def test_no_more_pictures_are_made_once_their_bytes_are_used_up(tmp_path: Path) -> None:
     path = make_image(tmp_path / "a.png", 1)
     with ThumbnailMaker({}, max_bytes=1) as maker:
         first, second = (maker.thumbnails(_row(medium("image", path)))[0] for _ in range(2))
     assert first.pictures and second.missing == "left out to keep the page small"
 
 
-def test_the_command_writes_a_page_prints_markdown_and_refuses_strangers(
+def test_the_command_writes_a_page_prints_markdown_and_refuses_other_folders(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_run(tmp_path / "run", [result_row(number) for number in range(4)])
