@@ -1,4 +1,4 @@
-"""`python -m jobs.NAME --config FILE ... [--section.key value ...]`: words to overrides, help from the docstrings.
+"""`python -m jobs.NAME --config FILE ... [--section.key value ...]`: arguments to overrides, help from the docstrings.
 
 Knows the config's shape; not what any job does with it.
 """
@@ -43,15 +43,15 @@ def run_job(
     flags: Flags = FLAGS,
 ) -> int:
     """Load the config, run the job, and turn its errors into one line and an exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if any(word in ("-h", "--help") for word in words):
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in arguments or "--help" in arguments:
         print_help(model, name, about, flags)
         return 0
     try:
-        paths, overrides = parse_words(words, flags)
+        paths, overrides = parse_arguments(arguments, flags)
         return run(load_config(model, paths, overrides))
     except JobError as error:
-        if isinstance(error, RestartNeeded) and words == sys.orig_argv[-len(words) :]:
+        if isinstance(error, RestartNeeded) and arguments == sys.orig_argv[-len(arguments) :]:
             from pipeline.execution.run import restart_command  # loads Ray, which most commands can do without
 
             print(f"{error}: it starts again now", file=sys.stderr)
@@ -66,33 +66,26 @@ def run_job(
         return JobError.exit_code
 
 
-def parse_words(words: Sequence[str], flags: Flags = FLAGS) -> tuple[list[str], dict[str, str]]:
+def parse_arguments(arguments: Sequence[str], flags: Flags = FLAGS) -> tuple[list[str], dict[str, str]]:
     """The configs' paths and the overrides: `--a.b value` and `--a.b=value` alike. Raises ConfigError."""
     paths: list[str] = []
     overrides: dict[str, str] = {}
-    rest = list(words)
+    rest = list(arguments)
     while rest:
-        word = rest.pop(0)
-        key, equals, value = word.partition("=")
+        argument = rest.pop(0)
+        key, equals, value = argument.partition("=")
         if not key.startswith("--"):
-            raise ConfigError(f"found {word!r} on the command line; expected --config FILE or --section.key value")
-        if key in flags:
-            name, default = flags[key]
-            if equals or default is None:
-                overrides[name] = value if equals else _next(rest, key)
-            else:
-                overrides[name] = default
-        elif key == "--config":
-            paths.append(value if equals else _next(rest, key))
+            raise ConfigError(f"found {argument!r} on the command line; expected --config FILE or --section.key value")
+        name, default = flags.get(key, (key[2:], None))
+        if not equals:
+            if default is None and not rest:
+                raise ConfigError(f"{key} needs a value")
+            value = rest.pop(0) if default is None else default
+        if key == "--config":
+            paths.append(value)
         else:
-            overrides[key[2:]] = value if equals else _next(rest, key)
+            overrides[name] = value
     return paths, overrides
-
-
-def _next(rest: list[str], key: str) -> str:
-    if not rest:
-        raise ConfigError(f"{key} needs a value")
-    return rest.pop(0)
 
 
 def print_help(model: type[Section], name: str, about: str, flags: Flags = FLAGS) -> None:

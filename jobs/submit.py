@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.command_line import EXIT_INTERRUPTED, parse_words
+from jobs.command_line import EXIT_INTERRUPTED, parse_arguments
 from pipeline import storage
 from pipeline.checkpoint.locate import DEMO
 from pipeline.config import CaptionConfig, load_config
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the job's exit code, 130 when it was stopped."""
     options, rest = _parser().parse_known_args(argv)
     try:
-        paths, overrides = parse_words(rest)
+        paths, overrides = parse_arguments(rest)
         return submit(options, paths, overrides)
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""Compare a finished demo run with the truth: exact match for each task.
+"""Compare a finished demo run with the right answers: exact match for each task.
 
     python -m pipeline.demo.check RUN_FOLDER [--at-least 0.95]
 
-Exits 1 when a task is below the bar, or when the folder does not hold every manifest row once, in order.
+Exits 1 when a task is below that share, or when the folder does not hold every manifest row once, in order.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(run: Path, at_least: float) -> tuple[list[str], dict[str, tuple[int, int]]]:
-    """What is wrong with a run folder, and (right, rows) for each task."""
+    """The problems of a run folder, and (right, rows) for each task."""
     problems = []
     if not (run / "_SUCCESS").exists():
         problems.append(f"{run} has no _SUCCESS: the run is not finished")
     record = json.loads((run / "run.json").read_text())
     rows = [row for part in sorted(run.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
-    places = [(row["manifest_file"], row["manifest_row"]) for row in rows]
+    row_keys = [(row["manifest_file"], row["manifest_row"]) for row in rows]
     files = record["manifest"]["fingerprint"]["files"]
-    if places != [(file, row) for file, (_, _, count) in enumerate(files) for row in range(count)]:
+    if row_keys != [(file, row) for file, (_, _, count) in enumerate(files) for row in range(count)]:
         problems.append(f"{run} does not hold every manifest row once, in manifest order")
     scores: dict[str, tuple[int, int]] = {}
     for row in rows:

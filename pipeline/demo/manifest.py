@@ -5,7 +5,6 @@
 Columns: id, task, reference (the one right answer), and the question in whichever of the job's forms fits: `prompt`
 with `image`, `images` or `video`, or else `messages`. Paths are relative to the manifest. Every row comes from a seed
 that training never saw. Knows scenes and files; not the job.
-
 """
 
 from __future__ import annotations

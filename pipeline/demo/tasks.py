@@ -1,11 +1,12 @@
-"""Seven kinds of question about the drawn world, with exactly known answers.
+"""Seven kinds of question about synthetic scenes, with exactly known answers.
 
-Knows scenes and words; not files, tokens or models. `example(task, split, seed, index)` is a pure function: training
+Knows scenes and text; not files, tokens or models. `example(task, split, seed, index)` is a pure function: training
 draws from the split "train", demo manifests and evaluation from "held-out", so that no seed serves both.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,16 +51,11 @@ def picture_of_different(rng: random.Random) -> tuple[Scene, ...]:
     return (random_picture(rng, random_names(rng, rng.randint(1, 3))),)
 
 
-def picture_of_similar(rng: random.Random) -> tuple[Scene, ...]:
-    """One picture of one to three objects of two colours and two shapes: something to count."""
+def picture_of_similar(rng: random.Random, num_objects: int | None = None) -> tuple[Scene, ...]:
+    """One picture of one to three objects, or so many, of two colours and two shapes: something to count."""
     colours, shapes = rng.sample(list(COLOURS), 2), rng.sample(SHAPES, 2)
-    return (random_picture(rng, [(rng.choice(colours), rng.choice(shapes)) for _ in range(rng.randint(1, 3))]),)
-
-
-def picture_of_three(rng: random.Random) -> tuple[Scene, ...]:
-    """One picture of three objects of two colours and two shapes."""
-    colours, shapes = rng.sample(list(COLOURS), 2), rng.sample(SHAPES, 2)
-    return (random_picture(rng, [(rng.choice(colours), rng.choice(shapes)) for _ in range(3)]),)
+    number = num_objects or rng.randint(1, 3)
+    return (random_picture(rng, [(rng.choice(colours), rng.choice(shapes)) for _ in range(number)]),)
 
 
 def clip(rng: random.Random) -> tuple[Scene, ...]:
@@ -127,12 +123,21 @@ def count(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
 
 def yes_no(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
     """Whether an object is there; half of the missing ones share their colour or their shape with one that is."""
+    return _is_there(rng, media, _missing)
+
+
+def bound(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
+    """The hard yes/no questions: what is missing has the colour of one object in view and the shape of another."""
+    return _is_there(rng, media, _crossed)
+
+
+def _is_there(
+    rng: random.Random, media: tuple[Scene, ...], missing: Callable[[random.Random, list[Name]], Name]
+) -> tuple[str, str]:
     names = [(thing.colour, thing.shape) for thing in media[0].things]
-    if rng.random() < 0.5:
-        asked, answer = rng.choice(names), "yes"
-    else:
-        asked, answer = _missing(rng, names), "no"
-    return f"Is there a {asked[0]} {asked[1]}?", _sentence(answer)
+    is_there = rng.random() < 0.5
+    colour, shape = rng.choice(names) if is_there else missing(rng, names)
+    return f"Is there a {colour} {shape}?", _sentence("yes" if is_there else "no")
 
 
 def compare(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
@@ -181,17 +186,6 @@ def order(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
     return question, _sentence(f"the {answer} box")
 
 
-def bound(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
-    """The hard yes/no questions: what is missing has the colour of one object in view and the shape of another."""
-    names = [(thing.colour, thing.shape) for thing in media[0].things]
-    crossed = [(colour, shape) for colour, _ in names for _, shape in names if (colour, shape) not in names]
-    if rng.random() < 0.5:
-        asked, answer = rng.choice(names), "yes"
-    else:
-        asked, answer = rng.choice(crossed) if crossed else _missing(rng, names), "no"
-    return f"Is there a {asked[0]} {asked[1]}?", _sentence(answer)
-
-
 TASKS: dict[str, Task] = {
     "describe_image": Task(picture_of_different, describe_image),
     "describe_video": Task(clip, describe_video),
@@ -201,21 +195,27 @@ TASKS: dict[str, Task] = {
     "image_and_video": Task(picture_and_clip, image_and_video),
     "text": Task(nothing, text),
 }
-# Parts of those tasks that training asks by themselves.
 LESSONS: dict[str, Task] = TASKS | {
     "order": Task(nothing, order),
     "bound": Task(picture_of_different, bound),
-    "count_three": Task(picture_of_three, count),
+    "count_three": Task(functools.partial(picture_of_similar, num_objects=3), count),
     "move_and_stay": Task(clip_of_two, describe_video),
 }
+"""The tasks, and parts of them that training asks separately."""
 
 
-def _sentence(words: str) -> str:
-    return words[0].upper() + words[1:] + "."
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
 
 
 def _plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
+
+
+def _crossed(rng: random.Random, names: list[Name]) -> Name:
+    """An object that is not there, of the colour and the shape of two that are; any one where there is none."""
+    crossed = [(colour, shape) for colour, _ in names for _, shape in names if (colour, shape) not in names]
+    return rng.choice(crossed) if crossed else _missing(rng, names)
 
 
 def _missing(rng: random.Random, names: list[Name]) -> Name:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from jobs import caption
-from jobs.command_line import parse_words
+from jobs.command_line import parse_arguments
 from jobs.evaluate import EvaluateConfig
 from pipeline.config import CaptionConfig, load_config
 from pipeline.demo.scenes import Picture, draw_picture
@@ -49,7 +49,7 @@ def comment(config: str) -> list[str]:
 
 
 def commands(config: str) -> list[tuple[str, list[str]]]:
-    """(job, words) of every command in that comment; a backslash goes on in the next line."""
+    """(job, arguments) of every command in that comment; a backslash continues it in the next line."""
     text = "\n".join(comment(config)).replace("\\\n", " ")
     found = []
     for line in text.splitlines():
@@ -68,7 +68,7 @@ def _in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_config_loads_by_the_command_it_opens_with(config: str) -> None:
     assert commands(config), f"{config} does not say how it is run"
     for job, words in commands(config):
-        paths, overrides = parse_words(words)
+        paths, overrides = parse_arguments(words)
         assert config in paths
         load_config(JOBS[job], paths, overrides)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command_line import parse_words
+from jobs.command_line import parse_arguments
 from jobs.submit import ROOT, absolute_paths, connect, entrypoint, main, runtime_environment, use_token
 from pipeline.errors import ClusterError, ConfigError
 from tests.integration.ray_head import free_ports
@@ -136,7 +136,7 @@ def test_the_command_survives_a_shell_with_every_override_as_it_was() -> None:
     overrides = {"prompt.template": "It's a {kind}; $HOME?", "input.columns": '{"image": "url"}', "run.verbose": "true"}
     command = shlex.split(entrypoint("caption", [DEMO], overrides))
     assert command[:4] == ["exec", "python", "-m", "jobs.caption"]
-    assert parse_words(command[4:]) == ([os.path.join("configs", "demo.yaml")], overrides)
+    assert parse_arguments(command[4:]) == ([os.path.join("configs", "demo.yaml")], overrides)
     with pytest.raises(ConfigError, match="not among the files that are sent"):
         entrypoint("caption", ["/elsewhere/mine.yaml"], {})
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command_line import parse_words
+from jobs.command_line import parse_arguments
 from jobs.evaluate import EvaluateConfig
 from pipeline.config import CaptionConfig, fields_of, load_config
 from pipeline.errors import ConfigError
@@ -36,7 +36,7 @@ def test_each_config_is_laid_over_those_before_it(tmp_path: Path) -> None:
         "sampling: {max_tokens: 5, top_k: 3}\n"
     )
     scale.write_text("input: {keep: [y], columns: {video: clip}}\nsampling: {max_tokens: 7}\nprompt:\nmodel:\n")
-    paths, overrides = parse_words(["--config", str(job), f"--config={scale}", "--output.path", "p"])
+    paths, overrides = parse_arguments(["--config", str(job), f"--config={scale}", "--output.path", "p"])
     config = load_config(CaptionConfig, paths, overrides)
     assert (config.sampling.max_tokens, config.sampling.top_k) == (7, 3)
     assert config.input.columns == {"image": "url", "video": "clip"}
@@ -153,7 +153,9 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path: Path, content
 
 
 def test_words_may_be_joined_by_an_equals_sign_and_flags_have_short_forms() -> None:
-    paths, overrides = parse_words(["--config=a.yaml", "--sampling.seed=3", "--retry-failed=FetchError", "--verbose"])
+    paths, overrides = parse_arguments(
+        ["--config=a.yaml", "--sampling.seed=3", "--retry-failed=FetchError", "--verbose"]
+    )
     assert paths == ["a.yaml"]
     assert overrides == {"sampling.seed": "3", "run.retry_failed": "FetchError", "run.verbose": "true"}
 
@@ -188,7 +190,7 @@ def test_an_error_type_that_no_row_can_have_is_refused(asked: str, expected: str
 @pytest.mark.parametrize("words", [["--sampling.seed"], ["stray"], ["--config"]])
 def test_words_that_make_no_sense_are_refused(words: list[str]) -> None:
     with pytest.raises(ConfigError):
-        parse_words(words)
+        parse_arguments(words)
 
 
 def test_help_names_every_key_with_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:

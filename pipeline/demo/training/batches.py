@@ -2,18 +2,20 @@
 
 Knows samples and tensors; not the model's layers or the optimiser.
 
-    row 0   [system prompt][picture   ][question a, answer a][question b, answer b][clip      ][question c, answer c]
-            `- for all  -' `- for a and b                                         '`- for c                          '
+    row 0   [system prompt, picture][question a, answer a][question b, answer b][system prompt, clip][question c, ...]
+            `- trunk of a group ---'`- branch ----------- '`- branch -----------'`- trunk of the next group
 
-A token attends to the earlier ones of its own branch, to its branch's media and to the system prompt: what it sees,
-and where, is what it would see alone. One picture thus teaches five questions for little more than the cost of one.
+A token attends to the earlier ones of its own branch and to its group's trunk: what it sees, and where, is what it
+would see alone. One picture thus teaches five questions for little more than the cost of one.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -21,21 +23,23 @@ import numpy.typing as npt
 import torch
 
 from pipeline.demo.tasks import LESSONS, Example
-from pipeline.demo.training.samples import Sample, make_samples, pixel_values
-from pipeline.preprocess.prompt import TURN_END, TURN_START, ChatTokenizer
+from pipeline.demo.training.samples import Sample, make_sample, see_media
+from pipeline.engine import Medium
+from pipeline.engine.pixels import PixelTable
+from pipeline.preprocess.prompt import ChatTokenizer
 
 _PICTURE = ("describe_image", "count", "count", "yes_no", "yes_no")
-Groups: TypeAlias = Mapping[str, tuple[int, tuple[str, ...]]]
+Mix: TypeAlias = Mapping[str, tuple[int, tuple[str, ...]]]
 """How many groups of questions a batch holds by the task whose scenes they are about, and what is asked of each."""
 
 # At first, descriptions above all: every object's colour, shape and place in words is what teaches the model to see.
-_SEEING: Groups = {
+_SEEING: Mix = {
     "describe_image": (12, ("describe_image", "count", "yes_no")),
     "count": (2, _PICTURE),
     "describe_video": (2, ("describe_video",)),
     "text": (2, ("text",) * 2),
 }
-_ALL_TASKS: Groups = {
+_ALL_TASKS: Mix = {
     "describe_image": (6, _PICTURE),
     "count": (6, _PICTURE),
     "describe_video": (8, ("describe_video",)),
@@ -44,13 +48,13 @@ _ALL_TASKS: Groups = {
     "text": (4, ("text",) * 4),
 }
 # What is learned late gets more, what is learned early less.
-_LATE_TASKS: Groups = {
+_LATE_TASKS: Mix = {
     **_ALL_TASKS,
     "describe_video": (14, ("describe_video",)),
     "image_and_video": (3, ("image_and_video",)),
     "text": (6, ("text",) * 4),
 }
-_HARD_PARTS: Groups = {
+_HARD_PARTS: Mix = {
     "describe_image": (6, ("describe_image", "count", "yes_no", "bound", "bound")),
     "bound": (2, ("bound",) * 4),
     "count": (6, _PICTURE),
@@ -60,19 +64,19 @@ _HARD_PARTS: Groups = {
     "text": (2, ("text",) * 4),
     "order": (4, ("order",) * 6),
 }
-_HARDEST_PART: Groups = {
+_HARDEST_PART: Mix = {
     **_HARD_PARTS,
     "describe_video": (2, ("describe_video",)),
     "move_and_stay": (14, ("describe_video",)),
     "bound": (1, ("bound",) * 4),
     "order": (2, ("order",) * 6),
 }
-_LAST_PARTS: Groups = {
+_LAST_PARTS: Mix = {
     **_HARDEST_PART,
     "count": (3, _PICTURE),
     "count_three": (6, ("describe_image", "count", "count", "count", "bound", "bound")),
 }
-STAGES: Sequence[tuple[int, Groups]] = (
+STAGES: Sequence[tuple[int, Mix]] = (
     (0, _SEEING),
     (400, _ALL_TASKS),
     (1200, _LATE_TASKS),
@@ -84,26 +88,40 @@ STAGES: Sequence[tuple[int, Groups]] = (
 # Real H.264 for one clip in eight; the others only lose colour as in H.264, or drawing would outlast training.
 _CODEC_SHARE = 0.125
 _ROW_LENGTH = 256
+_TO_PIXELS = PixelTable(None, device=torch.device("cpu"), dtype=torch.float32)
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """B rows of length L."""
+class Group:
+    """Samples about the same media, whose prompts have the same beginning: the trunk, with the media in it."""
 
-    input_ids: torch.Tensor
-    """[B, L]"""
-    positions: torch.Tensor
-    """[3, B, L]"""
-    mask: torch.Tensor
-    """[B, 1, L, L]; True where a token may look."""
-    pixel_values: torch.Tensor | None
-    image_grid_thw: torch.Tensor | None
-    pixel_values_videos: torch.Tensor | None
-    video_grid_thw: torch.Tensor | None
-    target_places: torch.Tensor
-    """[T]; places in the flattened rows whose next token is part of an answer."""
+    samples: Sequence[Sample]
+
+    @cached_property
+    def trunk(self) -> int:
+        """Tokens of the trunk."""
+        if len(self.samples) == 1:
+            return len(self.samples[0].prompt_ids) - 1
+        shortest = min(len(sample.prompt_ids) for sample in self.samples)
+        ids = np.stack([sample.prompt_ids[:shortest] for sample in self.samples])
+        return int(np.argmax((ids != ids[0]).any(axis=0)))
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens of the trunk and of all branches."""
+        return self.trunk + sum(len(sample.input_ids) - self.trunk for sample in self.samples)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of length L with T tokens to predict."""
+
+    inputs: dict[str, torch.Tensor]
+    """For the model: ids [B, L], positions [3, B, L], a mask [B, 1, L, L] (True: a token may look there), media."""
+    before_targets: torch.Tensor
+    """[T]; indices in the flattened rows of the tokens whose next token is part of an answer."""
     targets: torch.Tensor
     """[T]"""
     weights: torch.Tensor
@@ -114,128 +132,93 @@ def training_batches(
     tokenizer: ChatTokenizer, *, seed: int, first_step: int = 0, part: int = 0, parts: int = 1
 ) -> Iterator[Batch]:
     """An endless stream of batches, or of one part in `parts` of each; the same arguments give the same stream."""
-    prefix_length = _system_prefix_length(tokenizer)
-    step = first_step
-    while True:
+    for step in itertools.count(first_step):
+        mix = [mix for start, mix in STAGES if start <= step][-1]
         groups = []
-        for task, (number, asked) in _groups_at(step).items():
-            for index in range(number):
-                if index % parts == part:
-                    rng = random.Random(f"train/{seed}/{task}/{step}/{index}")
-                    groups.append(_group(rng, task, asked, tokenizer))
-        yield pack(groups, prefix_length)
-        step += 1
+        for task, (number, asked) in mix.items():
+            for index in range(part, number, parts):
+                rng = random.Random(f"train/{seed}/{task}/{step}/{index}")
+                groups.append(_group(rng, task, asked, tokenizer))
+        yield pack(groups)
 
 
-def _groups_at(step: int) -> Groups:
-    return [groups for start, groups in STAGES if start <= step][-1]
+def _group(rng: random.Random, task: str, asked: Sequence[str], tokenizer: ChatTokenizer) -> Group:
+    """Samples about the same scenes, no question twice."""
+    scenes = LESSONS[task].scenes(rng)
+    # Two pictures can only be told apart by their numbers; questions about one medium come with and without.
+    vision_id = task == "compare" or rng.random() < 0.6
+    media = see_media(scenes, codec=rng.random() < _CODEC_SHARE)
+    examples = [Example(kind, scenes, *LESSONS[kind].ask(rng, scenes)) for kind in asked]
+    different = {one.question: one for one in examples}
+    return Group([make_sample(one, tokenizer, vision_id=vision_id, media=media) for one in different.values()])
 
 
-def pack(groups: Sequence[Sequence[Sample]], prefix_length: int, row_length: int = _ROW_LENGTH) -> Batch:
-    """Groups into as few rows as first-fit finds, the longest first.
-
-    The samples of a group share media; all samples share their first `prefix_length` tokens.
-    """
-    trunks = {id(group): _shared_length(group) for group in groups}
-
-    def length(group: Sequence[Sample]) -> int:
-        trunk = trunks[id(group)]
-        return trunk - prefix_length + sum(_length(sample) - trunk for sample in group)
-
-    rows: list[list[Sequence[Sample]]] = []
-    for group in sorted(groups, key=length, reverse=True):
-        room = row_length - prefix_length - length(group)
-        fitting = next((row for row in rows if sum(map(length, row)) <= room), None)
-        if fitting is None:
-            rows.append([group])
-        else:
-            fitting.append(group)
-    shape = len(rows), prefix_length + max(sum(map(length, row)) for row in rows)
-    input_ids, group_of, branch_of = np.zeros(shape, np.int64), np.full(shape, -2), np.full(shape, -1)
+def pack(groups: Sequence[Group]) -> Batch:
+    """Groups in as few rows as first-fit finds, the longest first."""
+    rows: list[list[Group]] = []
+    for group in sorted(groups, key=lambda group: group.num_tokens, reverse=True):
+        room = _ROW_LENGTH - group.num_tokens
+        row = next((row for row in rows if _num_tokens(row) <= room), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(group)
+    shape = len(rows), max(map(_num_tokens, rows))
+    input_ids, group_of, branch_of = np.zeros(shape, np.int64), np.full(shape, -1), np.full(shape, -1)
     positions = np.zeros((3, *shape), np.int64)
-    places, targets, weights = [], [], []
+    before_targets, targets, weights = [], [], []
     for index, row in enumerate(rows):
-
-        def put(sample: Sample, first: int, last: int, at: int, group: int, branch: int, index: int = index) -> int:
-            """Tokens `first` to `last` of a sample go to `at`; returns the place after them."""
-            end = at + last - first
-            input_ids[index, at:end] = np.concatenate([sample.prompt_ids, sample.answer_ids])[first:last]
-            positions[:, index, at:end] = sample.positions[:, first:last]
-            group_of[index, at:end], branch_of[index, at:end] = group, branch
-            return end
-
-        place = put(row[0][0], 0, prefix_length, 0, -1, -1)
-        for group_number, group in enumerate(row):
-            trunk = trunks[id(group)]
-            place = put(group[0], prefix_length, trunk, place, group_number, -1)
-            for branch_number, sample in enumerate(group):
-                place = put(sample, trunk, _length(sample), place, group_number, branch_number)
-                answer_length = len(sample.answer_ids)
-                places.append(index * shape[1] + np.arange(place - answer_length - 1, place - 1))
-                targets.append(sample.answer_ids)
-                # Between one vote a token and one vote an answer: short answers carry the hard bit.
-                weights.append(np.full(answer_length, answer_length**-0.5, np.float32))
-    ordered = [group[0] for row in rows for group in row]
+        end = 0
+        for number, group in enumerate(row):
+            # -1 is the trunk, as the first sample has it.
+            for branch, sample in enumerate([group.samples[0], *group.samples], start=-1):
+                tokens = slice(group.trunk, None) if branch >= 0 else slice(group.trunk)
+                ids = sample.input_ids[tokens]
+                place = index, slice(end, end + len(ids))
+                input_ids[place], group_of[place], branch_of[place] = ids, number, branch
+                positions[:, *place] = sample.positions[:, tokens]
+                end += len(ids)
+                if branch >= 0:
+                    length = sample.num_answer_tokens
+                    before_targets.append(index * shape[1] + np.arange(end - length - 1, end - 1))
+                    targets.append(sample.answer_ids)
+                    # Between a weight of one for each token and one for each answer: short answers are the hard ones.
+                    weights.append(np.full(length, length**-0.5, np.float32))
     weight = np.concatenate(weights)
     return Batch(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(positions),
-        torch.from_numpy(_mask(group_of, branch_of)),
-        *_pixels([s.image_patches for s in ordered], [grid for s in ordered for grid in s.image_grids]),
-        *_pixels([s.video_patches for s in ordered], [grid for s in ordered for grid in s.video_grids]),
-        torch.from_numpy(np.concatenate(places)),
+        {
+            "input_ids": torch.from_numpy(input_ids),
+            "position_ids": torch.from_numpy(positions),
+            "attention_mask": torch.from_numpy(_mask(group_of, branch_of)),
+            **media_inputs([medium for row in rows for group in row for medium in group.samples[0].media]),
+        },
+        torch.from_numpy(np.concatenate(before_targets)),
         torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         torch.from_numpy(weight / weight.sum()),
     )
 
 
+def _num_tokens(row: Sequence[Group]) -> int:
+    return sum(group.num_tokens for group in row)
+
+
 def _mask(group_of: Ints, branch_of: Ints) -> npt.NDArray[np.bool_]:
-    """[B, 1, L, L]: whether a token (row) may look at another (column); -1 is the shared part, -2 padding."""
-    look_group, seen_group = group_of[:, None, :, None], group_of[:, None, None, :]
-    look_branch, seen_branch = branch_of[:, None, :, None], branch_of[:, None, None, :]
-    same_branch = (seen_branch == -1) | (seen_branch == look_branch)
-    related = (seen_group == -1) | ((seen_group == look_group) & same_branch)
-    mask: npt.NDArray[np.bool_] = related & np.tril(np.ones((group_of.shape[1],) * 2, dtype=bool))
+    """[B, 1, L, L]: whether a token (row) may look at another (column)."""
+    same_group = group_of[:, None, :, None] == group_of[:, None, None, :]
+    seen_branch = branch_of[:, None, None, :]
+    same_branch = (seen_branch == -1) | (seen_branch == branch_of[:, None, :, None])
+    mask: npt.NDArray[np.bool_] = same_group & same_branch & np.tril(np.ones((group_of.shape[1],) * 2, dtype=bool))
     return mask
 
 
-def _pixels(
-    patches: list[npt.NDArray[np.uint8]], grids: list[tuple[int, int, int]]
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    if not grids:
-        return None, None
-    return torch.from_numpy(pixel_values(np.concatenate(patches))), torch.tensor(grids)
-
-
-def _group(rng: random.Random, task: str, asked: Sequence[str], tokenizer: ChatTokenizer) -> list[Sample]:
-    """Samples about the same scenes, no question twice."""
-    media = LESSONS[task].scenes(rng)
-    # Two pictures can only be told apart by their numbers; one medium is asked about with and without.
-    vision_id = task == "compare" or rng.random() < 0.6
-    codec = rng.random() < _CODEC_SHARE
-    made = {}
-    for kind in asked:
-        question, answer = LESSONS[kind].ask(rng, media)
-        made[question] = Example(kind, media, question, answer)
-    return make_samples(list(made.values()), tokenizer, vision_id=vision_id, codec=codec)
-
-
-def _shared_length(group: Sequence[Sample]) -> int:
-    """How many tokens all prompts of a group begin with; those of the media are among them."""
-    if len(group) == 1:
-        return len(group[0].prompt_ids) - 1
-    shortest = min(len(sample.prompt_ids) for sample in group)
-    ids = np.stack([sample.prompt_ids[:shortest] for sample in group])
-    return int(np.argmax((ids != ids[0]).any(axis=0)))
-
-
-def _system_prefix_length(tokenizer: ChatTokenizer) -> int:
-    """Tokens before the user's own: the system prompt and the opening of the turn."""
-    empty = Example("text", (), "", "")
-    sample = make_samples([empty], tokenizer, vision_id=False)[0]
-    end = tokenizer.encode(f"{TURN_END}\n{TURN_START}assistant\n", [])
-    return len(sample.prompt_ids) - len(end)
-
-
-def _length(sample: Sample) -> int:
-    return len(sample.prompt_ids) + len(sample.answer_ids)
+def media_inputs(media: Sequence[Medium]) -> dict[str, torch.Tensor]:
+    """Pixel values and grids of media, by the names that transformers' model gives them."""
+    inputs: dict[str, torch.Tensor] = {}
+    for kind, values, grids in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        mine = [medium for medium in media if medium.kind == kind]
+        if mine:
+            inputs[values] = _TO_PIXELS(torch.from_numpy(np.concatenate([medium.patches for medium in mine])))
+            inputs[grids] = torch.tensor([medium.grid_thw for medium in mine])
+    return inputs

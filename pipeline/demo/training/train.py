@@ -3,10 +3,10 @@
     python -m pipeline.demo.training.train --output FOLDER [--steps 3400] [--processes 2] [--seed 0] [--resume]
 
 Writes a standard Hugging Face checkpoint into FOLDER (config, weights in bfloat16, tokenizer, chat template,
-preprocessor, generation defaults, model card). The state of the training lies beside it in FOLDER.training/, saved
-every few hundred steps: the same command with --resume goes on from there. Knows nothing of the job.
+preprocessor, generation defaults, model card). The state of the training is saved every few hundred steps beside it, in
+FOLDER.training/: the same command with --resume continues from there. Knows nothing of the job.
 
-Each process has one thread, makes its own part of every batch and joins the others only to add up gradients: on a
+Each process has one thread, makes its own part of every batch and meets the others only to add up gradients: on a
 busy machine that is faster than one process of many threads, which wait for each other at every operation.
 """
 
@@ -16,6 +16,7 @@ import argparse
 import copy
 import json
 import platform
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -24,20 +25,26 @@ from typing import Any
 import torch
 import torch.distributed
 from torch.multiprocessing.spawn import spawn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
+from pipeline.demo import CHECKPOINT
 from pipeline.demo.tasks import TASKS
 from pipeline.demo.training import recipe
 from pipeline.demo.training.batches import Batch, training_batches
-from pipeline.demo.training.card import TrainingFacts, model_card
-from pipeline.demo.training.evaluate import score
-from pipeline.demo.training.optimiser import Muon
+from pipeline.demo.training.card import model_card
+from pipeline.demo.training.evaluate import score, transformers_options
 from pipeline.demo.training.tokens import special_token_ids, write_tokenizer
+from pipeline.engine import Engine
+from pipeline.engine.load import load_engine
+from pipeline.engine.reference import ReferenceEngine
+from pipeline.engine.weights import from_model
 from pipeline.preprocess.prompt import ChatTokenizer
 
 _WARM_UP_STEPS = 100
 _COOL_DOWN_SHARE = 0.45
 _AVERAGE_DECAY = 0.995
+_MUON_FACTOR = 2.0
+"""Muon's learning rate in parts of AdamW's."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
     parser.add_argument("--check-examples", type=int, default=50, help="held-out examples a task at each save")
     parser.add_argument("--final-examples", type=int, default=500, help="held-out examples a task for the model card")
-    parser.add_argument("--resume", action="store_true", help="go on from the state beside the output folder")
+    parser.add_argument("--resume", action="store_true", help="continue from the state beside the output folder")
     parser.add_argument("--note", default="", help="a sentence for the model card")
     args = parser.parse_args(argv)
     if not args.resume:
@@ -74,40 +81,39 @@ def _join(rank: int, args: argparse.Namespace, meeting: str) -> None:
 def prepare(folder: Path) -> None:
     """Write everything of the checkpoint that needs no training."""
     write_tokenizer(folder)
-    write_settings(folder)
+    for name in recipe.PROCESSOR_FILES:
+        shutil.copyfile(CHECKPOINT / name, folder / name)
 
 
-def write_settings(folder: Path) -> None:
-    """The preprocessors' and the generation settings, beside a written tokenizer."""
-    token_ids, _ = special_token_ids(folder)
-    for name, content in (
-        ("preprocessor_config.json", recipe.image_processor_config()),
-        ("video_preprocessor_config.json", recipe.video_processor_config()),
-        ("generation_config.json", recipe.generation_config(token_ids)),
-    ):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def new_model(folder: Path, seed: int) -> Any:
+    """A model with random weights, for the tokenizer in the folder."""
+    from transformers import Qwen2VLForConditionalGeneration
+
+    token_ids, vocab_size = special_token_ids(folder)
+    torch.manual_seed(seed)
+    model: Any = Qwen2VLForConditionalGeneration(recipe.model_config(vocab_size, token_ids))
+    model.generation_config.update(**recipe.generation_config(token_ids))
+    return model
 
 
 class Training:
-    """One process of a run: the model, its running average, the optimiser and the step they have reached."""
+    """One process of a run: the model, its running average, the optimisers and the step they have reached."""
 
     def __init__(self, args: argparse.Namespace, rank: int = 0) -> None:
-        from transformers import Qwen2VLForConditionalGeneration
-
         torch.set_num_threads(1)
         self.args, self.rank = args, rank
         self.output: Path = args.output
         self.state_file = self.output.parent / f"{self.output.name}.training" / "state.pt"
-        token_ids, vocab_size = special_token_ids(self.output)
-        torch.manual_seed(args.seed)
-        self.model: Any = Qwen2VLForConditionalGeneration(recipe.model_config(vocab_size, token_ids))
-        self.model.generation_config.update(**recipe.generation_config(token_ids))
+        self.model = new_model(self.output, args.seed)
         self.average: Any = copy.deepcopy(self.model).eval()
-        _embed_by_product(self.model)
-        self.parameters: list[torch.Tensor] = list(self.model.parameters())
-        matrices, others = _split(self.model)
-        self.muon = Muon(matrices, weight_decay=0.03, rank=rank, processes=args.processes)
+        matrices, others = trained_parameters(self.model)
+        self.parameters = [*matrices, *others]
+        # A patch's brightness and tint outweigh its edges a hundredfold, so that AdamW, which scales each number by
+        # itself, learns colours at once and shapes late. Muon makes an update equally long in every direction and
+        # learns both together. It is for the layers' matrices; their root mean square is matched to AdamW's.
+        self.muon = torch.optim.Muon(matrices, weight_decay=0.03 / _MUON_FACTOR, adjust_lr_fn="match_rms_adamw")
         self.adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
+        self.parts = {"model": self.model, "average": self.average, "adam": self.adam, "muon": self.muon}
         self.step, self.seconds = 0, 0.0
         if args.resume:
             self._load()
@@ -115,25 +121,22 @@ class Training:
 
     def run(self) -> None:
         """Train to the last step, then evaluate the weights as they were written and write the model card."""
-        self._say(f"{_size(self.model) / 1e6:.2f} M parameters, steps {self.step} to {self.args.steps}")
+        args = self.args
+        self._print(f"{_size(self.model) / 1e6:.2f} M parameters, steps {self.step} to {args.steps}")
         batches = training_batches(
-            self.tokenizer,
-            seed=self.args.seed,
-            first_step=self.step,
-            part=self.rank,
-            parts=self.args.processes,
+            self.tokenizer, seed=args.seed, first_step=self.step, part=self.rank, parts=args.processes
         )
         losses: list[float] = []
-        while self.step < self.args.steps:
+        while self.step < args.steps:
             started = time.perf_counter()
             losses.append(self._train_step(next(batches)))
             self.step += 1
             self.seconds += time.perf_counter() - started
-            if self.step % 25 == 0 or self.step == self.args.steps:
+            if self.step % 25 == 0 or self.step == args.steps:
                 mean, rate = sum(losses) / len(losses), self.seconds / self.step
-                self._say(f"step {self.step}  loss {mean:.4f}  lr {self._learning_rate():.2e}  {rate:.2f} s a step")
+                self._print(f"step {self.step}  loss {mean:.4f}  lr {self._learning_rate():.2e}  {rate:.2f} s a step")
                 losses.clear()
-            if self.step % self.args.save_every == 0 and self.step < self.args.steps and self.rank == 0:
+            if self.step % args.save_every == 0 and self.step < args.steps and self.rank == 0:
                 self._save()
                 self._check()
         if self.rank == 0:
@@ -142,42 +145,23 @@ class Training:
 
     def _train_step(self, batch: Batch) -> float:
         self.model.train()
-        hidden = self.model.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.mask,
-            position_ids=batch.positions,
-            pixel_values=batch.pixel_values,
-            image_grid_thw=batch.image_grid_thw,
-            pixel_values_videos=batch.pixel_values_videos,
-            video_grid_thw=batch.video_grid_thw,
-            use_cache=False,
-        ).last_hidden_state
-        # Only where an answer's token follows: the rest of the logits would be thrown away.
-        logits = self.model.lm_head(hidden.flatten(0, 1)[batch.target_places])
-        loss = (cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
+        loss = answer_loss(self.model, batch)
         torch.autograd.backward(loss)
-        self._add_gradients()
+        if self.args.processes > 1:
+            for parameter in self.parameters:
+                assert parameter.grad is not None
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= self.args.processes
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for group in self.adam.param_groups:
-            group["lr"] = self._learning_rate()
-        self.adam.step()
-        self.muon.step(self._learning_rate())
-        self.model.zero_grad(set_to_none=True)
+        for optimiser, factor in ((self.adam, 1.0), (self.muon, _MUON_FACTOR)):
+            for group in optimiser.param_groups:
+                group["lr"] = self._learning_rate() * factor
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         decay = min(_AVERAGE_DECAY, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), self.parameters, 1 - decay)
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         return float(loss.detach())
-
-    def _add_gradients(self) -> None:
-        if self.args.processes == 1:
-            return
-        gradients = [_gradient(parameter) for parameter in self.parameters]
-        together = torch.cat([gradient.flatten() for gradient in gradients])
-        torch.distributed.all_reduce(together)
-        together /= self.args.processes
-        parts = torch.split(together, [gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
 
     def _learning_rate(self) -> float:
         """Linear warm-up, a plateau, and a linear way down to nothing over the last steps."""
@@ -186,93 +170,80 @@ class Training:
         return float(self.args.learning_rate * max(share, 0.01))
 
     def _check(self) -> None:
-        if not self.args.check_examples:
-            return
-        started = time.perf_counter()
-        right = {task: score(self.average, self.tokenizer, task, self.args.check_examples, seed=1)[0] for task in TASKS}
-        line = "  ".join(f"{task} {number / self.args.check_examples:.0%}" for task, number in right.items())
-        self._say(f"  held out: {line}  ({time.perf_counter() - started:.0f} s)")
+        if self.args.check_examples:
+            started = time.perf_counter()
+            engine = ReferenceEngine(from_model(self.average), transformers_options("the average"))
+            accuracy = self._accuracy(engine, self.args.check_examples, seed=1)
+            line = "  ".join(f"{task} {share:.0%}" for task, share in accuracy.items())
+            self._print(f"  held out: {line}  ({time.perf_counter() - started:.0f} s)")
+
+    def _accuracy(self, engine: Engine, num_examples: int, *, seed: int) -> dict[str, float]:
+        return {task: score(engine, self.tokenizer, task, num_examples, seed=seed)[0] / num_examples for task in TASKS}
 
     def _save(self) -> None:
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "adam": self.adam.state_dict(),
-            "momenta": self.muon.momenta,
-            "step": self.step,
-            "seconds": self.seconds,
-        }
+        state = {name: part.state_dict() for name, part in self.parts.items()}
         partial = self.state_file.with_suffix(".partial")
-        torch.save(state, partial)
+        torch.save({**state, "step": self.step, "seconds": self.seconds}, partial)
         partial.replace(self.state_file)
 
     def _load(self) -> None:
         state = torch.load(self.state_file, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.adam.load_state_dict(state["adam"])
-        self.muon.momenta = state["momenta"]
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
         self.step, self.seconds = state["step"], state["seconds"]
 
     def _finish(self) -> None:
-        write_weights(self.average, self.output)
-        write_settings(self.output)  # in place of the generation settings that transformers derives
-        from transformers import Qwen2VLForConditionalGeneration
-
-        written: Any = Qwen2VLForConditionalGeneration.from_pretrained(self.output, dtype=torch.float32).eval()
+        """Write the averaged weights in bfloat16, as the family is published, and the model card."""
+        args = self.args
+        copy.deepcopy(self.average).to(torch.bfloat16).save_pretrained(self.output)
+        # In place of the generation settings that transformers derives:
+        settings = json.dumps(recipe.generation_config(special_token_ids(self.output)[0]), indent=2)
+        (self.output / "generation_config.json").write_text(settings + "\n", encoding="utf-8")
         accuracy = {}
-        for task in TASKS if self.args.final_examples else ():
-            right, _ = score(written, self.tokenizer, task, self.args.final_examples, seed=0)
-            accuracy[task] = right / self.args.final_examples
-            self._say(f"{task:<18}{accuracy[task]:>8.1%}")
-        facts = TrainingFacts(
-            command=f"python -m pipeline.demo.training.train --steps {self.args.steps} "
-            f"--processes {self.args.processes}",
-            seed=self.args.seed,
-            steps=self.args.steps,
-            minutes=self.seconds / 60,
-            machine=f"{self.args.processes} cores, {platform.machine()}, torch {torch.__version__}",
-            parameters=_size(written),
-            held_out_examples=self.args.final_examples,
+        if args.final_examples:
+            accuracy = self._accuracy(load_engine(transformers_options(self.output)), args.final_examples, seed=0)
+        command = f"python -m pipeline.demo.training.train --steps {args.steps} --processes {args.processes}"
+        machine = f"{args.processes} cores, {platform.machine()}, torch {torch.__version__}"
+        minutes = f"{self.seconds / 60:.0f} minutes ({machine})"
+        card = model_card(
+            made_by=f"`{command}` with seed {args.seed}: {args.steps} steps in\n{minutes}",
+            num_parameters=_size(self.model),
+            num_examples=args.final_examples,
             exact_match=accuracy,
-            note=self.args.note,
+            note=args.note,
         )
-        (self.output / "README.md").write_text(model_card(facts), encoding="utf-8")
-        self._say(str(facts))
+        (self.output / "README.md").write_text(card, encoding="utf-8")
+        self._print(card)
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self.rank == 0:
             print(line, flush=True)
 
 
-def write_weights(model: Any, folder: Path) -> None:
-    """`config.json`, `generation_config.json` and `model.safetensors`, in bfloat16 as the family is published."""
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+def trained_parameters(model: Any) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """The layers' matrices; and word embeddings, norms and biases.
 
-
-def _embed_by_product(model: Any) -> None:
-    """Embed patches by one matrix product: the same numbers as the convolution, whose backward is slow on a CPU."""
-    projection = model.model.visual.patch_embed.proj
-
-    def forward(patches: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(patches, projection.weight.flatten(1))
-
-    model.model.visual.patch_embed.forward = forward
-
-
-def _split(model: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The layers' matrices; and word embeddings, norms and biases."""
-    matrices: list[torch.Tensor] = []
-    others: list[torch.Tensor] = []
+    Makes the model embed patches by one matrix product: the same numbers as the convolution, whose backward pass is
+    slow on a CPU. The matrix is the convolution's own memory.
+    """
+    embedding = model.model.visual.patch_embed
+    projection = torch.nn.Parameter(embedding.proj.weight.detach().flatten(1))
+    embedding.proj.weight.requires_grad_(False)
+    embedding.forward = lambda patches: linear(patches, projection)
+    matrices: list[torch.nn.Parameter] = [projection]
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (others if parameter.ndim < 2 or "embed_tokens" in name else matrices).append(parameter)
+        if parameter.requires_grad:
+            (others if parameter.ndim < 2 or "embed_tokens" in name else matrices).append(parameter)
     return matrices, others
 
 
-def _gradient(parameter: torch.Tensor) -> torch.Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
+def answer_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """The batch's weighted cross entropy. Computes logits only where a token of an answer follows."""
+    hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
+    logits = model.lm_head(hidden.flatten(0, 1)[batch.before_targets])
+    return (cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
 
 
 def _size(model: Any) -> int:

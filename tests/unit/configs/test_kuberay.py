@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.command_line import parse_words
+from jobs.command_line import parse_arguments
 from pipeline.config import CaptionConfig, load_config
 from pipeline.execution.placement import Node, place
 from tests.unit.configs.kuberay_schema import problems, quantity
@@ -187,7 +187,7 @@ def test_groups_with_gpus_and_without() -> None:
 def test_the_job_s_entrypoint_loads_and_fits_the_cluster_that_it_starts_on() -> None:
     words = shlex.split(ray_document("kuberay-job.yaml")["spec"]["entrypoint"])
     assert words[:3] == ["python", "-m", "jobs.caption"]
-    paths, overrides = parse_words(words[3:])
+    paths, overrides = parse_arguments(words[3:])
     # The Dockerfile copies the configs there.
     config = load_config(CaptionConfig, [str(ROOT / Path(path).relative_to("/app")) for path in paths], overrides)
     for replicas, engines in (("minReplicas", 0), ("maxReplicas", 1)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,9 +14,13 @@ import torch
 
 from pipeline.demo import CHECKPOINT
 from pipeline.demo.tasks import TASKS, example
-from pipeline.demo.training import recipe
-from pipeline.demo.training.evaluate import greedy
-from pipeline.demo.training.samples import Sample, make_sample, pixel_values, rotary_positions
+from pipeline.demo.training.batches import media_inputs
+from pipeline.demo.training.evaluate import score, transformers_options
+from pipeline.demo.training.samples import Sample, make_sample, see_media
+from pipeline.demo.training.train import prepare
+from pipeline.engine import Engine, Request, SamplingParams
+from pipeline.engine.reference import ReferenceEngine
+from pipeline.engine.weights import from_model
 from pipeline.preprocess.prompt import ChatTokenizer
 
 FILES = {
@@ -41,6 +44,11 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
+def engine(model: Any) -> Engine:
+    return ReferenceEngine(from_model(model), transformers_options(CHECKPOINT))
+
+
+@pytest.fixture(scope="module")
 def tokenizer() -> ChatTokenizer:
     return ChatTokenizer(str(CHECKPOINT))
 
@@ -50,10 +58,12 @@ def test_its_files_are_there_and_small() -> None:
     assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 8_000_000
 
 
-def test_its_settings_are_those_of_the_recipe() -> None:
-    images = json.loads((CHECKPOINT / "preprocessor_config.json").read_text())
-    assert images == recipe.image_processor_config()
-    assert json.loads((CHECKPOINT / "video_preprocessor_config.json").read_text()) == recipe.video_processor_config()
+def test_the_recipe_starts_from_its_settings(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == FILES - {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    for name in written - {"tokenizer.json", "tokenizer_config.json"}:
+        assert (tmp_path / name).read_text() == (CHECKPOINT / name).read_text()
 
 
 @pytest.mark.slow  # most of its time are imports in a fresh process
@@ -83,28 +93,29 @@ assert not any(name.startswith("pipeline") for name in sys.modules)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_it_answers_held_out_questions(model: Any, tokenizer: ChatTokenizer, task: str) -> None:
-    made = [example(task, "held-out", 7, index) for index in range(10)]
-    samples = [make_sample(one, tokenizer, vision_id=True) for one in made]
-    answers = [tokenizer.decode(ids) for ids in greedy(model, samples, tokenizer)]
-    assert sum(answer == one.answer for answer, one in zip(answers, made, strict=True)) >= 9
+def test_it_answers_held_out_questions(engine: Engine, tokenizer: ChatTokenizer, task: str) -> None:
+    right, mistakes = score(engine, tokenizer, task, 10, seed=7)
+    assert right >= 9, mistakes
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_generate_with_transformers_own_positions_gives_the_same_answers(
-    model: Any, tokenizer: ChatTokenizer, task: str
+    engine: Engine, model: Any, tokenizer: ChatTokenizer, task: str
 ) -> None:
-    for index in range(2):
-        sample = make_sample(example(task, "held-out", 7, index), tokenizer, vision_id=True)
-        (expected,) = greedy(model, [sample], tokenizer)
-        assert tokenizer.decode(_generate(model, sample, tokenizer)) == tokenizer.decode(expected)
+    samples = [make_sample(example(task, "held-out", 7, index), tokenizer, vision_id=True) for index in range(2)]
+    requests = [Request(index, one.prompt_ids, one.media, SamplingParams(48)) for index, one in enumerate(samples)]
+    for sample, expected in zip(samples, engine.generate(requests), strict=True):
+        model.model.rope_deltas = None
+        out = model.generate(**_inputs(sample, tokenizer), max_new_tokens=48)
+        assert tuple(out[0, len(sample.prompt_ids) :].tolist()) == expected.token_ids
 
 
 def test_transformers_and_the_trained_rule_agree_on_positions(model: Any, tokenizer: ChatTokenizer) -> None:
     for task in TASKS:
         for index in range(20):
-            sample = make_sample(example(task, "held-out", 0, index), tokenizer, vision_id=True, codec=False)
-            if not sample.image_grids and not sample.video_grids:
+            made = example(task, "held-out", 0, index)
+            sample = make_sample(made, tokenizer, vision_id=True, media=see_media(made.media, codec=False))
+            if not sample.media:
                 continue
             inputs = _inputs(sample, tokenizer)
             theirs, _ = model.model.get_rope_index(
@@ -116,26 +127,8 @@ def test_transformers_and_the_trained_rule_agree_on_positions(model: Any, tokeni
             assert np.array_equal(theirs[:, 0].numpy(), sample.positions[:, : theirs.shape[2]])
 
 
-def test_positions_of_text_follow_the_largest_position_of_a_medium() -> None:
-    is_visual = np.array([0, 1, 1, 1, 1, 0, 0], dtype=bool)
-    positions = rotary_positions(is_visual, [(4, 2, 2)])
-    assert positions.tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 1, 1, 1, 5, 6], [0, 1, 1, 1, 1, 5, 6]]
-
-
-def _generate(model: Any, sample: Sample, tokenizer: ChatTokenizer) -> list[int]:
-    model.model.rope_deltas = None
-    out = model.generate(**_inputs(sample, tokenizer), max_new_tokens=48)
-    return [int(token) for token in out[0, len(sample.prompt_ids) :]]
-
-
 def _inputs(sample: Sample, tokenizer: ChatTokenizer) -> dict[str, torch.Tensor]:
     ids = torch.from_numpy(sample.prompt_ids.astype(np.int64))[None]
     kinds = (ids == tokenizer.image_pad_id).int() + 2 * (ids == tokenizer.video_pad_id).int()
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
-    if sample.image_grids:
-        inputs["pixel_values"] = torch.from_numpy(pixel_values(sample.image_patches))
-        inputs["image_grid_thw"] = torch.tensor(sample.image_grids)
-    if sample.video_grids:
-        inputs["pixel_values_videos"] = torch.from_numpy(pixel_values(sample.video_patches))
-        inputs["video_grid_thw"] = torch.tensor(sample.video_grids)
-    return inputs
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
+    return {**text, **media_inputs(sample.media)}

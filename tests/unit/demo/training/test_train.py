@@ -10,12 +10,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from pipeline.demo.tasks import TASKS, Example, example
-from pipeline.demo.training import recipe
-from pipeline.demo.training.batches import Batch, pack, training_batches
-from pipeline.demo.training.optimiser import orthogonalise
-from pipeline.demo.training.samples import make_sample, make_samples
-from pipeline.demo.training.tokens import special_token_ids
-from pipeline.demo.training.train import main, prepare
+from pipeline.demo.training.batches import Batch, Group, pack, training_batches
+from pipeline.demo.training.samples import make_sample, see_media
+from pipeline.demo.training.train import main, new_model, prepare
 from pipeline.preprocess.prompt import ChatTokenizer
 
 OPTIONS = ["--processes", "1", "--check-examples", "0", "--final-examples", "0"]
@@ -43,19 +40,17 @@ def test_two_steps_and_one_more_write_a_loadable_checkpoint(tmp_path: Path) -> N
 
 
 def test_questions_packed_side_by_side_see_what_each_would_see_alone(folder: Path) -> None:
-    from transformers import Qwen2VLForConditionalGeneration
-
     tokenizer = ChatTokenizer(str(folder))
-    ids, size = special_token_ids(folder)
-    torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(recipe.model_config(size, ids)).eval()
+    model = new_model(folder, seed=0).eval()
     made = example("describe_image", "train", 0, 0)
     asked = [made, Example("count", made.media, "How many objects are there?", "Two.")]
-    groups = [make_samples(asked, tokenizer, vision_id=True)]
-    groups += [[make_sample(example(task, "train", 0, 1), tokenizer, vision_id=True)] for task in TASKS]
-    together = _losses(model, pack(groups, prefix_length=14))
-    alone = torch.cat([_losses(model, pack([[sample]], prefix_length=14)) for group in groups for sample in group])
-    assert torch.allclose(together.sort().values, alone.sort().values, atol=1e-5)
+    media = see_media(made.media)
+    groups = [Group([make_sample(one, tokenizer, vision_id=True, media=media) for one in asked])]
+    groups += [Group([make_sample(example(task, "train", 0, 1), tokenizer, vision_id=True)]) for task in TASKS]
+    batch = pack(groups)
+    assert len(batch.inputs["input_ids"]) < len(groups)
+    alone = torch.cat([_losses(model, pack([Group([sample])])) for group in groups for sample in group.samples])
+    assert torch.allclose(_losses(model, batch).sort().values, alone.sort().values, atol=1e-5)
 
 
 def test_parts_of_a_batch_make_up_the_whole(folder: Path) -> None:
@@ -66,25 +61,9 @@ def test_parts_of_a_batch_make_up_the_whole(folder: Path) -> None:
     assert torch.equal(whole.targets.sort().values, torch.cat([part.targets for part in parts]).sort().values)
 
 
-def test_orthogonal_updates_have_directions_of_one_length() -> None:
-    torch.manual_seed(0)
-    for shape in ((8, 32), (32, 8), (16, 16)):
-        matrix = torch.randn(shape) @ torch.diag(torch.logspace(0, -1, shape[1]))
-        lengths = torch.linalg.svdvals(orthogonalise(matrix))
-        assert lengths.min() > 0.3 and lengths.max() < 1.3
-
-
 @torch.no_grad()
 def _losses(model: Any, batch: Batch) -> torch.Tensor:
     """The loss at every target, in the batch's order."""
-    hidden = model.model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
-        pixel_values=batch.pixel_values,
-        image_grid_thw=batch.image_grid_thw,
-        pixel_values_videos=batch.pixel_values_videos,
-        video_grid_thw=batch.video_grid_thw,
-    ).last_hidden_state
-    logits = model.lm_head(hidden.flatten(0, 1)[batch.target_places])
+    hidden = model.model(**batch.inputs).last_hidden_state
+    logits = model.lm_head(hidden.flatten(0, 1)[batch.before_targets])
     return cross_entropy(logits, batch.targets, reduction="none")
