@@ -183,7 +183,7 @@ def collect(reader: RunReader, *, size: int, seed: int = 0) -> Collected:
     return found
 
 
-def part_best_from_worst(found: Collected, scores: Mapping[int, Mapping[str, Any]]) -> None:
+def separate_best_from_worst(found: Collected, scores: Mapping[int, Mapping[str, Any]]) -> None:
     """No row is among both: what scores as high as the best is no "worst", what scores nothing no "best"."""
     best = [row for row in found.sections["best"] if scores[row]["score"] > 0.0]
     highest = max((scores[row]["score"] for row in best), default=float("inf"))

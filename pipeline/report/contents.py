@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pipeline import storage
 from pipeline.evaluation.comparison import compare_folders
 from pipeline.report.baseline import Baseline, read_baseline
-from pipeline.report.collect import Collected, ErrorKind, collect, part_best_from_worst
+from pipeline.report.collect import Collected, ErrorKind, collect, separate_best_from_worst
 from pipeline.report.facts import Speed, headline, number_at, rates_over_time, settings_lines, speed, text_at
 from pipeline.report.gallery import Card, CardMaker
 from pipeline.report.scores import ScoreDifference, Scores, read_differences, read_scores
@@ -167,7 +167,7 @@ def _cards(
     examples = [kind.example for kind in errors[: max(_MIN_ERROR_EXAMPLES, options.cards)]]
     shown = {number for numbers in found.sections.values() for number in numbers}
     scores = reader.fetch_scores(shown) if found.scores_fit else {}
-    part_best_from_worst(found, scores)
+    separate_best_from_worst(found, scores)
     found.sections["errors"] = examples[: options.cards]
     rows = reader.fetch(shown.union(examples))
     with ThumbnailMaker(reader.run) if options.thumbnails else contextlib.nullcontext() as thumbnails:

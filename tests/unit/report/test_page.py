@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import OutputError
 from pipeline.evaluation.comparison import compare_folders
-from pipeline.report import Report, ReportOptions, gather, render_html, render_markdown
+from pipeline.report import Report, ReportOptions, gather, render, render_html, render_markdown
 from tests.unit.report.runs import HOSTILE, RUN, error_row, result_row, write_run, write_scores
 
 _QUICK = ReportOptions(thumbnails=False)
@@ -223,6 +223,13 @@ def test_markdown_fits_a_pull_request_and_escapes_what_it_shows(report: Report) 
     assert "| Exact match |" in text and "| TruncatedMedia | decode | 2 |" in text
     assert "<script>" not in text and "\\<script\\>" in text
     assert len(text) < 5_000
+
+
+def test_a_page_that_is_too_large_has_no_pictures(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "_MAX_HTML_BYTES", 150_000)
+    smaller = render_html(report)
+    assert "base64" not in smaller and "no picture: left out to keep the page small" in smaller
+    assert len(smaller.encode()) < 150_000
 
 
 def test_the_same_folder_gives_the_same_gallery(rich: Path, report: Report) -> None:
