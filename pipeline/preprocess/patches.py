@@ -64,9 +64,9 @@ def _interpolate(frames: Uint8Array, height: int, width: int) -> Uint8Array:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of read-only arrays: nothing is written to them here
-        tensor = torch.from_numpy(frames)
-    # The permuted view has channels-last strides: the same values as a contiguous copy, 1.3 to 4 times faster.
-    tensor = tensor.permute(0, 3, 1, 2)
+        tensor = torch.from_numpy(frames.reshape(-1)).view(frames.shape).permute(0, 3, 1, 2)
+    # These strides are channels-last: the same values as of a contiguous copy, 1.3 to 4 times faster. Numpy's own would
+    # not do, because it gives an axis of length 1 a stride of 0, which torch takes for another layout.
     resized = interpolate(tensor, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
     out: Uint8Array = resized.permute(0, 2, 3, 1).numpy()
     return out

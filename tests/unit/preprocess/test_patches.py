@@ -69,6 +69,11 @@ def test_read_only_frames_are_resized_without_a_warning_and_without_being_change
     assert np.array_equal(locked, frames) and not recwarn.list
 
 
+def test_a_single_frame_is_resized_in_the_fast_channels_last_layout() -> None:
+    frame = np.random.default_rng(8).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    assert resize_frames(frame[None], 28, 56)[0].flags.c_contiguous
+
+
 @pytest.mark.parametrize("chunk_pixels", [60 * 44 * 2, 60 * 44 - 1])  # two frames at once; less than one
 def test_many_or_large_frames_are_resized_in_parts_as_they_are_at_once(
     monkeypatch: pytest.MonkeyPatch, chunk_pixels: int
