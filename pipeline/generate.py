@@ -1,8 +1,8 @@
 """Request rows in, result rows out: the engine stage.
 
-One `GenerateStage` lives in each engine actor. Ray calls it from many threads at once; all of them hand their rows
-to the one thread that owns the engine and wait for the answers, so rows of many calls share a batch.
-Knows the request and result schemas, text and the engine's interface; not Ray, nor how an engine works inside.
+One `GenerateStage` lives in each engine actor. Ray calls it from many threads at once; each hands its rows to the one
+thread that owns the engine and waits for the answers, so rows of many calls share a batch.
+Knows the request and result schemas, text and the engine's interface; not Ray, nor how an engine works.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from pipeline.engine import (
     Medium,
     Request,
     SamplingParams,
+    error_completions,
     load_engine,
     parse_sampling,
 )
 from pipeline.errors import EngineCrash, RowError, SettingError
-from pipeline.preprocess.patches import Resize
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.schema import ANSWER_FIELDS, Status, result_schema
 
@@ -42,38 +42,35 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What the engine stage needs to know; plain data, so that it travels to the actors."""
+    """What the engine stage needs to know; plain data, so that it can be sent to the actors."""
 
     engine: EngineOptions
-    image_mean: tuple[float, ...] | None
-    """As the checkpoint says; None is CLIP's, as for `image_std`."""
-    image_std: tuple[float, ...] | None
-    resize: Resize
     kept: pa.Schema
-    """The user's columns that go through to the results."""
+    """The user's columns that are copied to the results."""
     model_cache: ModelCache = field(default_factory=ModelCache)
-    """Where this machine keeps a checkpoint that lies in a bucket."""
+    """Where this machine keeps a checkpoint that comes from a bucket."""
 
 
 Step = Callable[[], Sequence[Completion]]
 WrapStep = Callable[[Step], Step]
-"""What is put around the engine's step, such as a profiler."""
+"""Wraps the engine's step, as a profiler does."""
 
 
 @dataclass
 class _Job:
-    """A request inside the engine thread: its samples so far, and who waits for them."""
+    """A request inside the engine thread: its finished samples, and the future of whoever waits for them."""
 
+    request_id: int
     request: Request
     answers: list[Completion] = field(default_factory=list)
     future: Future[list[Completion]] = field(default_factory=Future)
 
 
 class EngineThread:
-    """Owns an engine: takes requests from any thread, steps, and hands back each request's completions.
+    """Owns an engine: takes requests from any thread, steps, and returns each request's completions.
 
-    An exception out of a step would take every row in the engine with it. The rows are run again one at a time
-    instead; one that fails alone too is answered with EngineCrash, and the others never notice.
+    An exception from a step loses the state of every row in the engine. The rows are then run again one at a time; a
+    row that fails alone too is answered with EngineCrash, and the others are answered as usual.
     """
 
     def __init__(self, engine: Engine, wrap_step: WrapStep | None = None) -> None:
@@ -87,10 +84,10 @@ class EngineThread:
         self.idle_s = 0.0
         """Seconds without a row, after the first one came."""
         self.unfilled_s = 0.0
-        """Seconds of steps with no row waiting, by the share of the engine's places that were free. Like `idle_s`
-        counted only once a later row comes, so that the end of the job is no fault of preprocessing."""
+        """Seconds of steps while no row waited, times the share of the engine's rows that were free. Like `idle_s`,
+        counted only once a later row comes, so that the end of the job does not count as slow preprocessing."""
         self._unfilled = 0.0
-        self._places = float(engine.describe().get("max_running") or 0)
+        self._max_running = float(engine.describe().get("max_running") or 0)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -101,7 +98,7 @@ class EngineThread:
         with self._id_lock:
             request_id = self._next_id
             self._next_id += 1
-        job = _Job(Request(request_id, input_ids, media, sampling))
+        job = _Job(request_id, Request(request_id, input_ids, media, sampling))
         self._inbox.put(job)
         return job.future
 
@@ -111,9 +108,9 @@ class EngineThread:
         self._thread.join()
 
     def _run(self) -> None:
-        open_ = True
-        while open_ or self._jobs:
-            open_ = self._take_new() and open_
+        is_open = True
+        while is_open or self._jobs:
+            is_open = self._take_new() and is_open
             if not self._jobs:
                 continue
             started = time.perf_counter()
@@ -127,36 +124,30 @@ class EngineThread:
             seconds = time.perf_counter() - started
             self.busy_s += seconds
             self._unfilled += free * seconds
-            self._deliver(completions)  # last: whoever has the answer may ask for the seconds that it took
+            self._deliver(completions)  # last: whoever gets an answer may then read the seconds
 
     def _free_share(self) -> float:
-        """Share of the engine's places that no row is there for; 0 while rows wait, as for room in a prefill."""
-        if not self._places or self._engine.stats().get("waiting"):
+        """Share of the engine's rows that are free; 0 while rows wait, such as for room in a prefill."""
+        if not self._max_running or self._engine.stats().get("waiting"):
             return 0.0
-        return max(0.0, 1.0 - len(self._jobs) / self._places)
+        return max(0.0, 1.0 - len(self._jobs) / self._max_running)
 
     def _take_new(self) -> bool:
-        """Move new requests into the engine; wait for one when it has nothing else to do. False: closed."""
-        open_ = True
+        """Move new requests into the engine; wait for one when the engine is empty. False once closed."""
         while True:
             started = time.perf_counter()
             try:
                 job = self._inbox.get(block=not self._jobs)
             except queue.Empty:
-                return open_
+                return True
             if not self._jobs and self.busy_s:
                 self.idle_s += time.perf_counter() - started
             if job is None:
                 return False
             self.unfilled_s += self._unfilled
             self._unfilled = 0.0
-            self._jobs[self._key(job)] = job
+            self._jobs[job.request_id] = job
             self._engine.add(job.request)
-
-    @staticmethod
-    def _key(job: _Job) -> int:
-        assert isinstance(job.request.request_id, int)
-        return job.request.request_id
 
     def _deliver(self, completions: Sequence[Completion]) -> None:
         for completion in completions:
@@ -164,34 +155,29 @@ class EngineThread:
             job = self._jobs[completion.request_id]
             job.answers.append(completion)
             if len(job.answers) == job.request.sampling.n:
-                del self._jobs[completion.request_id]
+                del self._jobs[job.request_id]
                 job.future.set_result(sorted(job.answers, key=lambda answer: answer.index))
 
     def _run_alone(self, suspects: Sequence[_Job]) -> None:
         for job in suspects:
-            self._engine.abort(job.request.request_id)
+            self._engine.abort(job.request_id)
             job.answers.clear()
         for job in suspects:
             try:
                 self._engine.add(job.request)
-                while self._key(job) in self._jobs:
+                while job.request_id in self._jobs:
                     self._deliver(self._engine.step())
             except Exception as error:
                 log.exception("the engine failed on a row alone")
-                self._engine.abort(job.request.request_id)
-                del self._jobs[self._key(job)]
+                self._engine.abort(job.request_id)
+                del self._jobs[job.request_id]
                 crash = EngineCrash(f"the engine failed on this row, alone too: {type(error).__name__}: {error}")
-                job.future.set_result(
-                    [
-                        Completion(job.request.request_id, index, (), "error", error=crash)
-                        for index in range(job.request.sampling.n)
-                    ]
-                )
+                job.future.set_result(error_completions(job.request, crash))
 
 
 @dataclass
 class _Answer:
-    """A row's answer, or why there is none."""
+    """A row's completions, or an error; neither where preprocessing has left an error."""
 
     error: RowError | None = None
     completions: Sequence[Completion] = ()
@@ -199,17 +185,12 @@ class _Answer:
 
 
 class GenerateStage:
-    """The engine stage of one actor. Thread-safe: call it from as many threads as there are batches under way."""
+    """The engine stage of one actor. Thread-safe: it may be called from any number of threads at once."""
 
     def __init__(self, options: GenerateOptions, wrap_step: WrapStep | None = None) -> None:
-        self._options = options
-        engine = options.engine
-        engine = replace(engine, model_path=options.model_cache.local(engine.model_path, weights=True))
-        self._tokenizer = ChatTokenizer(engine.model_path, revision=engine.revision)
-        from pipeline.engine.pixels import pixel_table  # loads torch, which the driver does not need
-
-        table = pixel_table(options.image_mean, options.image_std, processor=options.resize)
-        self._engine = load_engine(engine, pixel_table=table, detokenize=self._tokenizer.decode)
+        path = options.model_cache.local(options.engine.model_path, weights=True)
+        self._tokenizer = ChatTokenizer(path, revision=options.engine.revision)
+        self._engine = load_engine(replace(options.engine, model_path=path), detokenize=self._tokenizer.decode)
         log.info("engine ready: %s", self._engine.describe())
         self._thread = EngineThread(self._engine, wrap_step)
         self._schema = result_schema(options.kept)
@@ -219,7 +200,7 @@ class GenerateStage:
         return self._engine.describe()
 
     def stats(self) -> dict[str, float]:
-        """The engine's counters, and the seconds it was busy and starved."""
+        """The engine's counters, and the seconds it was busy, idle and unfilled."""
         thread = self._thread
         times = {"busy_s": thread.busy_s, "idle_s": thread.idle_s, "unfilled_s": thread.unfilled_s}
         return {**self._engine.stats(), **times}
@@ -230,51 +211,45 @@ class GenerateStage:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Result rows (schema.result_schema) for request rows (schema.request_schema), in the same order."""
-        waiting = [self._submit(row) for row in _request_rows(table)]
-        answers = [self._wait(one) for one in waiting]
-        return self._result_table(answers, table)
+        pending = [self._submit(row) for row in _request_rows(table)]
+        return self._result_table([wait() for wait in pending], table)
 
     def crashed(self, table: pa.Table, error: RowError) -> pa.Table:
-        """Result rows that say why these requests were given up."""
-        return self._result_table([_Answer(error=error) for _ in range(table.num_rows)], table)
+        """Result rows that all have this error."""
+        return self._result_table([_Answer(error=error)] * table.num_rows, table)
 
-    def _submit(self, row: dict[str, Any]) -> _Answer | tuple[float, Future[list[Completion]]]:
+    def _submit(self, row: dict[str, Any]) -> Callable[[], _Answer]:
+        """Queue the row; the returned function waits for its answer."""
         if row["status"] != Status.OK:
-            return _Answer()
+            return lambda: _Answer()
         try:
             sampling = parse_sampling(row["sampling"])
         except ValueError as error:
-            return _Answer(error=SettingError(f"sampling: {error}"))
+            answer = _Answer(error=SettingError(f"sampling: {error}"))
+            return lambda: answer
         media = _media(row)
         for medium in media:
-            _ = medium.content_key  # computed here and kept, so that the engine's thread need not hash
-        return time.perf_counter(), self._thread.submit(row["input_ids"], media, sampling)
+            _ = medium.content_key  # hashed and cached here, so that the engine's thread need not
+        started = time.perf_counter()
+        future = self._thread.submit(row["input_ids"], media, sampling)
 
-    @staticmethod
-    def _wait(pending: _Answer | tuple[float, Future[list[Completion]]]) -> _Answer:
-        if isinstance(pending, _Answer):
-            return pending
-        started, future = pending
-        completions = future.result()
-        error = next((one.error for one in completions if one.error is not None), None)
-        return _Answer(error, completions, time.perf_counter() - started)
+        def wait() -> _Answer:
+            completions = future.result()
+            error = next((one.error for one in completions if one.error is not None), None)
+            return _Answer(error, completions, time.perf_counter() - started)
+
+        return wait
 
     def _result_table(self, answers: Sequence[_Answer], table: pa.Table) -> pa.Table:
         columns = {name: table.column(name) for name in self._schema.names if name in table.column_names}
-        written = [self._written(answer) for answer in answers]
-        for answer_field in ANSWER_FIELDS:
-            values = [row.get(answer_field.name) for row in written]
-            columns[answer_field.name] = pa.array(values, answer_field.type)
+        values = [self._answer_values(answer) for answer in answers]
+        for each in ANSWER_FIELDS:
+            columns[each.name] = pa.array([row.get(each.name) for row in values], each.type)
         if any(answer.error for answer in answers):
             columns.update(_with_errors(answers, table))
         return pa.table([columns[name] for name in self._schema.names], schema=self._schema)
 
-    def _text(self, completion: Completion) -> str:
-        """The answer as text, without the stop string that ended it and what came with its last token."""
-        text = self._tokenizer.decode(completion.token_ids)
-        return _before(text, completion.stop_reason) if isinstance(completion.stop_reason, str) else text
-
-    def _written(self, answer: _Answer) -> dict[str, Any]:
+    def _answer_values(self, answer: _Answer) -> dict[str, Any]:
         """The answer's columns; empty for an error row."""
         if answer.error is not None or not answer.completions:
             return {}
@@ -289,47 +264,43 @@ class GenerateStage:
             "generate_s": answer.seconds,
         }
 
-
-def _before(text: str, stop: str) -> str:
-    return text[: text.index(stop)] if stop in text else text
+    def _text(self, completion: Completion) -> str:
+        """The answer as text, up to the stop string that ended it."""
+        text = self._tokenizer.decode(completion.token_ids)
+        return text.partition(completion.stop_reason)[0] if isinstance(completion.stop_reason, str) else text
 
 
 def _with_errors(answers: Sequence[_Answer], table: pa.Table) -> dict[str, pa.Array]:
-    """The status columns, with the errors of this stage written over what preprocessing left."""
-    columns = {
-        name: table.column(name).to_pylist() for name in ("status", "error_stage", "error_type", "error_message")
-    }
+    """The status columns of preprocessing, overwritten where this stage has an error."""
+    names = ("status", "error_stage", "error_type", "error_message")
+    rows = list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
     for index, answer in enumerate(answers):
         if answer.error is not None:
-            columns["status"][index] = Status.ERROR.value
-            columns["error_stage"][index] = "generate"
-            columns["error_type"][index] = type(answer.error).__name__
-            columns["error_message"][index] = str(answer.error)
-    return {name: pa.array(values, pa.string()) for name, values in columns.items()}
+            rows[index] = (Status.ERROR.value, "generate", type(answer.error).__name__, str(answer.error))
+    return {name: pa.array([row[column] for row in rows], pa.string()) for column, name in enumerate(names)}
 
 
 def _request_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """What the engine needs of each row; token ids and patches are views of the table's own memory."""
-    small: list[dict[str, Any]] = table.select(["status", "sampling", "media"]).to_pylist()
+    """What the engine needs of each row; token ids and patches are views of the table's memory."""
+    rows: list[dict[str, Any]] = table.select(["status", "sampling", "media"]).to_pylist()
     ids = [scalar for chunk in table.column("input_ids").chunks for scalar in chunk]
     patches = [scalar for chunk in table.column("patches").chunks for scalar in chunk]
-    for row, ids_scalar, patches_scalar in zip(small, ids, patches, strict=True):
+    for row, ids_scalar, patches_scalar in zip(rows, ids, patches, strict=True):
         if row["status"] == Status.OK:
             row["input_ids"] = ids_scalar.values.to_numpy(zero_copy_only=True)
             row["patches"] = np.frombuffer(patches_scalar.as_buffer(), dtype=np.uint8)
-    return small
+    return rows
 
 
 def _media(row: dict[str, Any]) -> tuple[Medium, ...]:
-    """The row's media, cut from its one run of patches: each one's share follows from its kind and grid."""
+    """The row's media. Their patches lie one after another, and the share of each follows from its kind and grid."""
     media: list[Medium] = []
-    position = 0
+    start = 0
     for receipt in row["media"]:
-        t, grid_h, grid_w = receipt["grid_thw"]
-        shape = (t * grid_h * grid_w, PATCH_BYTES[receipt["kind"]])
-        size = shape[0] * shape[1]
-        patches = row["patches"][position : position + size].reshape(shape)
-        media.append(Medium(receipt["kind"], (t, grid_h, grid_w), patches))
-        position += size
-    assert position == len(row["patches"]), (position, len(row["patches"]))
+        t, h, w = receipt["grid_thw"]
+        stop = start + t * h * w * PATCH_BYTES[receipt["kind"]]
+        patches = row["patches"][start:stop].reshape(t * h * w, -1)
+        media.append(Medium(receipt["kind"], (t, h, w), patches))
+        start = stop
+    assert start == len(row["patches"]), (start, len(row["patches"]))
     return tuple(media)

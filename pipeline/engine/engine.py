@@ -10,8 +10,6 @@ import time
 from collections import deque
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from pipeline.engine.admission import AdmissionRules
@@ -50,7 +48,6 @@ class NativeEngine(Engine):
         checkpoint: Checkpoint,
         options: EngineOptions,
         *,
-        pixel_table: npt.NDArray[np.float32] | None = None,
         detokenize: Detokenize | None = None,
         overlap: bool | None = None,
     ) -> None:
@@ -69,7 +66,7 @@ class NativeEngine(Engine):
         max_context = min(options.max_context or checkpoint.max_context, checkpoint.max_context)
         with torch.no_grad():
             text = TextModel(checkpoint.model)
-            pixels = PixelTable(pixel_table, device=device, dtype=dtype)
+            pixels = PixelTable(options, device=device, dtype=dtype)
             vision = VisionModel(checkpoint.model, attention, pixels)
         self.max_batch_tokens = options.max_batch_tokens or (16384 if on_gpu else 2048)
         self.max_batch_patches = options.max_batch_patches or 4 * self.max_batch_tokens

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.engine.sequence import PATCH_BYTES
+from pipeline.engine.settings import EngineOptions
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -43,12 +44,10 @@ def pixel_table(
 
 
 class PixelTable:
-    """The lookup on one device in one dtype; without a table, CLIP's."""
+    """The lookup on one device in one dtype."""
 
-    def __init__(self, table: npt.NDArray[np.float32] | None, *, device: torch.device, dtype: torch.dtype) -> None:
-        table = pixel_table() if table is None else table
-        if table.shape != (3, 256):
-            raise ValueError(f"pixel_table has shape {table.shape}; expected (3, 256)")
+    def __init__(self, options: EngineOptions, *, device: torch.device, dtype: torch.dtype) -> None:
+        table = pixel_table(options.image_mean, options.image_std, processor=options.image_processor)
         self.values = torch.tensor(table, dtype=torch.float32).to(device=device, dtype=dtype).reshape(-1)
         self.offsets = (torch.arange(3, dtype=torch.int32) * 256).repeat_interleave(_PIXELS).to(device)
 

@@ -12,7 +12,6 @@ from collections import deque
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
@@ -37,12 +36,11 @@ class ReferenceEngine(Engine):
         checkpoint: Checkpoint,
         options: EngineOptions,
         *,
-        pixel_table: npt.NDArray[np.float32] | None = None,
         detokenize: Detokenize | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.options = options
-        self.pixels = PixelTable(pixel_table, device=checkpoint.device, dtype=checkpoint.dtype)
+        self.pixels = PixelTable(options, device=checkpoint.device, dtype=checkpoint.dtype)
         self.rules = StopRules(checkpoint.eos_token_ids, detokenize)
         self.admission = AdmissionRules(
             checkpoint.vocab_size,

@@ -154,5 +154,10 @@ class EngineOptions(EngineSettings):
     num_devices: int = setting(1, "GPUs over which the layers are spread; without effect on a CPU.", ge=1)
     max_context: int | None = setting(None, "Longest prompt plus output. None: what the checkpoint allows.", ge=1)
     num_threads: int | None = setting(None, "Threads for torch on a CPU. None leaves torch's own choice.", ge=1)
+    image_mean: tuple[float, ...] | None = None
+    """Of each channel, as the checkpoint's processor has it; None: CLIP's. The same for `image_std`."""
+    image_std: tuple[float, ...] | None = None
+    image_processor: Literal["torch", "pil"] = "torch"
+    """Which of transformers' processors the pixel values equal; the two round differently."""
     cuda_graphs: bool = True
     """Replay decode passes as CUDA graphs; only on a GPU."""

@@ -79,14 +79,17 @@ def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> 
         kept=kept,
         model_cache=cache,
     )
-    generate = GenerateOptions(
-        engine=engine_options(config, model_path),
+    engine = EngineOptions(
+        model_path=model_path,
+        revision=config.model.revision,
+        dtype=config.model.dtype,
+        device=config.model.device,
         image_mean=facts.image_mean,
         image_std=facts.image_std,
-        resize=config.media.resize,
-        kept=kept,
-        model_cache=cache,
+        image_processor=config.media.resize,
+        **asdict(config.engine),
     )
+    generate = GenerateOptions(engine, kept, cache)
     columns = tuple(dict.fromkeys([*needed_columns(manifest.schema.names, messages), *kept.names]))
     return Stages(preprocess, generate, columns)
 
@@ -145,15 +148,3 @@ def message_options(config: CaptionConfig) -> MessageOptions:
 
 def model_cache(config: CaptionConfig) -> ModelCache:
     return ModelCache(config.model.cache_dir or DEFAULT_FOLDER, config.model.storage_options)
-
-
-def engine_options(config: CaptionConfig, model_path: str) -> EngineOptions:
-    """The engine's settings, and which model to load."""
-    model = config.model
-    return EngineOptions(
-        model_path=model_path,
-        revision=model.revision,
-        dtype=model.dtype,
-        device=model.device,
-        **asdict(config.engine),
-    )

@@ -180,7 +180,7 @@ def stages(kind: Any, *, stop_strings: list[str] | None = None, engine: bool = T
     if not engine:
         return preprocess, None
     options = EngineOptions(model_path=str(CHECKPOINT), kind=kind, cache_gb=0.25)
-    return preprocess, GenerateStage(GenerateOptions(options, None, None, "torch", pa.schema([])))
+    return preprocess, GenerateStage(GenerateOptions(options, pa.schema([])))
 
 
 class PlacesEngine(CountingEngine):

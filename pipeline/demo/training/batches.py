@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.demo import CHECKPOINT
 from pipeline.demo.tasks import LESSONS, Example
 from pipeline.demo.training.samples import Sample, make_sample, see_media
-from pipeline.engine import Medium
+from pipeline.engine import EngineOptions, Medium
 from pipeline.engine.pixels import PixelTable
 from pipeline.preprocess.prompt import ChatTokenizer
 
@@ -88,7 +89,7 @@ STAGES: Sequence[tuple[int, Mix]] = (
 # Real H.264 for one clip in eight; the others only lose colour as in H.264, or drawing would outlast training.
 _CODEC_SHARE = 0.125
 _ROW_LENGTH = 256
-_TO_PIXELS = PixelTable(None, device=torch.device("cpu"), dtype=torch.float32)
+_TO_PIXELS = PixelTable(EngineOptions(str(CHECKPOINT)), device=torch.device("cpu"), dtype=torch.float32)
 
 Ints = npt.NDArray[np.int64]
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,6 @@ from pipeline.demo.scenes import Clip, Picture, draw_clip, draw_picture, random_
 from pipeline.demo.tasks import TASKS, example
 from pipeline.demo.training import recipe
 from pipeline.engine import Medium, Request, SamplingParams
-from pipeline.engine.pixels import pixel_table
 from pipeline.preprocess.patches import patchify_image, patchify_video, resize_frames
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.preprocess.size import grid_thw, num_visual_tokens, smart_resize
@@ -48,8 +47,7 @@ class World:
     odd_requests: list[Request]
     """Rows with a video of more steps than its frame has rows and columns: transformers numbers what follows it
     otherwise than the model was trained, and we don't."""
-    pixel_table: Floats
-    """For the engine: [3, 256]."""
+    image_processor: Literal["torch", "pil"]
 
     @property
     def cache_bytes(self) -> int:
@@ -103,7 +101,7 @@ def random_world(num_rows: int) -> World:
     candidates = mixed_requests(3 * num_rows)
     alike = [request for request in candidates if numbered_alike(request)]
     odd = [request for request in candidates if not numbered_alike(request)]
-    return _world(make_model(), alike, pixels, odd, num_rows, pixel_table())
+    return _world(make_model(), alike, pixels, odd, num_rows, "torch")
 
 
 def demo_world(num_rows: int) -> World:
@@ -113,17 +111,17 @@ def demo_world(num_rows: int) -> World:
     scenes = Scenes()
     requests = list(scenes.rows(num_rows + num_rows // 4))
     assert all(map(numbered_alike, requests))
-    return _world(model, requests, scenes.pixels, [], num_rows, pixel_table(processor="pil"))
+    return _world(model, requests, scenes.pixels, [], num_rows, "pil")
 
 
 def _world(
-    model: Any, requests: list[Request], pixels: Pixels, odd: list[Request], num_rows: int, table: Floats
+    model: Any, requests: list[Request], pixels: Pixels, odd: list[Request], num_rows: int, processor: Any
 ) -> World:
     answers = ((request, *plain_generate(model, request, pixels)) for request in requests)
     clear = ((request, tokens) for request, tokens, margin in answers if margin > SMALLEST_MARGIN)
     rows = list(islice(clear, num_rows))
     assert len(rows) == num_rows, f"{len(rows)} rows of {len(requests)} are clear; draw more"
-    return World(model, [request for request, _ in rows], [tokens for _, tokens in rows], odd, table)
+    return World(model, [request for request, _ in rows], [tokens for _, tokens in rows], odd, processor)
 
 
 class Scenes:

@@ -41,15 +41,14 @@ def native(world: World, *, overlap: bool = False, cache_tokens: int = 0, **opti
         options["cache_gb"] = (cache_tokens + 64) * world.cache_bytes / 1e9
     return NativeEngine(
         from_model(world.model),
-        EngineOptions(model_path="tiny", **options),
+        EngineOptions(model_path="tiny", image_processor=world.image_processor, **options),
         overlap=overlap,
-        pixel_table=world.pixel_table,
     )
 
 
 def reference(world: World, batch_size: int) -> ReferenceEngine:
-    options = EngineOptions(model_path="tiny", batch_size=batch_size)
-    return ReferenceEngine(from_model(world.model), options, pixel_table=world.pixel_table)
+    options = EngineOptions(model_path="tiny", image_processor=world.image_processor, batch_size=batch_size)
+    return ReferenceEngine(from_model(world.model), options)
 
 
 def test_rows_are_of_every_kind_and_answers_differ(world: World) -> None:

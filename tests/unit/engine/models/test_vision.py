@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.engine import EngineOptions
 from pipeline.engine.attention.sdpa import SdpaAttention
 from pipeline.engine.models.vision import VisionModel, plan_passes
 from pipeline.engine.pixels import PixelTable
@@ -34,7 +35,7 @@ def test_passes_hold_every_frame_once_within_the_budget(max_patches: int) -> Non
 
 @pytest.mark.parametrize("max_patches", [1, 50, 10_000])
 def test_packed_passes_equal_transformers_medium_by_medium(tiny_model: Any, max_patches: int) -> None:
-    table = PixelTable(None, device=torch.device("cpu"), dtype=torch.float32)
+    table = PixelTable(EngineOptions("tiny"), device=torch.device("cpu"), dtype=torch.float32)
     tower = VisionModel(tiny_model, SdpaAttention(), table)
     chosen = media()
     with torch.inference_mode():
@@ -54,14 +55,14 @@ def test_pixel_values_are_bit_equal_to_transformers_normalisation(dtype: torch.d
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]) * (1.0 / (1 / 255))
     pixels = patches.view(256, 3, 1, 196).float().expand(-1, -1, 2, -1)
     expected = (pixels - mean.view(3, 1, 1)).div_(std.view(3, 1, 1)).reshape(256, 1176).to(dtype)
-    table = PixelTable(None, device=torch.device("cpu"), dtype=dtype)
+    table = PixelTable(EngineOptions("tiny"), device=torch.device("cpu"), dtype=dtype)
     assert torch.equal(table(patches), expected)
     both_halves = patches.view(256, 3, 1, 196).expand(-1, -1, 2, -1).reshape(256, 1176)
     assert torch.equal(table(both_halves), expected)
 
 
-def test_a_table_of_the_callers_own_is_used() -> None:
-    table = np.zeros((3, 256), dtype=np.float32)
-    table[1] = 7.0
-    pixels = PixelTable(table, device=torch.device("cpu"), dtype=torch.float32)(torch.zeros(2, 588, dtype=torch.uint8))
-    assert pixels.view(2, 3, 2, 196)[:, 1].eq(7).all() and pixels.sum() == 2 * 2 * 196 * 7
+def test_the_checkpoint_s_own_mean_and_deviation_are_used() -> None:
+    options = EngineOptions("tiny", image_mean=(0.0, 0.5, 1.0), image_std=(1.0, 0.5, 2.0))
+    table = PixelTable(options, device=torch.device("cpu"), dtype=torch.float32)
+    pixels = table(torch.full((2, 588), 255, dtype=torch.uint8)).view(2, 3, 2, 196)
+    assert [pixels[:, channel].unique().tolist() for channel in range(3)] == [[1.0], [1.0], [0.0]]
