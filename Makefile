@@ -27,7 +27,7 @@ demo: $(STAMP)  ## caption a synthetic dataset and check the answers (half a min
 	@$(PY) -m pipeline.demo.check out/demo
 
 test: $(STAMP)  ## unit tests and a short end-to-end run (three minutes)
-	$(PYTEST) -n auto -m 'not slow and not gpu' tests/unit $(ARGS)
+	$(PYTEST) -n auto --dist loadfile -m 'not slow and not gpu' tests/unit $(ARGS)
 	$(PYTEST) -m 'end_to_end and not slow' tests/integration
 
 test-integration: $(STAMP)  ## tests with a real Ray, servers and the command line, and the slow unit tests (20 minutes)

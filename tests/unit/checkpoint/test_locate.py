@@ -109,6 +109,7 @@ def test_files_of_a_hub_name_are_found_missing_or_refused_with_the_reason(hub: s
     assert malformed.startswith("refused: the hub has no 'no/such/folder'")
 
 
+@pytest.mark.slow  # the client retries for a while
 def test_a_hub_that_can_t_be_reached_leaves_its_cache(hub: str, tmp_path: Path) -> None:
     ask(hub, tmp_path, ("org/model", "config.json", None))
     nowhere = "http://127.0.0.1:9"

@@ -27,13 +27,13 @@ from tests.unit.engine.tiny import IMAGE_PAD, VIDEO_PAD, tokens_of
 make_world = cache(lambda make, num_rows: make(num_rows))
 
 
-@pytest.fixture(scope="module", params=[(random_world, 300), (demo_world, 60)], ids=["random", "demo"])
+@pytest.fixture(scope="module", params=[(random_world, 120), (demo_world, 60)], ids=["random", "demo"])
 def world(request: pytest.FixtureRequest) -> World:
     made: World = make_world(*request.param)
     return made
 
 
-RANDOM = pytest.mark.parametrize("world", [(random_world, 300)], ids=["random"], indirect=True)
+RANDOM = pytest.mark.parametrize("world", [(random_world, 120)], ids=["random"], indirect=True)
 
 
 def native(world: World, *, overlap: bool = False, cache_tokens: int = 0, **options: Any) -> NativeEngine:
