@@ -7,6 +7,7 @@ This file is the whole run in order: prepare, run, finish, report.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from rich.console import Console
 from jobs.command_line import EXIT_INTERRUPTED, run_job
 from jobs.report import write_report
 from pipeline.config import CaptionConfig
+from pipeline.errors import JobError
 from pipeline.execution.cluster import job_output, stop_on_sigterm
 from pipeline.execution.prepare import CaptionJob, hold, prepare
 from pipeline.execution.progress import print_samples, print_summary
@@ -52,7 +54,8 @@ def run(config: CaptionConfig) -> int:
                 console.print(f"stopped: {done:,} of {total:,} rows are done; the same command resumes")
                 return EXIT_INTERRUPTED
             except BaseException:
-                job.close("failed")
+                with contextlib.suppress(JobError, OSError):  # what ended the run may keep run.json from being written
+                    job.close("failed")
                 raise
             report(job, console)
     return 0

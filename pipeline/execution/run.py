@@ -55,13 +55,21 @@ def run_on_ray(job: CaptionJob, console: Console) -> None:
                 _run_rows(job, placement, writer, supervision, console)
             except KeyboardInterrupt:
                 writer.flush()  # before the actors are asked for their stats, which may take a while
+                _read_stats(job, supervision)
                 raise
-            finally:
-                job.stats = supervision.stats()
-                if seconds_up := supervision.seconds_up():
-                    job.counts.rows_started = max(job.counts.started, time.monotonic() - seconds_up)
+            except Exception:
+                _read_stats(job, supervision)
+                supervision.kill_actors()
+                raise
+            _read_stats(job, supervision)
     finally:
         writer.flush()
+
+
+def _read_stats(job: CaptionJob, supervision: Supervision) -> None:
+    job.stats = supervision.stats()
+    if seconds_up := supervision.seconds_up():
+        job.counts.rows_started = max(job.counts.started, time.monotonic() - seconds_up)
 
 
 def finish(job: CaptionJob) -> None:

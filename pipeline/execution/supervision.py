@@ -145,6 +145,12 @@ class Supervisor:
                 )
         return found
 
+    def abandon(self) -> list[Any]:
+        """The job failed: no row is in progress any more. Returns the handles of all actors."""
+        for actor in self._actors.values():
+            actor.in_progress.clear()
+        return [actor.handle for actor in self._actors.values()]
+
     def num_restarts(self) -> int:
         """Actors that died and were restarted."""
         return self._num_restarts
@@ -172,6 +178,11 @@ class Supervision:
         """Profiles from this number on."""
         found: list[bytes] = ray.get(self.actor.traces.remote(first))
         return found
+
+    def kill_actors(self) -> None:
+        """End the stages of a job that failed: on a Ray that outlives the job they would keep their CPUs."""
+        for handle in self._ask(self.actor.abandon, []):
+            ray.kill(handle, no_restart=True)
 
     def _ask(self, method: Any, default: Any) -> Any:
         try:

@@ -32,6 +32,8 @@ _DOUBTFUL_S = 30.0
 """Seconds without a renewal after which a run looks again before it trusts its lease."""
 _SETTLE_S = 1.0
 _ATTEMPTS = 10
+_held: set[str] = set()
+"""Tokens of the leases that this process holds: one of its own that could not be deleted is a dead run's."""
 
 
 class Lease:
@@ -57,6 +59,7 @@ class Lease:
                         f"output.path (a dead run's lease ends after {STALE_S:.0f} s)"
                     )
                 if self._take(holder):
+                    _held.add(self._token)
                     self._renewer.start()
                     return self
         raise OutputError(f"{self._path} keeps changing: several runs start on this folder at once; start one again")
@@ -64,6 +67,7 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._renewer.join()
+        _held.discard(self._token)
         with contextlib.suppress(OSError):  # a bucket that can't be reached now: the lease expires
             if self._is_ours(self._read()):
                 storage.delete(self._path, self._options)
@@ -151,6 +155,8 @@ def _is_dead(holder: dict[str, Any]) -> bool:
         return True
     if holder.get("host") != socket.gethostname():
         return False
+    if holder["pid"] == os.getpid() and holder.get("began") == _began(os.getpid()):
+        return holder.get("token") not in _held
     try:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
