@@ -22,10 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def cpus(environment: dict[str, str], **resources: Any) -> float:
     """CPUs of the Ray that a fresh process gets for these settings."""
     code = f"""
+import ray
 from pipeline.execution.cluster import ray_cluster
 from pipeline.config import ResourcesConfig
-with ray_cluster(ResourcesConfig(**{resources!r})) as found:
-    print("CPUs", found["CPU"])
+with ray_cluster(ResourcesConfig(**{resources!r})):
+    print("CPUs", ray.cluster_resources()["CPU"])
 """
     clean = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
