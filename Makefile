@@ -26,11 +26,11 @@ demo: $(STAMP)  ## caption a synthetic dataset and check the answers (half a min
 	@$(PY) -m jobs.caption --config configs/demo.yaml $(ARGS)
 	@$(PY) -m pipeline.demo.check out/demo
 
-test: $(STAMP)  ## unit tests and a short end-to-end run (three minutes)
+test: $(STAMP)  ## unit tests and a short end-to-end run (four minutes)
 	$(PYTEST) -n auto --dist loadfile -m 'not slow and not gpu' tests/unit $(ARGS)
 	$(PYTEST) -m 'end_to_end and not slow' tests/integration
 
-test-integration: $(STAMP)  ## tests with a real Ray, servers and the command line, and the slow unit tests (20 minutes)
+test-integration: $(STAMP)  ## tests with a real Ray, servers and the command line, and the slow unit tests (25 minutes)
 	$(PYTEST) -m 'not end_to_end or slow' tests/integration $(ARGS)
 	$(PYTEST) -n auto -m 'slow and not gpu' tests/unit
 

@@ -153,7 +153,9 @@ def test_the_config_extends_the_caption_config() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (CHECKPOINT / "config.json").exists(), reason="the demo checkpoint is not here")
+@pytest.mark.skipif(
+    not (CHECKPOINT / "config.json").exists(), reason="pipeline/demo/checkpoint is missing: check it out to run this"
+)
 def test_the_demo_checkpoint_is_evaluated_end_to_end(tmp_path: Path) -> None:
     from pipeline.demo.manifest import write_demo_world
 

@@ -17,7 +17,7 @@ from jobs.caption import main
 from pipeline import storage
 
 pytest.importorskip("gcsfs", reason="pip install 'qwen2-vl-batch[gcs]' to run these")
-emulator = pytest.importorskip("gcp_storage_emulator.server")
+emulator = pytest.importorskip("gcp_storage_emulator.server", reason="pip install gcp-storage-emulator to run these")
 
 
 @pytest.fixture(scope="module")
