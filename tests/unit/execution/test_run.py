@@ -26,7 +26,8 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[Node]:
     monkeypatch.setattr(run, "live_nodes", lambda: list(alive))
     monkeypatch.setattr(run, "_LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(run, "_NOTICE_S", 0.0)
-    monkeypatch.delenv(run.RESTARTS_VARIABLE, raising=False)
+    monkeypatch.setenv(run.RESTARTS_VARIABLE, "")  # so that what the tests set is undone
+    monkeypatch.delenv(run.RESTARTS_VARIABLE)
     return alive
 
 
