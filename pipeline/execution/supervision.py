@@ -60,7 +60,6 @@ class Supervisor:
         self._actors: dict[str, _Actor] = {}
         self._deaths: dict[RowKey, int] = {}
         self._lone_deaths: dict[RowKey, int] = {}
-        self._num_restarts = 0
         self._first_row: float | None = None
         self._first_engine: float | None = None
         self._traces: list[bytes] = []
@@ -68,7 +67,6 @@ class Supervisor:
     def started(self, actor_id: str, kind: str, handle: Any) -> None:
         """An actor started, or restarted after it died: then its rows in progress are suspects."""
         if actor_id in self._actors:
-            self._num_restarts += 1
             self.died(actor_id)
         self._actors[actor_id] = _Actor(kind, handle)
         if kind == "engine" and self._first_engine is None:
@@ -150,10 +148,6 @@ class Supervisor:
         for actor in self._actors.values():
             actor.in_progress.clear()
         return [actor.handle for actor in self._actors.values()]
-
-    def num_restarts(self) -> int:
-        """Actors that died and were restarted."""
-        return self._num_restarts
 
 
 class Supervision:
