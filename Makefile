@@ -26,7 +26,7 @@ demo: $(STAMP)  ## caption a synthetic dataset and check the answers (half a min
 	@$(PY) -m jobs.caption --config configs/demo.yaml $(ARGS)
 	@$(PY) -m pipeline.demo.check out/demo
 
-test: $(STAMP)  ## unit tests and a short end-to-end run (four minutes)
+test: $(STAMP)  ## unit tests and a short end-to-end run (under three minutes)
 	$(PYTEST) -n auto --dist loadfile -m 'not slow and not gpu' tests/unit $(ARGS)
 	$(PYTEST) -m 'end_to_end and not slow' tests/integration
 
