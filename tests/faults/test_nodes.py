@@ -34,6 +34,7 @@ def cluster() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
+    ray.shutdown()  # the Ray that other tests share: a process joins one cluster only
     head = {"num_cpus": 2, "include_dashboard": False, "_system_config": QUICK_HEALTH_CHECKS}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     # Joined before there are other nodes: on one machine the driver could end up on any of them.
