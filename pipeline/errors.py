@@ -8,13 +8,23 @@
         |-- FetchError    stage fetch: MediaNotFound, AccessDenied, FetchTimeout, MediaTooLarge
         |-- MediaError    stage decode: UnsupportedMedia, TruncatedMedia, DecompressionBomb, AspectRatioError,
         |                 NoVideoStream, MediaTimeout, DecoderCrash, MediaMemoryError
-        `-- GenerateError stage generate: PromptTooLong, EngineOutOfMemory, EngineCrash
+        |-- GenerateError stage generate: PromptTooLong, EngineOutOfMemory, EngineCrash
+        `-- InternalError stage preprocess or generate: not foreseen, a fault of the code
 
 Knows no other module. A result row has the class's name as `error_type`, the message as `error_message`, and the
 `stage` as `error_stage`.
 """
 
 from __future__ import annotations
+
+import logging
+import traceback
+
+log = logging.getLogger(__name__)
+
+_MAX_TRACEBACK = 4000
+_logged: set[str] = set()
+"""Tracebacks that this process has logged."""
 
 
 class PipelineError(Exception):
@@ -163,6 +173,28 @@ class EngineOutOfMemory(GenerateError):
 
 class EngineCrash(GenerateError):
     """The engine died on this row, twice."""
+
+
+class InternalError(RowError):
+    """Code failed on this row in a way that nobody foresaw. The message ends with the traceback."""
+
+    stage = "preprocess"
+
+
+def as_row_error(error: BaseException) -> RowError:
+    """What an exception is to the row that caused it: a RowError itself, any other an InternalError, whose traceback is
+    logged once per process. Raises the exception where it concerns all rows, or ends the process."""
+    if isinstance(error, RowError):
+        return error
+    # Panics of libraries written in Rust are no `Exception`.
+    if isinstance(error, JobError | KeyboardInterrupt | SystemExit | GeneratorExit):
+        raise error
+    text = "".join(traceback.format_exception(error, limit=-8))
+    if text not in _logged and len(_logged) < 1000:
+        _logged.add(text)
+        log.error("a row failed in a way that was not foreseen\n%s", text)
+    summary = traceback.format_exception_only(error)[-1].strip().splitlines()[0][:300]
+    return InternalError(f"{summary}; not foreseen, please report it with this traceback:\n{text[-_MAX_TRACEBACK:]}")
 
 
 def row_error_types(kind: type[RowError] = RowError) -> dict[str, type[RowError]]:

@@ -7,11 +7,12 @@ Knows the request and result schemas, text and the engine's interface; not Ray, 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,9 +34,9 @@ from pipeline.engine import (
     load_engine,
     parse_sampling,
 )
-from pipeline.errors import EngineCrash, RowError, SettingError
+from pipeline.errors import EngineCrash, RowError, SettingError, as_row_error
 from pipeline.preprocess.prompt import ChatTokenizer
-from pipeline.schema import ANSWER_FIELDS, Status, result_schema
+from pipeline.schema import ANSWER_FIELDS, Status, error_values, result_schema
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ class EngineThread:
     """Owns an engine: takes requests from any thread, steps, and returns each request's completions.
 
     An exception from a step loses the state of every row in the engine. The rows are then run again one at a time; a
-    row that fails alone too is answered with EngineCrash, and the others are answered as usual.
+    row that fails alone too is answered with EngineCrash, and the others are answered as usual. An exception outside
+    the steps is a fault of the engine itself: whoever waits gets it, and so does whoever comes later.
     """
 
     def __init__(self, engine: Engine, wrap_step: WrapStep | None = None) -> None:
@@ -108,6 +110,16 @@ class EngineThread:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._run_until_closed()
+        except BaseException as error:
+            log.exception("the engine's thread failed")
+            waiting: Iterable[_Job | None] = itertools.chain([*self._jobs.values()], iter(self._inbox.get, None))
+            for job in waiting:
+                assert job is not None
+                job.future.set_exception(error)
+
+    def _run_until_closed(self) -> None:
         is_open = True
         while is_open or self._jobs:
             is_open = self._take_new() and is_open
@@ -117,7 +129,7 @@ class EngineThread:
             free = self._free_share()
             try:
                 completions = self._step()
-            except Exception:
+            except BaseException:  # also a panic of the tokenizer's library, which is no Exception
                 log.exception("engine step failed with %d rows; running them one at a time", len(self._jobs))
                 self._run_alone(list(self._jobs.values()))
                 completions = []
@@ -147,7 +159,12 @@ class EngineThread:
             self.unfilled_s += self._unfilled
             self._unfilled = 0.0
             self._jobs[job.request_id] = job
-            self._engine.add(job.request)
+            try:
+                self._engine.add(job.request)
+            except BaseException as error:
+                refusal = as_row_error(error)
+                del self._jobs[job.request_id]
+                job.future.set_result(error_completions(job.request, refusal))
 
     def _deliver(self, completions: Sequence[Completion]) -> None:
         for completion in completions:
@@ -167,7 +184,7 @@ class EngineThread:
                 self._engine.add(job.request)
                 while job.request_id in self._jobs:
                     self._deliver(self._engine.step())
-            except Exception as error:
+            except BaseException as error:
                 log.exception("the engine failed on a row alone")
                 self._engine.abort(job.request_id)
                 del self._jobs[job.request_id]
@@ -222,15 +239,15 @@ class GenerateStage:
         """Queue the row; the returned function waits for its answer."""
         if row["status"] != Status.OK:
             return lambda: _Answer()
-        try:
-            sampling = parse_sampling(row["sampling"])
-        except ValueError as error:
-            answer = _Answer(error=SettingError(f"sampling: {error}"))
-            return lambda: answer
-        media = _media(row)
-        for medium in media:
-            _ = medium.content_key  # hashed and cached here, so that the engine's thread need not
         started = time.perf_counter()
+        try:
+            sampling = _sampling(row)
+            media = _media(row)
+            for medium in media:
+                _ = medium.content_key  # hashed and cached here, so that the engine's thread need not
+        except BaseException as error:
+            answer = _Answer(error=as_row_error(error))
+            return lambda: answer
         future = self._thread.submit(row["input_ids"], media, sampling)
 
         def wait() -> _Answer:
@@ -242,7 +259,13 @@ class GenerateStage:
 
     def _result_table(self, answers: Sequence[_Answer], table: pa.Table) -> pa.Table:
         columns = {name: table.column(name) for name in self._schema.names if name in table.column_names}
-        values = [self._answer_values(answer) for answer in answers]
+        values = []
+        for answer in answers:
+            try:
+                values.append(self._answer_values(answer))
+            except BaseException as error:
+                answer.error = as_row_error(error)
+                values.append({})
         for each in ANSWER_FIELDS:
             columns[each.name] = pa.array([row.get(each.name) for row in values], each.type)
         if any(answer.error for answer in answers):
@@ -272,12 +295,12 @@ class GenerateStage:
 
 def _with_errors(answers: Sequence[_Answer], table: pa.Table) -> dict[str, pa.Array]:
     """The status columns of preprocessing, overwritten where this stage has an error."""
-    names = ("status", "error_stage", "error_type", "error_message")
-    rows = list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
+    names = ["status", "error_stage", "error_type", "error_message"]
+    rows = table.select(names).to_pylist()
     for index, answer in enumerate(answers):
         if answer.error is not None:
-            rows[index] = (Status.ERROR.value, "generate", type(answer.error).__name__, str(answer.error))
-    return {name: pa.array([row[column] for row in rows], pa.string()) for column, name in enumerate(names)}
+            rows[index] = error_values(answer.error, "generate")
+    return {name: pa.array([row[name] for row in rows], pa.string()) for name in names}
 
 
 def _request_rows(table: pa.Table) -> list[dict[str, Any]]:
@@ -290,6 +313,13 @@ def _request_rows(table: pa.Table) -> list[dict[str, Any]]:
             row["input_ids"] = ids_scalar.values.to_numpy(zero_copy_only=True)
             row["patches"] = np.frombuffer(patches_scalar.as_buffer(), dtype=np.uint8)
     return rows
+
+
+def _sampling(row: dict[str, Any]) -> SamplingParams:
+    try:
+        return parse_sampling(row["sampling"])
+    except ValueError as error:
+        raise SettingError(f"sampling: {error}") from error
 
 
 def _media(row: dict[str, Any]) -> tuple[Medium, ...]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.engine import SamplingParams
+from pipeline.errors import RowError
 
 
 class Status(StrEnum):
@@ -99,6 +100,16 @@ STATUS_FIELDS = [
     pa.field("error_message", pa.string()),
     pa.field("attempts", pa.int32(), False),
 ]
+
+_MAX_MESSAGE = 8000
+
+
+def error_values(error: RowError, stage: str | None = None) -> dict[str, str]:
+    """The status columns of a row with this error. A message may quote what is no valid text: Arrow would refuse it."""
+    message = str(error)[:_MAX_MESSAGE].encode("utf-8", "backslashreplace").decode()
+    values = (Status.ERROR.value, stage or error.stage, type(error).__name__, message)
+    return dict(zip(("status", "error_stage", "error_type", "error_message"), values, strict=True))
+
 
 # Between the actors: what the engine needs. `patches` holds the row's media one after the other, uint8; each one's
 # share follows from its kind and grid. `sampling` is JSON, since rows may set any parameter.

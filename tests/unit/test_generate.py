@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from pipeline.demo import CHECKPOINT
 from pipeline.engine import Completion, EngineOptions, Request, SamplingParams
-from pipeline.errors import EngineCrash
+from pipeline.errors import CheckpointError, EngineCrash, InternalError
 from pipeline.generate import EngineThread, GenerateOptions, GenerateStage
 from pipeline.preprocess.columns import MessageOptions
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
@@ -95,6 +96,36 @@ def test_a_row_that_breaks_the_engine_is_found_and_the_others_are_answered() -> 
     assert isinstance(answers[2].error, EngineCrash)
     assert "boom" in str(answers[2].error)
     assert thread.submit(ids(7), (), SamplingParams()).result(timeout=10)[0].token_ids == (7,)
+    thread.close()
+
+
+class RefusingEngine(CountingEngine):
+    """Fails on being handed token 17, in a way that no check foresaw; token 19 shows that no row could be answered."""
+
+    def add(self, request: Request) -> None:
+        if 17 in request.input_ids:
+            raise LookupError("seventeen")
+        if 19 in request.input_ids:
+            raise CheckpointError("the weights are gone")
+        super().add(request)
+
+
+def test_a_row_that_the_engine_cannot_take_is_an_internal_error_with_its_traceback() -> None:
+    thread = EngineThread(RefusingEngine())
+    futures = [thread.submit(ids(number), (), SamplingParams()) for number in (1, 17, 3)]
+    first, refused, last = (future.result(timeout=10)[0] for future in futures)
+    assert (first.token_ids, last.token_ids) == ((1,), (3,))
+    assert isinstance(refused.error, InternalError)
+    assert str(refused.error).startswith("LookupError: seventeen; not foreseen")
+    assert 'raise LookupError("seventeen")' in str(refused.error)
+    thread.close()
+
+
+def test_a_fault_of_the_engine_itself_reaches_whoever_waits_or_comes_later() -> None:
+    thread = EngineThread(RefusingEngine())
+    for number in (19, 1):
+        with pytest.raises(CheckpointError, match="the weights are gone"):
+            thread.submit(ids(number), (), SamplingParams()).result(timeout=10)
     thread.close()
 
 
