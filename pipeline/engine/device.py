@@ -25,6 +25,18 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
+def is_alive(device: torch.device) -> bool:
+    """Whether this process can still use the device. After an illegal memory access every CUDA call of a process fails,
+    and only a new process helps."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:  # torch.AcceleratorError is one
+        return False
+    return True
+
+
 def gpu_name(device: torch.device | None = None) -> str | None:
     """The name of a GPU as its driver gives it, by default of this machine's first; None for a CPU."""
     if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):

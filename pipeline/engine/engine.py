@@ -97,7 +97,7 @@ class NativeEngine(Engine):
             device=device,
             max_running=options.max_running,
         )
-        if on_gpu and options.cuda_graphs and attention.allows_graphs and not sharded:
+        if on_gpu and options.cuda_graphs is not False and attention.allows_graphs and not sharded:
             self.runner.graphs = DecodeGraphs(
                 self.runner.decode_forward,
                 self.runner.last_tokens,

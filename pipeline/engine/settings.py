@@ -119,8 +119,22 @@ class EngineSettings:
     )
     attention: Literal["auto", "flash", "torch", "sdpa"] = setting(
         "auto",
-        "Attention backend. `auto` takes the first that works here: `flash` (the flash-attn package), `torch` (torch's "
-        "own varlen kernels, on CUDA), `sdpa` (anywhere). Forcing one that is missing is an error.",
+        "Attention backend. `auto` takes the first that passes a trial while the engine loads: `flash` (the "
+        "flash-attn package), `torch` (torch's own varlen kernels, on CUDA), `sdpa` (anywhere). "
+        "A forced one that fails is an error.",
+    )
+    kernels: Literal["auto", "eager"] = setting(
+        "auto", "`auto`: fused kernels on a GPU where they pass a trial. `eager`: torch's own operations."
+    )
+    cuda_graphs: bool | None = setting(
+        None,
+        "Whether decode passes are replayed as CUDA graphs. Default: on a GPU, where a trial succeeds. "
+        "`true` where it fails is an error.",
+    )
+    max_context: int | None = setting(
+        None,
+        "Longest prompt plus answer in tokens; longer rows are error rows. Default: what the checkpoint allows.",
+        ge=1,
     )
     batch_size: int = setting(16, "Rows in a static batch; `transformers` only.", ge=1)
     max_running: int = setting(256, "Sequences that are decoded together.", ge=1)
@@ -152,12 +166,9 @@ class EngineOptions(EngineSettings):
     device: str = "auto"
     """`auto`: the first GPU, else the CPU; or cpu, cuda, cuda:1."""
     num_devices: int = setting(1, "GPUs over which the layers are spread; without effect on a CPU.", ge=1)
-    max_context: int | None = setting(None, "Longest prompt plus output. None: what the checkpoint allows.", ge=1)
     num_threads: int | None = setting(None, "Threads for torch on a CPU. None leaves torch's own choice.", ge=1)
     image_mean: tuple[float, ...] | None = None
     """Of each channel, as the checkpoint's processor has it; None: CLIP's. The same for `image_std`."""
     image_std: tuple[float, ...] | None = None
     image_processor: Literal["torch", "pil"] = "torch"
     """Which of transformers' processors the pixel values equal; the two round differently."""
-    cuda_graphs: bool = True
-    """Replay decode passes as CUDA graphs; only on a GPU."""

@@ -13,7 +13,10 @@ INSTALL_FLASH = "pip install 'qwen2-vl-batch[gpu]' (or: pip install flash-attn -
 
 
 def flash_attn_installed() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    """Whether flash-attn is a package here. flash-attn-4 alone leaves a folder `flash_attn` without an `__init__.py`,
+    which is a spec without an origin and can't be used."""
+    spec = importlib.util.find_spec("flash_attn")
+    return spec is not None and spec.origin is not None
 
 
 def torch_varlen_available() -> bool:
