@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pipeline.engine.models.supported import check_supported
 from pipeline.engine.settings import EngineOptions
 from pipeline.engine.shard import device_map
 from pipeline.errors import CheckpointError
@@ -132,6 +133,7 @@ def _read_config(options: EngineOptions) -> Any:
         raise CheckpointError(f"{path}: can't read the checkpoint's config: {_one_line(error)}") from error
     if config.model_type != "qwen2_vl":
         raise CheckpointError(f"{path}: model_type is {config.model_type!r}; only 'qwen2_vl' is supported")
+    check_supported(config, path=path, native=options.kind == "native")
     return config
 
 

@@ -88,20 +88,21 @@ def numbered_alike(request: Request) -> bool:
     return all(medium.grid_thw[0] <= max(medium.grid_thw[1:]) // 2 for medium in request.media)
 
 
-def random_world(num_rows: int) -> World:
+def clip_pixels(medium: Medium) -> Floats:
+    """Pixel values by the formula of transformers' processors, with CLIP's mean and deviation."""
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     mean, std = (np.asarray(each, dtype=np.float32)[:, None, None] for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    steps = medium.patches.reshape(len(medium.patches), 3, -1, 196).astype(np.float32)
+    halves = np.broadcast_to((steps / 255 - mean) / std, (len(steps), 3, 2, 196))
+    return halves.reshape(len(steps), 1176)
 
-    def pixels(medium: Medium) -> Floats:
-        steps = medium.patches.reshape(len(medium.patches), 3, -1, 196).astype(np.float32)
-        halves = np.broadcast_to((steps / 255 - mean) / std, (len(steps), 3, 2, 196))
-        return halves.reshape(len(steps), 1176)
 
+def random_world(num_rows: int) -> World:
     candidates = mixed_requests(3 * num_rows)
     alike = [request for request in candidates if numbered_alike(request)]
     odd = [request for request in candidates if not numbered_alike(request)]
-    return _world(make_model(), alike, pixels, odd, num_rows, "torch")
+    return _world(make_model(), alike, clip_pixels, odd, num_rows, "torch")
 
 
 def demo_world(num_rows: int) -> World:

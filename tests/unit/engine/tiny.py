@@ -40,12 +40,15 @@ def make_config() -> Any:
     )
 
 
-def make_model(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """Weights wide enough apart that answers differ from row to row and don't fall into one loop."""
+def make_model(*, seed: int = 0, dtype: torch.dtype = torch.float32, config: Any = None) -> Any:
+    """Weights wide enough apart that answers differ from row to row and don't fall into one loop.
+
+    With a config of the caller's, generation settings are those that transformers takes from it.
+    """
     from transformers import Qwen2VLForConditionalGeneration
 
     torch.manual_seed(seed)
-    model = Qwen2VLForConditionalGeneration(make_config())
+    model = Qwen2VLForConditionalGeneration(config or make_config())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -53,8 +56,9 @@ def make_model(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.1)
         model.model.language_model.embed_tokens.weight.normal_(0.0, 0.3)
-    model.generation_config.eos_token_id = [IM_END, ENDOFTEXT]
-    model.generation_config.pad_token_id = ENDOFTEXT
+    if config is None:
+        model.generation_config.eos_token_id = [IM_END, ENDOFTEXT]
+        model.generation_config.pad_token_id = ENDOFTEXT
     # A checkpoint loaded in bfloat16 keeps its rotary frequencies in float32; `to` alone would round them.
     frequencies = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
     kept = {name: buffer.clone() for name, buffer in frequencies.items()}
