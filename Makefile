@@ -37,7 +37,7 @@ test-integration: $(STAMP)  ## tests with a real Ray, servers and the command li
 test-faults: $(STAMP)  ## runs killed at random moments and resumed, lost nodes, a full disk (15 minutes; FAULT_RUNS=40)
 	$(PYTEST) -s --timeout=1800 tests/faults $(ARGS)
 
-test-gpu: $(STAMP)  ## tests that need an NVIDIA GPU
+test-gpu: $(if $(filter command,$(origin PY)),,$(STAMP))  ## tests that need an NVIDIA GPU; PY=python3 takes that Python as it is
 	$(PYTEST) -m gpu tests/gpu $(ARGS)
 
 test-all: test test-integration test-faults  ## all tests that run without a GPU (40 minutes)

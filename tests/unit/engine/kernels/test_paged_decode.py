@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,17 @@ import pytest
 pytest.importorskip(
     "triton", reason="needs triton, which comes with torch on CUDA: `make test` on such a machine runs it"
 )
+
+
+def release(package: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version(package))[:2])
+
+
+@pytest.fixture(autouse=True)
+def _needs_an_interpreter_that_works() -> None:
+    if release("triton") < (3, 7) and release("numpy") >= (2, 4):
+        pytest.skip("Triton's interpreter needs Triton 3.7 or numpy below 2.4: it calls int() on an array")
+
 
 SCRIPT = """
 import torch
