@@ -64,7 +64,8 @@ class InputConfig(Section):
     """Take only this many rows from the start of the manifest."""
     allow: list[str] = Field(default_factory=list)
     """Further folders, buckets and hosts that rows may name. Always allowed: the manifest's own folder or bucket,
-    and public http(s) hosts. `*` allows everything."""
+    and public http(s) hosts. `*` allows every folder, bucket and public host. The environment's web proxy is used if it
+    is named here."""
     allow_private_hosts: bool = False
     """Whether http(s) URLs may lead to private networks and this machine."""
     fetch_timeout_s: Annotated[float, Field(gt=0)] = 30.0

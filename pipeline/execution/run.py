@@ -25,6 +25,7 @@ from pipeline.execution.profile import ProfileFolder
 from pipeline.execution.progress import ProgressLine, ProgressLog
 from pipeline.execution.supervision import Supervision
 from pipeline.execution.telemetry import Meter
+from pipeline.preprocess.proxy import proxy_notes
 from pipeline.results.error_log import ErrorLog
 from pipeline.results.fragments import FragmentWriter, take_new
 from pipeline.results.parts import finalise
@@ -47,7 +48,8 @@ def run_on_ray(job: CaptionJob, console: Console) -> None:
     try:
         with ray_cluster(job.config.resources):
             placement = _place(job)
-            for note in (*placement.notes, *local_path_notes(job.config, len(live_nodes()))):
+            paths = local_path_notes(job.config, len(live_nodes()))
+            for note in (*placement.notes, *paths, *proxy_notes(job.stages.preprocess.fetch)):
                 console.print(note, markup=False)
             job.start(placement)
             supervision = Supervision(job.config.run.stall_timeout_s)

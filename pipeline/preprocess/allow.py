@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from pipeline.errors import AccessDenied
+from pipeline.errors import AccessDenied, ConfigError
 from pipeline.preprocess.uri import WEB_SCHEMES, bucket_of, local_path, normal_bucket_uri, scheme_of, shown
 
 _ANYTHING = "*"
@@ -27,7 +27,7 @@ class AllowList:
         self._base = base
         self._private_hosts = private_hosts
         self._anything = _ANYTHING in allow
-        folders, buckets, hosts = [], [], set()
+        folders, buckets, hosts = [], [], set[tuple[str, int | None]]()
         for entry in allow:
             if entry == _ANYTHING:
                 continue
@@ -38,7 +38,7 @@ class AllowList:
             elif os.sep in entry or entry in (".", ".."):
                 folders.append(os.path.realpath(local_path(entry)))
             else:
-                hosts.add(_host_in(f"//{entry}"))
+                hosts.add(_host_in(entry))
         if not scheme_of(base):
             folders.insert(0, os.path.realpath(local_path(base) or "."))
         elif scheme_of(base) not in WEB_SCHEMES:
@@ -73,12 +73,21 @@ class AllowList:
 
     def check_address(self, host: str, port: int, address: str) -> None:
         """Raise AccessDenied if the host's address is in a private network and the host is not allowed by name."""
-        if self._private_hosts or host in self._hosts or f"{host}:{port}" in self._hosts or is_public(address):
+        if self._private_hosts or self.names(host, port) or is_public(address):
             return
         raise AccessDenied(
             f"{host} is {address}, in a private network; set input.allow_private_hosts to reach such hosts, "
             "or name this one in input.allow"
         )
+
+    def may_use_proxy(self, host: str, port: int) -> bool:
+        """Whether rows' URLs may go through this proxy, which looks up by itself where they lead."""
+        return self._private_hosts or self.names(host, port)
+
+    def names(self, host: str, port: int) -> bool:
+        """Whether `input.allow` names this host, alone or with this port."""
+        host = _normal_host(host)
+        return (host, None) in self._hosts or (host, port) in self._hosts
 
 
 def is_public(address: str) -> bool:
@@ -93,8 +102,30 @@ def is_public(address: str) -> bool:
     return parsed.is_global and not parsed.is_multicast
 
 
-def _host_in(url: str) -> str:
-    return urlsplit(url).netloc.rpartition("@")[2].lower().strip("[]")
+def _host_in(entry: str) -> tuple[str, int | None]:
+    """(host, port) of an entry: a URL, or a host with or without a port; an IPv6 address may do without brackets."""
+    if is_address(entry):
+        return _normal_host(entry), None
+    try:
+        parts = urlsplit(entry if "://" in entry else f"//{entry}")
+        return _normal_host(parts.hostname or ""), parts.port
+    except ValueError as error:
+        raise ConfigError(f"input.allow: {entry!r} is no host, folder or bucket: {error}") from error
+
+
+def is_address(host: str) -> bool:
+    """Whether it is an IP address, not a name."""
+    try:
+        ipaddress.ip_address(host.strip("[]").partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def _normal_host(host: str) -> str:
+    """One spelling of a name or an address."""
+    host = host.strip("[]").lower()
+    return ipaddress.ip_address(host).compressed if is_address(host) else host
 
 
 def _is_below(path: str, root: str) -> bool:

@@ -31,6 +31,7 @@ from pipeline.errors import (
 from pipeline.preprocess.allow import AllowList
 from pipeline.preprocess.http import HttpClient
 from pipeline.preprocess.limits import FetchOptions
+from pipeline.preprocess.proxy import Proxies
 from pipeline.preprocess.uri import WEB_SCHEMES, data_uri_content, scheme_of, shown
 from pipeline.storage.credentials import credential_fault
 from pipeline.storage.retry import TransientError, is_transient, with_retries
@@ -59,7 +60,12 @@ class Fetcher:
     def __init__(self, options: FetchOptions) -> None:
         self._options = options
         self._allowed = AllowList(options.base, options.allow, private_hosts=options.allow_private_hosts)
-        self._http = HttpClient(self._allowed.check_address, timeout_s=options.timeout_s, max_bytes=options.max_bytes)
+        self._http = HttpClient(
+            self._allowed.check_address,
+            proxies=Proxies(self._allowed.may_use_proxy),
+            timeout_s=options.timeout_s,
+            max_bytes=options.max_bytes,
+        )
         self._credential_fault: str | None = None
         """What to do about credentials that a bucket has refused, once one has."""
 

@@ -7,6 +7,7 @@ import contextlib
 import http.server
 import os
 import socket
+import socketserver
 import ssl
 import threading
 import time
@@ -20,11 +21,20 @@ import fsspec
 import pytest
 
 from pipeline import storage
-from pipeline.errors import AccessDenied, CredentialError, FetchError, FetchTimeout, MediaNotFound, MediaTooLarge
+from pipeline.errors import (
+    AccessDenied,
+    ConfigError,
+    CredentialError,
+    FetchError,
+    FetchTimeout,
+    MediaNotFound,
+    MediaTooLarge,
+)
 from pipeline.preprocess import allow
 from pipeline.preprocess import http as http_module
 from pipeline.preprocess.allow import is_public
 from pipeline.preprocess.fetch import Fetcher
+from pipeline.preprocess.proxy import proxy_notes
 from pipeline.storage import retry
 from tests.options import fetch_options
 
@@ -75,7 +85,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
     with Server() as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield running
         running.shutdown()
 
@@ -362,6 +372,176 @@ def test_a_private_host_may_be_allowed_by_setting_or_by_name(server: Server) -> 
     assert fetcher(allow_private_hosts=True).fetch(f"{server.url}/a.jpg") == b"picture"
     assert fetcher(allow=("127.0.0.1",)).fetch(f"{server.url}/a.jpg") == b"picture"
     assert fetcher(allow=(server.url,)).fetch(f"{server.url}/a.jpg") == b"picture"
+
+
+@pytest.mark.parametrize(
+    ("entry", "url"),
+    [
+        ("127.0.0.1:PORT", "http://127.0.0.1:PORT"),
+        ("http://127.0.0.1:PORT", "http://127.0.0.1:PORT"),
+        ("Store.Example", "http://STORE.example:PORT"),
+        ("[::1]", "http://[::1]:PORT"),
+        ("::1", "http://[::1]:PORT"),
+        ("[::1]:PORT", "http://[::1]:PORT"),
+        ("http://[0:0:0:0:0:0:0:1]:PORT", "http://[::1]:PORT"),
+    ],
+)
+def test_an_allowed_host_is_recognised_in_every_spelling_and_only_at_its_port(
+    server: Server, monkeypatch: pytest.MonkeyPatch, entry: str, url: str
+) -> None:
+    port = server.server_address[1]
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    server.give("/a.jpg", b"picture")
+    url = url.replace("PORT", str(port)) + "/a.jpg"
+    assert fetcher(allow=(entry.replace("PORT", str(port)),)).fetch(url) == b"picture"
+    if "PORT" in entry:
+        with pytest.raises(AccessDenied):
+            fetcher(allow=(entry.replace("PORT", str(port + 1)),)).fetch(url)
+
+
+def test_an_entry_with_an_impossible_port_is_refused_as_a_setting() -> None:
+    with pytest.raises(ConfigError, match=r"input\.allow: 'host:http' is no host"):
+        fetcher(allow=("host:http",))
+
+
+@pytest.mark.parametrize("first", ["refuses", "is silent"])
+def test_every_address_of_a_name_is_tried(server: Server, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    port = server.server_address[1]
+    with socket.socket() as full, contextlib.ExitStack() as callers:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):  # more than its queue holds: the next is not answered
+            caller = callers.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(full.getsockname())
+        addresses: list[tuple[int, Any]] = [(socket.AF_INET6, ("::1", port, 0, 0))]
+        if first == "is silent":
+            addresses = [(socket.AF_INET, full.getsockname())]
+        addresses.append((socket.AF_INET, ("127.0.0.1", port)))
+        found = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in addresses]
+        real = socket.getaddrinfo
+
+        def resolve(host: str, *args: Any, **options: Any) -> Any:
+            return found if host == "photos.example" else real(host, *args, **options)
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        server.give("/a.jpg", b"picture")
+        web = fetcher(allow_private_hosts=True, retries=0)
+        assert web.fetch(f"http://photos.example:{port}/a.jpg") == b"picture"
+
+
+def test_a_name_of_which_no_address_answers_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in ("127.0.0.1", "127.0.0.2")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    with pytest.raises(FetchError, match="Connection refused"):
+        fetcher(allow_private_hosts=True, retries=0).fetch(f"http://photos.example:{port}/a.jpg")
+
+
+# -- proxies ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxied(server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The server is the environment's proxy for http; its `host:port`."""
+    host = f"127.0.0.1:{server.server_address[1]}"
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("http_proxy", f"http://user:pass%21@{host}")
+    return host
+
+
+def test_a_proxy_that_is_allowed_is_used_with_its_credentials(server: Server, proxied: str) -> None:
+    seen: list[str | None] = []
+
+    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+        seen.append(request.headers["Proxy-Authorization"])
+        request.send_response(200)
+        request.send_header("Content-Length", "7")
+        request.end_headers()
+        request.wfile.write(b"picture")
+
+    server.answers["http://photos.example/a.jpg"] = answer
+    web = fetcher(allow=(proxied,))
+    assert web.fetch("http://photos.example/a.jpg") == b"picture"
+    assert seen == ["Basic " + base64.b64encode(b"user:pass!").decode()]
+
+
+def test_a_proxy_that_is_not_allowed_is_left_aside_and_named(
+    server: Server, proxied: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*args: Any, **options: Any) -> Any:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    note = rf"the environment's proxy {proxied} is not used: name it in input\.allow"
+    with pytest.raises(FetchError, match=rf"can't be found \(Name or service not known\) \({note}") as caught:
+        fetcher(retries=0).fetch("http://photos.example/a.jpg")
+    assert "pass" not in str(caught.value) and server.asked == []
+    assert len(proxy_notes(fetch_options("/nowhere"))) == 1
+    assert proxy_notes(fetch_options("/nowhere", allow=(proxied,))) == []
+
+
+def test_no_proxy_and_private_addresses_are_honoured_beside_a_proxy(
+    server: Server, proxied: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web = fetcher(allow=(proxied,), retries=0)
+    for host in ("169.254.169.254", "localhost", "2130706433", "[::1]"):  # the proxy could reach its own network
+        with pytest.raises(AccessDenied, match="in a private network"):
+            web.fetch(f"http://{host}/a.jpg")
+    assert server.asked == []
+    monkeypatch.setenv("no_proxy", "127.0.0.1, example")
+    server.give("/a.jpg", b"direct")
+    assert fetcher(allow=(proxied,)).fetch(f"http://{proxied}/a.jpg") == b"direct"
+    assert server.asked == ["/a.jpg"]
+
+
+@pytest.mark.parametrize("answer", ["200 Connection established", "403 Forbidden"])
+def test_https_goes_through_a_tunnel(
+    server: Server, secure: Path, proxied: str, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(secure))
+    server.give("/a.jpg", b"picture")
+    asked = []
+
+    class Tunnel(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            asked.append(self.rfile.readline())
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(f"HTTP/1.1 {answer}\r\n\r\n".encode())
+            if answer.startswith("200"):
+                with socket.create_connection(("127.0.0.1", server.server_address[1])) as there:
+                    copying = threading.Thread(target=_copy, args=(there, self.connection), daemon=True)
+                    copying.start()
+                    _copy(self.connection, there)
+                    copying.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as proxy:
+        proxy.daemon_threads = True
+        threading.Thread(target=proxy.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"127.0.0.1:{proxy.server_address[1]}")
+        # The name that the certificate holds is a public one here: nobody on this side looks it up.
+        monkeypatch.setattr(http_module, "literal_address", lambda host: None)
+        web = fetcher(allow=(f"127.0.0.1:{proxy.server_address[1]}",), retries=2)
+        if answer.startswith("200"):
+            assert [web.fetch("https://localhost:9/a.jpg") for _ in range(2)] == [b"picture"] * 2
+        else:
+            with pytest.raises(FetchError, match=r"failed: 403 Forbidden \(through the proxy 127.0.0.1:\d+\)"):
+                web.fetch("https://localhost:9/a.jpg")
+        assert [line.split()[:2] for line in asked] == [[b"CONNECT", b"localhost:9"]]
+        proxy.shutdown()
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
 
 
 @pytest.mark.parametrize(
