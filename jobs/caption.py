@@ -62,13 +62,13 @@ def run(config: CaptionConfig) -> int:
 
 
 def report(job: CaptionJob, console: Console) -> None:
-    """Write report.html and print the summary."""
+    """Write the page and print the summary."""
     if job.config.output.report:
         try:
             write_report(job.folder.path, storage_options=job.folder.storage_options)
         except Exception as error:  # the results are complete: a page that fails does not fail the job
             log.exception("the report failed")
-            message = f"the results are complete, but report.html is not: {type(error).__name__}: {error}"
+            message = f"the results are complete, but the report is not: {type(error).__name__}: {error}"
             console.print(message, markup=False)
     print_summary(console, job.counts, job.folder.path, job.record["errors"], job.record["bottleneck"])
     if "reference" in job.kept.names:

@@ -1,6 +1,6 @@
 """Answer a manifest that has references, score the answers, and write one page about it; the same command resumes.
 
-    published dataset --layout--> manifest --caption job--> result rows --> scores.parquet, metrics.json --> report.html
+    published dataset --layout--> manifest --caption job--> result rows --> scores.parquet, metrics.json --> report
 
 With `--run.path FOLDER` a finished (or unfinished) run is scored instead, and nothing is generated.
 """
@@ -18,7 +18,6 @@ from rich.text import Text
 
 from jobs.command_line import run_job
 from jobs.report import write_report
-from pipeline import storage
 from pipeline.config import CaptionConfig, RunConfig
 from pipeline.errors import OutputError
 from pipeline.evaluation.canaries import compare_canaries
@@ -29,6 +28,7 @@ from pipeline.evaluation.settings import EvaluateSection
 from pipeline.report.render import shown_interval, shown_score
 from pipeline.report.scores import read_scores
 from pipeline.results.reader import RunReader
+from pipeline.results.run_folder import RunFolder
 from pipeline.schema import RESULT_COLUMNS
 
 
@@ -103,7 +103,7 @@ def run_caption(config: CaptionConfig) -> int:
 
 def run_canaries(config: EvaluateConfig) -> dict[str, Any]:
     """Runs the first rows again, each alone, and compares: does an answer depend on the rows in its batch?"""
-    folder = storage.join(config.output.path, "canaries")
+    folder = RunFolder(config.output.path).file("canaries")
     limit = min(config.evaluate.canaries, config.input.limit or config.evaluate.canaries)
     alone = config.model_copy(
         update={

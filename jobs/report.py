@@ -14,6 +14,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.errors import JobError, OutputError
 from pipeline.report import ReportOptions, gather, render_html, render_markdown
+from pipeline.results.run_folder import REPORT_FILE, RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(render_markdown(report))
             return 0
         text = render_html(report) if arguments.format == "html" else render_markdown(report)
-        path = arguments.output or storage.join(arguments.run, "report.html")
+        path = arguments.output or RunFolder(arguments.run).part(REPORT_FILE)
         write_text(path, text)
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_report(run: str, *, storage_options: storage.StorageOptions = None, **options: Any) -> str:
-    """Writes report.html into a run folder and returns its path: what a caption run does at its end."""
-    path = storage.join(run, "report.html")
+    """Writes _report.html into a run folder and returns its path: what a caption run does at its end."""
+    path = RunFolder(run).part(REPORT_FILE)
     report = gather(run, options=ReportOptions(**options), storage_options=storage_options)
     write_text(path, render_html(report), storage_options)
     return path
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="run folder, on disk or in a bucket")
     parser.add_argument("--baseline", metavar="RUN2", help="another run over the same rows, to compare with")
     parser.add_argument(
-        "--output", metavar="FILE", help="where to write (default: RUN/report.html; markdown: the terminal)"
+        "--output", metavar="FILE", help="where to write (default: RUN/_report.html; markdown: the terminal)"
     )
     parser.add_argument("--format", choices=("html", "markdown"), default="html")
     parser.add_argument("--price-per-gpu-hour", type=_price, metavar="PRICE", help="states the run's cost")

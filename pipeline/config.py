@@ -184,7 +184,7 @@ class OutputConfig(Section):
     partition_by: str | None = None
     """A kept column by whose values the part files are put into folders, as in `task=count/part-00000.parquet`."""
     report: bool = True
-    """Whether to write `report.html`, one page about the run, at its end."""
+    """Whether to write `_report.html`, one page about the run, at its end."""
     storage_options: dict[str, Any] = Field(default_factory=dict)
     """Options for the bucket's file system (fsspec)."""
 
@@ -272,9 +272,9 @@ class RunConfig(Section):
     max_flow_restarts: NotNegative = 3
     """Consecutive restarts after lost nodes that may pass without a finished row."""
     profile_steps: Annotated[int, Field(gt=0, le=1000)] | None = None
-    """Write a torch trace of so many engine steps, and Ray's timeline, into `profile/` in the run folder."""
+    """Write a torch trace of so many engine steps, and Ray's timeline, into `__run/profile/` in the run folder."""
     verbose: bool = False
-    """Whether Ray's own messages are shown, in place of going to `log.txt` in the run folder."""
+    """Whether Ray's own messages are shown, in place of going to `__run/log.txt` in the run folder."""
 
     @field_validator("retry_failed")
     @classmethod

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline.config import CaptionConfig, load_config
 from pipeline.execution.stages import Stages, open_stages
 from pipeline.manifest.work import read_work
+from pipeline.results.run_folder import RunFolder
 
 
 def run_caption(settings: Mapping[str, object], *, config: str | None = None) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def run_caption(settings: Mapping[str, object], *, config: str | None = None) ->
     code = main([*files, *(f"--{name}={value}" for name, value in settings.items())])
     if code:
         raise SystemExit(f"the caption job ended with exit code {code}")
-    record: dict[str, Any] = json.loads(Path(str(settings["output.path"]), "run.json").read_text())
+    record: dict[str, Any] = json.loads(Path(RunFolder(str(settings["output.path"])).file("run.json")).read_text())
     return record
 
 

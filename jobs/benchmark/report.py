@@ -92,12 +92,12 @@ def _report(run: Path) -> None:
     from pipeline.report import ReportOptions, gather, render_html
 
     report = gather(str(run), baseline=str(run.parent / "baseline"), options=ReportOptions(thumbnails=False))
-    write_text(str(run / "report.html"), render_html(report))
+    write_text(str(run / "_report.html"), render_html(report))
 
 
 def make_run(folder: Path, num_rows: int, seed: int) -> None:
     """A finished run folder. The rows' questions do not depend on the seed, some of the answers do."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "__run").mkdir(parents=True, exist_ok=True)
     answers = np.random.default_rng(seed + 1)
     for part, start in enumerate(range(0, num_rows, _ROWS_PER_PART)):
         questions = np.random.default_rng(start)
@@ -109,7 +109,7 @@ def make_run(folder: Path, num_rows: int, seed: int) -> None:
         "counts": {"rows": num_rows},
         "manifest": {"path": "synthetic", "fingerprint": {"num_rows": num_rows, "files": [["synthetic", 0, num_rows]]}},
     }
-    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "__run" / "run.json").write_text(json.dumps(run))
     (folder / "_SUCCESS").touch()
 
 

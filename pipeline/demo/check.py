@@ -35,7 +35,7 @@ def check(run: Path, at_least: float) -> tuple[list[str], dict[str, tuple[int, i
     problems = []
     if not (run / "_SUCCESS").exists():
         problems.append(f"{run} has no _SUCCESS: the run is not finished")
-    record = json.loads((run / "run.json").read_text())
+    record = json.loads((run / "__run" / "run.json").read_text())
     rows = [row for part in sorted(run.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
     row_keys = [(row["manifest_file"], row["manifest_row"]) for row in rows]
     files = record["manifest"]["fingerprint"]["files"]

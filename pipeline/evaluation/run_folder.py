@@ -18,6 +18,7 @@ from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.settings import ScoringSettings
 from pipeline.evaluation.slices import DERIVED_SLICES
 from pipeline.results.reader import RunReader
+from pipeline.results.run_folder import RunFolder
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW
 
 
@@ -33,7 +34,7 @@ def score_folder(
 
     Streams over the rows: memory does not grow with their number. Raises ConfigError, OutputError.
     """
-    reader, scorer = RunReader(folder, storage_options), Scorer(settings)
+    reader, scorer, records = RunReader(folder, storage_options), Scorer(settings), RunFolder(folder, storage_options)
     missing = [name for name in settings.columns if reader.columns and name not in reader.columns]
     if missing:
         raise ConfigError(
@@ -43,7 +44,7 @@ def score_folder(
     columns = {*settings.columns, *DERIVED_SLICES, "media", "id", "text", "status", MANIFEST_FILE, MANIFEST_ROW}
     scorer.learn(reader.batches(columns))
     try:
-        _write_scores(storage.join(folder, "scores.parquet"), scorer, reader, columns, storage_options)
+        _write_scores(records.file("scores.parquet"), scorer, reader, columns, storage_options)
         metrics = scorer.metrics()
         if canaries is not None:
             metrics["canaries"] = canaries
@@ -57,7 +58,7 @@ def score_folder(
                     f"as in `python -m jobs.evaluate --config CONFIG --run.path {baseline}`"
                 )
         content = to_json(metrics, indent=2, inf_nan_mode="null")
-        storage.publish(storage.join(folder, "metrics.json"), content, storage_options)
+        storage.publish(records.file("metrics.json"), content, storage_options)
     except OSError as error:
         raise OutputError(f"can't write the scores into {folder}: {error}") from error
     return metrics

@@ -27,13 +27,13 @@ from pipeline.results.run_folder import RunFolder
 
 _JOINING_HINT = (
     "; if the cluster uses tokens, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; "
-    "resources.address local starts a private local Ray; log.txt in the run folder has Ray's own lines"
+    "resources.address local starts a private local Ray; __run/log.txt in the run folder has Ray's own lines"
 )
 
 
 @contextlib.contextmanager
 def job_output(folder: RunFolder, *, verbose: bool) -> Iterator[Console]:
-    """A console on the real output. Everything else that is written goes to `log.txt` in the run folder, or to the
+    """A console on the real output. Everything else that is written goes to `__run/log.txt` in the run folder, or to the
     output too if `verbose`."""
     if verbose:
         yield Console(highlight=False)

@@ -169,7 +169,7 @@ def _job_error(error: BaseException) -> JobError:
     innermost = next((link for link in reversed(chain) if str(link).strip()), error)
     lines = [line for line in str(innermost).splitlines() if line.strip()] or [""]
     return ClusterError(
-        f"Ray gave up: {type(innermost).__name__}: {lines[-1].strip()}; log.txt in the run folder has more"
+        f"Ray gave up: {type(innermost).__name__}: {lines[-1].strip()}; __run/log.txt in the run folder has more"
     )
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipeline.checkpoint.locate import check_model, resolve_model
 from pipeline.checkpoint.processor import read_processor_facts
 from pipeline.config import CaptionConfig
-from pipeline.errors import ConfigError, TooManyErrors
+from pipeline.errors import ConfigError, JobError, TooManyErrors
 from pipeline.execution.placement import Placement
 from pipeline.execution.progress import RunCounts, bottleneck
 from pipeline.execution.stages import (
@@ -132,12 +132,17 @@ class CaptionJob:
 
 @contextlib.contextmanager
 def hold(folder: RunFolder) -> Iterator[None]:
-    """Make the folder ready, and keep other runs out of it. Raises OutputError where another run holds it."""
+    """Make the folder ready, and keep other runs out of it. A run that is refused leaves nothing behind. Raises
+    OutputError where another run holds it."""
     folder.prepare()
-    with Lease(folder.file(".lease"), folder.storage_options) as lease:
-        folder.guard = lease.check
-        folder.sweep()
-        yield
+    try:
+        with Lease(folder.file(".lease"), folder.storage_options) as lease:
+            folder.guard = lease.check
+            folder.sweep()
+            yield
+    except JobError:
+        folder.discard_unused()
+        raise
 
 
 def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:

@@ -1,13 +1,14 @@
 """The run folder: who writes to it, what it holds at every moment, and how its rows are read again.
 
-    out/run/  run.json             settings, manifest fingerprint, versions, counts
-              manifest.parquet     the listing, where the input is a folder of media
-              fragments/*.parquet  finished rows, each file published whole; removed once the parts are complete
-              progress.jsonl       counts over time
-              errors.jsonl         the failed rows, one a line
-              part-00000.parquet   final: manifest order, every manifest row once
-              _SUCCESS             the parts are complete and their rows counted
-              .lease               the run that writes at the moment
+    out/run/  part-00000.parquet         final: manifest order, every manifest row once
+              _SUCCESS                   the parts are complete and their rows counted
+              _report.html               a page about the run
+              __run/run.json             settings, manifest fingerprint, versions, counts
+                    manifest.parquet     the listing, where the input is a folder of media
+                    fragments/*.parquet  finished rows, each file published whole; removed once the parts are complete
+                    progress.jsonl       counts over time
+                    errors.jsonl         the failed rows, one a line
+                    .lease               the run that writes at the moment
 
 With `partition_by`, parts lie one folder deeper, as in task=count/part-00000.parquet, without that column.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator, Sequence
 from urllib.parse import quote
 
@@ -51,7 +52,7 @@ def finalise(
                 f"{stop - start}: run the same command again"
             )
         for subfolders, piece in _partitions(table, partition_by):
-            path = folder.file(*subfolders, f"part-{number:05d}.parquet")
+            path = folder.part(*subfolders, f"part-{number:05d}.parquet")
             storage.make_dir(storage.parent(path), folder.storage_options)
             write_table(folder, path, piece)
             written.add(path)
@@ -61,7 +62,7 @@ def finalise(
     counted = sum(read_in_order(folder, lambda path: int(read_footer(folder, path).num_rows), folder.parts()))
     if counted != numbering.num_rows:
         raise OutputError(f"{folder.path}: the parts hold {counted} rows, the manifest {numbering.num_rows}")
-    folder.publish(folder.file("_SUCCESS"), b"")
+    folder.mark_finished()
     folder.delete_fragments()
     return len(written)
 
@@ -78,7 +79,8 @@ def reopen(folder: RunFolder, numbering: RowNumbering) -> None:
         if table.num_rows:
             name = folder.relative(part).removesuffix(".parquet").replace("/", "-")
             write_fragment(folder, f"0-{name}", table, numbering)
-    for path in (folder.file("_SUCCESS"), *parts):
+    folder.mark_unfinished()
+    for path in parts:
         folder.delete(path)
 
 
@@ -115,7 +117,7 @@ def _partitions(table: pa.Table, column: str | None) -> Iterator[tuple[list[str]
         shared = rows.select([column]).slice(0, 1).replace_schema_metadata(None)
         with pa.ipc.new_stream(sink, shared.schema) as stream:
             stream.write_table(shared)
-        rows = rows.drop_columns([column]).replace_schema_metadata({PARTITION_KEY: sink.getvalue().to_pybytes()})
+        rows = rows.drop_columns([column]).replace_schema_metadata({PARTITION_KEY: base64.b64encode(sink.getvalue())})
         yield [_partition_folder(column, value)], rows
 
 

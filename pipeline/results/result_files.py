@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,8 @@ T = TypeVar("T")
 Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
 
 PARTITION_KEY = b"qwen2_vl_batch.partition"
-"""In a partitioned part's footer: a table of one row and one column, the value that all rows of the part share."""
+"""In a partitioned part's footer: a table of one row and one column, the value that all rows of the part share.
+It is in base64, since Parquet's metadata is text: Polars refuses other bytes."""
 _ROWS_PER_GROUP = 20_000
 _LOCAL_READERS, _REMOTE_READERS = 4, 16
 
@@ -68,7 +70,8 @@ def schema_with_partition(stored: pa.Schema) -> pa.Schema:
 def _shared_column(stored: pa.Schema) -> pa.Table | None:
     """The column of which all rows of a partitioned part have the same value, as a table of one row."""
     metadata = stored.metadata or {}
-    return pa.ipc.open_stream(metadata[PARTITION_KEY]).read_all() if PARTITION_KEY in metadata else None
+    stored = metadata.get(PARTITION_KEY)
+    return None if stored is None else pa.ipc.open_stream(base64.b64decode(stored)).read_all()
 
 
 def read_footer(folder: RunFolder, path: str) -> pq.FileMetaData:

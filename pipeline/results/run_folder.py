@@ -1,4 +1,8 @@
-"""Names, paths and small files of a run folder, on disk or in a bucket. Knows no rows."""
+"""Names, paths and small files of a run folder, on disk or in a bucket. Knows no rows.
+
+A finished folder is a dataset: it holds part files, and beside them only names that begin with an underscore, which
+pandas, pyarrow, Spark and Hugging Face's datasets leave out. (The last one skips folders with two underscores alone.)
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,10 @@ from typing import Any
 from pipeline import storage
 from pipeline.errors import OutputError
 
-_EARLY_FILES = ("manifest.parquet", "log.txt")
-"""Files that a run may leave when it is refused before it begins."""
+RECORDS_FOLDER = "__run"
+"""Everything but the part files, the page and the mark of success."""
+REPORT_FILE = "_report.html"
+_SUCCESS = "_SUCCESS"
 _PART = re.compile(r"([^/]+=[^/]*/)?part-\d+\.parquet")
 
 
@@ -23,9 +29,14 @@ class RunFolder:
         self.storage_options = storage_options
         self.guard: Callable[[], None] = lambda: None
         """Called before every change; raises when another run has taken the folder over."""
+        self._is_new = False
 
     def file(self, *names: str) -> str:
-        """The path of a file in the folder."""
+        """The path of one of the run's records, such as run.json."""
+        return storage.join(self.path, RECORDS_FOLDER, *names)
+
+    def part(self, *names: str) -> str:
+        """The path of a part file, or of a file beside the parts."""
         return storage.join(self.path, *names)
 
     def relative(self, path: str) -> str:
@@ -35,17 +46,30 @@ class RunFolder:
     def prepare(self) -> None:
         """Make the folder. Raises OutputError when it can't be written or holds something else."""
         try:
-            if storage.exists(self.path, self.storage_options) and self.read_run() is None:
+            self._is_new = not storage.exists(self.path, self.storage_options)
+            if not self._is_new and self.read_run() is None:
                 found = storage.list_files(self.path, self.storage_options, recursive=False)
-                foreign = [name for info in found if (name := storage.name(info.path)) not in _EARLY_FILES]
+                foreign = [storage.name(info.path) for info in found]
+                if "run.json" in foreign:
+                    raise OutputError(
+                        f"{self.path} holds a run of an earlier version, with run.json beside the part files: "
+                        "finish it with that version, or choose an empty or new folder as output.path"
+                    )
                 if foreign:
                     raise OutputError(
-                        f"{self.path} holds files but no run.json ({', '.join(foreign[:3])}): "
+                        f"{self.path} holds files but no {RECORDS_FOLDER}/run.json ({', '.join(foreign[:3])}): "
                         "choose an empty or new folder as output.path"
                     )
             storage.make_dir(self.file("fragments"), self.storage_options)
         except OSError as error:
             raise OutputError(f"can't write to output.path {self.path}: {error}") from error
+
+    def discard_unused(self) -> None:
+        """Remove what `prepare` made, if the run was refused before it began. A log stays: it may say why."""
+        if self.read_run() is None and not storage.exists(self.file("log.txt"), self.storage_options):
+            storage.delete(self.file(), self.storage_options, recursive=True)
+            if self._is_new:
+                storage.delete_empty(self.path)
 
     def read_run(self) -> dict[str, Any] | None:
         """The content of run.json; None when there is none."""
@@ -70,7 +94,15 @@ class RunFolder:
 
     def is_finished(self) -> bool:
         """Whether the parts are complete."""
-        return storage.exists(self.file("_SUCCESS"), self.storage_options)
+        return storage.exists(self.part(_SUCCESS), self.storage_options)
+
+    def mark_finished(self) -> None:
+        """The parts are complete."""
+        self.publish(self.part(_SUCCESS), b"")
+
+    def mark_unfinished(self) -> None:
+        """The parts are about to change."""
+        self.delete(self.part(_SUCCESS))
 
     def fragments(self) -> list[str]:
         """Paths of all fragments, oldest first."""

@@ -25,10 +25,11 @@ from pipeline.storage.read import (
     open_input,
     read_bytes,
 )
-from pipeline.storage.write import create, delete, make_dir, publish, publish_file, sweep
+from pipeline.storage.write import create, delete, delete_empty, make_dir, publish, publish_file, sweep
 
 __all__ = [
-    "CredentialsRefused", "FileInfo", "StorageError", "StorageOptions", "absolute", "create", "delete", "download",
-    "exists", "file_info", "file_system", "glob", "glob_base", "is_dir", "is_glob", "is_remote", "join", "list_files",
-    "local_path", "make_dir", "name", "open_input", "parent", "publish", "publish_file", "read_bytes", "sweep",
+    "CredentialsRefused", "FileInfo", "StorageError", "StorageOptions", "absolute", "create", "delete",
+    "delete_empty", "download", "exists", "file_info", "file_system", "glob", "glob_base", "is_dir", "is_glob",
+    "is_remote", "join", "list_files", "local_path", "make_dir", "name", "open_input", "parent", "publish",
+    "publish_file", "read_bytes", "sweep",
 ]  # fmt: skip

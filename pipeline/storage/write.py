@@ -76,6 +76,13 @@ def delete(path: str, storage_options: StorageOptions = None, *, recursive: bool
             os.unlink(local_path(path))
 
 
+def delete_empty(path: str) -> None:
+    """Remove a folder on disk if nothing is in it. Buckets have no empty folders."""
+    if not is_remote(path):
+        with contextlib.suppress(OSError):
+            os.rmdir(local_path(path))
+
+
 def sweep(path: str) -> None:
     """Remove what killed writers left below a folder on disk. The caller must be the only writer there.
 

@@ -24,10 +24,10 @@ set -u
 mount -t tmpfs -o size=160k tmpfs "$OUT"
 "$@" > "$TOLD/first.txt" 2>&1; echo $? > "$TOLD/first.code"
 find "$OUT" -mindepth 1 > "$TOLD/files.txt"
-for fragment in "$OUT"/fragments/*.parquet; do cp "$fragment" "$TOLD/"; done
+for fragment in "$OUT"/__run/fragments/*.parquet; do cp "$fragment" "$TOLD/"; done
 mount -o remount,size=64m "$OUT"
 "$@" > "$TOLD/second.txt" 2>&1; echo $? > "$TOLD/second.code"
-cp "$OUT"/part-*.parquet "$OUT/run.json" "$TOLD/"
+cp "$OUT"/part-*.parquet "$OUT/__run/run.json" "$TOLD/"
 find "$OUT" -mindepth 1 -printf '%f\\n' > "$TOLD/files-after.txt"
 """
 

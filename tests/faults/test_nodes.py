@@ -47,7 +47,7 @@ def cluster() -> Iterator[Any]:
 def lose_once_rows_are_done(cluster: Any, node: Any, output: Path) -> threading.Thread:
     def lose() -> None:
         deadline = time.monotonic() + 250
-        while not list((output / "fragments").glob("*.parquet")) and time.monotonic() < deadline:
+        while not list((output / "__run" / "fragments").glob("*.parquet")) and time.monotonic() < deadline:
             time.sleep(0.05)
         cluster.remove_node(node, allow_graceful=False)
 
@@ -92,7 +92,7 @@ def test_a_lost_node_costs_no_row(tmp_path: Path, cluster: Any, fits: bool) -> N
     rows = pq.read_table(output / "part-00000.parquet").to_pylist()
     assert [row["id"] for row in rows] == ids
     assert all(row["status"] == "ok" and row["text"] == row["id"] for row in rows)
-    record = json.loads((output / "run.json").read_text())
+    record = json.loads((output / "__run" / "run.json").read_text())
     assert (record["counts"]["rows"], record["counts"]["done"], record["counts"]["failed"]) == (300, 300, 0)
     assert record["num_runs"] == (1 if fits else 2)
     if not fits:
@@ -121,7 +121,7 @@ def test_a_cpu_node_s_preprocessing_feeds_the_engine_on_another_node(tmp_path: P
     rows = pq.read_table(output / "part-00000.parquet").to_pylist()
     assert len(rows) == 21
     assert {row["status"] for row in rows} == {"ok"}
-    record = json.loads((output / "run.json").read_text())
+    record = json.loads((output / "__run" / "run.json").read_text())
     assert record["placement"]["first_nodes"] == [there]
     where = {(stage["kind"], stage["node"]) for stage in record["stages"]}
     assert where == {("preprocess", here), ("engine", there)}

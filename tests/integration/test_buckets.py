@@ -96,15 +96,15 @@ def test_a_job_lives_in_a_bucket_that_throttles_delays_and_cuts_connections(buck
     found = keys(bucket, "out/")
     assert sorted(found) == [
         "out/_SUCCESS",
-        "out/errors.jsonl",
-        "out/log.txt",
+        "out/__run/errors.jsonl",
+        "out/__run/log.txt",
         "out/part-00000.parquet",
         "out/part-00001.parquet",
-        "out/progress.jsonl",
-        "out/report.html",
-        "out/run.json",
+        "out/__run/progress.jsonl",
+        "out/_report.html",
+        "out/__run/run.json",
     ]
-    record = json.loads(bucket.client().get_object(Bucket="data", Key="out/run.json")["Body"].read())
+    record = json.loads(bucket.client().get_object(Bucket="data", Key="out/__run/run.json")["Body"].read())
     assert "secret" not in record["config"]["input"]["storage_options"].values()
     assert record["state"] == "finished"
 
@@ -183,6 +183,6 @@ def test_a_checkpoint_in_a_bucket_is_used_like_a_folder(bucket: S3Server, tmp_pa
     assert row["status"] == "ok"
     fetched = [request for request in bucket.requests if request.startswith("GET") and "safetensors" in request]
     assert len(fetched) == 1
-    record = (tmp_path / "out" / "run.json").read_text()
+    record = (tmp_path / "out" / "__run" / "run.json").read_text()
     assert json.loads(record)["model"]["path"] == "s3://data/models/demo"
     assert "(not recorded)" in record

@@ -123,16 +123,16 @@ def test_one_manifest_may_mix_every_kind_of_row_good_and_bad(tmp_path: Path, pho
     assert found["image"]["num_prompt_tokens"] > found["image"]["num_visual_tokens"] > 0
     schema = pq.read_schema(output / "part-00000.parquet")
     assert schema.equals(result_schema(pa.schema([])))
-    record = json.loads((output / "run.json").read_text())
+    record = json.loads((output / "__run" / "run.json").read_text())
     assert record["state"] == "finished"
     assert record["errors"]["SettingError"] == 2
-    told = [json.loads(line) for line in (output / "errors.jsonl").read_text().splitlines()]
+    told = [json.loads(line) for line in (output / "__run" / "errors.jsonl").read_text().splitlines()]
     assert {line["id"]: (line["stage"], line["type"]) for line in told} == errors
     assert all(rows[line["manifest_row"]]["id"] == line["id"] for line in told)
     assert {line["manifest_file"] for line in told} == {str(tmp_path / "rows.jsonl")}
     assert "nowhere.png" in next(line["message"] for line in told if line["id"] == "missing")
     assert record["engine"]["device"].startswith("cpu")
-    assert not (output / "fragments").exists()
+    assert not (output / "__run" / "fragments").exists()
     assert (output / "_SUCCESS").exists()
 
 
@@ -253,15 +253,15 @@ def test_a_run_that_is_stopped_before_its_first_row_or_after_its_last_is_finishe
         patch.setattr(f"pipeline.execution.run.{moment}", stopped)
         assert caption(source, output) == 130
     assert f"stopped: {done} of 1 rows are done; the same command resumes" in capfd.readouterr().out
-    assert not (output / ".lease").exists() and not (output / "_SUCCESS").exists()
+    assert not (output / "__run" / ".lease").exists() and not (output / "_SUCCESS").exists()
     if done:
-        record = json.loads((output / "run.json").read_text())
+        record = json.loads((output / "__run" / "run.json").read_text())
         assert (record["state"], record["counts"]["done"]) == ("interrupted", 1)
     else:
-        assert not (output / "run.json").exists(), "nothing is done, so the folder takes any settings"
+        assert not (output / "__run" / "run.json").exists(), "nothing is done, so the folder takes any settings"
     assert caption(source, output) == 0
     assert [row["status"] for row in results(output)] == ["ok"]
-    assert json.loads((output / "run.json").read_text())["counts"]["this_run"] == 1 - done
+    assert json.loads((output / "__run" / "run.json").read_text())["counts"]["this_run"] == 1 - done
 
 
 def test_another_model_at_the_same_path_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,9 +273,9 @@ def test_another_model_at_the_same_path_is_refused(tmp_path: Path, capsys: pytes
     template.write_text(template.read_text() + "{# other #}")
     assert caption(source, output, *words) == 2
     assert f"{model}: chat_template.jinja: was " in capsys.readouterr().err
-    record = json.loads((output / "run.json").read_text())
+    record = json.loads((output / "__run" / "run.json").read_text())
     del record["identity"]["model.files"], record["manifest"]["versions"]  # as earlier versions wrote it
-    (output / "run.json").write_text(json.dumps(record))
+    (output / "__run" / "run.json").write_text(json.dumps(record))
     assert caption(source, output, *words) == 0
     assert "is finished" in capsys.readouterr().out
 
@@ -325,7 +325,7 @@ def test_what_is_broken_stops_the_job_before_ray_starts(tmp_path: Path, words: l
     assert done.returncode == 2
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
-    assert not (tmp_path / "o" / "log.txt").exists()
+    assert not (tmp_path / "o" / "__run" / "log.txt").exists()
 
 
 def test_a_manifest_without_usable_columns_names_what_it_has(
@@ -363,20 +363,20 @@ def test_a_stopped_run_leaves_a_folder_that_the_next_one_finishes(tmp_path: Path
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 900
-    while not list((output / "fragments").glob("*.parquet")) and time.monotonic() < deadline:
+    while not list((output / "__run" / "fragments").glob("*.parquet")) and time.monotonic() < deadline:
         assert process.poll() is None, process.stdout and process.stdout.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 130, printed
     assert "the same command resumes" in printed
-    record = json.loads((output / "run.json").read_text())
+    record = json.loads((output / "__run" / "run.json").read_text())
     assert record["state"] == "interrupted"
     assert 0 < record["counts"]["done"] < 400
     assert not (output / "_SUCCESS").exists()
     assert caption(source, output, "--sampling.ignore_eos", "true", max_tokens=128) == 0
     assert [row["id"] for row in results(output)] == [str(i) for i in range(400)]
-    record = json.loads((output / "run.json").read_text())
+    record = json.loads((output / "__run" / "run.json").read_text())
     assert record["num_runs"] == 2
     assert record["counts"]["this_run"] < 400
 
@@ -399,7 +399,7 @@ def test_the_demo_is_answered_right_on_one_cpu_and_on_two(tmp_path: Path, cpus: 
 def test_the_demo_checkpoint_is_named_in_the_run_s_record(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "m.jsonl", [{"prompt": "Hello."}])
     assert caption(source, tmp_path / "o") == 0
-    record = json.loads((tmp_path / "o" / "run.json").read_text())
+    record = json.loads((tmp_path / "o" / "__run" / "run.json").read_text())
     assert record["model"]["path"] == str(CHECKPOINT)
     assert record["versions"]["torch"]
     assert record["identity"]["sampling.max_tokens"] == 8

@@ -99,7 +99,7 @@ def test_pools_that_may_grow_answer_every_row(tmp_path: Path, monkeypatch: pytes
     pools = ("--resources.preprocess_actors", "1,2", "--resources.engine_actors", "1,2")
     rows = run(tmp_path, ids, monkeypatch, *pools)
     assert all(row["status"] == "ok" and row["text"] == name for name, row in rows.items())
-    placement = json.loads((tmp_path / "out" / "run.json").read_text())["placement"]
+    placement = json.loads((tmp_path / "out" / "__run" / "run.json").read_text())["placement"]
     assert (placement["preprocess_pool"], placement["engine_pool"]) == ([1, 2], [1, 2])
 
 
@@ -113,7 +113,7 @@ class CountingActor(EngineActor):
 def test_actor_stats_in_the_record_include_the_last_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [f"row {number}" for number in range(5)]
     run(tmp_path, ids, monkeypatch, actor=CountingActor)
-    stages = json.loads((tmp_path / "out" / "run.json").read_text())["stages"]
+    stages = json.loads((tmp_path / "out" / "__run" / "run.json").read_text())["stages"]
     assert sum(stage["rows"] for stage in stages if stage["kind"] == "preprocess") == len(ids)
     assert sum(stage["answered"] for stage in stages if stage["kind"] == "engine") == len(ids)
 

@@ -40,12 +40,12 @@ def _evaluate(*words: str) -> int:
 def test_a_finished_run_is_scored_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run", [*_rows(wrong=3), error_row(30, "FetchTimeout", "fetch", "late")])
     assert _evaluate("--run.path", str(folder)) == 0
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "__run" / "metrics.json").read_text())
     assert metrics["overall"]["exact_match"]["value"] == pytest.approx(27 / 31), "the row that failed counts as wrong"
     assert {entry["value"] for entry in metrics["slices"]["task"]} == {"colour", "count", "caption", "video"}
-    scores = pq.read_table(folder / "scores.parquet")
+    scores = pq.read_table(folder / "__run" / "scores.parquet")
     assert scores.num_rows == 31 and scores.column("score").to_pylist()[:4] == [0, 0, 0, 1]
-    page = (folder / "report.html").read_text()
+    page = (folder / "_report.html").read_text()
     assert "87.1 %" in page and "Exact match" in page
     assert "87.1 %" in capsys.readouterr().out
 
@@ -61,12 +61,12 @@ def test_a_partitioned_run_is_scored_and_reported_like_any_other(tmp_path: Path)
     assert _evaluate("--run.path", folder.path) == 0
     whole = write_run(tmp_path / "whole", rows)
     assert _evaluate("--run.path", str(whole)) == 0
-    both = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "whole")]
+    both = [json.loads((tmp_path / name / "__run" / "metrics.json").read_text()) for name in ("run", "whole")]
     tasks = [
         {entry["value"]: entry["metrics"]["exact_match"]["value"] for entry in one["slices"]["task"]} for one in both
     ]
     assert tasks[0] == tasks[1] and set(tasks[0]) == {"colour", "count", "caption", "video"}
-    page = (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "_report.html").read_text()
     assert "90.0 %" in page and 'id="gallery-worst"' in page
 
 
@@ -84,10 +84,10 @@ def test_a_run_is_compared_with_its_baseline(tmp_path: Path, capsys: pytest.Capt
     assert "score it first" in capsys.readouterr().err
     assert _evaluate("--run.path", str(baseline)) == 0
     assert _evaluate("--run.path", str(worse), "--evaluate.baseline", str(baseline)) == 0
-    found = json.loads((worse / "metrics.json").read_text())["baseline"]["metrics"]["exact_match"]
+    found = json.loads((worse / "__run" / "metrics.json").read_text())["baseline"]["metrics"]["exact_match"]
     assert found["verdict"] == "worse" and found["p_permutation"] < 0.01 and found["difference"] == pytest.approx(-0.4)
     assert "12 lost: worse" in capsys.readouterr().out
-    assert "Worse than the baseline" in (worse / "report.html").read_text()
+    assert "Worse than the baseline" in (worse / "_report.html").read_text()
 
 
 def test_a_run_without_references_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,12 +130,12 @@ def test_canary_rows_run_alone_and_are_compared(
     mixed, single = job.configs
     assert mixed.engine.max_running != 1 and single.engine.max_running == 1 and single.input.limit == 5
     assert {"reference", "task", "prompt"} <= set(mixed.input.keep)
-    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["canaries"]
+    found = json.loads((tmp_path / "out" / "__run" / "metrics.json").read_text())["canaries"]
     assert found["num_rows"] == 5 and found["num_same"] == (5 if alone == "right" else 4)
     assert [one["id"] for one in found["differing"]] == ([] if alone == "right" else ["row-0002"])
     said = f"{found['num_same']} of 5 rows gave the same answer alone"
     assert said in capsys.readouterr().out
-    assert said in (tmp_path / "out" / "report.html").read_text()
+    assert said in (tmp_path / "out" / "_report.html").read_text()
 
 
 def test_canaries_compare_token_counts_and_finish_reasons_too(tmp_path: Path) -> None:
@@ -162,6 +162,6 @@ def test_the_demo_checkpoint_is_evaluated_end_to_end(tmp_path: Path) -> None:
     world, out = tmp_path / "world", tmp_path / "out"
     write_demo_world(world, rows_per_task=2, seed=1)
     assert _evaluate("--input.path", str(world), "--output.path", str(out), "--evaluate.canaries", "3") == 0
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = json.loads((out / "__run" / "metrics.json").read_text())
     assert metrics["overall"]["exact_match"]["value"] > 0.8
     assert metrics["canaries"]["num_same"] == 3

@@ -62,4 +62,4 @@ def test_a_job_reads_and_writes_its_bucket(options: dict[str, Any], photos: Path
     table = pq.read_table(io.BytesIO(storage.read_bytes(f"{root}/out/part-00000.parquet", options)))
     assert table.column("error_type").to_pylist() == [None, "MediaNotFound", None]
     names = {info.path.rpartition("/")[2] for info in storage.list_files(f"{root}/out", options)}
-    assert {"_SUCCESS", "run.json", "part-00000.parquet", "report.html"} <= names
+    assert {"_SUCCESS", "run.json", "part-00000.parquet", "_report.html"} <= names

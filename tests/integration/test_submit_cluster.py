@@ -104,7 +104,7 @@ def test_the_demo_runs_as_a_job_with_its_logs_exit_code_and_metrics(head: RayHea
     assert submission is not None
     assert "1 ReservedTokenError" in ray_job(head, "logs", submission[1])
     assert needed <= scraped
-    assert json.loads((output / "run.json").read_text())["versions"].get("commit") == code_commit(ROOT)
+    assert json.loads((output / "__run" / "run.json").read_text())["versions"].get("commit") == code_commit(ROOT)
     (sent,) = (path for path in head.session.glob("runtime_resources/working_dir_files/*") if path.is_dir())
     assert {path.name for path in sent.iterdir()} >= {"pipeline", "jobs", "configs", "constraints.txt"}
     assert not {path.name for path in sent.iterdir()} & {"tests", "docs", "out", ".venv", ".git", "data"}
@@ -136,7 +136,7 @@ def stop_and_go_on(head: RayHead, manifest: Path, held: str, released: threading
     assert job.stdout is not None
     submission = re.findall(r"submitted (raysubmit_\w+) to", job.stdout.readline())[0]
     end = time.monotonic() + WAIT_S
-    while len(list(output.glob("fragments/*.parquet"))) < 3 and job.poll() is None and time.monotonic() < end:
+    while len(list(output.glob("__run/fragments/*.parquet"))) < 3 and job.poll() is None and time.monotonic() < end:
         time.sleep(0.2)
     ray_job(head, "stop", submission)
     printed = job.stdout.read()
@@ -145,14 +145,14 @@ def stop_and_go_on(head: RayHead, manifest: Path, held: str, released: threading
     assert "was stopped; submit it again to resume" in printed
     assert re.search(rf"stopped: \d+ of {num_rows} rows are done; the same command resumes", printed), printed
     assert job.returncode == 2, "make's own, for our 130"
-    before = json.loads((output / "run.json").read_text())
+    before = json.loads((output / "__run" / "run.json").read_text())
     assert before["state"] == "interrupted" and 0 < before["counts"]["done"] < num_rows
-    assert not (output / "_SUCCESS").exists() and not (output / ".lease").exists()
+    assert not (output / "_SUCCESS").exists() and not (output / "__run" / ".lease").exists()
     again = submitting(head, *words)
     printed = again.communicate(timeout=WAIT_S)[0]
     assert again.returncode == 0, printed
     assert places(output) == list(range(num_rows))
-    after = json.loads((output / "run.json").read_text())
+    after = json.loads((output / "__run" / "run.json").read_text())
     assert after["num_runs"] == 2
     assert after["counts"]["this_run"] == num_rows - before["counts"]["done"]
 
@@ -197,7 +197,7 @@ def test_a_driver_that_joins_directly_is_told_of_the_token_that_it_lacks(head: R
     assert (done.returncode, done.stdout) == (2, "")
     assert re.search(rf"can't reach or start Ray \({re.escape(head.gcs_address)}\): Failed to connect .*", done.stderr)
     assert "if the cluster uses tokens, set RAY_AUTH_MODE=token" in done.stderr
-    assert "InvalidAuthToken" in (tmp_path / "out" / "log.txt").read_text()
+    assert "InvalidAuthToken" in (tmp_path / "out" / "__run" / "log.txt").read_text()
     done = subprocess.run(
         command, cwd=ROOT, env={**head.environment, "RAY_AUTH_MODE": "token"}, capture_output=True, text=True
     )

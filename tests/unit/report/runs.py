@@ -119,17 +119,17 @@ def write_run(
     kept: pa.Schema = KEPT,
 ) -> Path:
     """A run folder of these rows: two parts, or two fragments of an unfinished run."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "__run").mkdir(parents=True, exist_ok=True)
     schema = result_schema(kept)
     if run is not None:
-        (folder / "run.json").write_text(json.dumps(run))
+        (folder / "__run" / "run.json").write_text(json.dumps(run))
     half = -(-len(rows) // 2)
     if finished:
         paths = [folder / "part-00000.parquet", folder / "part-00001.parquet"]
         (folder / "_SUCCESS").touch()
     else:
-        (folder / "fragments").mkdir(exist_ok=True)
-        paths = [folder / "fragments" / f"1-{number}.parquet" for number in range(2)]
+        (folder / "__run" / "fragments").mkdir(exist_ok=True)
+        paths = [folder / "__run" / "fragments" / f"1-{number}.parquet" for number in range(2)]
     for path, some in zip(paths, (rows[:half], rows[half:]), strict=True):
         pq.write_table(pa.Table.from_pylist(list(some), schema=schema), path, row_group_size=7)
     return folder
@@ -142,9 +142,9 @@ def write_scores(folder: Path, **settings: Any) -> dict[str, Any]:
     reader = RunReader(str(folder))
     scorer.learn(reader.batches())
     table = pa.Table.from_batches([scorer.score(batch) for batch in reader.batches()], schema=scorer.schema)
-    pq.write_table(table, folder / "scores.parquet")
+    pq.write_table(table, folder / "__run" / "scores.parquet")
     metrics = scorer.metrics()
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "__run" / "metrics.json").write_text(json.dumps(metrics))
     return metrics
 
 
@@ -155,7 +155,7 @@ def write_progress(folder: Path, num_lines: int = 200) -> None:
         json.dumps({"t": 1000.0 + 3 * line, "rows": int(count), "output_tokens": int(30 * count), "errors": line // 40})
         for line, count in enumerate(rows)
     ]
-    (folder / "progress.jsonl").write_text("\n".join(lines) + '\n{"t": 12')
+    (folder / "__run" / "progress.jsonl").write_text("\n".join(lines) + '\n{"t": 12')
 
 
 def write_video(path: Path, num_frames: int = 12) -> str:

@@ -151,8 +151,8 @@ def test_a_folder_without_run_json_or_rows_has_a_page_and_one_with_neither_is_re
     bare = write_run(tmp_path / "bare", [result_row(0), result_row(1)], run=None)
     assert "holds no run.json" in render_html(gather(str(bare), options=_QUICK))
     empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "run.json").write_text(json.dumps({"state": "running"}))
+    (empty / "__run").mkdir(parents=True)
+    (empty / "__run" / "run.json").write_text(json.dumps({"state": "running"}))
     assert "0 rows" in render_html(gather(str(empty), options=_QUICK))
     (tmp_path / "stranger").mkdir()
     with pytest.raises(OutputError, match=r"not a run folder.*part-\*"):

@@ -167,7 +167,7 @@ def test_the_command_writes_a_page_prints_markdown_and_refuses_other_folders(
 ) -> None:
     folder = write_run(tmp_path / "run", [result_row(number) for number in range(4)])
     assert main([str(folder), "--no-thumbnails"]) == 0
-    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert (folder / "_report.html").read_text().startswith("<!doctype html>")
     assert main([str(folder), "--format", "markdown"]) == 0
     assert "4 rows, no errors" in capsys.readouterr().out
     elsewhere = tmp_path / "new" / "page.html"

@@ -36,11 +36,12 @@ def finished(*failed: bool) -> pa.Table:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "errors.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "__run" / "errors.jsonl").read_text().splitlines()]
 
 
 def test_failed_rows_are_written_with_their_row_key_and_later_runs_add_theirs(tmp_path: Path) -> None:
     files = ["a.parquet", "b.parquet"]
+    (tmp_path / "__run").mkdir()
     for _ in range(2):
         log = ErrorLog(RunFolder(str(tmp_path)), files)
         log.add(finished(False, True, False, True))
@@ -72,6 +73,7 @@ def test_a_bucket_that_refuses_the_file_does_not_end_the_run(tmp_path: Path, mon
 
 
 def test_the_file_ends_at_its_limit_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "__run").mkdir()
     monkeypatch.setattr(error_log, "MAX_LINES", 5)
     log = ErrorLog(RunFolder(str(tmp_path)), ["a", "b"])
     for _ in range(3):

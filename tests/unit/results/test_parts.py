@@ -122,7 +122,7 @@ def test_stale_parts_of_an_interrupted_finalise_are_removed(tmp_path: Path) -> N
     out = writer(folder, numbering)
     out.add(rows([(0, row) for row in range(4)]))
     out.flush()
-    Path(folder.file("part-00007.parquet")).write_bytes(b"half")
+    Path(folder.part("part-00007.parquet")).write_bytes(b"half")
     finalise(folder, numbering, SCHEMA, rows_per_part=2)
     assert [Path(part).name for part in folder.parts()] == ["part-00000.parquet", "part-00001.parquet"]
 

@@ -101,6 +101,7 @@ def test_a_row_in_several_fragments_is_read_and_fetched_once(tmp_path: Path) -> 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"not a run folder.*part-\*"):
         RunReader(str(tmp_path))
-    (tmp_path / "run.json").write_text("[]")
+    (tmp_path / "__run").mkdir()
+    (tmp_path / "__run" / "run.json").write_text("[]")
     with pytest.raises(OutputError, match="holds a list; expected an object"):
         RunReader(str(tmp_path))

@@ -22,9 +22,33 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_whose_first_run_was_refused_early_may_be_used_again(tmp_path: Path) -> None:
-    (tmp_path / "manifest.parquet").write_bytes(b"listing")
-    (tmp_path / "log.txt").write_text("")
+    (tmp_path / "__run").mkdir()
+    (tmp_path / "__run" / "manifest.parquet").write_bytes(b"listing")
+    (tmp_path / "__run" / "log.txt").write_text("")
     RunFolder(str(tmp_path)).prepare()
+
+
+def test_a_run_of_an_earlier_version_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"a run of an earlier version.*choose an empty or new folder"):
+        RunFolder(str(tmp_path)).prepare()
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_what_a_refused_run_made_is_removed_and_nothing_else(tmp_path: Path, existed: bool) -> None:
+    path = tmp_path / "a" / "out"
+    if existed:
+        path.mkdir(parents=True)
+    folder = RunFolder(str(path))
+    folder.prepare()
+    Path(folder.file("manifest.parquet")).write_bytes(b"listing")
+    folder.discard_unused()
+    assert path.exists() == existed
+    assert not any(tmp_path.rglob("*.parquet"))
+    folder.prepare()
+    folder.write_run({"state": "running"})
+    folder.discard_unused()
+    assert folder.read_run() is not None
 
 
 def test_a_disk_without_room_is_an_output_error_and_nothing_half_written_stays(
