@@ -33,8 +33,8 @@ _JOINING_HINT = (
 
 @contextlib.contextmanager
 def job_output(folder: RunFolder, *, verbose: bool) -> Iterator[Console]:
-    """A console on the real output. Everything else that is written goes to `__run/log.txt` in the run folder, or to the
-    output too if `verbose`."""
+    """A console on the real output. Everything else that is written goes to `__run/log.txt` in the run folder; with
+    `verbose` nothing does."""
     if verbose:
         yield Console(highlight=False)
     elif not storage.is_remote(folder.path):

@@ -85,7 +85,8 @@ class RunReader:
             raise OutputError(f"can't read {self.path}: {error}") from error
         if not self._files and found is None:
             raise OutputError(
-                f"{self.path} is not a run folder: expected __run/run.json, and part-*.parquet or __run/fragments/*.parquet"
+                f"{self.path} is not a run folder: "
+                "expected __run/run.json, and part-*.parquet or __run/fragments/*.parquet"
             )
         self.columns: tuple[str, ...] = ()
         if self._files:
