@@ -98,11 +98,11 @@ def test_a_job_lives_in_a_bucket_that_throttles_delays_and_cuts_connections(buck
         "out/_SUCCESS",
         "out/__run/errors.jsonl",
         "out/__run/log.txt",
+        "out/__run/progress.jsonl",
+        "out/__run/run.json",
+        "out/_report.html",
         "out/part-00000.parquet",
         "out/part-00001.parquet",
-        "out/__run/progress.jsonl",
-        "out/_report.html",
-        "out/__run/run.json",
     ]
     record = json.loads(bucket.client().get_object(Bucket="data", Key="out/__run/run.json")["Body"].read())
     assert "secret" not in record["config"]["input"]["storage_options"].values()

@@ -202,11 +202,11 @@ def test_failed_rows_are_run_again_when_asked_and_the_others_left_alone(
     assert caption(source, output) == 0
     before = results(output)
     assert [row["error_type"] for row in before] == ["MediaNotFound", None, "ReservedTokenError"]
-    files = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    files = {path.name: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert caption(source, output, "--retry-failed=MediaTimeout") == 0
     assert "has no such errors to run again: it has 1 MediaNotFound, 1 ReservedTokenError" in capsys.readouterr().out
-    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == files
+    assert {path.name: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == files
     shutil.copy(photos / "coffee.png", tmp_path / "late.png")
     assert caption(source, output, "--retry-failed=FetchError") == 0
     after = results(output)
@@ -220,13 +220,13 @@ def test_a_finished_folder_is_left_alone_and_says_so_at_once(
 ) -> None:
     source, output = jsonl(tmp_path / "m.jsonl", [{"prompt": "Hello."}]), tmp_path / "out"
     assert caption(source, output) == 0
-    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    before = {path.name: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     capsys.readouterr()
     started = time.monotonic()
     assert caption(source, output) == 0
     assert time.monotonic() - started < 2
     assert "is finished: 1 rows, 0 errors" in capsys.readouterr().out
-    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+    assert {path.name: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
     # Nor was the manifest opened: there is nothing in it any more, and its listing does not show that.
     size, times = source.stat().st_size, source.stat()
     source.write_text("\n" * size)
@@ -344,12 +344,12 @@ def test_a_profile_traces_the_steps_that_were_asked_for(tmp_path: Path) -> None:
     output = tmp_path / "out"
     more = ("--profile", "4", "--sampling.ignore_eos", "true")
     assert caption(jsonl(tmp_path / "rows.jsonl", rows), output, *more, max_tokens=24) == 0
-    trace = json.loads(gzip.decompress((output / "profile" / "engine-0.json.gz").read_bytes()))
+    trace = json.loads(gzip.decompress((output / "__run" / "profile" / "engine-0.json.gz").read_bytes()))
     steps = [event for event in trace["traceEvents"] if event["name"] == "engine step" and event.get("ph") == "X"]
     assert len(steps) == 4
     named = {event["name"] for event in trace["traceEvents"]}
     assert any("attention" in name for name in named) and any("mm" in name for name in named), sorted(named)[:50]
-    timeline = json.loads(gzip.decompress((output / "profile" / "ray.json.gz").read_bytes()))
+    timeline = json.loads(gzip.decompress((output / "__run" / "profile" / "ray.json.gz").read_bytes()))
     assert any("EngineActor" in event["cat"] for event in timeline)
 
 

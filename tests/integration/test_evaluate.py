@@ -73,9 +73,9 @@ def test_a_partitioned_run_is_scored_and_reported_like_any_other(tmp_path: Path)
 def test_scoring_again_changes_nothing(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", _rows(wrong=3))
     _evaluate("--run.path", str(folder))
-    before = [(folder / name).read_bytes() for name in ("metrics.json", "scores.parquet")]
+    before = [(folder / "__run" / name).read_bytes() for name in ("metrics.json", "scores.parquet")]
     _evaluate("--run.path", str(folder))
-    assert [(folder / name).read_bytes() for name in ("metrics.json", "scores.parquet")] == before
+    assert [(folder / "__run" / name).read_bytes() for name in ("metrics.json", "scores.parquet")] == before
 
 
 def test_a_run_is_compared_with_its_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
