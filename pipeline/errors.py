@@ -2,7 +2,8 @@
 
     PipelineError
     |-- JobError          ends the job: ConfigError, ManifestError, CheckpointError, OutputError, CredentialError,
-    |                     ResourceError (exit 2), ClusterError and its RestartNeeded (exit 1), TooManyErrors (exit 3)
+    |                     ResourceError (exit 2), ClusterError, DeviceLost, RestartNeeded (exit 1),
+    |                     TooManyErrors (exit 3)
     `-- RowError          becomes a result row; the job goes on
         |-- MessageError  stage prompt: ReservedTokenError, SettingError
         |-- FetchError    stage fetch: MediaNotFound, AccessDenied, FetchTimeout, MediaTooLarge
@@ -65,6 +66,10 @@ class ClusterError(JobError):
     """Ray, or an actor on it, failed in a way that is no row's fault."""
 
     exit_code = 1
+
+
+class DeviceLost(ClusterError):
+    """A process can't use its GPU any more, after an illegal memory access for example; another process can."""
 
 
 class RestartNeeded(ClusterError):

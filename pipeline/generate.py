@@ -34,7 +34,7 @@ from pipeline.engine import (
     load_engine,
     parse_sampling,
 )
-from pipeline.errors import EngineCrash, RowError, SettingError, as_row_error
+from pipeline.errors import DeviceLost, EngineCrash, RowError, SettingError, as_row_error, first_line
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.schema import ANSWER_FIELDS, Status, error_values, result_schema
 
@@ -71,8 +71,9 @@ class EngineThread:
     """Owns an engine: takes requests from any thread, steps, and returns each request's completions.
 
     An exception from a step loses the state of every row in the engine. The rows are then run again one at a time; a
-    row that fails alone too is answered with EngineCrash, and the others are answered as usual. An exception outside
-    the steps is a fault of the engine itself: whoever waits gets it, and so does whoever comes later.
+    row that fails alone too is answered with EngineCrash, and the others are answered as usual. After some failures
+    this process cannot use the GPU any more: whoever waits then gets DeviceLost, and no row is blamed. An exception
+    outside the steps is a fault of the engine itself. It too goes to whoever waits, and to whoever comes later.
     """
 
     def __init__(self, engine: Engine, wrap_step: WrapStep | None = None) -> None:
@@ -129,7 +130,8 @@ class EngineThread:
             free = self._free_share()
             try:
                 completions = self._step()
-            except BaseException:  # also a panic of the tokenizer's library, which is no Exception
+            except BaseException as error:  # also a panic of the tokenizer's library, which is no Exception
+                self._check_device(error)
                 log.exception("engine step failed with %d rows; running them one at a time", len(self._jobs))
                 self._run_alone(list(self._jobs.values()))
                 completions = []
@@ -185,11 +187,18 @@ class EngineThread:
                 while job.request_id in self._jobs:
                     self._deliver(self._engine.step())
             except BaseException as error:
+                self._check_device(error)
                 log.exception("the engine failed on a row alone")
                 self._engine.abort(job.request_id)
                 del self._jobs[job.request_id]
                 crash = EngineCrash(f"the engine failed on this row, alone too: {type(error).__name__}: {error}")
                 job.future.set_result(error_completions(job.request, crash))
+
+    def _check_device(self, error: BaseException) -> None:
+        """Raise DeviceLost where this error has left the device dead: no row can be answered in this process any more,
+        and none of them is known to be the cause."""
+        if not self._engine.is_usable():
+            raise DeviceLost(f"the GPU can't be used by this process any more: {first_line(error)}") from error
 
 
 @dataclass

@@ -16,7 +16,7 @@ from pipeline.engine.admission import AdmissionRules
 from pipeline.engine.attention.choose import pick_attention
 from pipeline.engine.block_manager import BlockManager
 from pipeline.engine.cuda_graph import DecodeGraphs
-from pipeline.engine.device import current, gpu_name
+from pipeline.engine.device import current, gpu_name, is_alive
 from pipeline.engine.encoded_media import EncodedMedia
 from pipeline.engine.interface import Detokenize, Engine
 from pipeline.engine.kv_cache import make_cache
@@ -169,6 +169,9 @@ class NativeEngine(Engine):
             "block_size": self.cache.block_size,
             "eos_token_ids": sorted(self.checkpoint.eos_token_ids),
         }
+
+    def is_usable(self) -> bool:
+        return all(is_alive(device) for device in {self.checkpoint.device, *self.checkpoint.layer_devices})
 
     def stats(self) -> dict[str, float]:
         blocks = self.scheduler.blocks

@@ -31,6 +31,9 @@ class Engine(Protocol):
     def stats(self) -> dict[str, float]:
         """Counters and gauges so far."""
 
+    def is_usable(self) -> bool:
+        """Whether it can still answer. False once its device is dead for this process; only a new one helps."""
+
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """Run the requests to their end: n completions for each, in the order given.
 

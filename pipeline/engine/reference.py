@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from pipeline.engine.admission import AdmissionRules
 from pipeline.engine.attention.choose import flash_attn_installed
-from pipeline.engine.device import current, gpu_name
+from pipeline.engine.device import current, gpu_name, is_alive
 from pipeline.engine.interface import Detokenize, Engine
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sampler import sample, sample_row
@@ -92,6 +92,9 @@ class ReferenceEngine(Engine):
             "max_context": self.admission.max_context,
             "eos_token_ids": sorted(self.checkpoint.eos_token_ids),
         }
+
+    def is_usable(self) -> bool:
+        return is_alive(self.checkpoint.device)
 
     def stats(self) -> dict[str, float]:
         return {"running": 0.0, "waiting": float(len(self._waiting)), "preemptions": 0.0, **self._stats}

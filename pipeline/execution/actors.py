@@ -6,19 +6,21 @@ Knows Ray and the stages' interfaces; not how actors are placed, nor what a stag
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.errors import EngineCrash
+from pipeline.errors import DeviceLost, EngineCrash
 from pipeline.execution.profile import StepProfiler
 from pipeline.execution.supervision import MAX_LONE_DEATHS, ActorReporter, ReadWriteLock, RowKey
 from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, UnitColumn
 
+log = logging.getLogger(__name__)
 _UNIT = "unit"
 
 
@@ -106,6 +108,15 @@ class EngineActor:
         return GenerateStage(options, profiler.wrap)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        try:
+            return self._answer(table)
+        except DeviceLost:
+            # Ray starts another process in its place, and the Supervisor has these rows run again. An exception would
+            # be sent to the driver and end the job; `ray.actor.exit_actor` would mean that no other is wanted.
+            log.exception("the engine's process ends")
+            os._exit(1)
+
+    def _answer(self, table: pa.Table) -> pa.Table:
         keys = _row_keys(table, MANIFEST_FILE, MANIFEST_ROW)
         suspects = self._reporter.begin(keys)
         together, alone = _separate(table, keys, suspects)

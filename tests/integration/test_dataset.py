@@ -11,15 +11,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from jobs.benchmark.fake_engine import FakeGenerateStage
 from jobs.caption import main
+from pipeline.engine import Completion, Request, SamplingParams
 from pipeline.execution import dataset
 from pipeline.execution.actors import EngineActor, PreprocessActor, pack
 from pipeline.execution.supervision import RowKey
+from pipeline.generate import EngineThread
 from pipeline.schema import RESULT_COLUMNS, UnitColumn
 
 pytestmark = pytest.mark.usefixtures("ray_with_two_cpus")
@@ -78,6 +82,63 @@ def test_a_row_that_kills_its_actor_becomes_an_error_row(tmp_path: Path, monkeyp
     killer = rows.pop("kill")
     assert (killer["status"], killer["error_type"]) == ("error", "EngineCrash")
     assert "died 2 times with only this row in progress" in killer["error_message"]
+    assert all(row["status"] == "ok" and row["text"] == name for name, row in rows.items())
+
+
+class DeadDeviceEngine:
+    """An engine whose CUDA context dies of the tenth row, once: the file `marker` tells the next process."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+        self.answered = 0
+        self.requests: list[Request] = []
+
+    def add(self, request: Request) -> None:
+        self.requests.append(request)
+
+    def step(self) -> list[Completion]:
+        self.answered += 1
+        if self.answered == 10 and not self.marker.exists():
+            self.marker.touch()
+            self.answered = -1_000_000
+        if not self.is_usable():
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        time.sleep(0.01)
+        return [Completion(self.requests.pop(0).request_id, 0, (1,), "stop")]
+
+    def is_usable(self) -> bool:
+        return self.answered >= 0
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+class DeadDeviceStage(EchoStage):
+    """Answers through the real engine thread."""
+
+    def __init__(self, kept: pa.Schema, marker: Path) -> None:
+        super().__init__(kept)
+        self.thread = EngineThread(DeadDeviceEngine(marker))  # type: ignore[arg-type]
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        ids = np.zeros(1, dtype=np.int32)
+        for future in [self.thread.submit(ids, (), SamplingParams()) for _ in range(table.num_rows)]:
+            future.result()
+        return super().__call__(table)
+
+
+def test_a_dead_cuda_context_ends_the_actor_and_its_rows_run_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [f"row {number}" for number in range(40)]
+    marker = tmp_path / "died"
+
+    class DeadDeviceActor(EngineActor):
+        def make_stage(self, options: Any) -> Any:
+            return DeadDeviceStage(options.kept, marker)
+
+    rows = run(tmp_path, ids, monkeypatch, actor=DeadDeviceActor)
+    assert marker.exists()
     assert all(row["status"] == "ok" and row["text"] == name for name, row in rows.items())
 
 

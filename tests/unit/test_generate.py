@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from pipeline.demo import CHECKPOINT
 from pipeline.engine import Completion, EngineOptions, Request, SamplingParams
-from pipeline.errors import CheckpointError, EngineCrash, InternalError
+from pipeline.errors import CheckpointError, DeviceLost, EngineCrash, InternalError
 from pipeline.generate import EngineThread, GenerateOptions, GenerateStage
 from pipeline.preprocess.columns import MessageOptions
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
@@ -57,6 +58,9 @@ class CountingEngine:
     def describe(self) -> dict[str, Any]:
         return {}
 
+    def is_usable(self) -> bool:
+        return True
+
     def stats(self) -> dict[str, float]:
         return {}
 
@@ -97,6 +101,30 @@ def test_a_row_that_breaks_the_engine_is_found_and_the_others_are_answered() -> 
     assert "boom" in str(answers[2].error)
     assert thread.submit(ids(7), (), SamplingParams()).result(timeout=10)[0].token_ids == (7,)
     thread.close()
+
+
+class DyingEngine(CountingEngine):
+    """Its CUDA context dies of token 13 while other rows are in progress: every later call fails, whatever the row."""
+
+    def step(self) -> list[Completion]:
+        if any(13 in request.input_ids for request in self.waiting):
+            self.is_dead = True
+        if self.is_dead:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return super().step()
+
+    is_dead = False
+
+    def is_usable(self) -> bool:
+        return not self.is_dead
+
+
+def test_a_dead_device_is_no_row_s_error_and_whoever_waits_or_comes_later_learns_of_it() -> None:
+    thread = EngineThread(DyingEngine(per_step=1))
+    futures = [thread.submit(ids(number), (), SamplingParams()) for number in (13, 2, 3)]
+    for future in (*futures, thread.submit(ids(4), (), SamplingParams())):
+        with pytest.raises(DeviceLost, match="can't be used by this process any more: CUDA error: an illegal memory"):
+            future.result(timeout=10)
 
 
 class RefusingEngine(CountingEngine):
