@@ -34,7 +34,7 @@ from pipeline.errors import RowError
 from pipeline.execution.stages import media_options
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.receipt import SeenMedium
-from pipeline.preprocess.sandbox.client import MediaWorker, Medium
+from pipeline.preprocess.sandbox.client import MediaWorker, MediumFile
 from pipeline.preprocess.video.frames import OpenVideo
 
 SIZES = ((640, 480), (1024, 1024), (1920, 1080), (4000, 3000))
@@ -182,7 +182,7 @@ def _process(processor: Any, data: bytes) -> Any:
 
 
 def _seen(worker: MediaWorker, kind: MediumKind, data: bytes, name: str) -> SeenMedium:
-    ((seen,),) = worker.see_rows([[Medium(kind, data, MediumSettings(), name)]])
+    ((seen,),) = worker.see_rows([[MediumFile(kind, data, MediumSettings(), name)]])
     if isinstance(seen, RowError):
         raise seen
     return seen

@@ -16,14 +16,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import pyarrow as pa
 
 from pipeline.checkpoint.processor import PATCH_BYTES
 from pipeline.conversation import MediumPart
 from pipeline.engine import check_length, parse_sampling
-from pipeline.errors import MediaTimeout, RowError, SettingError
+from pipeline.errors import MediaTimeout, SettingError, as_row_error
 from pipeline.planning.sample import SampledRow, kind_of
 from pipeline.preprocess.columns import row_id
 from pipeline.preprocess.fetch import Fetcher
@@ -33,7 +32,7 @@ from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.preprocess.ranged import RangedFile
 from pipeline.preprocess.size import fit_row
 from pipeline.preprocess.stage import PreprocessOptions
-from pipeline.schema import UnitColumn
+from pipeline.preprocess.values import ManifestRow, manifest_rows
 
 # Seconds of one core for preprocessing, fitted to measurements on 2 cores of an AMD EPYC with AVX2: JPEG decoding goes
 # by the file's pixels, resizing and patchifying by those shown. Videos: H.264, decoded frames and shown ones.
@@ -74,18 +73,19 @@ class Survey:
         Those that were not begun by `until` (on the monotonic clock) are left out.
         """
         with ThreadPoolExecutor(self._threads, thread_name_prefix="survey") as pool:
-            found = pool.map(lambda values: self._row(values) if time.monotonic() < until else None, table.to_pylist())
+            rows = manifest_rows(table)
+            found = pool.map(lambda values: self._row(values) if time.monotonic() < until else None, rows)
             return [row for row in found if row is not None]
 
-    def _row(self, values: dict[str, Any]) -> SampledRow:
+    def _row(self, values: ManifestRow) -> SampledRow:
         options = self._options
-        row_key = (int(values.pop(UnitColumn.FILE)), int(values.pop(UnitColumn.ROW)))
-        row = SampledRow(row_id(values, options.messages, row_key), row_key, core_s=_ROW_S)
+        row = SampledRow(f"{values.key[0]}:{values.key[1]}", values.key, core_s=_ROW_S)
         try:
+            row.id = row_id(values, options.messages, row.row_key)
             asked = conversation(values, options.messages)
             row.kind = kind_of([part.kind for part in asked.media])
             with self._tokenizing:
-                rendered = self._tokenizer.render(asked.messages, add_vision_id=options.add_vision_id)
+                prompt = self._tokenizer.render(asked.messages, add_vision_id=options.add_vision_id)
             headers = [self._header(part, row) for part in asked.media]
             fit_row(headers, options.media.max_visual_tokens)
             try:
@@ -96,7 +96,7 @@ class Survey:
             counts = [header.size.num_visual_tokens for header in headers]
             row.num_visual_tokens = sum(counts)
             with self._tokenizing:
-                row.num_prompt_tokens = len(self._tokenizer.encode(rendered, counts))
+                row.num_prompt_tokens = len(self._tokenizer.expand(prompt, counts))
             add_costs(row, headers)
             check_length(
                 row.num_prompt_tokens,
@@ -105,8 +105,8 @@ class Survey:
                 max_context=self._max_context,
                 cache_tokens=self._cache_tokens,
             )
-        except RowError as error:
-            row.error = error
+        except BaseException as error:
+            row.error = as_row_error(error)
         return row
 
     def _header(self, part: MediumPart, row: SampledRow) -> MediumHeader:

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Mapping
 from typing import Any, get_args
 
 from pipeline.conversation import MediumKind, MediumPart, MediumSettings, Message, Role, Text
 from pipeline.errors import MessageError, SettingError
 from pipeline.preprocess.settings import VIDEO_SETTINGS, medium_settings
-from pipeline.preprocess.values import is_empty, is_null, plain, shown
+from pipeline.preprocess.values import from_json, is_empty, is_null, plain, shown
 from pipeline.schema import MEDIUM_SETTING_COLUMNS
 
 _ROLES: tuple[str, ...] = get_args(Role)
@@ -52,8 +51,8 @@ def read_messages(value: Any) -> list[Message]:
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            value = from_json(value)
+        except ValueError as error:
             raise MessageError(f"messages is not JSON: {error}; found {shown(value)}") from error
     if not isinstance(value, list):
         raise MessageError(f"messages must be a list of turns; found {shown(value)}")

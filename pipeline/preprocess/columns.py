@@ -5,16 +5,16 @@ Knows names and forms of values; not the chat forms of `messages`, nor what a me
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
+from uuid import UUID
 
 from pipeline.conversation import MediumKind
 from pipeline.errors import ConfigError, ManifestError, MessageError
-from pipeline.preprocess.values import plain, shown
+from pipeline.preprocess.values import as_text, from_json, plain, shown
 from pipeline.schema import CONTENT_COLUMNS, MANIFEST_COLUMNS, MANIFEST_ERROR
 
 MEDIA_COLUMNS: Mapping[MediumKind, tuple[str, ...]] = {"image": ("image", "images"), "video": ("video", "videos")}
@@ -68,13 +68,25 @@ def needed_columns(schema_names: Sequence[str], options: MessageOptions) -> list
 
 
 def row_id(row: Mapping[str, Any], options: MessageOptions, row_key: tuple[int, int]) -> str:
-    """The row's `id` as text; its key (file number, row number) where it has none. Never fails."""
-    value = plain(row.get(options.column("id")))
+    """The row's `id` as text; its key (file number, row number) where it has none, or none that can be read."""
+    try:
+        value = plain(row.get(options.column("id")))
+    except MessageError:
+        value = None
     if value is None or value == "":
         return f"{row_key[0]}:{row_key[1]}"
-    if isinstance(value, float) and value.is_integer():  # pandas makes floats of whole numbers beside a null
-        value = int(value)
-    return str(value)
+    return _bytes_as_text(value) if isinstance(value, bytes) else as_text(value) or str(value)
+
+
+def _bytes_as_text(value: bytes) -> str:
+    """The text that the bytes hold, as old writers spell strings; else a UUID, or hexadecimal digits."""
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        text = ""
+    if text.isprintable() and text:
+        return text
+    return str(UUID(bytes=value)) if len(value) == 16 else value.hex()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +99,7 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 
 def fill_template(template: str, row: Mapping[str, Any]) -> str:
-    """The template with the row's values. Raises MessageError where one is null, or neither text nor a number."""
+    """The template with the row's values. Raises MessageError where one is null, or neither text, number nor date."""
     text = []
     for literal, name in _parse_template(template):
         text.append(literal)
@@ -96,9 +108,12 @@ def fill_template(template: str, row: Mapping[str, Any]) -> str:
         value = plain(row.get(name))
         if value is None:
             raise MessageError(f"prompt.template needs the column {name}, which is null in this row")
-        if not isinstance(value, str | int | float):
-            raise MessageError(f"prompt.template needs text or a number in the column {name}; found {shown(value)}")
-        text.append(str(value))
+        filled = as_text(value)
+        if filled is None:
+            raise MessageError(
+                f"prompt.template needs text, a number or a date in the column {name}; found {shown(value)}"
+            )
+        text.append(filled)
     return "".join(text)
 
 
@@ -149,8 +164,8 @@ def _from_json(text: str, name: str) -> Any:
     if (stripped[:1], stripped[-1:]) not in (("[", "]"), ("{", "}")):
         return text
     try:
-        return json.loads(stripped)
-    except (ValueError, RecursionError) as error:
+        return from_json(stripped)
+    except ValueError as error:
         raise MessageError(
             f'{name} looks like a list but is not JSON ({error}); write ["a.jpg", "b.jpg"] with double quotes'
         ) from error

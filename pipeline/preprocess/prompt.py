@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,12 +26,20 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from pipeline.checkpoint.locate import find_file
-from pipeline.conversation import Message, Text
+from pipeline.conversation import MediumPart, Message, Text
 from pipeline.errors import CheckpointError, MessageError, ReservedTokenError, first_line
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation as the model reads it, but with one pad token for each medium."""
+
+    text: str
+    ids: npt.NDArray[np.int32]
 
 
 class ChatTokenizer:
@@ -63,9 +73,11 @@ class ChatTokenizer:
         }
         self.image_pad_id = self._token_id(IMAGE_PAD, model_path)
         self.video_pad_id = self._token_id(VIDEO_PAD, model_path)
-        self._reserved = tuple(
-            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
-        )
+        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        self._special_ids = np.array(sorted(map(self._tokenizer.token_to_id, special)), dtype=np.int32)
+        # In texts of this letter no special token is found, not even together with what stands before or after it.
+        self._harmless = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in "".join(special))
+        self._special_of_template = functools.lru_cache(maxsize=1024)(self._special_in)
 
     def _token_id(self, token: str, model_path: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
@@ -73,44 +85,73 @@ class ChatTokenizer:
             raise CheckpointError(f"the tokenizer of {model_path!r} has no {token}: not a Qwen2-VL checkpoint")
         return int(token_id)
 
-    def render(self, messages: Sequence[Message], *, add_vision_id: bool = False) -> str:
-        """The prompt as text, one pad token for each medium, ready for the assistant's turn.
+    def render(self, messages: Sequence[Message], *, add_vision_id: bool = False) -> Prompt:
+        """The prompt, ready for the assistant's turn.
 
-        Raises ReservedTokenError when a text holds a special token: it would move or fake a medium or a turn;
-        MessageError when it is not valid Unicode.
+        Raises MessageError when a text is not valid Unicode or the template refuses the messages. Raises
+        ReservedTokenError when there are special tokens in the prompt that the template did not write: they would move
+        or fake a medium or a turn. One may be made of a text and what stands beside it, so the prompt's special tokens
+        are compared with those of the same conversation with harmless texts.
         """
-        for message in messages:
-            for part in message.parts:
-                if isinstance(part, Text):
-                    self._check_text(part.text)
-        assert self._template is not None
-        return self._template.render(
-            **self._named_tokens,
-            messages=[_template_message(message) for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            add_vision_id=add_vision_id,
-        )
+        prompt = self._render(messages, add_vision_id)
+        found = prompt.ids[np.isin(prompt.ids, self._special_ids)].tolist()
+        expected = self._special_of_template(tuple(map(self._without_texts, messages)), add_vision_id)
+        if found != expected:
+            token_id = next(
+                iter([*(Counter(found) - Counter(expected)), *(Counter(expected) - Counter(found)), *found])
+            )
+            raise ReservedTokenError(
+                f"the text makes {self._tokenizer.id_to_token(token_id)}, alone or with the text beside it, which only "
+                "the chat template may write: remove or respell it"
+            )
+        return prompt
 
-    def _check_text(self, text: str) -> None:
+    def _render(self, messages: Sequence[Message], add_vision_id: bool) -> Prompt:
+        assert self._template is not None
+        try:
+            text = self._template.render(
+                **self._named_tokens,
+                messages=[_template_message(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                add_vision_id=add_vision_id,
+            )
+        except jinja2.TemplateError as error:
+            raise MessageError(f"the checkpoint's chat template refuses the messages: {first_line(error)}") from error
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise MessageError(f"the text holds {text[error.start]!r}, half of a character: {error.reason}") from error
-        if "<|" not in text:  # every special token of the family begins so; the long scan is for the rare rest
-            return
-        for token in self._reserved:
-            if token in text:
-                raise ReservedTokenError(
-                    f"the text contains {token}, which only the pipeline may write: remove or respell it"
-                )
+        return Prompt(text, self.encode(text))
 
-    def encode(self, rendered: str, num_visual_tokens: Sequence[int]) -> npt.NDArray[np.int32]:
-        """Token ids [length] of a rendered prompt, each medium's pad token repeated to its number of tokens."""
-        ids = np.asarray(self._tokenizer.encode(rendered, add_special_tokens=False).ids, dtype=np.int32)
+    def _special_in(self, messages: Sequence[Message], add_vision_id: bool) -> list[int]:
+        ids = self._render(messages, add_vision_id).ids
+        return ids[np.isin(ids, self._special_ids)].tolist()
+
+    def _without_texts(self, message: Message) -> Message:
+        """The message with harmless texts; blank ones stay, for a template may leave them out."""
+        parts = (
+            MediumPart(part.kind, b"")
+            if isinstance(part, MediumPart)
+            else Text(self._harmless if part.text.strip() else part.text)
+            for part in message.parts
+        )
+        return Message(message.role, tuple(parts))
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        """Token ids [length] of a text, in which special tokens are such."""
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def expand(self, prompt: Prompt, num_visual_tokens: Sequence[int]) -> npt.NDArray[np.int32]:
+        """Token ids [length] with each medium's pad token repeated to its number of tokens. Raises MessageError."""
+        ids = prompt.ids
         is_pad = (ids == self.image_pad_id) | (ids == self.video_pad_id)
-        assert int(is_pad.sum()) == len(num_visual_tokens), (int(is_pad.sum()), len(num_visual_tokens))
+        if int(is_pad.sum()) != len(num_visual_tokens):
+            raise MessageError(
+                f"the checkpoint's chat template makes {int(is_pad.sum())} places for {len(num_visual_tokens)} media; "
+                "it needs one that knows images and videos, such as that of the published checkpoint"
+            )
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[is_pad] = num_visual_tokens
         return np.repeat(ids, repeats)

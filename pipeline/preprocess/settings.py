@@ -1,21 +1,22 @@
 """A row's own settings: how its media are seen and how its answer is sampled.
 
 Names, types and bounds come from where the settings are declared (`MediumSettings`, `SamplingParams`). Text is accepted
-for numbers, since CSV has nothing else; so are the floats that pandas makes of integers and booleans beside nulls. A
-setting that is wrong, or applies to nothing in its row, is a SettingError: nothing is dropped silently.
+for numbers, since CSV has nothing else; so are the floats that pandas makes of integers and booleans beside nulls, and
+the decimals that warehouses make of all integers. A setting that is wrong, or applies to nothing in its row, is a
+SettingError: nothing is dropped silently.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from decimal import Decimal, InvalidOperation
 from typing import Any, get_args
 
 from pipeline.conversation import MediumPart, MediumSettings, Message, Text
 from pipeline.engine.settings import SamplingParams, allowed, setting_types, within
 from pipeline.errors import SettingError
-from pipeline.preprocess.values import shown
+from pipeline.preprocess.values import from_json, plain, shown
 
 VIDEO_SETTINGS = ("fps", "num_frames", "start_s", "end_s")
 
@@ -104,24 +105,31 @@ def _as_flag(value: Any) -> bool | None:
 
 
 def _as_number(value: Any, kind: type[int] | type[float], bounds: Mapping[str, Any]) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
         return None
     try:
-        number = kind(value)
-    except (ValueError, OverflowError):
+        exact = Decimal(value.strip()) if isinstance(value, str) else value
+        approximate = float(exact)
+        # `int` of 1e999999999 would take for ever.
+        if kind is int and not abs(approximate) < 2.0**64:
+            return None
+        number = kind(exact)
+    except (ValueError, OverflowError, InvalidOperation):
         return None
-    changed = not isinstance(value, str) and number != value and kind is int  # 2.5 is no whole number
+    changed = kind is int and number != exact  # 2.5 is no whole number
     too_large = kind is int and number >= 2**63
     return None if changed or too_large or not within(number, bounds) else number
 
 
 def _as_list(value: Any) -> tuple[Any, ...] | None:
+    value = plain(value)
     if isinstance(value, str):
         try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
+            found = from_json(value)
+        except ValueError:
             found = None
         value = found if isinstance(found, list) else [value]  # a stop string alone
-    elif isinstance(value, int) and not isinstance(value, bool):
+    elif isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         value = [value]
     return tuple(value) if isinstance(value, list) else None

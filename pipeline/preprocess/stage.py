@@ -1,12 +1,14 @@
 """Manifest rows in, request rows out: the CPU stage.
 
 For each row: messages, fetch, decode, resize, patchify, tokenize; one pass, one computing thread, with fetches running
-ahead. A row that fails becomes a request row that holds its error.
+ahead. A row that fails, however it does, becomes a request row that holds its error. The user's columns that are only
+kept are passed on as Arrow, untouched.
 Knows the steps it joins and the two row schemas; not Ray, nor what the engine does with a request.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import time
@@ -22,16 +24,17 @@ import pyarrow as pa
 
 from pipeline.checkpoint.cache import ModelCache
 from pipeline.conversation import Conversation
-from pipeline.errors import RowError
+from pipeline.errors import RowError, as_row_error
 from pipeline.preprocess.columns import MessageOptions, row_id
 from pipeline.preprocess.fetch import Fetcher
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
 from pipeline.preprocess.messages import conversation
-from pipeline.preprocess.prompt import ChatTokenizer, prompt_hash
+from pipeline.preprocess.prompt import ChatTokenizer, Prompt, prompt_hash
 from pipeline.preprocess.receipt import SeenMedium
-from pipeline.preprocess.sandbox.client import MediaWorker, Medium
+from pipeline.preprocess.sandbox.client import MediaWorker, MediumFile
 from pipeline.preprocess.size import num_visual_tokens
-from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status, UnitColumn, request_schema
+from pipeline.preprocess.values import ManifestRow, manifest_rows
+from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status, UnitColumn, error_values, request_schema
 
 _ROWS_PER_HANDOVER = 8
 
@@ -68,10 +71,18 @@ class _Row:
     conversation: Conversation | None = None
     sampling: str | None = None
     fetches: list[Future[bytes]] = field(default_factory=list)
-    rendered: str = ""
+    prompt: Prompt | None = None
     input_ids: npt.NDArray[np.int32] | None = None
     media: list[SeenMedium] = field(default_factory=list)
     error: RowError | None = None
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Makes whatever the body raises the row's error."""
+        try:
+            yield
+        except BaseException as error:
+            self.error = as_row_error(error)
 
     @property
     def num_visual_tokens(self) -> list[int]:
@@ -87,18 +98,17 @@ class _Row:
             "attempts": self.attempts,
             "sampling": self.sampling,
             "preprocess_s": self.seconds,
-            "status": Status.OK if self.error is None else Status.ERROR,
+            "status": Status.OK.value,
         }
         if self.error is not None:
-            names = ("error_stage", "error_type", "error_message")
-            values.update(zip(names, (self.error.stage, type(self.error).__name__, str(self.error)), strict=True))
-        if self.input_ids is not None:
+            values.update(error_values(self.error))
+        elif self.input_ids is not None and self.prompt is not None:
             values.update(
                 input_ids=self.input_ids,
                 num_prompt_tokens=len(self.input_ids),
                 num_visual_tokens=sum(self.num_visual_tokens),
                 media=[medium.receipt.as_dict() for medium in self.media],
-                prompt_hash=prompt_hash(self.rendered),
+                prompt_hash=prompt_hash(self.prompt.text),
             )
         return values
 
@@ -145,21 +155,23 @@ class PreprocessStage:
 
     def crashed(self, table: pa.Table, error: RowError) -> pa.Table:
         """Request rows that say why these rows were given up."""
-        rows = [self._new_row(values) for values in _python_rows(table)]
+        rows = [self._new_row(values) for values in manifest_rows(table)]
         for row in rows:
             row.error = error
         return self._request_table(rows, table)
 
-    def _new_row(self, values: dict[str, Any]) -> _Row:
-        key = (int(values.pop(UnitColumn.FILE)), int(values.pop(UnitColumn.ROW)))
-        attempts = int(values.pop(UnitColumn.ATTEMPTS))
-        return _Row(key, row_id(values, self._options.messages, key), attempts)
+    def _new_row(self, values: ManifestRow) -> _Row:
+        key = values.key
+        row = _Row(key, id=f"{key[0]}:{key[1]}", attempts=values[UnitColumn.ATTEMPTS])
+        with row.errors():
+            row.id = row_id(values, self._options.messages, key)
+        return row
 
     def _read_ahead(self, table: pa.Table) -> Iterator[_Row]:
         """Rows in order, their media being fetched while earlier rows are decoded."""
         waiting: deque[_Row] = deque()
         num_fetches = 0
-        for values in _python_rows(table):
+        for values in manifest_rows(table):
             row = self._begin(values)
             waiting.append(row)
             num_fetches += len(row.fetches)
@@ -168,54 +180,74 @@ class PreprocessStage:
                 yield waiting.popleft()
         yield from waiting
 
-    def _begin(self, values: dict[str, Any]) -> _Row:
+    def _begin(self, values: ManifestRow) -> _Row:
         started = time.perf_counter()
         row = self._new_row(values)
-        try:
+        with row.errors():
             row.conversation = conversation(values, self._options.messages)
             row.sampling = json.dumps({**self._options.sampling, **row.conversation.sampling}, sort_keys=True)
             row.fetches = [self._pool.submit(self._fetcher.fetch, part.source) for part in row.conversation.media]
-        except RowError as error:
-            row.error = error
         row.seconds = time.perf_counter() - started
         return row
 
     def _finish(self, rows: Sequence[_Row]) -> None:
         """Decode the media of a few rows, handed to the decoder together, and tokenize their prompts."""
         started = time.perf_counter()
-        ready: list[tuple[_Row, list[Medium]]] = []
+        ready: list[tuple[_Row, list[MediumFile]]] = []
         for row in rows:
-            try:
+            with row.errors():
                 if row.error is None and row.conversation is not None:
                     ready.append((row, self._gather(row, row.conversation)))
-            except RowError as error:
-                row.error = error
             for fetch in row.fetches:
                 fetch.cancel()
             row.fetches = []
-        for (row, _), results in zip(ready, self._worker.see_rows([media for _, media in ready]), strict=True):
-            row.error = next((result for result in results if isinstance(result, RowError)), None)
-            if row.error is None:
-                row.media = [result for result in results if isinstance(result, SeenMedium)]
-                row.input_ids = self._tokenizer.encode(row.rendered, row.num_visual_tokens)
+        for (row, _), results in zip(ready, self._see([media for _, media in ready]), strict=True):
+            with row.errors():
+                row.media = [_seen(result) for result in results]
+                assert row.prompt is not None
+                row.input_ids = self._tokenizer.expand(row.prompt, row.num_visual_tokens)
         seconds = (time.perf_counter() - started) / len(rows)
         for row in rows:
             row.seconds += seconds
 
-    def _gather(self, row: _Row, asked: Conversation) -> list[Medium]:
+    def _gather(self, row: _Row, asked: Conversation) -> list[MediumFile]:
         """The row's media, fetched, after its prompt has been rendered. Raises the first RowError met."""
         # Rendering is cheap, and a prompt that is refused saves the decoding.
-        row.rendered = self._tokenizer.render(asked.messages, add_vision_id=self._options.add_vision_id)
+        row.prompt = self._tokenizer.render(asked.messages, add_vision_id=self._options.add_vision_id)
         return [
-            Medium(part.kind, fetch.result(), part.settings, part.source if isinstance(part.source, str) else "bytes")
+            MediumFile(
+                part.kind, fetch.result(), part.settings, part.source if isinstance(part.source, str) else "bytes"
+            )
             for part, fetch in zip(asked.media, row.fetches, strict=True)
         ]
 
+    def _see(self, rows: Sequence[Sequence[MediumFile]]) -> list[list[SeenMedium | RowError]]:
+        """The media of rows as the model sees them. If the worker fails, each row is tried alone."""
+        try:
+            return self._worker.see_rows(rows)
+        except BaseException as error:
+            refusal = as_row_error(error)
+            return [[refusal]] if len(rows) == 1 else [result for row in rows for result in self._see([row])]
+
     def _request_table(self, rows: Sequence[_Row], table: pa.Table) -> pa.Table:
+        """The request rows of manifest rows. A row that Arrow refuses is found, and becomes an error too."""
+        try:
+            return self._build_table(rows, table)
+        except BaseException as error:
+            as_row_error(error)  # raises what is no row's fault
+            for number, row in enumerate(rows):
+                with row.errors():
+                    self._build_table([row], table.slice(number, 1))
+            return self._build_table(rows, table)
+
+    def _build_table(self, rows: Sequence[_Row], table: pa.Table) -> pa.Table:
         requests = [row.request() for row in rows]
         columns = {name: table.column(name) for name in self._options.kept.names}
         columns["patches"] = _binaries(
-            [None if row.input_ids is None else [medium.patches for medium in row.media] for row in rows]
+            [
+                None if row.error is not None or row.input_ids is None else [medium.patches for medium in row.media]
+                for row in rows
+            ]
         )
         for column in self._schema:
             if column.name not in columns:
@@ -223,10 +255,10 @@ class PreprocessStage:
         return pa.table([columns[name] for name in self._schema.names], schema=self._schema)
 
 
-def _python_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Rows as dicts, a few at a time, so that embedded files are not all copied at once."""
-    for batch in table.to_batches(max_chunksize=16):
-        yield from batch.to_pylist()
+def _seen(result: SeenMedium | RowError) -> SeenMedium:
+    if isinstance(result, RowError):
+        raise result
+    return result
 
 
 def _binaries(values: Sequence[Sequence[npt.NDArray[np.uint8]] | None]) -> pa.Array:

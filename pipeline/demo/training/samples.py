@@ -51,7 +51,7 @@ def make_sample(
     media = see_media(example.media) if media is None else media
     kinds, sizes = zip(*((one.kind, one.num_visual_tokens) for one in media), strict=True) if media else ((), ())
     prompt_ids = _prompt_ids(tokenizer, kinds, example.question, vision_id, sizes)
-    answer_ids = tokenizer.encode(example.answer + "<|im_end|>", [])
+    answer_ids = tokenizer.encode(example.answer + "<|im_end|>")
     input_ids = np.concatenate([prompt_ids, answer_ids])
     layout = lay_out_prompt(
         Request(0, input_ids, media), image_token_id=tokenizer.image_pad_id, video_token_id=tokenizer.video_pad_id
@@ -90,4 +90,4 @@ def _prompt_ids(
     tokenizer: ChatTokenizer, kinds: tuple[MediumKind, ...], question: str, vision_id: bool, sizes: tuple[int, ...]
 ) -> npt.NDArray[np.int32]:
     message = Message("user", (*(MediumPart(kind, b"") for kind in kinds), Text(question)))
-    return tokenizer.encode(tokenizer.render([message], add_vision_id=vision_id), sizes)
+    return tokenizer.expand(tokenizer.render([message], add_vision_id=vision_id), sizes)

@@ -27,8 +27,8 @@ from pipeline.preprocess.sandbox.process import DecoderProcess
 from pipeline.preprocess.sandbox.protocol import (
     PROGRESS_BYTES,
     Answer,
-    MediumRequest,
-    Request,
+    DecodeRequest,
+    StoredMedium,
     read_progress,
     write_progress,
 )
@@ -44,7 +44,7 @@ _COPIED_BYTES = 256 * 1024
 _ERROR_TYPES = row_error_types()
 
 
-class Medium(NamedTuple):
+class MediumFile(NamedTuple):
     """An encoded image or video."""
 
     kind: MediumKind
@@ -68,7 +68,7 @@ class MediaWorker:
         self._outputs = _Outputs()
         self._decoder = DecoderProcess(options, self._input, self._outputs.segments)
 
-    def see_rows(self, rows: Sequence[Sequence[Medium]]) -> list[list[SeenMedium | RowError]]:
+    def see_rows(self, rows: Sequence[Sequence[MediumFile]]) -> list[list[SeenMedium | RowError]]:
         """For each medium of each row, in order: what the model gets, or the error that makes an error row.
 
         Several rows in one request are cheaper for small media. The patches lie in shared memory, which is reused once
@@ -84,7 +84,7 @@ class MediaWorker:
         Raises MediaError subclasses, MediaTooLarge, and ResourceError if the decoder process can't be started. With
         `MediaOptions(resize="pil")` the decoder starts without torch, which only videos need then.
         """
-        media = [Medium(kind, data, MediumSettings(), source)]
+        media = [MediumFile(kind, data, MediumSettings(), source)]
         ((result,),) = self._decode([media], _jpegs, thumbnails=(max_side, num_frames))
         if isinstance(result, RowError):
             raise result
@@ -109,7 +109,7 @@ class MediaWorker:
         self.close()
 
     def _decode(
-        self, rows: Sequence[Sequence[Medium]], read: _Read[T], *, thumbnails: tuple[int, int] | None = None
+        self, rows: Sequence[Sequence[MediumFile]], read: _Read[T], *, thumbnails: tuple[int, int] | None = None
     ) -> list[list[T | RowError]]:
         numbered = [(row, medium) for row, media in enumerate(rows) for medium in media]
         with self._lock:
@@ -123,7 +123,7 @@ class MediaWorker:
         in_order = iter(results)
         return [[result for result in itertools.islice(in_order, len(row)) if result is not None] for row in rows]
 
-    def _too_large(self, medium: Medium) -> RowError | None:
+    def _too_large(self, medium: MediumFile) -> RowError | None:
         max_bytes = self._decoder.options.max_bytes
         if len(medium.data) <= max_bytes:
             return None
@@ -132,11 +132,11 @@ class MediaWorker:
         )
 
     def _exchange(
-        self, numbered: Sequence[tuple[int, Medium]], read: _Read[T], thumbnails: tuple[int, int] | None
+        self, numbered: Sequence[tuple[int, MediumFile]], read: _Read[T], thumbnails: tuple[int, int] | None
     ) -> list[T | RowError | None]:
         """Results of (row, medium) pairs: of those that the decoder finished, and of the one that ended it, if any."""
         output = self._outputs.take()
-        self._decoder.send(Request(self._write_input(numbered), output, thumbnails))
+        self._decoder.send(DecodeRequest(self._write_input(numbered), output, thumbnails))
         answers: list[Answer] = []
         failure: MediaError | None = None
         try:
@@ -155,15 +155,15 @@ class MediaWorker:
             results[at] = type(failure)(f"{failure} ({medium.kind} of {len(medium.data):,} bytes)")
         return results
 
-    def _write_input(self, numbered: Sequence[tuple[int, Medium]]) -> list[list[MediumRequest]]:
+    def _write_input(self, numbered: Sequence[tuple[int, MediumFile]]) -> list[list[StoredMedium]]:
         self._input.reserve(PROGRESS_BYTES + sum(len(medium.data) for _, medium in numbered))
         offset = PROGRESS_BYTES
-        groups: list[list[MediumRequest]] = []
+        groups: list[list[StoredMedium]] = []
         for _, row in itertools.groupby(numbered, key=lambda pair: pair[0]):
             requests = []
             for _, medium in row:
                 self._input.map[offset : offset + len(medium.data)] = medium.data
-                requests.append(MediumRequest(medium.kind, medium.settings, offset, len(medium.data)))
+                requests.append(StoredMedium(medium.kind, medium.settings, offset, len(medium.data)))
                 offset += len(medium.data)
             share_budget = self._decoder.options.max_visual_tokens is not None
             groups += [requests] if share_budget else [[request] for request in requests]

@@ -17,7 +17,7 @@ from pipeline.errors import DecoderCrash, MediaMemoryError, RowError
 from pipeline.preprocess.decode import OpenMedium
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.patches import Uint8Array
-from pipeline.preprocess.sandbox.protocol import Answer, MediumRequest, Request, write_progress
+from pipeline.preprocess.sandbox.protocol import Answer, DecodeRequest, StoredMedium, write_progress
 from pipeline.preprocess.sandbox.shared_memory import Segment
 from pipeline.preprocess.size import fit_row
 from pipeline.preprocess.thumbnail import encode_thumbnails
@@ -50,7 +50,7 @@ class _Decoder:
         self._options = options
         self._input, *self._outputs = segments
 
-    def answers(self, request: Request) -> Iterator[Answer]:
+    def answers(self, request: DecodeRequest) -> Iterator[Answer]:
         """One for each medium of the request, in order."""
         self._input.refresh()
         output = _Output(self._outputs[request.output])
@@ -62,7 +62,7 @@ class _Decoder:
                 yield from self._thumbnails(group, first, output, *request.thumbnails)
             first += len(group)
 
-    def _patches(self, group: Sequence[MediumRequest], first: int, output: _Output) -> Iterator[Answer]:
+    def _patches(self, group: Sequence[StoredMedium], first: int, output: _Output) -> Iterator[Answer]:
         """All media of a group are opened before any is decoded: the budget needs all their sizes first."""
         answers = [Answer() for _ in group]
         opened: list[OpenMedium | None] = [None] * len(group)
@@ -88,7 +88,7 @@ class _Decoder:
             yield answer
 
     def _thumbnails(
-        self, group: Sequence[MediumRequest], first: int, output: _Output, max_side: int, num_frames: int
+        self, group: Sequence[StoredMedium], first: int, output: _Output, max_side: int, num_frames: int
     ) -> Iterator[Answer]:
         for number, medium in enumerate(group, first):
             self._begin(number)
@@ -107,7 +107,7 @@ class _Decoder:
         write_progress(self._input, number, started - seconds_before)
         return started
 
-    def _bytes(self, medium: MediumRequest) -> memoryview:
+    def _bytes(self, medium: StoredMedium) -> memoryview:
         return memoryview(self._input.map)[medium.offset : medium.offset + medium.size]
 
 

@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from pipeline.errors import DecoderCrash, MediaMemoryError, MediaTimeout, ResourceError
 from pipeline.preprocess.limits import MIB, MediaOptions
 from pipeline.preprocess.sandbox import fork_server
-from pipeline.preprocess.sandbox.protocol import Answer, Request, read_progress
+from pipeline.preprocess.sandbox.protocol import Answer, DecodeRequest, read_progress
 from pipeline.preprocess.sandbox.shared_memory import Segment
 
 # Memory that a decoder keeps between media instead of returning it to the system.
@@ -59,7 +59,7 @@ class DecoderProcess:
             )
         self._finalizer = weakref.finalize(self, _end_fork_server, self._fork_server, self._control)
 
-    def send(self, request: Request) -> None:
+    def send(self, request: DecodeRequest) -> None:
         """Hand over a request. Raises ResourceError if no decoder can be started."""
         if self._connection is None:
             self._replace()

@@ -17,7 +17,7 @@ PROGRESS_BYTES = 64
 """The input segment begins with the decoder's progress; the media follow."""
 
 
-class MediumRequest(NamedTuple):
+class StoredMedium(NamedTuple):
     """A medium whose encoded bytes lie in the input segment."""
 
     kind: MediumKind
@@ -26,10 +26,10 @@ class MediumRequest(NamedTuple):
     size: int
 
 
-class Request(NamedTuple):
+class DecodeRequest(NamedTuple):
     """Media to decode. The decoder answers each, in order."""
 
-    groups: list[list[MediumRequest]]
+    groups: list[list[StoredMedium]]
     """Media of one group share the budget `max_visual_tokens`."""
     output: int
     """Number of the output segment to write to."""

@@ -150,8 +150,8 @@ class Scenes:
                 media = [self._random_medium(rng) for _ in range(rng.choice([1, 2, 3, 4, 5]))]
                 question = example(rng.choice(list(TASKS)), "held-out", 4, request_id).question
             parts = (*(MediumPart(medium.kind, b"") for medium in media), Text(question))
-            rendered = self._tokenizer.render([Message("user", parts)], add_vision_id=True)
-            ids = self._tokenizer.encode(rendered, [num_visual_tokens(medium.grid_thw) for medium in media])
+            prompt = self._tokenizer.render([Message("user", parts)], add_vision_id=True)
+            ids = self._tokenizer.expand(prompt, [num_visual_tokens(medium.grid_thw) for medium in media])
             yield Request(request_id, ids, tuple(media), SamplingParams(max_tokens=rng.randint(1, 30)))
 
     def _random_medium(self, rng: random.Random) -> Medium:

@@ -13,7 +13,7 @@ from pipeline.conversation import MediumSettings
 from pipeline.errors import FetchError, MediaError, RowError
 from pipeline.preprocess.limits import MIB
 from pipeline.preprocess.receipt import SeenMedium
-from pipeline.preprocess.sandbox.client import MediaWorker, Medium
+from pipeline.preprocess.sandbox.client import MediaWorker, MediumFile
 from pipeline.preprocess.sandbox.process import private_bytes
 from tests.options import media_options
 from tests.unit.preprocess.conftest import encode_image, encode_video, picture
@@ -69,11 +69,11 @@ def survive(worker: MediaWorker, count: int, seed: int) -> Counter[str]:
     """Feed `count` damaged files to the worker; how often each outcome came."""
     rng, good = random.Random(seed), seeds()
     outcomes: Counter[str] = Counter()
-    rows: list[list[Medium]] = []
+    rows: list[list[MediumFile]] = []
     for number in range(count):
         name = list(good)[number % len(good)]
         kind = "video" if name in ("mp4", "webm") else "image"
-        rows.append([Medium(kind, damaged(good[name], rng), MediumSettings(), f"{name} {number}")])
+        rows.append([MediumFile(kind, damaged(good[name], rng), MediumSettings(), f"{name} {number}")])
     for start in range(0, count, ROWS_AT_ONCE):
         for results in worker.see_rows(rows[start : start + ROWS_AT_ONCE]):
             (result,) = results
@@ -92,7 +92,7 @@ def test_damaged_files_give_a_result_or_a_typed_error() -> None:
         assert outcomes["SeenMedium"] > 20 and len(outcomes) >= 3, outcomes
         assert outcomes["MediaTimeout"] == 0, outcomes
         good = encode_image(Image.fromarray(picture(64, 64)))
-        assert isinstance(worker.see_rows([[Medium("image", good, MediumSettings(), "good")]])[0][0], SeenMedium)
+        assert isinstance(worker.see_rows([[MediumFile("image", good, MediumSettings(), "good")]])[0][0], SeenMedium)
 
 
 @pytest.mark.slow

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+from datetime import date, datetime, time
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pandas as pd
@@ -368,6 +371,21 @@ def test_settings_inside_parts_are_checked_too(part: dict[str, Any], words: str)
         ("max_tokens", 64, 64),
         ("max_tokens", 64.0, 64),
         ("max_tokens", "64", 64),
+        ("max_tokens", "64.0", 64),
+        ("max_tokens", Decimal("64"), 64),
+        ("max_tokens", Decimal("64.000"), 64),
+        ("max_tokens", np.int64(64), 64),
+        ("max_tokens", np.float32(64), 64),
+        ("seed", Decimal(2**62 + 1), 2**62 + 1),
+        ("seed", str(2**62 + 1), 2**62 + 1),
+        ("temperature", Decimal("0.7"), 0.7),
+        ("temperature", np.float64(0.7), 0.7),
+        ("stop_token_ids", [Decimal(1), 2.0, np.int32(3)], (1, 2, 3)),
+        ("stop_token_ids", np.array([1, 2]), (1, 2)),
+        ("stop_token_ids", Decimal(7), (7,)),
+        ("stop_token_ids", 7.0, (7,)),
+        ("ignore_eos", Decimal(1), True),
+        ("ignore_eos", np.True_, True),
         ("min_tokens", 0, 0),
         ("temperature", 0, 0.0),
         ("temperature", "0.7", 0.7),
@@ -403,6 +421,13 @@ def test_sampling_columns_become_sampling_parameters(name: str, value: Any, expe
         ("max_tokens", 0, "a whole number, 1 or more"),
         ("max_tokens", 1.5, "a whole number"),
         ("max_tokens", "many", "a whole number"),
+        ("max_tokens", Decimal("64.5"), "a whole number"),
+        ("max_tokens", "1e999999999", "a whole number"),
+        ("max_tokens", Decimal("1e999999"), "a whole number"),
+        ("max_tokens", "nan", "a whole number"),
+        ("max_tokens", "sNaN", "a whole number"),
+        ("temperature", "sNaN", "a number, 0"),
+        ("temperature", "1e999", "a number, 0"),
         ("max_tokens", True, "a whole number"),
         ("temperature", -1, "a number, 0"),
         ("temperature", [0.5], "a number, 0"),
@@ -444,6 +469,27 @@ def test_a_template_can_be_the_same_for_all_rows() -> None:
     assert conversation({"image": "a.jpg"}, MessageOptions(template="Describe it.")).messages[0].parts[1] == Text(
         "Describe it."
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (3, "3"),
+        (3.0, "3"),
+        (2.5, "2.5"),
+        (1e300, "1e+300"),
+        (Decimal("3.000"), "3"),
+        (Decimal("19.90"), "19.90"),
+        (np.int16(3), "3"),
+        (date(2026, 1, 31), "2026-01-31"),
+        (datetime(2026, 1, 31, 12, 30), "2026-01-31 12:30:00"),
+        (time(12, 30), "12:30:00"),
+        (UUID(int=7), "00000000-0000-0000-0000-000000000007"),
+    ],
+)
+def test_a_template_writes_numbers_and_dates_as_a_person_would(value: Any, text: str) -> None:
+    (message,) = conversation({"x": value}, MessageOptions(template="<{x}>")).messages
+    assert message.parts == (Text(f"<{text}>"),)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), b"x", ["x"]])
@@ -513,6 +559,17 @@ def test_rows_that_pandas_wrote_are_read_as_they_were_meant() -> None:
     assert conversation(rows[1], PLAIN) == Conversation((Message("user", (Text("Why?"),)),))
 
 
+def test_half_a_surrogate_pair_in_json_is_an_error_row() -> None:
+    turns = json.dumps([{"role": "user", "content": "\U0001f600"}])
+    assert read(messages=turns).messages[0].parts == (Text("\U0001f600"),)
+    broken = turns.replace("\\ude00", "")
+    assert broken != turns
+    with pytest.raises(MessageError, match=r"messages is not JSON: it holds '\\ud83d', half of a character"):
+        read(messages=broken)
+    with pytest.raises(MessageError, match="half of a character"):
+        read(image='["\\ud83d.jpg"]')
+
+
 def test_text_that_nests_too_deeply_is_an_error_row_or_plain_text() -> None:
     deep = "[" * 200_000
     assert read(prompt="x", stop_strings=deep).sampling == {"stop_strings": (deep,)}
@@ -531,7 +588,16 @@ def test_text_that_nests_too_deeply_is_an_error_row_or_plain_text() -> None:
         (None, "2:31"),
         (float("nan"), "2:31"),
         ("", "2:31"),
-        (b"x", "b'x'"),
+        (b"row 7", "row 7"),
+        (b"\xfa\x01", "fa01"),
+        (bytes(range(240, 256)), "f0f1f2f3-f4f5-f6f7-f8f9-fafbfcfdfeff"),
+        (UUID(int=7), "00000000-0000-0000-0000-000000000007"),
+        (Decimal("9007199254740993"), "9007199254740993"),
+        (Decimal("7.000000000"), "7"),
+        (Decimal("7.50"), "7.50"),
+        (np.int64(7), "7"),
+        (np.float32(7.0), "7"),
+        (date(2026, 1, 31), "2026-01-31"),
     ],
 )
 def test_a_row_without_id_is_called_by_its_place(value: Any, expected: str) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,13 @@ import pytest
 from PIL import Image
 
 from pipeline.demo import CHECKPOINT
+from pipeline.errors import CredentialError, MessageError
 from pipeline.preprocess.columns import MessageOptions
+from pipeline.preprocess.messages import conversation
 from pipeline.preprocess.patches import patchify_image, resize_frames
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
-from pipeline.schema import UnitColumn, request_schema
+from pipeline.preprocess.values import ManifestRow
+from pipeline.schema import MediumReceipt, UnitColumn, request_schema
 from tests.options import fetch_options, media_options
 
 
@@ -38,15 +41,15 @@ def unit(rows: list[dict[str, Any]]) -> pa.Table:
     return table.append_column(UnitColumn.ATTEMPTS, pa.array([1] * count, pa.int32()))
 
 
-@pytest.fixture
-def stage(tmp_path: Path) -> Iterator[PreprocessStage]:
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PreprocessStage]:
     options = PreprocessOptions(
         model_path=str(CHECKPOINT),
         revision=None,
         messages=MessageOptions(),
         add_vision_id=False,
         media=media_options(min_pixels=28 * 28, max_pixels=112 * 112),
-        fetch=fetch_options(str(tmp_path)),
+        fetch=fetch_options(str(tmp_path_factory.mktemp("media"))),
         sampling={"max_tokens": 5, "temperature": 0.0},
         kept=pa.schema([]),
     )
@@ -111,3 +114,64 @@ def test_fetches_overlap_each_other_and_the_decoding(stage: PreprocessStage, mon
     table = stage(unit([{"image": f"{n}.png", "prompt": "?"} for n in range(40)]))
     assert table.column("status").to_pylist() == ["ok"] * 40
     assert most[0] >= 8
+
+
+class Fault(BaseException):
+    """What a panic of a library in Rust looks like: no Exception."""
+
+
+@pytest.mark.parametrize("where", ["conversation", "render", "fetch", "see_rows", "expand", "as_dict"])
+def test_a_fault_of_the_code_is_the_error_of_the_row_that_meets_it(
+    stage: PreprocessStage, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def meets(*values: Any, **others: Any) -> bool:
+        return "poison" in repr((values, others))
+
+    def faulty(do: Any) -> Any:
+        def call(*values: Any, **others: Any) -> Any:
+            if meets(*(dict(value) if isinstance(value, ManifestRow) else value for value in values), **others):
+                raise Fault(f"of {where}")
+            return do(*values, **others)
+
+        return call
+
+    if where == "conversation":
+        monkeypatch.setattr("pipeline.preprocess.stage.conversation", faulty(conversation))
+    elif where == "fetch":
+        monkeypatch.setattr(stage._fetcher, "fetch", faulty(stage._fetcher.fetch))
+    elif where == "see_rows":
+        monkeypatch.setattr(stage._worker, "see_rows", faulty(stage._worker.see_rows))
+    elif where == "as_dict":
+        monkeypatch.setattr(MediumReceipt, "as_dict", faulty(MediumReceipt.as_dict))
+    else:
+        monkeypatch.setattr(stage._tokenizer, where, faulty(getattr(stage._tokenizer, where)))
+    url = "data:image/png;base64," + base64.b64encode(png(56, 56)).decode()
+    rows = [{"image": url, "prompt": f"{n}"} for n in range(9)]
+    rows[3] = {"image": url.replace("image/png", "image/poison"), "prompt": "poison"}
+    table = stage(unit(rows))
+    assert table.column("status").to_pylist() == ["ok"] * 3 + ["error"] + ["ok"] * 5
+    row = table.slice(3, 1).to_pylist()[0]
+    assert (row["error_type"], row["error_stage"], row["patches"]) == ("InternalError", "preprocess", None)
+    assert f"Fault: of {where}; not foreseen" in row["error_message"]
+    assert "Traceback (most recent call last)" in row["error_message"]
+
+
+def test_an_error_that_concerns_all_rows_ends_the_job(stage: PreprocessStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Any) -> bytes:
+        raise CredentialError("the token has expired")
+
+    monkeypatch.setattr(stage._fetcher, "fetch", refuse)
+    with pytest.raises(CredentialError, match="expired"):
+        stage(unit([{"image": "a.png"}]))
+
+
+def test_an_error_message_that_is_no_valid_text_is_escaped(
+    stage: PreprocessStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*values: Any) -> Any:
+        raise MessageError("found \ud83d" + "x" * 100_000)
+
+    monkeypatch.setattr("pipeline.preprocess.stage.conversation", refuse)
+    (row,) = stage(unit([{"prompt": "?"}])).to_pylist()
+    assert row["error_message"].startswith("found \\ud83dxxx")
+    assert len(row["error_message"]) < 10_000

@@ -70,7 +70,7 @@ def test_the_template_renders_as_the_published_one(
 def test_the_prompt_of_the_documentation(folder: Path) -> None:
     message = Message("user", (MediumPart("image", b""), MediumPart("video", b""), Text("What is it?")))
     tokenizer = ChatTokenizer(str(folder))
-    assert tokenizer.render([message], add_vision_id=True) == (
+    assert tokenizer.render([message], add_vision_id=True).text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         "Picture 1: <|vision_start|><|image_pad|><|vision_end|>Video 1: <|vision_start|><|video_pad|><|vision_end|>"
         "What is it?<|im_end|>\n<|im_start|>assistant\n"
@@ -80,7 +80,7 @@ def test_the_prompt_of_the_documentation(folder: Path) -> None:
 def test_any_text_survives_the_tokenizer(folder: Path) -> None:
     tokenizer = ChatTokenizer(str(folder))
     for text in ("Zürich, 東京, 🦜\n\ttabs  and spaces", "It's 2024-05-06."):
-        assert tokenizer.decode(tokenizer.encode(text, []).tolist()) == text
+        assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
 
 
 def test_words_of_this_world_are_single_tokens(folder: Path) -> None:
@@ -88,7 +88,7 @@ def test_words_of_this_world_are_single_tokens(folder: Path) -> None:
     for task in TASKS:
         for index in range(20):
             answer = example(task, "held-out", 0, index).answer
-            assert len(tokenizer.encode(answer, [])) <= len(answer.replace(",", " ,").replace(".", " .").split()) + 2
+            assert len(tokenizer.encode(answer)) <= len(answer.replace(",", " ,").replace(".", " .").split()) + 2
 
 
 def test_special_tokens_are_those_of_the_family(folder: Path) -> None:

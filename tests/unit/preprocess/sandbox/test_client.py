@@ -30,7 +30,7 @@ from pipeline.errors import (
 from pipeline.preprocess.decode import see_medium
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.receipt import SeenMedium
-from pipeline.preprocess.sandbox.client import MediaWorker, Medium
+from pipeline.preprocess.sandbox.client import MediaWorker, MediumFile
 from tests.options import media_options
 from tests.unit.preprocess.conftest import encode_image, encode_video, level, picture
 
@@ -68,14 +68,14 @@ image.OpenImage = FaultyImage
 Make = Callable[[MediaOptions], MediaWorker]
 
 
-def image(width: int = 64, height: int = 48, seed: int = 0) -> Medium:
-    return Medium(
+def image(width: int = 64, height: int = 48, seed: int = 0) -> MediumFile:
+    return MediumFile(
         "image", encode_image(Image.fromarray(picture(width, height, seed))), SETTINGS, f"{width}x{height}.png"
     )
 
 
-def faulty(fault: bytes) -> Medium:
-    return Medium("image", fault, SETTINGS, "faulty")
+def faulty(fault: bytes) -> MediumFile:
+    return MediumFile("image", fault, SETTINGS, "faulty")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def worker(make_worker: Make) -> MediaWorker:
     return make_worker(media_options())
 
 
-def see_media(worker: MediaWorker, media: list[Medium]) -> list[SeenMedium | RowError]:
+def see_media(worker: MediaWorker, media: list[MediumFile]) -> list[SeenMedium | RowError]:
     """The results for one row."""
     return worker.see_rows([media])[0]
 
@@ -118,7 +118,7 @@ def seen(result: SeenMedium | RowError) -> SeenMedium:
 
 def test_the_worker_gives_what_the_function_gives(worker: MediaWorker) -> None:
     clip = encode_video(20)
-    row = [image(), Medium("video", clip, MediumSettings(fps=4.0), "clip.mp4"), image(300, 20)]
+    row = [image(), MediumFile("video", clip, MediumSettings(fps=4.0), "clip.mp4"), image(300, 20)]
     for result, (kind, data, settings, source) in zip(see_media(worker, row), row, strict=True):
         alone = see_medium(kind, data, settings, media_options(), source=source)
         assert np.array_equal(seen(result).patches, alone.patches)
@@ -126,7 +126,7 @@ def test_the_worker_gives_what_the_function_gives(worker: MediaWorker) -> None:
 
 
 def test_a_bad_medium_is_its_own_error_and_the_others_are_seen(worker: MediaWorker) -> None:
-    row = [image(), faulty(b""), faulty(b"<html>"), Medium("image", image().data, MediumSettings(fps=1.0), "x")]
+    row = [image(), faulty(b""), faulty(b"<html>"), MediumFile("image", image().data, MediumSettings(fps=1.0), "x")]
     results = see_media(worker, row)
     assert [type(result) for result in results] == [SeenMedium, TruncatedMedia, UnsupportedMedia, SettingError]
     assert str(results[3]) == "fps can't be applied to an image: remove it or give a video"
@@ -271,7 +271,7 @@ def test_threads_may_share_a_worker(worker: MediaWorker) -> None:
 
 def test_a_rows_media_shrink_together_to_the_budget_and_say_so(make_worker: Make) -> None:
     worker = make_worker(media_options(max_visual_tokens=60))
-    row = [image(560, 280), image(280, 280), Medium("video", encode_video(12), SETTINGS, "clip.mp4")]
+    row = [image(560, 280), image(280, 280), MediumFile("video", encode_video(12), SETTINGS, "clip.mp4")]
     results = [seen(result) for result in see_media(worker, row)]
     tokens = [result.patches.shape[0] // 4 for result in results]
     assert sum(tokens) <= 60 and min(tokens) >= 1
@@ -291,10 +291,10 @@ def test_the_decoder_dies_with_its_actor() -> None:
     program = (
         "import os, sys, time\n"
         "from tests.options import media_options\n"
-        "from pipeline.preprocess.sandbox.client import MediaWorker, Medium\n"
+        "from pipeline.preprocess.sandbox.client import MediaWorker, MediumFile\n"
         "from pipeline.conversation import MediumSettings\n"
         "worker = MediaWorker(media_options())\n"
-        "worker.see_rows([[Medium('image', b'x', MediumSettings(), 'x')]])\n"
+        "worker.see_rows([[MediumFile('image', b'x', MediumSettings(), 'x')]])\n"
         "print(worker._decoder._fork_server.pid, worker.decoder_pid, flush=True)\n"
         "time.sleep(60)\n"
     )
