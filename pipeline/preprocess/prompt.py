@@ -73,8 +73,12 @@ class ChatTokenizer:
         }
         self.image_pad_id = self._token_id(IMAGE_PAD, model_path)
         self.video_pad_id = self._token_id(VIDEO_PAD, model_path)
-        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
-        self._special_ids = np.array(sorted(map(self._tokenizer.token_to_id, special)), dtype=np.int32)
+        special = {
+            token.content: token_id
+            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self._special_ids = np.array(sorted(special.values()), dtype=np.int32)
         # In texts of this letter no special token is found, not even together with what stands before or after it.
         self._harmless = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in "".join(special))
         self._special_of_template = functools.lru_cache(maxsize=1024)(self._special_in)
@@ -94,7 +98,7 @@ class ChatTokenizer:
         are compared with those of the same conversation with harmless texts.
         """
         prompt = self._render(messages, add_vision_id)
-        found = prompt.ids[np.isin(prompt.ids, self._special_ids)].tolist()
+        found = self._special(prompt)
         expected = self._special_of_template(tuple(map(self._without_texts, messages)), add_vision_id)
         if found != expected:
             token_id = next(
@@ -126,8 +130,10 @@ class ChatTokenizer:
         return Prompt(text, self.encode(text))
 
     def _special_in(self, messages: Sequence[Message], add_vision_id: bool) -> list[int]:
-        ids = self._render(messages, add_vision_id).ids
-        return ids[np.isin(ids, self._special_ids)].tolist()
+        return self._special(self._render(messages, add_vision_id))
+
+    def _special(self, prompt: Prompt) -> list[int]:
+        return list(map(int, prompt.ids[np.isin(prompt.ids, self._special_ids)]))
 
     def _without_texts(self, message: Message) -> Message:
         """The message with harmless texts; blank ones stay, for a template may leave them out."""

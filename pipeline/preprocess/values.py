@@ -35,7 +35,7 @@ class ManifestRow(Mapping[str, Any]):
     @property
     def key(self) -> tuple[int, int]:
         """(manifest file, row in it)."""
-        return self[UnitColumn.FILE], self[UnitColumn.ROW]
+        return int(self[UnitColumn.FILE]), int(self[UnitColumn.ROW])
 
     def __getitem__(self, name: str) -> Any:
         index = self._batch.schema.get_field_index(name)
