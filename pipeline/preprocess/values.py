@@ -47,7 +47,7 @@ class ManifestRow(Mapping[str, Any]):
         return iter(self._batch.schema.names)
 
     def __len__(self) -> int:
-        return self._batch.num_columns
+        return len(self._batch.schema.names)
 
 
 def manifest_rows(table: pa.Table) -> Iterator[ManifestRow]:
