@@ -19,7 +19,7 @@ from jobs.command_line import EXIT_INTERRUPTED, run_job
 from jobs.report import write_report
 from pipeline.config import CaptionConfig
 from pipeline.errors import JobError
-from pipeline.execution.cluster import job_output, stop_on_sigterm
+from pipeline.execution.cluster import job_output, stop_on_signals
 from pipeline.execution.prepare import CaptionJob, hold, prepare
 from pipeline.execution.progress import print_samples, print_summary
 from pipeline.execution.run import finish, run_on_ray
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: CaptionConfig) -> int:
     """Do what is left to do in the output folder. Raises JobError; returns the exit code."""
-    stop_on_sigterm()
+    stop_on_signals()
     folder = RunFolder(config.output.path, config.output.storage_options)
     with hold(folder):
         job = prepare(config, folder)

@@ -12,8 +12,9 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -21,10 +22,12 @@ from rich.console import Console
 
 from pipeline import storage
 from pipeline.config import CaptionConfig, ResourcesConfig
-from pipeline.errors import ResourceError
+from pipeline.errors import ResourceError, first_line
 from pipeline.execution.placement import Node
 from pipeline.results.run_folder import RunFolder
 
+_CLEAN_UP_S = 60.0
+"""Seconds after a signal in which further ones are ignored."""
 _JOINING_HINT = (
     "; if the cluster uses tokens, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; "
     "resources.address local starts a private local Ray; __run/log.txt in the run folder has Ray's own lines"
@@ -74,21 +77,58 @@ def _output_to(log_path: str) -> Iterator[Console]:
         os.close(log)
 
 
-def stop_on_sigterm() -> None:
-    """Handle SIGTERM, with which clusters and containers stop a job, like Ctrl-C."""
+class _StopSignals:
+    """Handles SIGTERM, with which clusters and containers stop a job, like Ctrl-C: KeyboardInterrupt, once.
+
+    Further signals must not break off the clean-up, which would leave Ray's processes behind; one that comes when the
+    clean-up has had its time ends the process.
+    """
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._is_held = self._is_owed = False
+
+    def __call__(self, number: int, frame: types.FrameType | None) -> None:
+        if self._first is None:
+            self._first = time.monotonic()
+            self._is_owed = self._is_held
+            if not self._is_held:
+                raise KeyboardInterrupt
+        elif time.monotonic() - self._first > _CLEAN_UP_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """A signal that comes meanwhile interrupts only afterwards."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self._is_owed:
+            self._is_owed = False
+            raise KeyboardInterrupt
+
+
+_signals = _StopSignals()
+
+
+def stop_on_signals(*, again: bool = False) -> None:
+    """Let the first SIGINT or SIGTERM raise KeyboardInterrupt in the main thread. `again` restores the handlers."""
+    global _signals
+    _signals = _signals if again else _StopSignals()
     with contextlib.suppress(ValueError):  # outside the main thread no handler can be set
-        signal.signal(signal.SIGTERM, _interrupt)
-
-
-def _interrupt(number: int, frame: types.FrameType | None) -> None:
-    raise KeyboardInterrupt
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _signals)
 
 
 @contextlib.contextmanager
-def ray_cluster(resources: ResourcesConfig) -> Iterator[None]:
+def ray_cluster(resources: ResourcesConfig, say: Callable[[str], None]) -> Iterator[None]:
     """Join the cluster this runs on or start one here, and leave it at the end.
 
-    A Ray that the caller has started already is used and left running. Raises ResourceError when none can be reached.
+    A Ray that the caller has started already is used and left running. `say` prints a line. Raises ResourceError when
+    none can be reached.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray hides the GPUs from actors that ask for none, which is what we want; this silences its warning about it.
@@ -111,17 +151,33 @@ def ray_cluster(resources: ResourcesConfig) -> Iterator[None]:
         elif named is None:
             options = {"include_dashboard": False}
         try:
-            ray.init(**options)
+            try:
+                ray.init(**options)
+            except Exception as error:
+                if named not in (None, "local") or isinstance(error, ConnectionError):
+                    raise
+                say(f"Ray did not start{_busy()}: {first_line(error)}; starting it once more")
+                ray.shutdown()
+                ray.init(**options)
         except Exception as error:  # Ray raises plain Exception where its daemons start too late
-            first = str(error).strip().splitlines()[0]
             hint = _JOINING_HINT if isinstance(error, ConnectionError) else ""
-            raise ResourceError(f"can't reach or start Ray ({named or 'here'}): {first}{hint}") from error
-    stop_on_sigterm()  # again: ray.init installs a handler that ends the process at once
+            raise ResourceError(
+                f"can't reach or start Ray ({named or 'here'}){_busy()}: {first_line(error)}{hint}"
+            ) from error
+    stop_on_signals(again=True)  # ray.init installs a handler that ends the process at once
     try:
         yield
     finally:
         if started_here:
-            ray.shutdown()
+            with _signals.held():
+                ray.shutdown()
+                stop_on_signals(again=True)  # Ray's core puts SIGTERM back to what the system does
+
+
+def _busy() -> str:
+    """What to say of a machine on which more wants to run than it has cores for."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return f" (this machine is busy: load {load:.0f} on {cores} cores)" if load > cores else ""
 
 
 def local_path_notes(config: CaptionConfig, num_nodes: int) -> list[str]:

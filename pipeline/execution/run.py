@@ -46,7 +46,7 @@ def run_on_ray(job: CaptionJob, console: Console) -> None:
         job.folder, job.numbering, result_schema(job.kept), output.rows_per_fragment, output.seconds_per_fragment
     )
     try:
-        with ray_cluster(job.config.resources):
+        with ray_cluster(job.config.resources, lambda line: console.print(line, markup=False)):
             placement = _place(job)
             paths = local_path_notes(job.config, len(live_nodes()))
             for note in (*placement.notes, *paths, *proxy_notes(job.stages.preprocess.fetch)):

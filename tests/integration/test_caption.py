@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import os
@@ -361,15 +362,23 @@ def test_a_stopped_run_leaves_a_folder_that_the_next_one_finishes(tmp_path: Path
     command += ["--model.path", "demo", "--output.seconds_per_fragment", "0.1", "--sampling.ignore_eos", "true"]
     command += ["--resources.num_cpus", "2", "--engine.max_running", "4"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
+    environment["STOPPED_RUN"] = str(tmp_path)  # which all of its processes inherit
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, cwd=ROOT, **streams, text=True, env=environment)
     deadline = time.monotonic() + 900
     while not list((output / "__run" / "fragments").glob("*.parquet")) and time.monotonic() < deadline:
         assert process.poll() is None, process.stdout and process.stdout.read()
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):  # a scheduler and an impatient user
+        process.send_signal(number)
+        time.sleep(0.3)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 130, printed
-    assert "the same command resumes" in printed
+    assert "the same command resumes" in printed and "Traceback" not in printed
+    deadline = time.monotonic() + 30  # workers notice the end of their raylet by looking for it now and then
+    while (left := _processes_with(f"STOPPED_RUN={tmp_path}")) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left == []
     record = json.loads((output / "__run" / "run.json").read_text())
     assert record["state"] == "interrupted"
     assert 0 < record["counts"]["done"] < 400
@@ -379,6 +388,16 @@ def test_a_stopped_run_leaves_a_folder_that_the_next_one_finishes(tmp_path: Path
     record = json.loads((output / "__run" / "run.json").read_text())
     assert record["num_runs"] == 2
     assert record["counts"]["this_run"] < 400
+
+
+def _processes_with(variable: str) -> list[str]:
+    """Commands of the processes that have this in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def cpus(environment: dict[str, str], **resources: Any) -> float:
 import ray
 from pipeline.execution.cluster import ray_cluster
 from pipeline.config import ResourcesConfig
-with ray_cluster(ResourcesConfig(**{resources!r})):
+with ray_cluster(ResourcesConfig(**{resources!r}), print):
     print("CPUs", ray.cluster_resources()["CPU"])
 """
     clean = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -63,5 +63,8 @@ def test_ray_s_client_is_refused_with_the_way_that_works(monkeypatch: pytest.Mon
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # other tests of this process may have started one
     for resources, environment in ((ResourcesConfig(address="ray://head:10001"), ""), (ResourcesConfig(), "ray://a:1")):
         monkeypatch.setenv("RAY_ADDRESS", environment)
-        with pytest.raises(ResourceError, match=r"jobs.submit --address http://HOST:8265"), ray_cluster(resources):
+        with (
+            pytest.raises(ResourceError, match=r"jobs.submit --address http://HOST:8265"),
+            ray_cluster(resources, print),
+        ):
             pass

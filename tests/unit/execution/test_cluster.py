@@ -1,0 +1,117 @@
+"""Starting and leaving Ray on a busy machine, and signals that come at any moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from pipeline.config import ResourcesConfig
+from pipeline.errors import ResourceError
+from pipeline.execution import cluster
+from pipeline.execution.cluster import ray_cluster, stop_on_signals
+
+
+class FakeRay:
+    """Counts starts and ends; fails as often as it is told."""
+
+    def __init__(self) -> None:
+        self.faults: list[Exception] = []
+        self.calls: list[str] = []
+        self.during_shutdown: list[int] = []
+
+    def init(self, **options: Any) -> None:
+        self.calls.append("init")
+        if self.faults:
+            raise self.faults.pop(0)
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+        for number in self.during_shutdown:
+            os.kill(os.getpid(), number)
+        self.calls.append("is down")
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    made = FakeRay()
+    monkeypatch.setattr(ray, "init", made.init)
+    monkeypatch.setattr(ray, "shutdown", made.shutdown)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.4, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+def test_a_ray_that_starts_too_late_is_started_once_more_and_the_machine_is_called_busy(fake: FakeRay) -> None:
+    fake.faults = [Exception("The current node timed out during startup.\nMore.")]
+    said: list[str] = []
+    with ray_cluster(ResourcesConfig(), said.append):
+        assert fake.calls == ["init", "shutdown", "is down", "init"]
+    assert said == [
+        "Ray did not start (this machine is busy: load 99 on 2 cores): The current node timed out during startup.; "
+        "starting it once more"
+    ]
+
+
+def test_a_ray_that_does_not_start_twice_is_an_error_that_calls_the_machine_busy(fake: FakeRay) -> None:
+    fake.faults = [Exception("timed out"), Exception("timed out again")]
+    again = r"busy: load 99 on 2 cores\): timed out again"
+    with pytest.raises(ResourceError, match=again), ray_cluster(ResourcesConfig(), print):
+        raise AssertionError("never")
+    assert fake.calls.count("init") == 2
+
+
+@pytest.mark.parametrize(
+    ("address", "error"), [("10.0.0.1:6379", Exception("refused")), (None, ConnectionError("refused"))]
+)
+def test_a_cluster_that_cannot_be_joined_is_not_asked_twice(
+    fake: FakeRay, address: str | None, error: Exception
+) -> None:
+    fake.faults = [error]
+    with pytest.raises(ResourceError, match="refused"), ray_cluster(ResourcesConfig(address=address), print):
+        raise AssertionError("never")
+    assert fake.calls == ["init"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_further_signals_do_not_break_off_the_clean_up(fake: FakeRay, number: int) -> None:
+    fake.during_shutdown = [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
+    stop_on_signals()
+    with pytest.raises(KeyboardInterrupt), ray_cluster(ResourcesConfig(), print):
+        os.kill(os.getpid(), number)
+        raise AssertionError("never")
+    assert fake.calls[-1] == "is down"
+    os.kill(os.getpid(), signal.SIGINT)  # nor what comes after it
+
+
+def test_a_first_signal_while_ray_ends_interrupts_afterwards(fake: FakeRay) -> None:
+    fake.during_shutdown = [signal.SIGINT, signal.SIGINT]
+    stop_on_signals()
+    with pytest.raises(KeyboardInterrupt), ray_cluster(ResourcesConfig(), print):
+        pass
+    assert fake.calls[-1] == "is down"
+
+
+def test_a_clean_up_that_never_ends_can_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[int] = []
+    stop_on_signals()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(cluster, "_CLEAN_UP_S", -1.0)
+    monkeypatch.setattr(os, "kill", lambda process, number: killed.append(number))
+    signal.raise_signal(signal.SIGINT)
+    assert killed == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
