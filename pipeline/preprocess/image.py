@@ -115,10 +115,14 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
             "the image holds floating-point pixels, which have no defined range: convert it to 8 or 16 bits"
         )
     if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
+        return on_white(image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An RGBA image laid on white, as RGB."""
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:

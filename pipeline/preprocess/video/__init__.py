@@ -3,7 +3,9 @@
     container.py  opens a file, checks its limits, translates FFmpeg's errors
     packets.py    lists a video's frames without decoding any
     timing.py     says which frames are shown
-    frames.py     decodes those
+    decoder.py    decodes a frame, from the keyframe before it
+    picture.py    makes RGB pixels of it
+    frames.py     joins these
 
 Knows containers, codecs and frame times; not where files come from, resizing or patches.
 """

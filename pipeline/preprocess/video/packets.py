@@ -20,18 +20,24 @@ from pipeline.preprocess.video.timing import Timeline, constant_rate
 # Seconds by which decoding order may run ahead of presentation order.
 _REORDER_MARGIN_S = 2.0
 _RATE_WITHOUT_TIMES = 25.0
+# These containers store no presentation times. FFmpeg works them out for some codecs (MPEG-4, MPEG-2), but hands out
+# the packets' own order for others, H.264 among them.
+_WITHOUT_TIMES = {"avi", "asf", "mxf"}
 
 
 class PacketIndex:
     """All frames of a video in presentation order: when each is shown, and which packet holds it."""
 
-    def __init__(self, packets: list[av.Packet], hidden: list[bool], stream: av.VideoStream) -> None:
+    def __init__(
+        self, packets: list[av.Packet], hidden: list[bool], stream: av.VideoStream, container_format: str
+    ) -> None:
         self.packets = packets
         """In decoding order."""
         shown = [number for number, is_hidden in enumerate(hidden) if not is_hidden]
         times = [pts for number in shown if (pts := packets[number].pts) is not None]
-        self.by_time = len(set(times)) == len(shown)
-        """Whether frames can be told apart by their time; else (AVI, raw streams) only by their order."""
+        in_order = container_format in _WITHOUT_TIMES and stream.codec_context.has_b_frames and times == sorted(times)
+        self.by_time = len(set(times)) == len(shown) and not in_order
+        """Whether frames can be told apart by their time; else only by the order in which they are decoded."""
         if self.by_time:
             order = np.argsort(times, kind="stable").tolist()
             shown, times = [shown[place] for place in order], [times[place] for place in order]
@@ -99,4 +105,4 @@ def read_packets(
         check_duration(seconds, end_s, options)
         if end_s is not None and seconds > end_s + _REORDER_MARGIN_S:
             break
-    return PacketIndex(packets, hidden, stream), note
+    return PacketIndex(packets, hidden, stream, container.format.name), note

@@ -59,9 +59,14 @@ def encode_video(
     pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,
     rotation: int | None = None,
+    matrix: list[int] | None = None,
+    color: dict[str, int] | None = None,
     container_options: dict[str, str] | None = None,
 ) -> bytes:
-    """A clip of numbered grey levels (frame n has level 5 n + 10) or of the given frames, as a file's bytes."""
+    """A clip of numbered grey levels (frame n has level 5 n + 10) or of the given frames, as a file's bytes.
+
+    `color` are numbers of ITU-T H.273 by the names of FFmpeg's fields.
+    """
     width, height = size
     if isinstance(frames, int):
         frames = np.stack([np.full((height, width, 3), min(250, 5 * n + 10), dtype=np.uint8) for n in range(frames)])
@@ -74,8 +79,15 @@ def encode_video(
             stream.codec_context.time_base = time_base
         if rotation is not None:
             stream.set_display_rotation(rotation)
+        if matrix is not None:
+            stream.set_display_matrix(matrix)
+        for name, value in (color or {}).items():
+            setattr(stream.codec_context, name, value)
         for number, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format=pix_fmt)
+            form = "rgba" if pixels.shape[2] == 4 else "rgb24"
+            frame = av.VideoFrame.from_ndarray(pixels, format=form).reformat(format=pix_fmt)
+            for name, value in (color or {}).items():
+                setattr(frame, name, value)
             if times is not None:
                 assert time_base is not None
                 frame.pts, frame.time_base = times[number], time_base

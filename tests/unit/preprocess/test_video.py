@@ -201,16 +201,6 @@ def test_max_frames_bounds_a_dense_sampling() -> None:
     assert len(shown(encode_video(50), media_options(max_frames=9), fps=10.0).frames) == 8
 
 
-@pytest.mark.parametrize(("rotation", "quarter_turns"), [(90, 1), (-90, -1), (180, 2)])
-def test_display_rotation_is_applied(rotation: int, quarter_turns: int) -> None:
-    still = np.zeros((64, 96, 3), dtype=np.uint8)
-    still[:32, :48] = 220  # top left is bright
-    video = shown(encode_video(np.stack([still] * 4), rotation=rotation))
-    upright = np.rot90(still, quarter_turns)
-    assert video.frames.shape[1:] == upright.shape
-    assert np.abs(video.frames[0].astype(int) - upright).mean() < 6
-
-
 def test_keyframe_mode_shows_the_nearest_keyframes_and_says_so() -> None:
     data = encode_video(40, options={"g": "10", "x264-params": "keyint=10:scenecut=0"})
     video = shown(data, media_options(video_frames="keyframes"), fps=2.0)
