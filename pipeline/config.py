@@ -176,13 +176,15 @@ class OutputConfig(Section):
     path: str
     """Folder on disk or prefix in a bucket. The same command on the same folder resumes."""
     rows_per_fragment: Positive = 10_000
-    """Finished rows that may wait before they are published: the most that a crash can cost."""
+    """Finished rows that may wait before they are published: the most that a crash can cost. Large rows are published
+    at 256 MB."""
     seconds_per_fragment: Annotated[float, Field(gt=0)] = 30.0
     """Seconds that finished rows may wait before they are published."""
     rows_per_part: Positive = 100_000
-    """Rows in each final part file."""
+    """Rows in each final part file; a part of large rows ends at about 256 MB in memory."""
     partition_by: str | None = None
-    """A kept column by whose values the part files are put into folders, as in `task=count/part-00000.parquet`."""
+    """A kept column by whose values the part files are put into folders, as in `task=count/part-00000.parquet`: text,
+    numbers, booleans, dates or times. A value too long for a folder's name is cut there, not in the rows."""
     report: bool = True
     """Whether to write `_report.html`, one page about the run, at its end."""
     storage_options: dict[str, Any] = Field(default_factory=dict)

@@ -36,7 +36,7 @@ from pipeline.preprocess.columns import check_columns
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.results.finished import FinishedRows, read_finished
 from pipeline.results.lease import Lease
-from pipeline.results.parts import reopen
+from pipeline.results.parts import check_partition, reopen
 from pipeline.results.reader import count_errors
 from pipeline.results.run_folder import RunFolder
 from pipeline.results.run_record import check_unchanged, identity, new_record, now
@@ -236,6 +236,8 @@ def _check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) 
     by = config.output.partition_by
     if by is not None and by not in config.input.keep:
         raise ConfigError(f"output.partition_by: {by} is not a kept column; input.keep: {', '.join(config.input.keep)}")
+    if by in manifest.schema.names:
+        check_partition(manifest.schema.field(by))
     if manifest.num_rows:  # an empty JSONL file has no columns to look at, and no rows that would need any
         check_columns(manifest.schema.names, message_options(config))
     local = model_cache(config).local(model_path, weights=False)  # looks at a bucket's listing for the weights

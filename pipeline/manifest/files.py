@@ -146,6 +146,35 @@ def refuse_repeated_names(names: Sequence[str], path: str) -> None:
         raise ManifestError(f"{path} has several columns of the same name: {', '.join(repeated)}; rename them")
 
 
+def plain_type(found: pa.DataType) -> pa.DataType:
+    """The type in which the values of this one are read: dictionaries as their values, views of text and bytes as
+    the usual ones. Files spell one type in several of these ways, and Arrow can't select rows of such views."""
+    types = pa.types
+    if types.is_dictionary(found):
+        return plain_type(found.value_type)
+    if types.is_string_view(found) or types.is_binary_view(found):
+        return pa.string() if types.is_string_view(found) else pa.binary()
+    if types.is_struct(found):
+        return pa.struct([inner.with_type(plain_type(inner.type)) for inner in found])
+    if types.is_map(found):
+        return pa.map_(plain_type(found.key_type), plain_type(found.item_type), found.keys_sorted)
+    if types.is_fixed_size_list(found):
+        return pa.list_(_plain_items(found), found.list_size)
+    for is_kind, make in (
+        (types.is_list, pa.list_),
+        (types.is_large_list, pa.large_list),
+        (types.is_list_view, pa.list_view),
+        (types.is_large_list_view, pa.large_list_view),
+    ):
+        if is_kind(found):
+            return make(_plain_items(found))
+    return found
+
+
+def _plain_items(found: pa.DataType) -> pa.Field:
+    return found.value_field.with_type(plain_type(found.value_type))
+
+
 def unify_types(first: pa.DataType, second: pa.DataType) -> pa.DataType:
     """A type that holds the values of both. Raises pa.ArrowException where there is none."""
     schemas = [pa.schema([("", first)]), pa.schema([("", second)])]

@@ -20,6 +20,7 @@ from pipeline.manifest.files import (
     ManifestSpec,
     WorkUnit,
     file_changed,
+    plain_type,
     refuse_repeated_names,
     unify_types,
 )
@@ -57,7 +58,8 @@ class ParquetFormat(ManifestFormat):
         with _open_file(units[0].path, spec.storage_options) as file:
             if units[-1].stop > file.metadata.num_rows:
                 raise file_changed(units[-1], file.metadata.num_rows)
-            present = [name for name in columns if name in file.schema_arrow.names]
+            held = set(file.schema_arrow.names)
+            present = [name for name in columns if name in held]
             if not present:  # a batch of no columns does not know its length
                 yield from (_conform(pa.table({}), spec.schema, columns, unit) for unit in units)
                 return
@@ -84,8 +86,16 @@ def _merge(types: dict[str, pa.DataType], found: pa.Schema, path: str) -> None:
     """Add a file's columns; a column that is known already gets a type that holds the values of both."""
     refuse_repeated_names(found.names, path)
     for column in found:
-        new = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        new = plain_type(column.type)
         old = types.setdefault(column.name, new)
+        try:
+            if not new.equals(column.type):
+                pa.nulls(1, column.type).cast(new)  # Arrow lacks a few casts, and then can't read such a column at all
+        except pa.ArrowException as error:
+            raise ManifestError(
+                f"column {column.name} is {column.type} in {path}, which can't be read: {first_line(error)}; "
+                f"write it as {new}"
+            ) from error
         try:
             types[column.name] = old if old.equals(new) else unify_types(old, new)
         except pa.ArrowException as error:

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.manifest.row_set import RowNumbering, RowSet
-from pipeline.results.result_files import read_footer, row_indices, write_table
+from pipeline.results import result_files
+from pipeline.results.result_files import as_schema, by_bytes, read_footer, row_indices, write_table
 from pipeline.results.run_folder import RunFolder
 
 _RANGE_KEY = b"qwen2_vl_batch.range"
@@ -34,7 +35,7 @@ def read_range(folder: RunFolder, path: str) -> tuple[int, int]:
 
 @dataclass
 class FragmentWriter:
-    """Collects finished rows and publishes a fragment once there are many of them, or once the oldest has waited."""
+    """Collects finished rows and publishes a fragment once they are many or large, or once the oldest has waited."""
 
     folder: RunFolder
     numbering: RowNumbering
@@ -52,8 +53,9 @@ class FragmentWriter:
             return
         if not self._waiting:
             self._oldest = time.monotonic()
-        self._waiting.append(table.select(self.schema.names).cast(self.schema))
-        if sum(waiting.num_rows for waiting in self._waiting) >= self.rows_per_fragment:
+        self._waiting.append(as_schema(table, self.schema))
+        many = sum(waiting.num_rows for waiting in self._waiting) >= self.rows_per_fragment
+        if many or sum(waiting.nbytes for waiting in self._waiting) >= result_files.MAX_TABLE_BYTES:
             self.flush()
 
     def flush_if_old(self) -> None:
@@ -63,11 +65,12 @@ class FragmentWriter:
 
     def flush(self) -> None:
         """Publish what waits. Raises OutputError; the rows are kept, so that another try may succeed."""
-        if self._waiting:
-            name = f"{self._run}-{self._num_written:06d}"
-            write_fragment(self.folder, name, pa.concat_tables(self._waiting), self.numbering)
+        if not self._waiting:
+            return
+        for table in by_bytes(pa.concat_tables(self._waiting)):
+            write_fragment(self.folder, f"{self._run}-{self._num_written:06d}", table, self.numbering)
             self._num_written += 1
-            self._waiting = []
+        self._waiting = []
 
 
 def take_new(table: pa.Table, numbering: RowNumbering, done: RowSet) -> pa.Table:

@@ -220,7 +220,7 @@ class RunReader:
             inside = [row - start for row in rows if start <= row < stop]
             if inside:
                 table = parquet.read_row_group(group, columns=_stored(parquet, columns)).take(pa.array(inside))
-                yield from restore_partition(table, parquet.schema_arrow, columns).to_pylist()
+                yield from _python_rows(restore_partition(table, parquet.schema_arrow, columns))
             start = stop
 
 
@@ -229,14 +229,25 @@ def _stored(parquet: pq.ParquetFile, columns: Collection[str] | None) -> list[st
     return [name for name in parquet.schema_arrow.names if columns is None or name in columns]
 
 
+def _python_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Rows as dicts. A value that Python can't hold, as a date after 9999 or an unknown time zone, is only named."""
+
+    def value(scalar: pa.Scalar) -> Any:
+        try:
+            return scalar.as_py()
+        except (pa.ArrowException, ValueError, OverflowError, LookupError):
+            return f"({scalar.type}: can't be shown)"
+
+    values = [[value(scalar) for scalar in column] for column in table.columns]
+    return (dict(zip(table.column_names, row, strict=True)) for row in zip(*values, strict=True))
+
+
 def _is_small(field: pa.Field) -> bool:
     return field.name not in ("logprobs", "texts") and not _holds_bytes(field.type)
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     """Whether values may be whole files, as in kept image columns."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _holds_bytes(kind.value_type)
-    if pa.types.is_struct(kind):
+    if kind.num_fields:
         return any(_holds_bytes(kind.field(index).type) for index in range(kind.num_fields))
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))

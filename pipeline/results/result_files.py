@@ -25,15 +25,39 @@ Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
 PARTITION_KEY = b"qwen2_vl_batch.partition"
 """In a partitioned part's footer: a table of one row and one column, the value that all rows of the part share.
 It is in base64, since Parquet's metadata is text: Polars refuses other bytes."""
+MAX_TABLE_BYTES = 256 << 20
+"""Most bytes of a fragment's or part's rows in memory, unless one row alone has more. Readers hold several at once, and
+Arrow can't select rows of a text column above 2 GiB."""
 _ROWS_PER_GROUP = 20_000
+_BYTES_PER_GROUP = 64 << 20
 _LOCAL_READERS, _REMOTE_READERS = 4, 16
+
+
+def by_bytes(table: pa.Table) -> Iterator[pa.Table]:
+    """The rows in tables of at most MAX_TABLE_BYTES, in order."""
+    if table.nbytes <= MAX_TABLE_BYTES or table.num_rows <= 1:
+        yield table
+    else:
+        half = table.num_rows // 2
+        yield from by_bytes(table.slice(0, half))
+        yield from by_bytes(table.slice(half))
+
+
+def as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """These columns in these types. Columns that have theirs are left alone: casts of nested types are not all sound,
+    even to the type itself."""
+    columns = [(table.column(field.name), field.type) for field in schema]
+    return pa.table(
+        [column if column.type.equals(kind) else column.cast(kind) for column, kind in columns], schema=schema
+    )
 
 
 def write_table(folder: RunFolder, path: str, table: pa.Table) -> None:
     """Publish a table as one file. Raises OutputError."""
     sink = pa.BufferOutputStream()
     # Small row groups with statistics: a reader who wants some rows or columns skips the rest.
-    pq.write_table(table, sink, compression="zstd", row_group_size=_ROWS_PER_GROUP)
+    group = min(_ROWS_PER_GROUP, table.num_rows * _BYTES_PER_GROUP // max(table.nbytes, 1))
+    pq.write_table(table, sink, compression="zstd", row_group_size=max(1, group))
     folder.publish(path, sink.getvalue().to_pybytes())
 
 

@@ -314,12 +314,13 @@ def test_too_many_errors_stop_the_job_and_keep_what_is_done(tmp_path: Path, caps
         (["--input.path", "no-such-manifest.parquet"], "no-such-manifest.parquet"),
         (["--sampling.top_p", "7"], "sampling.top_p: found '7'"),
         (["--input.keep", "nope"], "no column nope"),
+        (["--input.keep", "tags", "--output.partition_by", "tags"], "tags is list<item: string>, whose values can't"),
         (["--prompt.template", "{nope}"], "nope"),
         (["--config", "no-such-config.yaml"], "can't read the config no-such-config.yaml"),
     ],
 )
 def test_what_is_broken_stops_the_job_before_ray_starts(tmp_path: Path, words: list[str], expected: str) -> None:
-    source = jsonl(tmp_path / "m.jsonl", [{"question": "Hello."}])
+    source = jsonl(tmp_path / "m.jsonl", [{"question": "Hello.", "tags": ["a"]}])
     command = [sys.executable, "-m", "jobs.caption", "--input.path", str(source), "--output.path", str(tmp_path / "o")]
     command += ["--model.path", "demo", "--prompt.template", "{question}", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -63,6 +63,30 @@ def test_files_with_different_columns_are_unified(tmp_path: Path, load: Callable
     assert rows_of(found, columns=["fps"])[0] == {"fps": None}
 
 
+@pytest.mark.parametrize(("inner", "outer"), [(pa.string(), pa.large_string()), (pa.binary(), pa.large_binary())])
+def test_files_that_spell_one_type_in_several_ways_are_one_manifest(
+    inner: pa.DataType, outer: pa.DataType, tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    view = pa.string_view() if inner == pa.string() else pa.binary_view()
+    kinds = [pa.dictionary(pa.int32(), inner), view, inner, outer, pa.dictionary(pa.int8(), outer)]
+    for number, kind in enumerate(kinds):
+        values = pa.array([f"v{number}"], inner)
+        column = values.cast(kind)
+        lists = pa.ListArray.from_arrays([0, 1], values.cast(view if kind == view else inner))
+        write_parquet(tmp_path / "d" / f"{number}.parquet", {"c": column, "l": lists})
+    found = load(tmp_path / "d")
+    assert found.schema == pa.schema([("c", outer), ("l", pa.list_(inner))])
+    texts = [row["c"] if inner == pa.string() else row["c"].decode() for row in rows_of(found)]
+    assert texts == ["v0", "v1", "v2", "v3", "v4"]
+
+
+def test_text_as_polars_writes_it_can_be_selected(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    write_parquet(tmp_path / "m.parquet", {"c": pa.array(["a", "b" * 40], pa.string_view())})
+    found = load(tmp_path / "m.parquet")
+    table = read_unit(found.spec, found.unit(0, 0, 2))
+    assert table.take(pa.array([1, 0])).column("c").to_pylist() == ["b" * 40, "a"]
+
+
 def test_structs_with_different_fields_are_unified(tmp_path: Path, load: Callable[..., Manifest]) -> None:
     folder = tmp_path / "d"
     write_parquet(folder / "1.parquet", {"messages": [[{"role": "user", "content": [{"type": "text", "text": "x"}]}]]})

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import OutputError
 from pipeline.manifest.row_set import RowNumbering
+from pipeline.results import result_files
 from pipeline.results.finished import read_finished
 from pipeline.results.parts import finalise, reopen
 from tests.unit.results.result_rows import SCHEMA, new_folder, rows, writer
@@ -44,6 +45,30 @@ def test_parts_hold_every_row_once_in_manifest_order(
         assert all(part.num_rows == per_part for part in parts[:-1])
         assert folder.is_finished()
         assert not os.path.exists(folder.file("fragments"))
+
+
+def test_fragments_and_parts_of_large_rows_are_cut_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result_files, "MAX_TABLE_BYTES", 20_000)
+    monkeypatch.setattr(result_files, "_BYTES_PER_GROUP", 5_000)
+    folder, numbering = new_folder(tmp_path), RowNumbering([70])
+    sizes = [10] * 30 + [7_000] * 8 + [30_000] * 2 + [10] * 30
+    out = writer(folder, numbering, 1_000)
+    for first in (0, 35):
+        pieces = [rows([(0, row)], text="x" * sizes[row]) for row in range(first, first + 35)]
+        out.add(pa.concat_tables(pieces).combine_chunks())
+    assert len(folder.fragments()) > 4, "a table above the limit is published at once, in pieces"
+    out.flush()
+    fragments = [pq.read_table(path) for path in folder.fragments()]
+    finalise(folder, numbering, SCHEMA, rows_per_part=40)
+    parts = [pq.read_table(part) for part in folder.parts()]
+    for table in [*fragments, *parts]:
+        assert table.num_rows == 1 or table.nbytes <= 20_000 + 500  # and a few bytes of padding
+    assert pa.concat_tables(parts).column("manifest_row").to_pylist() == list(range(70))
+    assert parts[0].num_rows > 8 and parts[-1].num_rows > 8, (
+        "parts of small rows are larger, also behind the large ones"
+    )
+    largest = max(zip(parts, folder.parts(), strict=True), key=lambda part: part[0].nbytes / part[0].num_rows)[1]
+    assert pq.ParquetFile(largest).metadata.row_group(0).num_rows == 1
 
 
 def test_a_missing_row_is_refused_and_nothing_is_marked_finished(tmp_path: Path) -> None:
@@ -101,11 +126,11 @@ def test_parts_may_be_partitioned_by_a_column_and_reopened_without_loss(tmp_path
     finalise(folder, numbering, SCHEMA, rows_per_part=4, partition_by="tag")
     found = sorted(str(Path(part).relative_to(folder.path)) for part in folder.parts())
     assert found == [
-        "tag=__HIVE_DEFAULT_PARTITION__/part-00000.parquet",
+        "tag=__HIVE_DEFAULT_PARTITION__/part-00002.parquet",
         "tag=a/part-00000.parquet",
-        "tag=a/part-00001.parquet",
-        "tag=b%2Fc/part-00000.parquet",
+        "tag=a/part-00004.parquet",
         "tag=b%2Fc/part-00001.parquet",
+        "tag=b%2Fc/part-00003.parquet",
     ]
     assert len(read_finished(folder, numbering).done) == 6
     hive = pa.dataset.dataset(folder.parts(), partitioning="hive", partition_base_dir=folder.path).to_table()
