@@ -15,14 +15,14 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.command_line import EXIT_INTERRUPTED, run_job
+from jobs.command_line import EXIT_INTERRUPTED, EXIT_NO_ANSWER, run_job
 from jobs.report import write_report
 from pipeline.config import CaptionConfig
 from pipeline.errors import JobError
 from pipeline.execution.cluster import job_output, stop_on_signals
 from pipeline.execution.prepare import CaptionJob, hold, prepare
-from pipeline.execution.progress import print_samples, print_summary
 from pipeline.execution.run import finish, run_on_ray
+from pipeline.execution.summary import print_samples, print_summary
 from pipeline.results.reader import RunReader
 from pipeline.results.run_folder import RunFolder
 
@@ -58,7 +58,7 @@ def run(config: CaptionConfig) -> int:
                     job.close("failed")
                 raise
             report(job, console)
-    return 0
+            return EXIT_NO_ANSWER if job.counts.failed == job.counts.total > 0 else 0
 
 
 def report(job: CaptionJob, console: Console) -> None:
@@ -70,7 +70,7 @@ def report(job: CaptionJob, console: Console) -> None:
             log.exception("the report failed")
             message = f"the results are complete, but the report is not: {type(error).__name__}: {error}"
             console.print(message, markup=False)
-    print_summary(console, job.counts, job.folder.path, job.record["errors"], job.record["bottleneck"])
+    print_summary(console, job.counts, job.folder, job.record["errors"], job.record["bottleneck"])
     if "reference" in job.kept.names:
         print_samples(console, _samples(job))
 

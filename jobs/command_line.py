@@ -31,6 +31,8 @@ FLAGS: Flags = {
 """Short spellings: the key each stands for, and its value when none is given."""
 
 EXIT_INTERRUPTED = 130
+EXIT_NO_ANSWER = 4
+"""The run is complete, and every row of it failed."""
 
 
 def run_job(
@@ -56,7 +58,8 @@ def run_job(
 
             print(f"{error}: it starts again now", file=sys.stderr)
             restart_command()
-        print(f"error: {error}", file=sys.stderr)
+        hint = "" if arguments else f"\n`{name} --help` lists every key; a first run: --config {_example_config(name)}"
+        print(f"error: {error}{hint}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
@@ -92,9 +95,14 @@ def print_help(model: type[Section], name: str, about: str, flags: Flags = FLAGS
     """Every key of the config with its kind, default and docstring."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(about.strip(), markup=False)
-    config = "caption" if name == "plan" else name  # a plan is of the caption job
-    console.print(f"\npython -m jobs.{name} --config configs/{config}.yaml [--section.key value ...]", markup=False)
-    console.print("--config may be given several times: later files override earlier ones.\n", markup=False)
+    config = _example_config(name)
+    console.print(f"\npython -m jobs.{name} --config {config} [--section.key value ...]", markup=False)
+    console.print("--config may be given several times: later files override earlier ones.", markup=False)
+    console.print(
+        "Values are taken as they stand. Lists and mappings are written as in YAML ([a, b], {a: b}); text alone is a "
+        'list of one, which may be quoted as in YAML ("\\n").\n',
+        markup=False,
+    )
     section = ""
     for key, field in fields_of(model):
         if key.partition(".")[0] != section:
@@ -105,6 +113,10 @@ def print_help(model: type[Section], name: str, about: str, flags: Flags = FLAGS
         if field.description:
             console.print(f"      {' '.join(field.description.split())}", markup=False)
     console.print("\nshort forms: " + ", ".join(f"{flag} for {key}" for flag, (key, _) in flags.items()), markup=False)
+
+
+def _example_config(name: str) -> str:
+    return f"configs/{'caption' if name == 'plan' else name}.yaml"  # a plan is of the caption job
 
 
 def default_text(field: Any) -> str:

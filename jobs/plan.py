@@ -18,7 +18,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from jobs.command_line import FLAGS, run_job
+from jobs.command_line import EXIT_NO_ANSWER, FLAGS, run_job
+from pipeline.errors import TooManyErrors
 from pipeline.planning.page import print_plan
 from pipeline.planning.plan import PlanConfig, make_plan
 
@@ -45,8 +46,10 @@ def run(config: PlanConfig) -> int:
         print(json.dumps(dataclasses.asdict(plan)))
     else:
         print_plan(Console(highlight=False), plan, currency=config.plan.currency)
-    allowed = config.plan.max_error_fraction * plan.rows.num_rows
-    return 3 if plan.rows.num_bad.value > allowed else 0
+    num_rows, num_bad = plan.rows.num_rows, plan.rows.num_bad.value
+    if num_bad > config.plan.max_error_fraction * num_rows:
+        return TooManyErrors.exit_code
+    return EXIT_NO_ANSWER if num_bad >= num_rows > 0 else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -24,6 +24,7 @@ from pydantic import (
     PlainSerializer,
     ValidationError,
     field_validator,
+    model_validator,
     with_config,
 )
 from pydantic.fields import FieldInfo
@@ -126,7 +127,7 @@ class MediaConfig(Section):
     """Largest area of all of a video's frames together, counted as transformers does: pixels of frame pairs."""
     fps: Annotated[float, Field(gt=0)] = 2.0
     """Frames a second to sample from a video."""
-    num_frames: Positive | None = None
+    num_frames: Annotated[int, Field(ge=2)] | None = None
     """Frames to sample from every video, in place of `fps`."""
     min_frames: Positive = 4
     """Fewest frames to sample by `fps`."""
@@ -149,6 +150,18 @@ class MediaConfig(Section):
     """Longest video, in seconds."""
     max_video_frames: Positive = 1_000_000
     """Most frames that a video may have in its file."""
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        for low, high in (
+            ("min_pixels", "max_pixels"),
+            ("video_min_pixels", "video_max_pixels"),
+            ("min_frames", "max_frames"),
+        ):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"{low} is {least} and {high} {most}; the first must not be larger")
+        return self
 
 
 class ModelConfig(Section):
@@ -258,11 +271,12 @@ class ResourcesConfig(Section):
 class RunConfig(Section):
     """The conduct of the run."""
 
-    max_error_fraction: Fraction = 1.0
-    """Share of error rows above which the job stops (looked at after the first 100 rows, and at the end)."""
+    max_error_fraction: Fraction | None = None
+    """Share of error rows above which the job stops (looked at after the first 100 rows, and at the end). Default: a
+    job stops where nearly all (95 %) of the first 200 rows or more fail; 1 never stops it."""
     on_change: Literal["error", "new-rows"] = "error"
-    """`error` refuses a changed manifest. `new-rows` also processes files or media that were added, or a larger
-    `input.limit`. Other changed settings are always refused."""
+    """`error` refuses a changed manifest. `new-rows` also processes files or media that were added. A larger
+    `input.limit` just goes on; other changed settings are always refused."""
     retry_failed: str | None = None
     """Run error rows again: `all`, or error types separated by commas; a type stands for those below it too."""
     stall_timeout_s: Annotated[float, Field(gt=0)] = 900.0
@@ -335,23 +349,23 @@ def load_config(model: type[ConfigType], path: str | Sequence[str] | None, overr
     values: dict[str, Any] = {}
     for one in paths:
         _lay_over(values, _read_yaml(one))
-    mistakes: list[str] = []
+    mistakes: list[tuple[str, str]] = []
     for name, field in model.model_fields.items():
         if _section_type(field.annotation) and values.get(name) is None:
             values[name] = {}  # so that a missing key is reported by its own name, not by its section's
     keys = dict(fields_of(model))
     for name, text in overrides.items():
         if name not in keys and not _inside_mapping(name, keys):
-            mistakes.append(_unknown_key(name, keys))
+            mistakes.append((name, _unknown_key(name, keys)))
             continue
         _set(values, name, _override_value(text, keys.get(name)))
     try:
         config = model.model_validate(values)
     except ValidationError as error:
         mistakes += [_mistake(dict(detail), keys) for detail in error.errors()]
-        raise ConfigError(_report(paths, mistakes)) from error
+        raise ConfigError(_report(paths, overrides, mistakes)) from error
     if mistakes:
-        raise ConfigError(_report(paths, mistakes))
+        raise ConfigError(_report(paths, overrides, mistakes))
     return config
 
 
@@ -430,33 +444,36 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _override_value(text: str, field: Any) -> Any:
-    """A command-line value parsed as YAML for this field; text is taken literally."""
+    """A command-line value for this field: for lists and mappings YAML where it begins like YAML's lists, mappings or
+    quoted texts, else one item as it stands; for every other field the text as it stands."""
     annotation = field.annotation if field is not None else Any
     kinds = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     if text in ("null", "none", "None") and type(None) in kinds:
         return None
     origins = {typing.get_origin(kind) or kind for kind in kinds}
     if origins & {list, tuple, dict}:
-        if text[:1] not in "[{":
-            return text if dict in origins else [item.strip() for item in text.split(",") if item.strip()]
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            return text
+        value: Any = text
+        if text[:1] in ("[", "{", '"', "'"):
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError:
+                return text  # the field's own check refuses it
+        return [value] if isinstance(value, str) and dict not in origins else value
     return text
 
 
-def _mistake(detail: dict[str, Any], keys: Mapping[str, Any]) -> str:
+def _mistake(detail: dict[str, Any], keys: Mapping[str, Any]) -> tuple[str, str]:
+    """(full name, what is wrong with it)."""
     name = ".".join(str(part) for part in detail["loc"])
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return _unknown_key(name, keys)
+        return name, _unknown_key(name, keys)
     if detail["type"] == "missing":
-        return f"{name}: missing; {_describe(keys.get(name))}".rstrip("; ")
+        return name, f"{name}: missing; {_describe(keys.get(name))}".rstrip("; ")
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
-        return f"{name}: {message}"
+        return name, f"{name}: {message}"
     allowed = message.removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{name}: found {detail['input']!r}; allowed: {allowed}"
+    return name, f"{name}: found {detail['input']!r}; allowed: {allowed}"
 
 
 def _describe(field: Any) -> str:
@@ -474,8 +491,18 @@ def _unknown_key(name: str, keys: Mapping[str, Any]) -> str:
     return f"{name}: unknown key; {hint or f'allowed here: {allowed}'}"
 
 
-def _report(paths: Sequence[str], mistakes: Sequence[str]) -> str:
-    where = " + ".join(paths) or "the command line"
-    if len(mistakes) == 1:
-        return f"{where}: {mistakes[0]}"
-    return f"{where} has {len(mistakes)} mistakes:\n" + "\n".join(f"  {mistake}" for mistake in mistakes)
+def _report(paths: Sequence[str], overrides: Mapping[str, str], mistakes: Sequence[tuple[str, str]]) -> str:
+    """The mistakes, each under the place where its key was written; of a section, under both."""
+    places: dict[str, list[str]] = {}
+    for name, mistake in mistakes:
+        sources = [" + ".join(paths)] if paths else []
+        if any(key == name or key.startswith(f"{name}.") for key in overrides) or not paths:
+            sources = [*sources, "the command line"] if name.count(".") == 0 else ["the command line"]
+        places.setdefault(" + ".join(sources), []).append(mistake)
+    lines = []
+    for place, found in places.items():
+        if len(found) == 1:
+            lines.append(f"{place}: {found[0]}")
+        else:
+            lines += [f"{place} has {len(found)} mistakes:", *(f"  {mistake}" for mistake in found)]
+    return "\n".join(lines)

@@ -13,18 +13,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.checkpoint.locate import check_model, resolve_model
-from pipeline.checkpoint.processor import read_processor_facts
+from pipeline.checkpoint.locate import resolve_model
 from pipeline.config import CaptionConfig
-from pipeline.errors import ConfigError, JobError, TooManyErrors
+from pipeline.errors import JobError, TooManyErrors
 from pipeline.execution.placement import Placement
 from pipeline.execution.progress import RunCounts, bottleneck
 from pipeline.execution.stages import (
     Stages,
     build_stages,
+    check_settings,
     kept_schema,
-    message_options,
-    model_cache,
     number_rows,
     open_input,
 )
@@ -32,17 +30,17 @@ from pipeline.manifest.files import Manifest, WorkUnit
 from pipeline.manifest.find import recorded_manifest
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import Retries, plan_work
-from pipeline.preprocess.columns import check_columns
-from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.results.finished import FinishedRows, read_finished
 from pipeline.results.lease import Lease
-from pipeline.results.parts import check_partition, reopen
+from pipeline.results.parts import reopen
 from pipeline.results.reader import count_errors
 from pipeline.results.run_folder import RunFolder
 from pipeline.results.run_record import check_unchanged, identity, new_record, now
 
 _ERRORS_JUDGED_FROM = 100
 """Rows of a run from which its error rows may stop it."""
+_HOPELESS_FRACTION, _HOPELESS_FROM = 0.95, 200
+"""The same where the config says nothing: something concerns all rows then, and the rest would only cost money."""
 
 
 @dataclass
@@ -95,12 +93,20 @@ class CaptionJob:
 
     def check_errors(self, *, at_end: bool = False) -> None:
         """Raise TooManyErrors when more rows failed than `run.max_error_fraction` allows."""
-        rows, failed, allowed = self.counts.done, self.counts.failed, self.config.run.max_error_fraction
-        if (at_end or self.counts.rows >= _ERRORS_JUDGED_FROM) and failed > allowed * max(rows, 1):
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.errors.most_common(3))
+        counts, allowed, judged_from = self.counts, self.config.run.max_error_fraction, _ERRORS_JUDGED_FROM
+        if allowed is None:
+            if at_end:  # the rows are done: their results are of more use than an error
+                return
+            allowed, judged_from = _HOPELESS_FRACTION, _HOPELESS_FROM
+        if (at_end or counts.rows >= judged_from) and counts.failed > allowed * max(counts.done, 1):
+            kinds = "; ".join(
+                f"{count:,} {kind}" + (f", as row {example[0]}: {example[1]}" if example else "")
+                for kind, count in counts.errors.most_common(3)
+                for example in [counts.examples.get(kind)]
+            )
             raise TooManyErrors(
-                f"{failed:,} of {rows:,} rows failed ({failed / rows:.0%}), more than run.max_error_fraction "
-                f"{allowed:g}: {kinds}; finished rows are kept in the folder"
+                f"{counts.failed:,} of {counts.done:,} rows failed ({counts.failed / counts.done:.0%}), more than "
+                f"run.max_error_fraction {allowed:g} allows: {kinds}; finished rows are kept in the folder"
             )
 
     def close(self, state: str) -> None:
@@ -162,7 +168,7 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
     if finished_before and not grown and not config.run.retry_failed:
         _print_finished(folder, record or {}, numbering.num_rows)
         return None
-    _check_settings(config, manifest, model_path)
+    check_settings(config, manifest, model_path)
     finished = read_finished(folder, numbering)
     retries = None
     if config.run.retry_failed:
@@ -224,23 +230,3 @@ def _print_finished(folder: RunFolder, record: dict[str, Any], num_rows: int) ->
     failed = record["counts"]["failed"]
     hint = "; --retry-failed runs the error rows again" if failed else ""
     print(f"{folder.path} is finished: {num_rows:,} rows, {failed:,} errors{hint}")
-
-
-def _check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -> None:
-    """Refuse now what every actor would otherwise refuse later: columns, model, settings."""
-    missing = [name for name in config.input.keep if name not in manifest.schema.names]
-    if missing and manifest.format != "media":  # a bare folder has no columns to keep, whatever the config says
-        raise ConfigError(
-            f"input.keep: the manifest has no column {', '.join(missing)}; found: {', '.join(manifest.schema.names)}"
-        )
-    by = config.output.partition_by
-    if by is not None and by not in config.input.keep:
-        raise ConfigError(f"output.partition_by: {by} is not a kept column; input.keep: {', '.join(config.input.keep)}")
-    if by in manifest.schema.names:
-        check_partition(manifest.schema.field(by))
-    if manifest.num_rows:  # an empty JSONL file has no columns to look at, and no rows that would need any
-        check_columns(manifest.schema.names, message_options(config))
-    local = model_cache(config).local(model_path, weights=False)  # looks at a bucket's listing for the weights
-    check_model(local, revision=config.model.revision, weights=local == model_path)
-    read_processor_facts(local, revision=config.model.revision)
-    ChatTokenizer(local, revision=config.model.revision)

@@ -1,4 +1,4 @@
-"""Counts of a run, the live line on the screen, `progress.jsonl`, and the summary at the end."""
+"""Counts of a run, the live line on the screen, and `progress.jsonl`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from pipeline import storage
@@ -43,6 +42,8 @@ class RunCounts:
     visual_tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
+    examples: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """For each error type the id and message of this run's first such row."""
     rows_started: float | None = None
     """When the first row began with an engine loaded: start-up is before that."""
     last_row: float | None = None
@@ -60,7 +61,11 @@ class RunCounts:
         self.visual_tokens += visual
         self.output_tokens += output
         failed = table.filter(pc.not_equal(table.column("status"), Status.OK.value))
-        self.errors.update(failed.column("error_type").to_pylist())
+        for error_type, row_id, message in zip(
+            *(failed.column(name).to_pylist() for name in ("error_type", "id", "error_message")), strict=True
+        ):
+            self.errors[error_type] += 1
+            self.examples.setdefault(error_type, (row_id, message))
         self._recent.append((now, table.num_rows, output))
         while now - self._recent[0][0] > _WINDOW_S:
             self._recent.popleft()
@@ -79,6 +84,11 @@ class RunCounts:
     def elapsed(self) -> float:
         """Seconds since the run began."""
         return time.monotonic() - self.started
+
+    @property
+    def start_up(self) -> float:
+        """Seconds from the beginning of the run to its first row."""
+        return max(0.0, (self.rows_started or self.started) - self.started)
 
     def recent_pace(self) -> tuple[float, float]:
         """(rows/s, output tokens/s) of the last half minute."""
@@ -101,10 +111,10 @@ class RunCounts:
         rows_s, tokens_s = self.recent_pace()
         parts = [f"{self.done:,} of {self.total:,} rows"]
         if self.rows:
-            parts += [f"{rows_s:.1f} rows/s", f"{tokens_s:,.0f} tokens/s"]
+            parts += [rate_text(rows_s), f"{tokens_s:,.0f} tokens/s"]
         parts.append(f"{self.failed:,} errors")
         if rows_s > 0 and self.done < self.total:
-            parts.append(f"{_duration((self.total - self.done) / rows_s)} left")
+            parts.append(f"{duration_text((self.total - self.done) / rows_s)} left")
         elif not self.rows:
             parts.append(f"starting ({self.elapsed:.0f} s)")
         return ", ".join(parts)
@@ -167,23 +177,6 @@ class ProgressLog:
                 storage.publish(self._folder.file("progress.jsonl"), text.encode(), self._folder.storage_options)
 
 
-def print_summary(console: Console, counts: RunCounts, path: str, errors: Mapping[str, int], hint: str | None) -> None:
-    """The table at the end of a run. `errors` counts the error types of all the folder's rows."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    table.add_row("rows", f"{counts.done:,} of {counts.total:,} ({counts.failed:,} errors)")
-    for kind, count in sorted(errors.items(), key=lambda item: -item[1]):
-        table.add_row("", f"{count:,} {kind}")
-    rows_s, tokens_s = counts.pace()
-    pace = f"{rows_s:.1f} rows/s, {tokens_s:,.0f} tokens/s"
-    table.add_row("this run", f"{counts.rows:,} rows in {_duration(counts.elapsed)}; {pace}")
-    if hint:
-        table.add_row("bottleneck", hint)
-    table.add_row("output", path)
-    console.print(table)
-
-
 def bottleneck(stats: Sequence[Mapping[str, Any]]) -> str | None:
     """One sentence on which stage held the other back, and what to change; None before there is anything to say."""
     starved = starved_fraction(stats)
@@ -212,24 +205,18 @@ def starved_fraction(stats: Sequence[Mapping[str, Any]]) -> float | None:
     return (idle + unfilled) / (busy + idle) if busy + idle >= 1.0 else None
 
 
-def print_samples(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A handful of answers beside their references."""
-    table = Table(title="a few rows", title_justify="left", show_lines=False)
-    for name in ("task", "answer", "reference", ""):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        cells = [_one_line(row.get(name)) for name in ("task", "text", "reference")]
-        table.add_row(*cells, "✓" if row["text"] == row["reference"] else "✗")
-    console.print(table)
+def rate_text(rows_s: float) -> str:
+    """Rows per second in three digits; per minute or hour where there are fewer than one."""
+    for per, seconds in (("s", 1), ("min", 60), ("h", 3600)):
+        rate = rows_s * seconds
+        if rate >= 0.9995 or per == "h":
+            digits = 0 if rate >= 99.95 else 1 if rate >= 9.995 else 2
+            return f"{rate:,.{digits}f} rows/{per}"
+    raise AssertionError
 
 
-def _one_line(value: Any) -> Text:
-    """A row's text, short and without control characters."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(value or "")).split())
-    return Text(text if len(text) <= 160 else text[:157] + "...")
-
-
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """Seconds, minutes or hours, as in `1 min 05 s`."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

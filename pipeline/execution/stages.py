@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 
 from pipeline.checkpoint.cache import DEFAULT_FOLDER, ModelCache
-from pipeline.checkpoint.locate import resolve_model
+from pipeline.checkpoint.locate import check_model, resolve_model
 from pipeline.checkpoint.processor import ProcessorFacts, read_processor_facts
 from pipeline.config import CaptionConfig, InputConfig, MediaConfig
 from pipeline.engine import EngineOptions
+from pipeline.errors import ConfigError
 from pipeline.generate import GenerateOptions
 from pipeline.manifest.files import Manifest, WorkUnit
 from pipeline.manifest.find import open_manifest
@@ -21,7 +22,9 @@ from pipeline.manifest.row_set import RowNumbering, RowSet
 from pipeline.manifest.work import plan_work
 from pipeline.preprocess.columns import MessageOptions, check_columns, needed_columns
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
+from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.preprocess.stage import PreprocessOptions
+from pipeline.results.parts import check_partition
 from pipeline.results.run_folder import RunFolder
 
 
@@ -58,9 +61,29 @@ def open_stages(config: CaptionConfig) -> OpenedStages:
     """
     folder = RunFolder(config.output.path, config.output.storage_options)
     model_path, manifest = resolve_model(config.model.path), open_input(config, folder)
-    if manifest.num_rows:
-        check_columns(manifest.schema.names, message_options(config))
+    check_settings(config, manifest, model_path)
     return OpenedStages(build_stages(config, model_path, manifest), manifest, number_rows(manifest, config.input.limit))
+
+
+def check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -> None:
+    """Refuse now what every actor would refuse later: columns, model, settings. Raises JobError."""
+    missing = [name for name in config.input.keep if name not in manifest.schema.names]
+    if missing and manifest.format != "media":  # a bare folder has no columns to keep, whatever the config says
+        raise ConfigError(
+            f"input.keep: the manifest has no column {', '.join(map(repr, missing))}; found: "
+            f"{', '.join(manifest.schema.names)}. Several are written as a list: [a, b]"
+        )
+    by = config.output.partition_by
+    if by is not None and by not in config.input.keep:
+        raise ConfigError(f"output.partition_by: {by} is not a kept column; input.keep: {', '.join(config.input.keep)}")
+    if by in manifest.schema.names:
+        check_partition(manifest.schema.field(by))
+    if manifest.num_rows:  # an empty JSONL file has no columns to look at, and no rows that would need any
+        check_columns(manifest.schema.names, message_options(config))
+    local = model_cache(config).local(model_path, weights=False)  # looks at a bucket's listing for the weights
+    check_model(local, revision=config.model.revision, weights=local == model_path)
+    media_options(config.media, read_processor_facts(local, revision=config.model.revision))
+    ChatTokenizer(local, revision=config.model.revision)
 
 
 def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> Stages:
@@ -122,10 +145,16 @@ def kept_schema(config: CaptionConfig, manifest: Manifest) -> pa.Schema:
 
 
 def media_options(media: MediaConfig, facts: ProcessorFacts) -> MediaOptions:
-    """The config's, with the checkpoint's bounds where it has none."""
+    """The config's, with the checkpoint's bounds where it has none. Raises ConfigError when they exclude each other."""
     values = media.model_dump()
     for name in ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"):
         values[name] = values[name] or getattr(facts, name)
+    for low, high in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):
+        if values[low] > values[high]:
+            raise ConfigError(
+                f"media.{low} is {values[low]} and media.{high} {values[high]}; the first must not be larger "
+                "(where the config says nothing, the checkpoint's bound holds)"
+            )
     return MediaOptions(**values)
 
 

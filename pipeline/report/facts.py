@@ -39,6 +39,8 @@ class StageTime:
 class Speed:
     """How fast the run was, as far as it recorded that."""
 
+    num_rows: float | None
+    """Rows of the last run alone, to which the speed belongs; a folder may have more, from runs before it."""
     rows_per_s: float | None
     output_tokens_per_s: float | None
     seconds: float | None
@@ -85,6 +87,7 @@ def speed(run: Mapping[str, Any], *, price_per_gpu_hour: float | None = None) ->
     gpu_hours = num_gpus * seconds / 3600 if num_gpus and seconds else None
     mfu, mfu_basis = _mfu(run, seconds, num_gpus)
     return Speed(
+        num_rows=number_at(run, "counts.this_run"),
         rows_per_s=number_at(run, "throughput.rows_per_s"),
         output_tokens_per_s=number_at(run, "throughput.output_tokens_per_s"),
         seconds=seconds,

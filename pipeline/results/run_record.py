@@ -59,7 +59,7 @@ def check_unchanged(
     before = record.get("identity", {})
     names = [name for name, old in before.items() if name != _MODEL_FILES and asked.get(name) != old]
     allows_more = config.run.on_change == "new-rows"
-    if allows_more and "input.limit" in names and _limit_grew(before["input.limit"], asked["input.limit"]):
+    if "input.limit" in names and _limit_grew(before["input.limit"], asked["input.limit"]):
         names.remove("input.limit")
     settings = [f"{name}: was {before[name]!r}, is {asked.get(name)!r}" for name in names]
     if not any(name.startswith("model.") for name in names):  # another model has other files anyway

@@ -301,10 +301,25 @@ def test_too_many_errors_stop_the_job_and_keep_what_is_done(tmp_path: Path, caps
     rows = [{"image": f"{i}.png", "prompt": "?"} for i in range(3)] + [{"prompt": "Hello."}]
     source, output = jsonl(tmp_path / "m.jsonl", rows), tmp_path / "out"
     assert caption(source, output, "--run.max_error_fraction", "0.5") == 3
-    assert "3 of 4 rows failed (75%), more than run.max_error_fraction 0.5: 3 MediaNotFound" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert (
+        "3 of 4 rows failed (75%), more than run.max_error_fraction 0.5 allows: 3 MediaNotFound, as row 0:0" in message
+    )
     assert not (output / "_SUCCESS").exists()
     assert caption(source, output, "--run.max_error_fraction", "0.8") == 0
     assert len(results(output)) == 4
+
+
+def test_a_run_without_an_answer_has_its_own_exit_code_and_a_larger_limit_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = jsonl(tmp_path / "m.jsonl", [{"image": "none.png", "prompt": "?"}, {"prompt": "Hello."}])
+    assert caption(source, tmp_path / "out", "--input.limit", "1") == 4
+    printed = capfd.readouterr().out
+    assert "EVERY ROW FAILED" in printed and "none.png" in printed and "--retry-failed" in printed
+    assert len(results(tmp_path / "out")) == 1
+    assert caption(source, tmp_path / "out") == 0
+    assert [row["status"] for row in results(tmp_path / "out")] == ["error", "ok"]
 
 
 @pytest.mark.parametrize(
@@ -313,7 +328,7 @@ def test_too_many_errors_stop_the_job_and_keep_what_is_done(tmp_path: Path, caps
         (["--model.path", "./no-such-model"], "no model folder at ./no-such-model"),
         (["--input.path", "no-such-manifest.parquet"], "no-such-manifest.parquet"),
         (["--sampling.top_p", "7"], "sampling.top_p: found '7'"),
-        (["--input.keep", "nope"], "no column nope"),
+        (["--input.keep", "nope"], "no column 'nope'"),
         (["--input.keep", "tags", "--output.partition_by", "tags"], "tags is list<item: string>, whose values can't"),
         (["--prompt.template", "{nope}"], "nope"),
         (["--config", "no-such-config.yaml"], "can't read the config no-such-config.yaml"),

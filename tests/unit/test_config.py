@@ -117,10 +117,51 @@ def test_text_fields_take_the_word_as_it_stands() -> None:
 
 
 def test_lists_mappings_and_null_are_understood() -> None:
-    config = load(input__keep="a, b", input__columns='{"image": "url"}', media__max_visual_tokens="null")
+    config = load(input__keep="[a, b]", input__columns='{"image": "url"}', media__max_visual_tokens="null")
     assert config.input.keep == ["a", "b"]
     assert config.input.columns == {"image": "url"}
     assert config.media.max_visual_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (", ", (", ",)),
+        ("\n", ("\n",)),
+        ('"\\n"', ("\n",)),
+        ("' '", (" ",)),
+        ("[', ', END]", (", ", "END")),
+        ("a,b", ("a,b",)),
+        ("- x", ("- x",)),
+    ],
+)
+def test_no_character_of_a_list_s_item_is_lost_on_the_command_line(text: str, expected: tuple[str, ...]) -> None:
+    assert load(sampling__stop_strings=text).sampling.stop_strings == expected
+
+
+@pytest.mark.parametrize(
+    ("media", "expected"),
+    [
+        ({"num_frames": "1"}, "media.num_frames: found '1'; allowed: greater than or equal to 2"),
+        ({"min_pixels": "2000000", "max_pixels": "1000000"}, "min_pixels is 2000000 and max_pixels 1000000"),
+        ({"video_min_pixels": "9", "video_max_pixels": "8"}, "video_min_pixels is 9 and video_max_pixels 8"),
+        ({"min_frames": "9", "max_frames": "8"}, "min_frames is 9 and max_frames 8"),
+    ],
+)
+def test_media_settings_that_no_row_could_use_are_refused(media: dict[str, str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(**{f"media__{name}": value for name, value in media.items()})
+    assert expected in str(caught.value)
+
+
+def test_a_mistake_is_reported_where_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("sampling: {max_tokens: many}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(CaptionConfig, str(path), {**REQUIRED, "sampling.top_p": "high", "modle.path": "x"})
+    by_place = dict(line.split(" has ", 1) for line in str(caught.value).splitlines() if " has " in line)
+    assert by_place == {"the command line": "2 mistakes:"}
+    assert f"{path}: sampling.max_tokens: found 'many'" in str(caught.value)
 
 
 def test_one_column_can_be_mapped_on_the_command_line() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.execution.progress import RunCounts, bottleneck
+from pipeline.execution.progress import RunCounts, bottleneck, rate_text
 
 
 def test_pace_runs_from_the_start_of_the_first_row_to_the_end_of_the_last() -> None:
@@ -38,3 +38,20 @@ def test_the_bottleneck_is_named_with_what_to_change(
 def test_a_run_too_short_to_tell_names_no_bottleneck() -> None:
     assert bottleneck([{"kind": "engine", "busy_s": 0.5, "idle_s": 0.1}]) is None
     assert bottleneck([]) is None
+
+
+@pytest.mark.parametrize(
+    ("rows_s", "expected"),
+    [
+        (1234.5, "1,234 rows/s"),
+        (66.34, "66.3 rows/s"),
+        (1.0, "1.00 rows/s"),
+        (0.9999, "1.00 rows/s"),
+        (0.5, "30.0 rows/min"),
+        (4 / 211, "1.14 rows/min"),
+        (1 / 3600, "1.00 rows/h"),
+        (0.0, "0.00 rows/h"),
+    ],
+)
+def test_a_rate_has_three_digits_whatever_its_size(rows_s: float, expected: str) -> None:
+    assert rate_text(rows_s) == expected

@@ -1,0 +1,40 @@
+"""When a run's errors stop it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.errors import TooManyErrors
+from pipeline.execution.prepare import CaptionJob
+from pipeline.execution.progress import RunCounts
+
+
+def check(rows: int, failed: int, allowed: float | None, *, done_before: int = 0, at_end: bool = False) -> None:
+    examples = {"MediaNotFound": ("row 7", "no file a.jpg")}
+    counts = RunCounts(10_000, done_before, rows=rows, errors=Counter(MediaNotFound=failed), examples=examples)
+    config = SimpleNamespace(run=SimpleNamespace(max_error_fraction=allowed))
+    CaptionJob.check_errors(SimpleNamespace(counts=counts, config=config), at_end=at_end)  # type: ignore[arg-type]
+
+
+def test_without_a_setting_a_run_stops_where_nearly_all_of_its_first_rows_fail() -> None:
+    check(199, 199, None)
+    check(200, 190, None)
+    with pytest.raises(TooManyErrors, match=r"195 of 200 rows failed.*195 MediaNotFound, as row row 7: no file a\.jpg"):
+        check(200, 195, None)
+    check(200, 200, None, done_before=5_000)  # most rows of the folder have answers
+
+
+def test_without_a_setting_a_run_that_reached_its_end_keeps_its_results() -> None:
+    check(300, 300, None, at_end=True)
+
+
+def test_a_setting_is_judged_after_a_hundred_rows_and_at_the_end() -> None:
+    check(99, 99, 0.1)
+    check(100, 10, 0.1)
+    for rows, at_end in ((100, False), (5, True)):
+        with pytest.raises(TooManyErrors):
+            check(rows, rows, 0.1, at_end=at_end)
+    check(10_000, 10_000, 1.0, at_end=True)

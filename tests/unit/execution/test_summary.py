@@ -1,0 +1,78 @@
+"""What a run prints at its end."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+
+from pipeline.execution.progress import RunCounts
+from pipeline.execution.summary import pace_text, print_summary
+from pipeline.results.run_folder import RunFolder
+from pipeline.schema import result_schema
+
+SCHEMA = result_schema(pa.schema([]))
+
+
+def finished(*error_types: str | None) -> pa.Table:
+    rows: list[dict[str, Any]] = [
+        {
+            **dict.fromkeys(SCHEMA.names),
+            "id": f"row {number}",
+            "status": "error" if kind else "ok",
+            "error_type": kind,
+            "error_message": f"no file {number}.jpg" if kind else None,
+            "attempts": 1,
+            "manifest_file": 0,
+            "manifest_row": number,
+        }
+        for number, kind in enumerate(error_types)
+    ]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def summary(tmp_path: Path, counts: RunCounts, errors: dict[str, int] | None = None) -> str:
+    console = Console(file=io.StringIO(), width=300)
+    print_summary(console, counts, RunFolder(str(tmp_path)), errors or counts.errors, None)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_each_error_type_is_shown_with_its_count_an_example_and_the_next_command(tmp_path: Path) -> None:
+    counts = RunCounts(total=4, done_before=0)
+    counts.add(finished(None, "MediaNotFound", "MediaNotFound", "MediaTimeout"))
+    text = summary(tmp_path, counts)
+    assert "4 of 4 (3 errors)" in text
+    assert "2 MediaNotFound, as row row 1: no file 1.jpg" in text
+    assert "1 MediaTimeout, as row row 3: no file 3.jpg" in text
+    assert "errors.jsonl lists them" in text and "--retry-failed=MediaNotFound,..." in text
+    assert "EVERY ROW FAILED" not in text
+
+
+def test_errors_of_earlier_runs_are_counted_too(tmp_path: Path) -> None:
+    counts = RunCounts(total=3, done_before=2, failed_before=1)
+    counts.add(finished(None))
+    assert "1 MediaTimeout" in summary(tmp_path, counts, {"MediaTimeout": 1})
+
+
+def test_a_run_without_any_answer_says_so_loudly(tmp_path: Path) -> None:
+    counts = RunCounts(total=2, done_before=0)
+    counts.add(finished("MediaNotFound", "MediaNotFound"))
+    assert "EVERY ROW FAILED: none of the 2 rows has an answer" in summary(tmp_path, counts)
+    assert "EVERY ROW FAILED" not in summary(tmp_path, RunCounts(total=0, done_before=0))
+
+
+def test_start_up_and_pace_are_told_apart(monkeypatch: Any) -> None:
+    counts = RunCounts(total=3_000, done_before=2_994, rows=6, output_tokens=60, started=100.0, rows_started=158.0)
+    counts.last_row = 170.0
+    monkeypatch.setattr("time.monotonic", lambda: 171.0)
+    assert pace_text(counts) == "6 rows in 1 min 11 s: 58 s to start, then 30.0 rows/min, 5 tokens/s"
+
+
+def test_messages_with_line_breaks_take_one_line(tmp_path: Path) -> None:
+    counts = RunCounts(total=1, done_before=0, rows=1, errors=Counter({"X": 1}), examples={"X": ("a", "1\n2\x1b[31m")})
+    assert "as row a: 1 2 [31m" in summary(tmp_path, counts)
