@@ -5,6 +5,7 @@
     stage        preprocessing through Ray, against plain loops
     pipeline     the whole job on the demo dataset, against its stages in a plain loop
     scale        planning and resuming 100 million rows; the job with an engine that answers at once
+    kernels      registers, shared memory and spills of every Triton kernel, compiled    (no Ray, no GPU)
     report       scoring and reporting a million result rows                              (no Ray)
 
 Each prints a table for people, and as its last line JSON. `python -m jobs.benchmark NAME --help` lists its options.
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 
 from jobs.cli import run_command
 
-BENCHMARKS = ("preprocess", "engine", "stage", "pipeline", "scale", "report")
+BENCHMARKS = ("preprocess", "engine", "stage", "pipeline", "scale", "kernels", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -53,13 +53,14 @@ class KVCache:
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         """Put keys and values [T, kv_heads, head_dim], on the layer's device, into slots [T], on any device."""
-        if len(self.storage) > 1:
-            slots = self._slots_on(keys.device, slots)
+        slots = self.slots_on(keys.device, slots)
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
         self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
 
-    def _slots_on(self, device: torch.device, slots: torch.Tensor) -> torch.Tensor:
+    def slots_on(self, device: torch.device, slots: torch.Tensor) -> torch.Tensor:
         """The pass's slots on a device; moved once for all of the pass's layers."""
+        if len(self.storage) == 1:
+            return slots
         if self._moved is None or self._moved[0] is not slots:
             self._moved = (slots, {each: slots.to(each) for each in self.storage})
         return self._moved[1][device]

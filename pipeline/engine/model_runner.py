@@ -145,10 +145,10 @@ class ModelRunner:
         self.attention.begin_prefill(info, self.cache)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            self.cache.write(layer, k, v, info.slots)
             return self.attention.prefill(q, k, v, self.cache, layer)
 
-        hidden = self.text.forward(hidden, self.text.rotation(self._upload(positions)), attend)
+        rotation = self.text.rotation(self._upload(positions))
+        hidden = self.text.forward(hidden, rotation, self.cache, info.slots, attend)
         self.cache.copy_blocks(plan.copies)
         ends = np.cumsum(info.lengths) - 1
         last = [end for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last]
@@ -215,11 +215,11 @@ class ModelRunner:
         self.attention.begin_decode(info, self.cache)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            self.cache.write(layer, k, v, info.slots)
             return self.attention.decode(q, self.cache, layer)
 
         text = self.text
-        return text.logits(text.forward(text.embed(tokens), text.rotation(positions), attend))
+        hidden = text.forward(text.embed(tokens), text.rotation(positions), self.cache, info.slots, attend)
+        return text.logits(hidden)
 
     # ---- sampling
 

@@ -1,1 +1,4 @@
-"""Triton kernels. Each is chosen on CUDA only, and compared with torch under Triton's interpreter."""
+"""The operations between matrix products and attention, in plain torch and as fused Triton kernels, and paged decode.
+
+Knows tensors and the paged cache; not models or requests.
+"""

@@ -1,8 +1,7 @@
 """The text half of Qwen2-VL over packed tokens: transformers' weights, our forward pass.
 
-Each operation rounds where transformers' does (the norm in float32 and then times the weight in the model's dtype, the
-rotation in the model's dtype), so that greedy tokens agree. q, k and v are joined into one product, gate and up into
-another. Knows tensors only; the caller's `attend` writes the cache.
+q, k and v are joined into one product, gate and up into another. What lies between products and attention is in
+kernels/, eager or fused; each operation rounds where transformers' does, so that greedy tokens agree.
 
     N packed tokens   H query heads   K kv heads   D head_dim   C hidden size
 """
@@ -17,9 +16,11 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.engine.dense import Dense, dense
+from pipeline.engine.kernels.eager import EAGER, EagerKernels
+from pipeline.engine.kv_cache import KVCache
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer, q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]; also writes the cache."""
+"""(layer, q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]; the cache holds k and v already."""
 
 
 @dataclass
@@ -33,10 +34,11 @@ class _Layer:
 
 
 class TextModel:
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, kernels: EagerKernels = EAGER) -> None:
         """`model` is transformers' Qwen2VLForConditionalGeneration; its joined weights become views of ours."""
         config = model.config.text_config
         language = model.model.language_model
+        self.kernels = kernels
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_dim: int = config.hidden_size // config.num_attention_heads
@@ -87,37 +89,28 @@ class TextModel:
         self,
         hidden: torch.Tensor,  # [N, C]
         rotation: tuple[torch.Tensor, torch.Tensor],
+        cache: KVCache,
+        slots: torch.Tensor,  # [N]
         attend: Attend,
     ) -> torch.Tensor:
-        """All layers. The last norm is left to `logits`, which few tokens need. Hidden states move to the device of the
-        next layer."""
+        """All layers; keys and values go to these slots of the cache. The last norm is left to `logits`, which few
+        tokens need. Hidden states move to the device of the next layer."""
         cos, sin = rotation
         num_tokens = hidden.shape[0]
-        num_rotated = self.num_heads + self.num_kv_heads
+        kernels = self.kernels
+        delta: torch.Tensor | None = None  # added to the hidden states by the next norm
         for index, layer in enumerate(self.layers):
-            if hidden.device != layer.input_norm.device:
-                hidden, cos, sin = (part.to(layer.input_norm.device) for part in (hidden, cos, sin))
-            qkv = layer.qkv(rms_norm(hidden, layer.input_norm, self.eps))
-            qkv = qkv.view(num_tokens, -1, self.head_dim)
-            rotated = rotate(qkv[:, :num_rotated], cos, sin)
-            q, k = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
-            attended = attend(index, q, k, qkv[:, num_rotated:])
-            hidden = hidden + layer.out(attended.reshape(num_tokens, -1))
-            gate, up = layer.gate_up(rms_norm(hidden, layer.post_norm, self.eps)).chunk(2, dim=-1)
-            hidden = hidden + layer.down(F.silu(gate) * up)
-        return hidden
+            if hidden.device != (device := layer.input_norm.device):
+                hidden = hidden if delta is None else hidden + delta
+                hidden, cos, sin, delta = hidden.to(device), cos.to(device), sin.to(device), None
+            hidden, normed = kernels.add_rms_norm(hidden, delta, layer.input_norm, self.eps)
+            qkv = layer.qkv(normed).view(num_tokens, -1, self.head_dim)
+            q, k, v = kernels.rotate_and_cache(qkv, cos, sin, self.num_heads, cache, index, slots)
+            delta = layer.out(attend(index, q, k, v).reshape(num_tokens, -1))
+            hidden, normed = kernels.add_rms_norm(hidden, delta, layer.post_norm, self.eps)
+            delta = layer.down(kernels.silu_times_up(layer.gate_up(normed)))
+        return hidden if delta is None else hidden + delta
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [R, C] -> [R, vocabulary]
-        return self.lm_head(rms_norm(hidden.to(self.final_norm.device), self.final_norm, self.eps))
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    x_float = x.float()
-    normed = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the two halves of the last axis of x [N, ..., D] by the angles of cos and sin [N, ..., D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+        hidden = hidden.to(self.final_norm.device)
+        return self.lm_head(self.kernels.add_rms_norm(hidden, None, self.final_norm, self.eps)[1])

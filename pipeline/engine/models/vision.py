@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from pipeline.engine.attention.interface import AttentionBackend
 from pipeline.engine.dense import Dense, dense
 from pipeline.engine.device import upload
-from pipeline.engine.models.text_model import rotate
+from pipeline.engine.kernels.eager import EAGER, EagerKernels
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sequence import MERGE_SIZE, PATCH_BYTES, Medium
 
@@ -83,12 +83,16 @@ def plan_passes(media: Sequence[Medium], max_patches: int) -> list[list[Frames]]
 
 
 class VisionModel:
-    def __init__(self, model: Any, attention: AttentionBackend, pixels: PixelTable) -> None:
+    def __init__(
+        self, model: Any, attention: AttentionBackend, pixels: PixelTable, kernels: EagerKernels = EAGER
+    ) -> None:
         """`model` is transformers' Qwen2VLForConditionalGeneration."""
         tower = model.model.visual
         config = model.config.vision_config
         self.attention = attention
         self.pixels = pixels
+        self.kernels = kernels
+        self.has_quick_gelu: bool = config.hidden_act == "quick_gelu"
         self.num_heads: int = config.num_heads
         self.head_dim: int = config.embed_dim // config.num_heads
         # The convolution's kernel is as large as its stride, so it is one product over flattened patches.
@@ -134,19 +138,18 @@ class VisionModel:
         cos, sin = self._rotation(frames)
         lengths = [part.frame_patches for part in frames for _ in range(part.start, part.stop)]
         self.attention.begin_vision(lengths, self.device)
+        num_patches, kernels = hidden.shape[0], self.kernels
+        delta: torch.Tensor | None = None  # added to the hidden states by the next norm
         for block in self.blocks:
-            hidden = self._block(block, hidden, cos, sin)
-        merged = self.merge_norm(hidden).view(-1, MERGE_SIZE**2 * hidden.shape[1])
-        return self.merge2(F.gelu(self.merge1(merged)))
-
-    def _block(self, block: _Block, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        num_patches = hidden.shape[0]
-        qkv = block.qkv(block.norm1(hidden)).view(num_patches, 3, self.num_heads, self.head_dim)
-        # Rotated in float32 and rounded once, as transformers does.
-        rotated = rotate(qkv[:, :2].float(), cos, sin).to(hidden.dtype)
-        attended = self.attention.vision(rotated[:, 0], rotated[:, 1], qkv[:, 2])
-        hidden = hidden + block.out(attended.reshape(num_patches, -1))
-        return hidden + block.fc2(block.act(block.fc1(block.norm2(hidden))))
+            hidden, normed = kernels.add_layer_norm(hidden, delta, block.norm1)
+            qkv = block.qkv(normed).view(num_patches, 3, self.num_heads, self.head_dim)
+            q, k, v = kernels.rotate_vision(qkv, cos, sin)
+            delta = block.out(self.attention.vision(q, k, v).reshape(num_patches, -1))
+            hidden, normed = kernels.add_layer_norm(hidden, delta, block.norm2)
+            wide = block.fc1(normed)
+            delta = block.fc2(kernels.quick_gelu(wide) if self.has_quick_gelu else block.act(wide))
+        _, normed = kernels.add_layer_norm(hidden, delta, self.merge_norm)
+        return self.merge2(F.gelu(self.merge1(normed.view(-1, MERGE_SIZE**2 * hidden.shape[1]))))
 
     def _pixel_values(self, frames: Sequence[Frames]) -> torch.Tensor:  # [N, 1176]
         values = []
