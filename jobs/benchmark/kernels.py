@@ -143,8 +143,8 @@ def resources(compiled: Any) -> Resources:
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:
-    """Triton's types of the arguments by name, the constants, and the numbers of the arguments that are multiples of 16.
-    Triton makes a constant of None and of 1, as it does at a launch."""
+    """Types of the arguments by name, constants, and the numbers of the arguments that are multiples of 16. None and 1
+    are constants, as Triton has it at a launch."""
     names = launch.kernel.arg_names
     types: dict[str, str] = {}
     constants = {name: value for name, value in launch.constants.items() if name in names}

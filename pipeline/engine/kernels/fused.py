@@ -1,4 +1,4 @@
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # Triton reads the kernels' arguments itself; they have no Python types.
 """Triton kernels for the operations in eager.py: one launch each, and every tensor is read and written once.
 
@@ -231,7 +231,7 @@ class FusedKernels(EagerKernels):
         num_kv_heads = (qkv.shape[1] - num_heads) // 2
         where = (cache.keys[layer], cache.values[layer], cache.slots_on(qkv.device, slots))
         self._rotate(qkv, cos, sin, where, num_heads=num_heads, num_kv_heads=num_kv_heads)
-        q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        q, k, v = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         return q, k, v
 
     def _rotate(

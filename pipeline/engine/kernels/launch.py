@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched. A caller passes another launcher to count launches, or to compile without running."""
+"""How a Triton kernel is launched. Another launcher may count launches, or compile without running."""
 
 from __future__ import annotations
 

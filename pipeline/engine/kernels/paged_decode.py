@@ -1,4 +1,4 @@
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # Triton reads the kernels' arguments itself; they have no Python types.
 """Decode attention over the paged cache: one query token of each row against all keys and values of the row.
 

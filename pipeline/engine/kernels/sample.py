@@ -40,14 +40,14 @@ def run_every_operation(
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
         width = math.prod(shape)
         rows = scale * torch.randn(num_rows, width + gap, generator=generator)
-        return rows.to(device, dtype)[:, :width].unflatten(1, shape)
+        return rows.to(device, dtype)[:, :width].view(num_rows, *shape)
 
     def rotation(head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         angles = 10 * torch.randn(num_rows, head_dim // 2, generator=generator)
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
-    results = {}
+    results: dict[str, torch.Tensor] = {}
     vision_width = widths.vision_heads * widths.vision_head_dim
     norm = torch.nn.LayerNorm(vision_width, eps=1e-6, device=device, dtype=dtype).requires_grad_(False)
     norm.weight.copy_(random(vision_width)[0])
@@ -76,7 +76,7 @@ def run_every_operation(
     cos, sin = (part[:, None] for part in rotation(widths.head_dim, dtype))
     qkv = random(widths.heads + 2 * widths.kv_heads, widths.head_dim)
     rotated = kernels.rotate_and_cache(qkv, cos, sin, widths.heads, cache, 0, slots)
-    results |= {name: part for name, part in zip("qkv", rotated, strict=True)}
+    results |= dict(zip("qkv", rotated, strict=True))
     results |= {"cached keys": cache.keys[0], "cached values": cache.values[0]}
     results["silu times up"] = kernels.silu_times_up(random(2 * widths.mlp, scale=4.0))
     return results

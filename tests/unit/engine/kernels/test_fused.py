@@ -64,13 +64,14 @@ def one_exp() -> Iterator[None]:
 
 @pytest.mark.parametrize("max_examples", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_all_but_the_norms_are_bit_equal_and_these_within_rounding(max_examples: int) -> None:
-    given(
+    drawn = given(
         widths=widths,
         dtype=st.sampled_from(DTYPES),
         num_rows=st.integers(1, 3),
         gap=st.integers(0, 3),
         seed=st.integers(0, 1000),
-    )(settings(max_examples=max_examples, deadline=None)(compare))()
+    )
+    settings(max_examples=max_examples, deadline=None)(drawn(compare))()
 
 
 def compare(widths: Widths, dtype: torch.dtype, num_rows: int, gap: int, seed: int) -> None:
@@ -90,9 +91,7 @@ def compare(widths: Widths, dtype: torch.dtype, num_rows: int, gap: int, seed: i
 
 @given(width=st.integers(1, 300), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000))
 @settings(max_examples=8, deadline=None)
-def test_rms_norm_is_bit_equal_where_every_order_of_the_sum_is_exact(
-    width: int, dtype: torch.dtype, seed: int
-) -> None:
+def test_rms_norm_is_bit_equal_where_every_order_of_the_sum_is_exact(width: int, dtype: torch.dtype, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     hidden, delta = (torch.randint(-8, 9, (2, width), generator=generator).to(dtype) / 4 for _ in range(2))
     weight = torch.randn(width, generator=generator).to(dtype)
