@@ -135,8 +135,9 @@ class MediaWorker:
         self, numbered: Sequence[tuple[int, MediumFile]], read: _Read[T], thumbnails: tuple[int, int] | None
     ) -> list[T | RowError | None]:
         """Results of (row, medium) pairs: of those that the decoder finished, and of the one that ended it, if any."""
+        groups = self._write_input(numbered)  # may fail: before an output is taken that would have to be given back
         output = self._outputs.take()
-        self._decoder.send(DecodeRequest(self._write_input(numbered), output, thumbnails))
+        self._decoder.send(DecodeRequest(groups, output, thumbnails))
         answers: list[Answer] = []
         failure: MediaError | None = None
         try:

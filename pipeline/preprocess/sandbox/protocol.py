@@ -6,13 +6,13 @@ code in the actor. Knows no processes and no codecs.
 
 from __future__ import annotations
 
-import struct
 from typing import Any, NamedTuple, TypedDict
 
 from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.preprocess.sandbox.shared_memory import Segment
 
-_PROGRESS = struct.Struct("<qd")
+_CLOCK_BITS = 44
+"""Bits of the progress that hold milliseconds, enough for 500 years; the number of the medium is above them."""
 PROGRESS_BYTES = 64
 """The input segment begins with the decoder's progress; the media follow."""
 
@@ -53,12 +53,16 @@ class Answer(TypedDict, total=False):
 def write_progress(segment: Segment, number: int, started: float) -> None:
     """Store which medium of the request is being decoded, and since when on the machine's monotonic clock.
 
-    So the actor can tell which medium hangs or crashed the decoder without a message for each.
+    So the actor can tell which medium hangs or crashed the decoder without a message for each. Both are one aligned
+    word, which is stored at once: the actor reads while the decoder writes, and the decoder may lose its core between
+    two stores. (`struct.pack_into` is no such store: it clears the bytes first.)
     """
-    _PROGRESS.pack_into(segment.map, 0, number, started)
+    with memoryview(segment.map)[:8] as first, first.cast("Q") as word:
+        word[0] = number << _CLOCK_BITS | int(started * 1000)
 
 
 def read_progress(segment: Segment) -> tuple[int, float]:
-    """(number, started) as last written."""
-    number, started = _PROGRESS.unpack_from(segment.map, 0)
-    return number, started
+    """(number, started) as last written, `started` to the millisecond."""
+    with memoryview(segment.map)[:8] as first, first.cast("Q") as word:
+        value = word[0]
+    return value >> _CLOCK_BITS, (value & (1 << _CLOCK_BITS) - 1) / 1000
