@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import queue
+import re
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ from ray.data import ActorPoolStrategy
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from pipeline import errors
 from pipeline.errors import ClusterError, JobError
 from pipeline.execution.actors import EngineActor, PreprocessActor, pack
 from pipeline.execution.placement import READ_CPUS, Placement
@@ -37,6 +40,14 @@ ENGINE_ACTOR: type = EngineActor
 """The actors' classes; tests and benchmarks replace them by ones without a model."""
 # More preprocessing actors, not more threads in each, use more cores.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+_RETRY_ADVICE = re.compile(
+    r"(: ')?(\n|\\n)?Failed to [^\n]*? attempts \(total backoff.*?believe this to be transient\.(?(1)')", re.DOTALL
+)
+"""What Ray adds to an exception's first text, or as a further argument, which an OSError shows as its file."""
+_RAISED = re.compile(r"(?:[\w.]+\.)?(\w+): (.*)")
+"""The line of a traceback that names the exception."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,7 @@ def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], superv
     """Start the actors and yield the finished rows (schema.result_schema), in no order. Raises JobError."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # else what an actor raises arrives as Ray's own exception, as text
     context.target_max_block_size = flow.block_bytes
     stages, placement = flow.stages, flow.placement
     dataset = ray.data.read_datasource(
@@ -163,14 +175,18 @@ def _job_error(error: BaseException) -> JobError:
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = getattr(cause, "cause", None) or cause.__cause__
-    ours = next((link for link in reversed(chain) if isinstance(link, JobError)), None)
-    if ours is not None:
-        return type(ours)(str(ours).splitlines()[0])  # Ray adds lines of its own
-    innermost = next((link for link in reversed(chain) if str(link).strip()), error)
-    lines = [line for line in str(innermost).splitlines() if line.strip()] or [""]
-    return ClusterError(
-        f"Ray gave up: {type(innermost).__name__}: {lines[-1].strip()}; __run/log.txt in the run folder has more"
-    )
+    raised = [link for link in chain if str(link).strip()] or [error]
+    innermost = next((link for link in reversed(raised) if isinstance(link, JobError)), raised[-1])
+    lines = _RETRY_ADVICE.sub("", str(innermost)).splitlines()
+    name, message = type(innermost).__name__, (next(filter(str.strip, lines), "") or "no message").strip()
+    # What ended an actor while it started, and some exceptions of tasks, are there as the text of a traceback only.
+    for before, line in itertools.pairwise(lines):
+        if before.startswith(" ") and (found := _RAISED.match(line)):
+            name, message = found.groups()
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, JobError):
+        return kind(message)
+    return ClusterError(f"the run failed: {name}: {message}; __run/log.txt in the run folder has more")
 
 
 def with_ticks(tables: Iterator[pa.Table], *, seconds: float) -> Generator[pa.Table | None, None, None]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.errors import InternalError
 from pipeline.execution.progress import RunCounts, duration_text, rate_text
 from pipeline.results.run_folder import RunFolder
 
@@ -40,6 +41,9 @@ def print_summary(
         table.add_row("bottleneck", bottleneck)
     table.add_row("output", folder.path)
     console.print(table)
+    if InternalError.__name__ in counts.examples:
+        row_id, message = counts.examples[InternalError.__name__]
+        console.print(f"{InternalError.__name__}, as row {row_id}: {message}", markup=False, highlight=False)
     if counts.total and counts.failed == counts.total:
         console.print(f"EVERY ROW FAILED: none of the {counts.total:,} rows has an answer", style="bold red")
 

@@ -76,3 +76,10 @@ def test_start_up_and_pace_are_told_apart(monkeypatch: Any) -> None:
 def test_messages_with_line_breaks_take_one_line(tmp_path: Path) -> None:
     counts = RunCounts(total=1, done_before=0, rows=1, errors=Counter({"X": 1}), examples={"X": ("a", "1\n2\x1b[31m")})
     assert "as row a: 1 2 [31m" in summary(tmp_path, counts)
+
+
+def test_the_traceback_of_a_fault_that_nobody_foresaw_is_shown_in_full_and_once(tmp_path: Path) -> None:
+    message = "KeyError: 'x'; not foreseen\nTraceback [most recent call last]:\n  at line 3\n"
+    counts = RunCounts(total=2, done_before=0, rows=2, errors=Counter({"InternalError": 2}))
+    counts.examples["InternalError"] = ("a", message)
+    assert summary(tmp_path, counts).count(f"InternalError, as row a: {message}") == 1

@@ -1,0 +1,63 @@
+"""What Ray raises, as the job's error: the cause, by its own type where it is ours, without Ray's advice."""
+
+from __future__ import annotations
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from pipeline.errors import CheckpointError, ClusterError, CredentialError
+from pipeline.execution.dataset import _job_error
+
+ADVICE = (
+    "Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).\n"
+    "To change retry attempts, backoff, or which errors are retried, configure `ray.data.DataContext.get_current()` "
+    "(`retried_io_errors` for I/O) if you believe this to be transient."
+)
+TRACEBACK = 'Traceback (most recent call last):\n  File "stage.py", line 3, in call\n    raise it\n           ^^\n'
+
+
+def as_ray_raises_it(cause: Exception, name: str) -> BaseException:
+    """The exception of a task, after Ray has added its advice to it."""
+    text = f"{TRACEBACK}{name}: {cause}\n{ADVICE}"
+    first, *others = cause.args
+    annotated = (f"{first}\n{ADVICE}", *others) if isinstance(first, str) else (first, *others, ADVICE)
+    error: BaseException = RayTaskError("submit", text, type(cause)(*annotated)).as_instanceof_cause()
+    return error
+
+
+def test_the_cause_is_named_and_not_the_advice_about_retries() -> None:
+    try:
+        b"caf\xe9".decode()
+    except UnicodeDecodeError as cause:
+        error = _job_error(as_ray_raises_it(cause, "UnicodeDecodeError"))
+    assert type(error) is ClusterError
+    assert str(error).startswith("the run failed: UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9")
+    full = _job_error(as_ray_raises_it(OSError(28, "No space left on device"), "OSError"))
+    assert str(full).startswith("the run failed: OSError: [Errno 28] No space left on device; ")
+
+
+def test_an_error_of_ours_keeps_its_type_and_message() -> None:
+    error = _job_error(as_ray_raises_it(CredentialError("bucket x: the token has expired"), "CredentialError"))
+    assert (type(error), str(error)) == (CredentialError, "bucket x: the token has expired")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("pipeline.errors.CheckpointError", CheckpointError, "no weights here"),
+        ("ValueError", ClusterError, "the run failed: ValueError: no weights here; __run/log.txt in the run folder"),
+    ],
+)
+def test_what_ends_an_actor_while_it_starts_is_found_in_ray_s_text(
+    name: str, kind: type[Exception], message: str
+) -> None:
+    died = ActorDiedError(
+        RayTaskError("__init__", f"{TRACEBACK}{name}: no weights here", ValueError("lost on the way"))
+    )
+    error = _job_error(died)
+    assert type(error) is kind
+    assert str(error).startswith(message)
+
+
+def test_an_exception_without_words_is_named_by_its_type() -> None:
+    assert "AssertionError" in str(_job_error(AssertionError()))
