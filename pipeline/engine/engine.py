@@ -190,9 +190,6 @@ class NativeEngine(Engine):
     # ---- inside a step
 
     def _step(self) -> None:
-        # A repetition penalty needs every earlier token on the host before the next pass is planned.
-        if self._in_flight and any(s.sampling.repetition_penalty != 1.0 for s in self.scheduler.running):
-            self._collect()
         plan = self.scheduler.schedule()
         if plan is not None:
             try:

@@ -24,7 +24,7 @@ from pipeline.engine.encoded_media import EncodedMedia
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.models.text_model import TextModel
 from pipeline.engine.models.vision import VisionModel
-from pipeline.engine.sampler import sample, sample_row
+from pipeline.engine.sampler import SeenTokens, sample, sample_row
 from pipeline.engine.scheduler import DecodePlan, Plan, PrefillChunk, PrefillPlan
 from pipeline.engine.sequence import Sequence
 from pipeline.engine.stopping import StopRules
@@ -82,6 +82,8 @@ class ModelRunner:
         self.graphs = graphs
         self.visual_tokens: dict[bytes, torch.Tensor] = {}
         self.last_tokens = torch.zeros(max_running, dtype=torch.int64, device=device)
+        self._seen: SeenTokens | None = None
+        """Made when the first sequence with a repetition penalty begins to decode."""
         self.reset_counts()
 
     def reset_counts(self) -> None:
@@ -160,6 +162,7 @@ class ModelRunner:
         if max(samples) > 1:
             rows = np.repeat(np.arange(len(last)), samples)
             logits = logits.index_select(0, self._upload(rows).to(logits.device))
+        self._restart_seen(plan.sampled, logits)
         return self._sample(logits, plan.sampled)
 
     def _slots(self, sequence: Sequence, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -223,15 +226,32 @@ class ModelRunner:
 
     # ---- sampling
 
+    def _restart_seen(self, sequences: SequenceOf[Sequence], logits: torch.Tensor) -> None:
+        """Note the tokens of sequences whose decoding begins; the host knows all of them."""
+        penalised = [sequence for sequence in sequences if _is_penalised(sequence)]
+        if not penalised:
+            return
+        if self._seen is None:
+            self._seen = SeenTokens(len(self.last_tokens), logits.shape[1], logits.device)
+        self._seen.restart(
+            [sequence.row for sequence in penalised],
+            [sequence.known_ids(0, sequence.num_tokens) for sequence in penalised],
+        )
+
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> PassResult:
         # num_in_flight already counts this pass's own token.
         steps = [len(s.output_ids) + s.num_in_flight - 1 for s in sequences]
         rows = [sample_row(s, self.rules, step) for s, step in zip(sequences, steps, strict=True)]
-        tokens, logprobs = sample(logits, rows)
+        index = self._upload(np.asarray([sequence.row for sequence in sequences], dtype=np.int64))
         # The head may lie on another device than the embedding, where the next pass begins.
+        there = index.to(logits.device)
+        if self._seen is None or not any(map(_is_penalised, sequences)):
+            tokens, logprobs = sample(logits, rows)
+        else:
+            tokens, logprobs = sample(logits, rows, self._seen.of(there))
+            self._seen.add(there, tokens)
         tokens = tokens.to(self.device)
         logprobs = None if logprobs is None else logprobs.to(self.device)
-        index = self._upload(np.asarray([sequence.row for sequence in sequences], dtype=np.int64))
         self.last_tokens.index_copy_(0, index, tokens)
         epochs = [sequence.num_preemptions for sequence in sequences]
         if self.device.type != "cuda":
@@ -241,6 +261,10 @@ class ModelRunner:
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
         return PassResult(sequences, tokens, logprobs, copied, epochs)
+
+
+def _is_penalised(sequence: Sequence) -> bool:
+    return sequence.sampling.repetition_penalty != 1.0
 
 
 def _copy_out(tensor: torch.Tensor) -> torch.Tensor:

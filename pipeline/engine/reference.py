@@ -20,7 +20,7 @@ from pipeline.engine.attention.choose import flash_attn_installed
 from pipeline.engine.device import current, gpu_name, is_alive
 from pipeline.engine.interface import Detokenize, Engine
 from pipeline.engine.pixels import PixelTable
-from pipeline.engine.sampler import sample, sample_row
+from pipeline.engine.sampler import SeenTokens, sample, sample_row
 from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, SequenceStatus, error_completions
 from pipeline.engine.settings import EngineOptions
 from pipeline.engine.stopping import StopRules
@@ -201,6 +201,14 @@ class _Choose(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         rules, sequences = self.follow.rules, self.follow.sequences
         rows = [sample_row(sequence, rules, len(sequence.output_ids)) for sequence in sequences]
-        tokens, logprobs = sample(scores, rows)
+        tokens, logprobs = sample(scores, rows, self._seen(sequences, scores))
         self.follow.logprobs = None if logprobs is None else logprobs.tolist()
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+    def _seen(self, sequences: list[Sequence], scores: torch.Tensor) -> torch.Tensor | None:
+        if all(sequence.sampling.repetition_penalty == 1.0 for sequence in sequences):
+            return None
+        numbers = list(range(len(sequences)))
+        seen = SeenTokens(*scores.shape, scores.device)
+        seen.restart(numbers, [sequence.known_ids(0, sequence.num_tokens) for sequence in sequences])
+        return seen.of(torch.arange(len(sequences), device=scores.device))

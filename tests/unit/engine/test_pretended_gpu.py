@@ -113,6 +113,29 @@ def test_no_step_waits_for_the_device_and_tokens_are_those_of_the_cpu(
     assert engine.stats()["prefill_tokens"] >= sum(len(request.input_ids) for request in requests)
 
 
+def test_top_p_over_more_tokens_than_it_looks_at_first_waits_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, gpu: PretendedGpu
+) -> None:
+    flat = {"temperature": 3.0, "top_p": 0.9}
+    requests = [
+        replace(request, sampling=SamplingParams(max_tokens=6, seed=i, **flat))
+        for i, request in enumerate(mixed_requests(8, seed=6))
+    ]
+    requests, expected = steady(requests)
+    monkeypatch.setattr("pipeline.engine.sampler.MAX_BEST", 4)
+    assert run_watched(make_engine(monkeypatch), gpu, requests) == expected
+
+
+def test_rows_with_a_repetition_penalty_are_read_one_pass_late_as_others_are(
+    monkeypatch: pytest.MonkeyPatch, gpu: PretendedGpu
+) -> None:
+    engine = make_engine(monkeypatch)
+    engine.add(replace(mixed_requests(1)[0], sampling=SamplingParams(max_tokens=6, repetition_penalty=1.3)))
+    for _ in range(4):
+        engine.step()
+        assert len(engine._in_flight) == 1
+
+
 def test_warm_up_leaves_no_graph_to_the_run_and_no_trace_in_its_counts(
     monkeypatch: pytest.MonkeyPatch, gpu: PretendedGpu
 ) -> None:

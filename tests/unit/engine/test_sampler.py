@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.engine.sampler import SampleRow, sample
+from pipeline.engine.sampler import SampleRow, SeenTokens, _search_smallest_kept, _smallest_kept, sample
 from pipeline.engine.sequence import uniform_draw
 from pipeline.engine.settings import SamplingParams
 from pipeline.engine.stopping import repeats_endlessly
@@ -64,6 +64,44 @@ def test_top_p_counts_mass_after_top_k() -> None:
     assert set(distribution(LOGITS, top_k=2, top_p=0.7)) == {1}
 
 
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_top_p_over_a_large_vocabulary_keeps_what_transformers_keeps(spread: float, top_p: float) -> None:
+    """Wider than what top-p looks at first: flat rows need the rest."""
+    from transformers import TopPLogitsWarper
+
+    logits = spread * torch.randn(6, 3000, generator=torch.Generator().manual_seed(2))
+    mass = logits.softmax(-1)
+    wanted = torch.full((6, 1), top_p)
+    expected = TopPLogitsWarper(top_p)(None, logits).isfinite()
+    for smallest in (_smallest_kept(mass, wanted, 3000), _search_smallest_kept(mass, wanted)):
+        # transformers sums float32 in ascending order, so the last token may differ by rounding.
+        assert ((mass >= smallest) != expected).sum(-1).max() <= 1
+        kept = mass.masked_fill(mass < smallest, 0.0)
+        assert (kept.double().sum(-1) >= top_p - 1e-6).all()
+        assert (kept.masked_fill(kept <= smallest, 0.0).double().sum(-1) < wanted[:, 0].double()).all()
+
+
+def test_rows_with_and_without_top_p_in_one_batch_over_a_large_vocabulary() -> None:
+    """A flat row beside a steep one, one without top-p, and one that top-k bounds: each as if it were alone."""
+    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(4)) * torch.tensor(
+        [[0.1], [9.0], [1.0], [1.0]]
+    )
+    params: list[dict[str, Any]] = [{"top_p": 0.9}, {"top_p": 0.9}, {}, {"top_p": 0.9, "top_k": 7}]
+    for draw in (0.0, 0.35, 0.999):
+        rows = [SampleRow(SamplingParams(temperature=1.0, **each), draw) for each in params]
+        alone = [int(sample(logits[i : i + 1], [row])[0]) for i, row in enumerate(rows)]
+        assert sample(logits, rows)[0].tolist() == alone
+
+
+def test_tokens_of_probability_zero_are_never_drawn() -> None:
+    """Draws on the boundaries: 0, and just where a token's share begins that a filter has dropped."""
+    logits = [-math.inf, 0.0, -math.inf, 0.0, -math.inf]
+    draws = [0.0, 0.25, 0.5, 1.0 - 2**-53]
+    rows = [SampleRow(SamplingParams(temperature=1.0), draw) for draw in draws]
+    assert sample(torch.tensor([logits] * 4), rows)[0].tolist() == [1, 1, 3, 3]
+
+
 def test_min_p_drops_what_is_improbable_beside_the_best() -> None:
     best = softmax(LOGITS)[1]
     assert set(distribution(LOGITS, min_p=softmax(LOGITS)[2] / best - 0.01)) == {1, 2}
@@ -86,16 +124,40 @@ def test_filters_keep_what_transformers_keeps(params: dict[str, Any]) -> None:
         assert share == pytest.approx(float(expected[token]), abs=2e-3)
 
 
-def test_repetition_penalty_is_transformers() -> None:
+def seen_tokens(vocab_size: int, *ids: list[int]) -> torch.Tensor:
+    seen = SeenTokens(len(ids) + 1, vocab_size, torch.device("cpu"))
+    rows = range(1, len(ids) + 1)
+    seen.restart(list(rows), [np.asarray(each, dtype=np.int32) for each in ids])
+    return seen.of(torch.tensor(rows))
+
+
+@pytest.mark.parametrize("penalty", [0.6, 1.7])
+def test_repetition_penalty_gives_the_scores_of_transformers(penalty: float) -> None:
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(1))
-    seen = np.asarray([3, 3, 7, 12, 29], dtype=np.int32)
-    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.from_numpy(seen).long()[None], logits.clone())
-    row = SampleRow(SamplingParams(repetition_penalty=1.7), 0.0, seen_ids=seen)
-    assert sample(logits, [row])[0].tolist() == expected.argmax(-1).tolist()
-    strong = SampleRow(SamplingParams(repetition_penalty=100.0), 0.0, seen_ids=logits.argmax(-1).numpy())
-    assert sample(logits, [strong])[0] != logits.argmax(-1)
+    logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(1))
+    ids = [3, 3, 7, 12, 29]
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits[:1].clone())
+    shares = expected.softmax(-1)[0]
+    draws = (np.arange(4000) + 0.5) / 4000
+    sampling = SamplingParams(repetition_penalty=penalty, temperature=1.0)
+    rows = [SampleRow(sampling, draw) for draw in draws]
+    tokens, _ = sample(logits[:1].repeat(4000, 1), rows, seen_tokens(30, ids).repeat(4000, 1))
+    found = torch.bincount(tokens, minlength=30) / 4000
+    torch.testing.assert_close(found, shares, rtol=0, atol=1e-3)
+    # A row without a penalty is not touched, whatever the mask says of it.
+    both = [SampleRow(sampling, 0.3), SampleRow(SamplingParams(temperature=1.0), 0.3)]
+    alone = sample(logits[1:], both[1:])[0]
+    assert sample(logits, both, seen_tokens(30, ids, list(range(30))))[0][1] == alone[0]
+
+
+def test_a_row_s_seen_tokens_grow_by_each_token_and_are_forgotten_when_it_starts_again() -> None:
+    seen = SeenTokens(3, 8, torch.device("cpu"))
+    seen.restart([2, 0], [np.asarray([1, 1, 5], dtype=np.int32), np.asarray([7], dtype=np.int32)])
+    seen.add(torch.tensor([0, 2]), torch.tensor([3, 5]))
+    assert [row.nonzero().flatten().tolist() for row in seen.of(torch.tensor([0, 1, 2]))] == [[3, 7], [], [1, 5]]
+    seen.restart([2], [np.asarray([0], dtype=np.int32)])
+    assert [row.nonzero().flatten().tolist() for row in seen.of(torch.tensor([2, 0]))] == [[0], [3, 7]]
 
 
 def test_forbidden_tokens_are_never_chosen() -> None:
@@ -132,13 +194,13 @@ def test_a_rows_token_does_not_depend_on_its_neighbours() -> None:
         SampleRow(
             SamplingParams(**kind),
             uniform_draw(1, 0, i),
-            seen_ids=np.asarray([1, 2]) if "repetition_penalty" in kind else None,
         )
         for i, kind in enumerate(kinds)
     ]
-    together = sample(logits, rows)[0].tolist()
-    alone = [int(sample(logits[i : i + 1], [row])[0]) for i, row in enumerate(rows)]
-    backwards = sample(logits.flip(0), rows[::-1])[0].tolist()[::-1]
+    seen = seen_tokens(50, *[[1, 2 + i] for i in range(8)])
+    together = sample(logits, rows, seen)[0].tolist()
+    alone = [int(sample(logits[i : i + 1], [row], seen[i : i + 1])[0]) for i, row in enumerate(rows)]
+    backwards = sample(logits.flip(0), rows[::-1], seen.flip(0))[0].tolist()[::-1]
     assert together == alone == backwards
 
 
