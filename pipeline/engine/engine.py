@@ -24,7 +24,7 @@ from pipeline.engine.model_runner import ModelRunner, PassResult
 from pipeline.engine.models.text_model import TextModel
 from pipeline.engine.models.vision import VisionModel
 from pipeline.engine.pixels import PixelTable
-from pipeline.engine.scheduler import Plan, PrefillPlan, Scheduler
+from pipeline.engine.scheduler import Plan, Scheduler
 from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, error_completions
 from pipeline.engine.settings import EngineOptions
 from pipeline.engine.shard import ShardedAttention
@@ -96,6 +96,7 @@ class NativeEngine(Engine):
             self.rules,
             device=device,
             max_running=options.max_running,
+            max_context=max_context,
         )
         if on_gpu and options.cuda_graphs is not False and attention.allows_graphs and not sharded:
             self.runner.graphs = DecodeGraphs(
@@ -181,7 +182,7 @@ class NativeEngine(Engine):
             "cache_use": blocks.num_used / blocks.num_blocks,
             "preemptions": float(self.scheduler.num_preemptions),
             "out_of_memory": float(self._num_out_of_memory),
-            "max_batch_tokens": float(self.scheduler.max_batch_tokens),
+            "max_batch_tokens": float(self.scheduler.batch_tokens.value),
             "graphs": float(len(self.runner.graphs.captured) if self.runner.graphs else 0),
             **{name: float(count) for name, count in self.runner.counts.items()},
             **{f"seconds_{phase}": seconds for phase, seconds in self.runner.seconds.items()},
@@ -193,9 +194,8 @@ class NativeEngine(Engine):
         plan = self.scheduler.schedule()
         if plan is not None:
             try:
-                self._in_flight.append(self.runner.run(plan, max_batch_patches=self.scheduler.max_batch_patches))
-                if isinstance(plan, PrefillPlan):
-                    self.scheduler.prefill_succeeded()
+                self._in_flight.append(self.runner.run(plan, max_batch_patches=self.scheduler.batch_patches.value))
+                self.scheduler.succeeded(plan)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 self._recover(plan, error)
             except RuntimeError as error:
@@ -230,7 +230,7 @@ class NativeEngine(Engine):
         failed = [sequence for sequence in plan.sequences if not sequence.is_finished]
         for sequence in reversed(failed):
             self.scheduler.preempt(sequence)
-        self.scheduler.halve_budgets(plan)
+        self.scheduler.ran_out_of_memory(plan)
         if len({id(sequence.request) for sequence in failed}) == 1:
             self._count_lone_failure(failed, error)
         if self.checkpoint.device.type == "cuda":

@@ -70,6 +70,7 @@ class ModelRunner:
         *,
         device: torch.device,
         max_running: int,
+        max_context: int,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self.text = text
@@ -82,6 +83,7 @@ class ModelRunner:
         self.graphs = graphs
         self.visual_tokens: dict[bytes, torch.Tensor] = {}
         self.last_tokens = torch.zeros(max_running, dtype=torch.int64, device=device)
+        self._max_context = max_context
         self._seen: SeenTokens | None = None
         """Made when the first sequence with a repetition penalty begins to decode."""
         self.reset_counts()
@@ -232,7 +234,7 @@ class ModelRunner:
         if not penalised:
             return
         if self._seen is None:
-            self._seen = SeenTokens(len(self.last_tokens), logits.shape[1], logits.device)
+            self._seen = SeenTokens(len(self.last_tokens), self._max_context + 1, logits.device)
         self._seen.restart(
             [sequence.row for sequence in penalised],
             [sequence.known_ids(0, sequence.num_tokens) for sequence in penalised],
@@ -248,8 +250,9 @@ class ModelRunner:
         if self._seen is None or not any(map(_is_penalised, sequences)):
             tokens, logprobs = sample(logits, rows)
         else:
-            tokens, logprobs = sample(logits, rows, self._seen.of(there))
-            self._seen.add(there, tokens)
+            lengths = [s.num_prompt_tokens + step for s, step in zip(sequences, steps, strict=True)]
+            tokens, logprobs = sample(logits, rows, self._seen.of(there, max(lengths)))
+            self._seen.add([sequence.row for sequence in sequences], lengths, tokens)
         tokens = tokens.to(self.device)
         logprobs = None if logprobs is None else logprobs.to(self.device)
         self.last_tokens.index_copy_(0, index, tokens)

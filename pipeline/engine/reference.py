@@ -208,7 +208,7 @@ class _Choose(LogitsProcessor):  # type: ignore[misc]
     def _seen(self, sequences: list[Sequence], scores: torch.Tensor) -> torch.Tensor | None:
         if all(sequence.sampling.repetition_penalty == 1.0 for sequence in sequences):
             return None
-        numbers = list(range(len(sequences)))
-        seen = SeenTokens(*scores.shape, scores.device)
-        seen.restart(numbers, [sequence.known_ids(0, sequence.num_tokens) for sequence in sequences])
-        return seen.of(torch.arange(len(sequences), device=scores.device))
+        longest = max(sequence.num_tokens for sequence in sequences)
+        seen = SeenTokens(len(sequences), longest, scores.device)
+        seen.restart(range(len(sequences)), [sequence.known_ids(0, sequence.num_tokens) for sequence in sequences])
+        return seen.of(torch.arange(len(sequences), device=scores.device), longest)

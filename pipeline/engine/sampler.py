@@ -1,8 +1,9 @@
 """Logits in, one token per row out: per-row sampling parameters, without synchronizing with the host.
 
 The order is transformers': repetition penalty, forbidden tokens, temperature, top-k, top-p, min-p. Filters are
-thresholds on values, so equal logits are kept or dropped together, and the vocabulary is never sorted. A row is sampled
-with one number in [0, 1) that the host derives from the row's seed, so a row's token does not depend on the other rows.
+thresholds on values, so equal logits are kept or dropped together and the result does not depend on how a sort breaks
+ties. A row is sampled with one number in [0, 1) that the host derives from the row's seed, so a row's token does not
+depend on the other rows.
 
     R rows   V vocabulary
 """
@@ -22,7 +23,7 @@ from pipeline.engine.settings import SamplingParams
 from pipeline.engine.stopping import StopRules
 
 MAX_BEST = 1024
-"""Top-p looks at this many most likely tokens first. They nearly always have the share that is wanted."""
+"""Top-p looks at this many most likely tokens first; mostly they have the share that is wanted."""
 
 _BITS_OF_ONE = 0x3F800000
 
@@ -45,33 +46,37 @@ def sample_row(sequence: Sequence, rules: StopRules, step: int) -> SampleRow:
 
 
 class SeenTokens:
-    """Which tokens the prompt and the answer of each row contain, for the repetition penalty: a mask on the device, so
-    that tokens need not be on the host to count."""
+    """The tokens of each row's prompt and answer, for the repetition penalty. They lie on the device, so that a token
+    counts before the host has read it."""
 
-    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
-        self._mask = torch.zeros(num_rows, vocab_size, dtype=torch.bool, device=device)
+    def __init__(self, num_rows: int, max_tokens: int, device: torch.device) -> None:
+        # Behind its last token a row repeats its first one: a token that occurs twice is penalised once.
+        self._ids = torch.zeros(num_rows, max_tokens, dtype=torch.int32, device=device)
 
     def restart(self, rows: SequenceOf[int], ids: SequenceOf[npt.NDArray[np.int32]]) -> None:
-        """From now on these rows contain just these tokens."""
-        device, vocab_size = self._mask.device, self._mask.shape[1]
-        places = np.concatenate([row * vocab_size + each.astype(np.int64) for row, each in zip(rows, ids, strict=True)])
-        self._mask.index_fill_(0, upload(np.asarray(rows, dtype=np.int64), device), False)
-        self._mask.view(-1).index_fill_(0, upload(places, device), True)
+        """From now on these rows hold just these tokens."""
+        device, width = self._ids.device, self._ids.shape[1]
+        index = upload(np.asarray(rows, dtype=np.int64), device)
+        first = upload(np.asarray([each[0] for each in ids], dtype=np.int32), device)
+        self._ids.index_copy_(0, index, first[:, None].expand(-1, width))
+        places = np.concatenate([row * width + np.arange(len(each)) for row, each in zip(rows, ids, strict=True)])
+        self._ids.view(-1).index_copy_(0, upload(places, device), upload(np.concatenate(ids), device))
 
-    def add(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Each row [R] contains one more token [R]."""
-        self._mask.view(-1).index_fill_(0, rows * self._mask.shape[1] + tokens, True)
+    def add(self, rows: SequenceOf[int], lengths: SequenceOf[int], tokens: torch.Tensor) -> None:
+        """Each of the rows, which holds so many tokens, holds one more."""
+        places = np.asarray(rows, dtype=np.int64) * self._ids.shape[1] + np.asarray(lengths)
+        self._ids.view(-1).index_copy_(0, upload(places, self._ids.device), tokens.to(torch.int32))
 
-    def of(self, rows: torch.Tensor) -> torch.Tensor:
-        """The mask [R, V] of these rows."""
-        return self._mask.index_select(0, rows)
+    def of(self, rows: torch.Tensor, longest: int) -> torch.Tensor:
+        """The first `longest` tokens of these rows [R, longest]."""
+        return self._ids.narrow(1, 0, longest).index_select(0, rows)
 
 
 @torch.no_grad()
 def sample(
     logits: torch.Tensor,  # [R, V] in the model's dtype
     rows: SequenceOf[SampleRow],
-    seen: torch.Tensor | None = None,  # [R, V] bool; needed where a row has a repetition penalty
+    seen: torch.Tensor | None = None,  # [R, tokens] of SeenTokens; needed where a row has a repetition penalty
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # tokens [R] int64, log-probabilities [R] or None
     """Choose a token for each row."""
     if all(_is_plain(row) for row in rows):
@@ -82,8 +87,9 @@ def sample(
     penalties = [row.sampling.repetition_penalty for row in rows]
     if any(penalty != 1.0 for penalty in penalties):
         assert seen is not None, "a repetition penalty needs the tokens seen so far"
-        penalty = _column(penalties, raw.device)
-        scores = torch.where(seen, torch.where(raw < 0, raw * penalty, raw / penalty), raw)
+        ids, penalty = seen.long(), _column(penalties, raw.device)
+        found = raw.gather(1, ids)
+        scores = raw.scatter(1, ids, torch.where(found < 0, found * penalty, found / penalty))
     if any(row.forbidden for row in rows):
         scores = _forbid(scores, rows)
     tokens = scores.argmax(dim=-1)
@@ -134,7 +140,7 @@ def _draw(scores: torch.Tensor, rows: SequenceOf[SampleRow]) -> torch.Tensor:
         mass = scores.softmax(dim=-1)
         # Where top-p is off, a sum that is never reached keeps everything.
         wanted = _column([s.top_p if s.top_p < 1 else 2.0 for s in sampling], device)
-        most = max(k or vocab_size for k, s in zip(ks, sampling, strict=True) if s.top_p < 1)
+        most = max(k or vocab_size for k, s in zip(ks, sampling, strict=True) if s.top_p < 1)  # 0: top-k is off
         scores = scores.masked_fill(mass < _smallest_kept(mass, wanted, most), -torch.inf)
     probabilities = scores.softmax(dim=-1)
     if any(s.min_p > 0 for s in sampling):
@@ -151,23 +157,29 @@ def _smallest_kept(mass: torch.Tensor, wanted: torch.Tensor, most: int) -> torch
     """The probability [R, 1] of the least likely token that top-p keeps, for probabilities `mass` [R, V] of which the
     `wanted` share [R, 1] is kept, or all where it is above 1. A token is kept where all likelier ones together have
     less than the share. At most `most` different probabilities of a row are above 0."""
-    num_best = min(most, mass.shape[1], MAX_BEST)
-    if most > num_best and mass.device.type != "cpu":
-        return _search_smallest_kept(mass, wanted)  # to see which rows need it would make the host wait
-    best = mass.topk(num_best, dim=-1).values
-    before = best.cumsum(dim=-1, dtype=torch.float64) - best  # mass of everything larger
-    smallest = best.masked_fill(before >= wanted, torch.inf).amin(dim=-1, keepdim=True)
-    smallest = smallest.masked_fill(wanted > 1, 0.0)
-    if most > num_best:
-        unreached = ((before[:, -1:] + best[:, -1:] < wanted) & (wanted < 1)).squeeze(1).nonzero().squeeze(1)
-        if len(unreached):
-            smallest[unreached] = _search_smallest_kept(mass[unreached], wanted[unreached])
+    if most <= MAX_BEST:
+        return _smallest_of_best(mass, wanted, min(most, mass.shape[1]))[0]
+    if mass.device.type != "cpu":  # to see which rows need more than the best would make the host wait
+        return _search_smallest_kept(mass, wanted)
+    smallest, is_enough = _smallest_of_best(mass, wanted, MAX_BEST)
+    rest = (~is_enough).squeeze(1).nonzero().squeeze(1)
+    if len(rest):
+        smallest[rest] = _smallest_of_best(mass[rest], wanted[rest], mass.shape[1])[0]
     return smallest
 
 
+def _smallest_of_best(mass: torch.Tensor, wanted: torch.Tensor, num_best: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same among the `num_best` most likely tokens, and whether they have the share."""
+    best = mass.topk(num_best, dim=-1).values
+    before = best.cumsum(dim=-1, dtype=torch.float64) - best
+    smallest = best.masked_fill(before >= wanted, torch.inf).amin(dim=-1, keepdim=True)
+    is_enough = (before[:, -1:] + best[:, -1:] >= wanted) | (wanted > 1)
+    return smallest.masked_fill(wanted > 1, 0.0), is_enough
+
+
 def _search_smallest_kept(mass: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The same by bisection. Floats of 0 and above are ordered as their bits are, so that 30 halvings between 0 and 1
-    leave one float: the smallest above which less than the wanted share lies."""
+    """The same on a GPU, by bisection. Non-negative floats are ordered as their bits are, so 30 halvings between 0 and
+    1 leave one float: the smallest above which less than the wanted share lies."""
     bits = mass.view(torch.int32)
     low = torch.full_like(bits[:, :1], -1)
     high = torch.full_like(low, _BITS_OF_ONE)

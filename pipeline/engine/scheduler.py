@@ -5,18 +5,21 @@
        `------preempt------+------------------------'
 
 A pass is either a prefill (prompts packed one after another, up to a token and a patch budget) or a decode (one token
-for every running sequence); never both, so that decode passes keep one shape. Prefill goes first, except that a small
-prefill waits for more rows during some decode passes. While many rows wait, they are admitted in the order of arrival;
-the last of them, a few batches' worth, longest first, so that no long row runs alone at the end. Knows no torch.
+for every running sequence); never both, so that decode passes keep one shape. Prefill has priority, but a small prefill
+is put off for up to `patience` decode passes, so that more rows can join it. Sequences are admitted in the order of
+arrival. Once only a few batches of them are left, the longest are admitted first, so that no long row runs alone at the
+end. Knows no torch.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 
 from pipeline.engine.block_manager import BlockManager
 from pipeline.engine.encoded_media import EncodedMedia
+from pipeline.engine.limit import Limit
 from pipeline.engine.sequence import Medium, RequestId, Sequence, SequenceStatus
 
 MIN_BATCH_TOKENS = 32
@@ -83,16 +86,16 @@ class Scheduler:
         max_batch_patches: int,
         patience: int = 8,
     ) -> None:
-        """`patience`: decode passes that a small prefill waits for more rows."""
+        """`patience`: for how many decode passes a small prefill is put off."""
         self.blocks = blocks
         self.media = media
         self.max_running = max_running
-        self.max_decoding = max_running
-        """Below max_running only after a decode pass ran out of memory."""
-        self.max_packed = max_running
-        """Sequences in one prefill pass; halved after out-of-memory until one is alone, then grows back."""
-        self.max_batch_tokens = max_batch_tokens
-        self.max_batch_patches = max_batch_patches
+        self.decoding = Limit(max_running)
+        """Sequences in one decode pass."""
+        self.packed = Limit(max_running, wait=1)
+        """Sequences in one prefill pass. Grows back at once: it is halved to find a sequence that is too large."""
+        self.batch_tokens = Limit(max_batch_tokens, smallest=MIN_BATCH_TOKENS)
+        self.batch_patches = Limit(max_batch_patches, smallest=4 * MIN_BATCH_TOKENS)
         self.patience = patience
         self.waiting: deque[Sequence] = deque()
         self.prefilling: Sequence | None = None
@@ -148,18 +151,23 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
-    def halve_budgets(self, failed: Plan) -> None:
-        """After this plan ran out of memory: smaller passes from now on."""
-        count = len(failed.sequences)
-        if isinstance(failed, DecodePlan):
-            self.max_decoding = max(1, count // 2)
+    def ran_out_of_memory(self, plan: Plan) -> None:
+        """Plan smaller passes for a while."""
+        count = len(plan.sequences)
+        if isinstance(plan, DecodePlan):
+            self.decoding.halve(count)
             return
-        self.max_packed = max(1, min(self.max_packed, count) // 2)
-        self.max_batch_tokens = max(MIN_BATCH_TOKENS, self.max_batch_tokens // 2)
-        self.max_batch_patches = max(4 * MIN_BATCH_TOKENS, self.max_batch_patches // 2)
+        self.packed.halve(count)
+        self.batch_tokens.halve()
+        self.batch_patches.halve()
 
-    def prefill_succeeded(self) -> None:
-        self.max_packed = min(self.max_running, 2 * self.max_packed)
+    def succeeded(self, plan: Plan) -> None:
+        """The plan had enough memory."""
+        limits = (
+            (self.decoding,) if isinstance(plan, DecodePlan) else (self.packed, self.batch_tokens, self.batch_patches)
+        )
+        for limit in limits:
+            limit.succeeded()
 
     # ---- planning
 
@@ -169,25 +177,30 @@ class Scheduler:
             return prefill
         if decode := self._plan_decode():
             return decode
-        # A decode that got no blocks waits for results in flight: admitting more sequences would starve it.
+        # A decode without blocks needs the results in flight first; further sequences would take its blocks.
         if any(sequence.num_in_flight for sequence in self.running):
             return None
         return self._plan_prefill()
 
     def _prefill_is_due(self) -> bool:
+        """Whether a prefill comes before the next decode pass: at once if it fills a quarter of a budget, else after
+        `patience` decode passes. Only waiting sequences for which there is room count."""
         if self.prefilling or not self.running:
             return True
-        room = self.max_decoding - len(self.running)
+        room = self.decoding.value - len(self.running)
         if not self.waiting or room <= 0:
             return False
         if self._decodes_since_prefill >= self.patience:
             return True
-        # A pass is worth running from a quarter of a budget on.
         tokens = patches = 0
-        for count, sequence in enumerate(self.waiting, start=1):
+        num_free = self.blocks.num_free - self._growth_reserve()
+        for count, sequence in enumerate(islice(self.waiting, room), start=1):
+            num_free -= self.blocks.blocks_for(sequence.num_tokens)
+            if num_free < 0:
+                return False
             tokens += sequence.num_tokens
             patches += sum(medium.num_patches for medium in sequence.request.media)
-            if 4 * tokens >= self.max_batch_tokens or 4 * patches >= self.max_batch_patches:
+            if 4 * tokens >= self.batch_tokens.value or 4 * patches >= self.batch_patches.value:
                 return True
             if 4 * count >= self.max_running:
                 return True
@@ -195,7 +208,7 @@ class Scheduler:
 
     def _plan_prefill(self) -> PrefillPlan | None:
         plan = PrefillPlan([], [], [])
-        budget = self.max_batch_tokens
+        budget = self.batch_tokens.value
         if self.prefilling:
             budget -= self._advance(plan, self.prefilling, budget)
         reserve = self._growth_reserve()
@@ -206,12 +219,13 @@ class Scheduler:
             sequence = self.waiting[0]
             media = self.media.new_media(sequence, planned)
             patches = sum(medium.num_patches for medium in media)
-            too_much = sequence.num_tokens > budget or num_patches + patches > self.max_batch_patches
-            if plan.chunks and (too_much or len(plan.chunks) >= self.max_packed):
-                break  # alone in its pass, it can be cut into chunks and its media encoded in parts
+            too_much = sequence.num_tokens > budget or num_patches + patches > self.batch_patches.value
+            if plan.chunks and (too_much or len(plan.chunks) >= self.packed.value):
+                break  # in a pass of its own it can be cut into chunks, and its media encoded in parts
             needed = self.blocks.blocks_for(sequence.num_tokens)
             alone = not self.running and not plan.chunks
-            if self.blocks.num_free < needed + (0 if alone else reserve):
+            grows = self.blocks.blocks_for(sequence.max_num_tokens) > needed
+            if self.blocks.num_free < needed + (0 if alone else reserve + grows):
                 break
             self.waiting.popleft()
             sequence.block_table = self.blocks.allocate(needed)
@@ -222,7 +236,7 @@ class Scheduler:
             planned.update(medium.content_key for medium in media)
             num_patches += patches
             budget -= self._advance(plan, sequence, budget)
-            reserve += 1
+            reserve += grows * (1 + len(plan.chunks[-1].forks))
         if not plan.chunks:
             return None
         self._decodes_since_prefill = 0
@@ -231,8 +245,8 @@ class Scheduler:
     def _sort_last_waiting(self) -> None:
         """Sort the waiting sequences longest first, once a few batches' worth or less is left.
 
-        Sequences that arrive later are sorted only after all of these are admitted, so a short row is overtaken but
-        never starved. Preempted sequences stay in front, and the samples of a request together.
+        Sequences that arrive later are sorted only after all of these are admitted, so that a short row is never
+        starved. Preempted sequences stay in front, and the samples of a request together.
         """
         if not self.waiting or self.waiting[0].is_sorted or len(self.waiting) > LAST_BATCHES * self.max_running:
             return
@@ -270,8 +284,9 @@ class Scheduler:
         if leader.output_ids:
             return
         num_full, rest = divmod(leader.num_prompt_tokens, self.blocks.block_size)
+        grows = self.blocks.blocks_for(leader.max_num_tokens) > num_full + bool(rest)
         while self.waiting and self.waiting[0].request is leader.request and not self.waiting[0].output_ids:
-            if not self._has_room() or self.blocks.num_free < bool(rest) + self._growth_reserve():
+            if not self._has_room() or self.blocks.num_free < bool(rest) + grows + self._growth_reserve():
                 return
             fork = self.waiting.popleft()
             shared = leader.block_table[:num_full]
@@ -286,7 +301,7 @@ class Scheduler:
             self._start_running(fork)
 
     def _has_room(self) -> bool:
-        return bool(self._free_rows) and len(self.running) < self.max_decoding
+        return bool(self._free_rows) and len(self.running) < self.decoding.value
 
     def _growth_reserve(self) -> int:
         """One block for each running sequence that may still grow, kept free on admission: preemptions stay rare."""
@@ -299,7 +314,7 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence not in self.running or not sequence.may_decode:
                 continue  # just preempted for an older one, or all its tokens are in flight
-            if len(planned) == self.max_decoding:
+            if len(planned) == self.decoding.value:
                 break
             if self.blocks.blocks_for(sequence.num_computed + 1) > len(sequence.block_table):
                 if not self._make_room_for(sequence):
@@ -315,7 +330,8 @@ class Scheduler:
         return DecodePlan(planned)
 
     def _make_room_for(self, sequence: Sequence) -> bool:
-        """Free a block by preempting the youngest; False where that is the sequence itself or has tokens in flight."""
+        """Free a block by preempting the youngest sequence. False if that is the given sequence, or if it has tokens in
+        flight."""
         while self.blocks.num_free == 0:
             victim = self.prefilling or next(reversed(self.running))
             if victim.num_in_flight:

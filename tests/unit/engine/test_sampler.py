@@ -124,11 +124,12 @@ def test_filters_keep_what_transformers_keeps(params: dict[str, Any]) -> None:
         assert share == pytest.approx(float(expected[token]), abs=2e-3)
 
 
-def seen_tokens(vocab_size: int, *ids: list[int]) -> torch.Tensor:
-    seen = SeenTokens(len(ids) + 1, vocab_size, torch.device("cpu"))
+def seen_tokens(*ids: list[int]) -> torch.Tensor:
+    longest = max(map(len, ids))
+    seen = SeenTokens(len(ids) + 1, longest, torch.device("cpu"))
     rows = range(1, len(ids) + 1)
     seen.restart(list(rows), [np.asarray(each, dtype=np.int32) for each in ids])
-    return seen.of(torch.tensor(rows))
+    return seen.of(torch.tensor(rows), longest)
 
 
 @pytest.mark.parametrize("penalty", [0.6, 1.7])
@@ -142,22 +143,22 @@ def test_repetition_penalty_gives_the_scores_of_transformers(penalty: float) -> 
     draws = (np.arange(4000) + 0.5) / 4000
     sampling = SamplingParams(repetition_penalty=penalty, temperature=1.0)
     rows = [SampleRow(sampling, draw) for draw in draws]
-    tokens, _ = sample(logits[:1].repeat(4000, 1), rows, seen_tokens(30, ids).repeat(4000, 1))
+    tokens, _ = sample(logits[:1].repeat(4000, 1), rows, seen_tokens(ids).repeat(4000, 1))
     found = torch.bincount(tokens, minlength=30) / 4000
     torch.testing.assert_close(found, shares, rtol=0, atol=1e-3)
-    # A row without a penalty is not touched, whatever the mask says of it.
+    # A row without a penalty is not touched, whatever tokens it holds.
     both = [SampleRow(sampling, 0.3), SampleRow(SamplingParams(temperature=1.0), 0.3)]
     alone = sample(logits[1:], both[1:])[0]
-    assert sample(logits, both, seen_tokens(30, ids, list(range(30))))[0][1] == alone[0]
+    assert sample(logits, both, seen_tokens(ids, list(range(30))))[0][1] == alone[0]
 
 
-def test_a_row_s_seen_tokens_grow_by_each_token_and_are_forgotten_when_it_starts_again() -> None:
+def test_a_row_s_tokens_grow_by_each_one_chosen_and_are_forgotten_when_it_starts_again() -> None:
     seen = SeenTokens(3, 8, torch.device("cpu"))
-    seen.restart([2, 0], [np.asarray([1, 1, 5], dtype=np.int32), np.asarray([7], dtype=np.int32)])
-    seen.add(torch.tensor([0, 2]), torch.tensor([3, 5]))
-    assert [row.nonzero().flatten().tolist() for row in seen.of(torch.tensor([0, 1, 2]))] == [[3, 7], [], [1, 5]]
-    seen.restart([2], [np.asarray([0], dtype=np.int32)])
-    assert [row.nonzero().flatten().tolist() for row in seen.of(torch.tensor([2, 0]))] == [[0], [3, 7]]
+    seen.restart([2, 0], [np.asarray([1, 4, 5], dtype=np.int32), np.asarray([7], dtype=np.int32)])
+    seen.add([0, 2], [1, 3], torch.tensor([3, 6]))
+    assert [set(row) for row in seen.of(torch.tensor([0, 2]), 8).tolist()] == [{3, 7}, {1, 4, 5, 6}]
+    seen.restart([2], [np.asarray([9], dtype=np.int32)])
+    assert [set(row) for row in seen.of(torch.tensor([2, 0]), 4).tolist()] == [{9}, {3, 7}]
 
 
 def test_forbidden_tokens_are_never_chosen() -> None:
@@ -197,7 +198,7 @@ def test_a_rows_token_does_not_depend_on_its_neighbours() -> None:
         )
         for i, kind in enumerate(kinds)
     ]
-    seen = seen_tokens(50, *[[1, 2 + i] for i in range(8)])
+    seen = seen_tokens(*[[1, 2 + i] for i in range(8)])
     together = sample(logits, rows, seen)[0].tolist()
     alone = [int(sample(logits[i : i + 1], [row], seen[i : i + 1])[0]) for i, row in enumerate(rows)]
     backwards = sample(logits.flip(0), rows[::-1], seen.flip(0))[0].tolist()[::-1]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.engine.block_manager import BlockManager
 from pipeline.engine.encoded_media import EncodedMedia
+from pipeline.engine.limit import Limit
 from pipeline.engine.scheduler import DecodePlan, PrefillPlan, Scheduler
 from pipeline.engine.sequence import Medium, PromptLayout, Request, Sequence
 from pipeline.engine.settings import SamplingParams
@@ -123,20 +124,149 @@ def test_a_row_that_ends_makes_place_for_a_waiting_one_at_once() -> None:
     assert running_sizes[:4] == [2, 1, 2, 2]
 
 
-def test_few_newcomers_wait_for_company_but_not_for_ever() -> None:
-    scheduler = make_scheduler(tokens=1000, max_running=64, num_blocks=1000)
-    scheduler.add(make_sequences(100, 100)[0])
+def next_kind(scheduler: Scheduler) -> type:
     plan = scheduler.schedule()
-    assert isinstance(plan, PrefillPlan)
+    assert plan is not None
     give_tokens(scheduler, plan)
+    return type(plan)
+
+
+def decoding_scheduler(running: int = 1, **options: int) -> Scheduler:
+    """Some long answers are being decoded."""
+    scheduler = make_scheduler(**{"tokens": 1000, "patches": 4000, "max_running": 64, "num_blocks": 2000, **options})
+    for _ in range(running):
+        scheduler.add(make_sequences(100, 200)[0])
+    assert next_kind(scheduler) is PrefillPlan
+    return scheduler
+
+
+def test_a_small_prefill_is_put_off_for_some_decode_passes_and_no_longer() -> None:
+    scheduler = decoding_scheduler()
     scheduler.add(make_sequences(10, 4)[0])
-    kinds = []
-    for _ in range(scheduler.patience + 1):
-        plan = scheduler.schedule()
-        assert plan is not None
-        kinds.append(type(plan))
-        give_tokens(scheduler, plan)
+    kinds = [next_kind(scheduler) for _ in range(scheduler.patience + 1)]
     assert kinds == [DecodePlan] * scheduler.patience + [PrefillPlan]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "kind"),
+    [([249], DecodePlan), ([250], PrefillPlan), ([100, 149], DecodePlan), ([100, 150], PrefillPlan)],
+)
+def test_a_quarter_of_the_token_budget_is_prefilled_at_once(prompts: list[int], kind: type) -> None:
+    scheduler = decoding_scheduler()
+    for prompt in prompts:
+        scheduler.add(make_sequences(prompt)[0])
+    assert next_kind(scheduler) is kind
+
+
+@pytest.mark.parametrize(("patches", "kind"), [(65, DecodePlan), (64, PrefillPlan)])
+def test_a_quarter_of_the_patch_budget_is_prefilled_at_once(patches: int, kind: type) -> None:
+    scheduler = decoding_scheduler(patches=4 * patches)
+    for value in range(4):  # 16 patches each
+        scheduler.add(make_sequences(10, media=(image(value),))[0])
+    assert next_kind(scheduler) is kind
+
+
+@pytest.mark.parametrize(("rows", "kind"), [(15, DecodePlan), (16, PrefillPlan)])
+def test_a_quarter_of_the_running_rows_is_prefilled_at_once(rows: int, kind: type) -> None:
+    scheduler = decoding_scheduler()
+    for _ in range(rows):
+        scheduler.add(make_sequences(2)[0])
+    assert next_kind(scheduler) is kind
+
+
+def test_only_rows_for_which_there_is_room_make_a_prefill_large() -> None:
+    scheduler = decoding_scheduler(running=7, max_running=8)  # room for one
+    for _ in range(10):
+        scheduler.add(make_sequences(100)[0])
+    scheduler.max_running = 64  # so that one row is not a quarter of them
+    assert [next_kind(scheduler) for _ in range(3)] == [DecodePlan] * 3
+    crowded = decoding_scheduler(num_blocks=100)  # 25 blocks are taken, and a prompt takes 25
+    for _ in range(10):
+        crowded.add(make_sequences(100)[0])
+    assert [next_kind(crowded) for _ in range(3)] == [DecodePlan] * 3
+
+
+@pytest.mark.parametrize("num_blocks", [15, 16])
+def test_sequences_that_grow_keep_blocks_free_so_that_none_is_preempted(num_blocks: int) -> None:
+    scheduler = make_scheduler(num_blocks=num_blocks, block_size=4, max_running=16, tokens=1000)
+    for _ in range(16):
+        scheduler.add(make_sequences(4, 5)[0])  # one block for the prompt, one for the answer
+    passes_to_the_end(scheduler)
+    assert scheduler.num_preemptions == 0
+
+
+def test_samples_that_share_a_prompt_keep_blocks_free_too() -> None:
+    scheduler = make_scheduler(num_blocks=12, block_size=4, max_running=16, tokens=1000)
+    for sequence in make_sequences(4, 5, n=16):
+        scheduler.add(sequence)
+    passes_to_the_end(scheduler)
+    assert scheduler.num_preemptions == 0
+
+
+def test_with_all_tokens_in_flight_the_results_come_first() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequences(4, 1)[0])
+    first = scheduler.schedule()
+    assert isinstance(first, PrefillPlan)
+    scheduler.add(make_sequences(4, 1)[0])
+    assert scheduler.schedule() is None
+    give_tokens(scheduler, first)
+    assert isinstance(scheduler.schedule(), PrefillPlan)
+
+
+def test_prefills_are_halved_by_out_of_memory_and_grow_back() -> None:
+    scheduler = make_scheduler(tokens=1000, patches=4000, max_running=64, num_blocks=2000)
+    for _ in range(12):
+        scheduler.add(make_sequences(8)[0])
+    plan = scheduler.schedule()
+    assert isinstance(plan, PrefillPlan) and len(plan.chunks) == 12
+    scheduler.ran_out_of_memory(plan)
+    limits = (scheduler.packed, scheduler.batch_tokens, scheduler.batch_patches)
+    assert [limit.value for limit in limits] == [6, 500, 2000]
+    assert scheduler.decoding.value == 64
+    scheduler.succeeded(plan)
+    assert [limit.value for limit in limits] == [12, 500, 2000]
+    for _ in range(200):
+        scheduler.succeeded(plan)
+    assert [limit.value for limit in limits] == [64, 1000, 4000]
+
+
+def test_decode_passes_are_halved_by_out_of_memory_and_grow_back() -> None:
+    scheduler = decoding_scheduler(running=9)
+    plan = scheduler.schedule()
+    assert isinstance(plan, DecodePlan)
+    scheduler.ran_out_of_memory(plan)
+    assert (scheduler.decoding.value, scheduler.batch_tokens.value) == (4, 1000)
+    for _ in range(64):
+        scheduler.succeeded(plan)
+    assert scheduler.decoding.value == 8
+    for _ in range(3 * 64):
+        scheduler.succeeded(plan)
+    assert scheduler.decoding.value == 64
+
+
+def test_a_limit_that_fails_again_waits_longer_and_stays_within_its_bounds() -> None:
+    limit = Limit(1000, smallest=100, wait=4)
+
+    def passes_to_grow() -> int:
+        value, passes = limit.value, 0
+        while limit.value == value:
+            limit.succeeded()
+            passes += 1
+        return passes
+
+    waits = []
+    for _ in range(3):
+        limit.halve()
+        waits.append(passes_to_grow())
+    assert waits == [8, 16, 32] and limit.value == 1000
+    for _ in range(20):
+        limit.halve()
+    assert limit.value == 100 and passes_to_grow() == 1024
+    assert Limit(20, smallest=100).value == 20
+    short = Limit(20, smallest=100)
+    short.halve()
+    assert short.value == 20
 
 
 def test_the_newest_sequence_is_preempted_and_computed_again_with_its_output() -> None:
@@ -254,9 +384,13 @@ def test_every_request_finishes_once_and_no_block_is_lost(
     assert scheduler.media.num_kept_tokens == 0
 
 
-def test_blocks_can_not_be_released_twice() -> None:
+def test_blocks_can_not_be_released_twice_nor_shared_when_free() -> None:
     blocks = BlockManager(4, 2)
-    taken = blocks.allocate(2)
+    taken = blocks.allocate(3)
+    blocks.release([taken.pop()])
+    assert (blocks.num_used, blocks.num_free) == (2, 2)
+    with pytest.raises(AssertionError, match="is free and can't be shared"):
+        blocks.share([next(block for block in range(4) if block not in taken)])
     blocks.share(taken)
     blocks.release(taken)
     assert blocks.num_free == 2  # the other table still lists them

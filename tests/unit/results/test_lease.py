@@ -126,6 +126,21 @@ def test_a_run_that_slept_too_long_finds_its_lease_taken_over_and_leaves_it_alon
     assert json.loads(path.read_text()) == other
 
 
+def test_renewing_puts_a_lost_lease_back_with_the_same_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "RENEW_S", 0.02)
+    path = tmp_path / ".lease"
+    with Lease(str(path)) as lease:
+        before = json.loads(path.read_text())
+        path.unlink()
+        deadline = time.monotonic() + 10
+        while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        after = json.loads(path.read_text())
+        assert (after["token"], after["renewed"] > before["renewed"]) == (before["token"], True)
+        lease.check()
+    assert_free(path)
+
+
 def test_renewing_notices_another_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "RENEW_S", 0.02)
     path = tmp_path / ".lease"
