@@ -23,6 +23,7 @@ from rich.console import Console
 from pipeline import storage
 from pipeline.config import CaptionConfig, ResourcesConfig
 from pipeline.errors import ResourceError, first_line
+from pipeline.execution.address import init_options
 from pipeline.execution.placement import Node
 from pipeline.results.run_folder import RunFolder
 
@@ -137,19 +138,8 @@ def ray_cluster(resources: ResourcesConfig, say: Callable[[str], None]) -> Itera
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
     started_here = not ray.is_initialized()
     if started_here:
-        named = resources.address or os.environ.get("RAY_ADDRESS") or None
-        if named and named.startswith("ray://"):
-            raise ResourceError(
-                f"{named} is for Ray's client, through which no batch job can be run: "
-                "`python -m jobs.submit --address http://HOST:8265` runs it on the cluster, or give HOST:6379 from one "
-                "of its nodes"
-            )
-        options: dict[str, Any] = {"address": named}
-        if named == "local" or (named is None and resources.num_cpus):
-            # Without an address Ray would join one that `ray start` left running here, with CPUs of its own.
-            options = {"address": "local", "num_cpus": resources.num_cpus, "include_dashboard": False}
-        elif named is None:
-            options = {"include_dashboard": False}
+        options = init_options(resources, say)
+        named = options.get("address")
         try:
             try:
                 ray.init(**options)
@@ -161,6 +151,8 @@ def ray_cluster(resources: ResourcesConfig, say: Callable[[str], None]) -> Itera
                 ray.init(**options)
         except Exception as error:  # Ray raises plain Exception where its daemons start too late
             hint = _JOINING_HINT if isinstance(error, ConnectionError) else ""
+            if "AF_UNIX path length" in str(error):
+                hint = ": set TMPDIR to a shorter path"
             raise ResourceError(
                 f"can't reach or start Ray ({named or 'here'}){_busy()}: {first_line(error)}{hint}"
             ) from error
