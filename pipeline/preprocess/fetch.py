@@ -32,7 +32,7 @@ from pipeline.preprocess.allow import AllowList
 from pipeline.preprocess.http import HttpClient
 from pipeline.preprocess.limits import FetchOptions
 from pipeline.preprocess.proxy import Proxies
-from pipeline.preprocess.uri import WEB_SCHEMES, data_uri_content, scheme_of, shown
+from pipeline.preprocess.uri import WEB_SCHEMES, base64_header, data_uri_content, missing_hint, scheme_of, shown
 from pipeline.storage.credentials import credential_fault
 from pipeline.storage.retry import TransientError, is_transient, with_retries
 
@@ -106,6 +106,8 @@ class Fetcher:
     def _resolved(self, source: str) -> str:
         """The source with the manifest's place before it, if that is not on disk and the source is relative."""
         base = self._options.base
+        if header := base64_header(source):
+            raise MediaNotFound(f"{source[:24]}... is the content of a file, not its place: write {header} before it")
         if scheme_of(source) or source.lower().startswith("file:") or not scheme_of(base):
             return source
         if scheme_of(base) in WEB_SCHEMES:
@@ -235,6 +237,7 @@ class Fetcher:
         text = getattr(error, "strerror", None) or first_line(error)
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             kind, text = MediaNotFound, "no such object" if scheme_of(source) else "no such file"
+            text += missing_hint(source)
         elif isinstance(error, IsADirectoryError):
             kind, text = MediaNotFound, "it is a folder"
         elif isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.ELOOP:

@@ -9,6 +9,7 @@ import base64
 import binascii
 import posixpath
 import re
+import unicodedata
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from pipeline.errors import AccessDenied, FetchError
@@ -16,6 +17,13 @@ from pipeline.errors import AccessDenied, FetchError
 WEB_SCHEMES = ("http", "https")
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*):(//)?")
 _ALIASES = {"gcs": "gs", "s3a": "s3", "s3n": "s3"}
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{32,}=*\s*")
+_BASE64_OF = {
+    "image/jpeg": "/9j/", "image/png": "iVBORw0KGgo", "image/gif": "R0lGOD", "image/webp": "UklGR",
+    "image/tiff": "SUkqA|TU0AK", "video/mp4": "AAAA.GZ0eX", "video/webm": "GkXfo",
+}  # fmt: skip
+"""Media types by how the base64 form of such a file begins."""
+_HEADER_WITHOUT_SCHEME = re.compile(r"[\w.+-]+/[\w.+-]+;base64,")
 _REPOSITORY_KINDS = ("datasets/", "spaces/", "buckets/")
 
 
@@ -67,6 +75,29 @@ def data_uri_content(uri: str) -> bytes:
         return base64.b64decode("".join(unquote(payload).split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise FetchError(f"the data: URI's base64 content can't be read: {error}") from error
+
+
+def base64_header(source: str) -> str | None:
+    """What is to be written before a source that is the bare content of a file as base64; None for any other source."""
+    if _HEADER_WITHOUT_SCHEME.match(source):
+        return "data:"
+    # No path is that long without a dot. The rest is not looked at where the beginning rules it out.
+    if not _BASE64.match(source[:64]) or not _BASE64.fullmatch(source):
+        return None
+    known = (kind for kind, start in _BASE64_OF.items() if re.match(start, source))
+    kind = next(known, "" if len(source) > 1024 else None)
+    return None if kind is None else f"data:{kind};base64,"
+
+
+def missing_hint(source: str) -> str:
+    """What may be wrong with the name of a file or object that is not there, as the end of a message; often nothing."""
+    if "\\" in source:
+        return "; the name has backslashes: folders are separated by /"
+    if unicodedata.normalize("NFC", source) != source:
+        return "; the name is in decomposed Unicode (NFD), as macOS writes names: the file's own may be composed (NFC)"
+    if unicodedata.normalize("NFD", source) != source:
+        return "; the name is in composed Unicode (NFC): a file that comes from macOS may have it decomposed (NFD)"
+    return ""
 
 
 def shown(uri: str) -> str:

@@ -9,6 +9,7 @@ import os
 import socket
 import socketserver
 import ssl
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from pipeline.preprocess import http as http_module
 from pipeline.preprocess.allow import is_public
 from pipeline.preprocess.fetch import Fetcher
 from pipeline.preprocess.proxy import proxy_notes
+from pipeline.preprocess.uri import base64_header
 from pipeline.storage import retry
 from tests.options import fetch_options
 
@@ -117,6 +119,55 @@ def test_a_missing_file_is_not_found(tree: Path) -> None:
     for source in ("nothing.jpg", "sub/a b.jpg/inside", "sub/\x00"):
         with pytest.raises(MediaNotFound):
             fetcher(tree).fetch(source)
+
+
+@pytest.mark.parametrize("base", ["/nowhere", "memory://photos/set", "https://photos.example/set"])
+@pytest.mark.parametrize(
+    ("start", "header"),
+    [
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF", "data:image/jpeg;base64,"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "data:image/png;base64,"),
+        (b"GIF89a", "data:image/gif;base64,"),
+        (b"RIFF\x00\x00\x00\x00WEBP", "data:image/webp;base64,"),
+        (b"II*\x00\x08\x00", "data:image/tiff;base64,"),
+        (b"MM\x00*\x00\x00", "data:image/tiff;base64,"),
+        (b"\x00\x00\x00\x20ftypisom", "data:video/mp4;base64,"),
+        (b"\x1aE\xdf\xa3", "data:video/webm;base64,"),
+        (b"BM", "data:;base64,"),  # too little to tell: any long text of this alphabet
+    ],
+)
+def test_bare_base64_is_told_from_a_path(base: str, start: bytes, header: str) -> None:
+    source = base64.b64encode(start + bytes(range(256)) * 4).decode()
+    for text in (source, "\n".join(textwrap.wrap(source, 76)) + "\n"):
+        for call in (fetcher(base).fetch, fetcher(base).open):
+            with pytest.raises(MediaNotFound, match=f"content of a file, not its place: write {header} before it"):
+                call(text)
+    assert fetcher(base).fetch(header + source).startswith(start)
+    with pytest.raises(MediaNotFound, match="write data: before it"):
+        fetcher(base).fetch(f"image/png;base64,{source}")
+
+
+@pytest.mark.parametrize("source", ["9j/4AAQSkZJRgABAQAAAQABAAD.jpg", "iVBORw0KGgo.png", "a" * 200, "iVBORw0KGgo", ""])
+def test_a_name_that_only_resembles_base64_is_a_path(tree: Path, source: str) -> None:
+    assert base64_header(source) is None
+    (tree / "sub" / (source or "x")).write_bytes(b"picture") if "/" not in source else None
+    if "/" not in source:
+        assert fetcher(tree).fetch(f"sub/{source or 'x'}") == b"picture"
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("sub\\a b.jpg", r"no such file; the name has backslashes: folders are separated by /"),
+        ("C:\\photos\\a.jpg", r"the name has backslashes"),
+        ("sub/cafe\u0301.jpg", r"the name is in decomposed Unicode \(NFD\)"),
+        ("sub/caf\u00e9.jpg", r"the name is in composed Unicode \(NFC\)"),
+        ("sub/cafe.jpg", r"no such file$"),
+    ],
+)
+def test_a_missing_file_whose_name_may_be_spelt_otherwise_has_a_hint(tree: Path, source: str, hint: str) -> None:
+    with pytest.raises(MediaNotFound, match=hint):
+        fetcher(tree).fetch(source)
 
 
 @pytest.mark.parametrize("source", ["../secret.txt", "/etc/passwd", "file:///etc/passwd", "sub/../../secret.txt"])
