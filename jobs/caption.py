@@ -23,6 +23,7 @@ from pipeline.execution.cluster import job_output, stop_on_signals
 from pipeline.execution.prepare import CaptionJob, hold, prepare
 from pipeline.execution.run import finish, run_on_ray
 from pipeline.execution.summary import print_samples, print_summary
+from pipeline.preprocess.values import readable_rows
 from pipeline.results.reader import RunReader
 from pipeline.results.run_folder import RunFolder
 
@@ -80,7 +81,7 @@ def _samples(job: CaptionJob) -> list[dict[str, Any]]:
     columns = ["text", "status", "reference", *(["task"] if "task" in job.kept.names else [])]
     rows: dict[Any, dict[str, Any]] = {}
     first = next(RunReader(job.folder.path, job.folder.storage_options).batches(columns), None)
-    for row in [] if first is None else first.to_pylist():
+    for row in [] if first is None else readable_rows(first):
         if row["status"] == "ok":
             rows.setdefault(row.get("task", len(rows)), row)
     return list(rows.values())[:_SAMPLE_ROWS]

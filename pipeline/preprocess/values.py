@@ -65,16 +65,18 @@ def python_value(value: pa.Scalar, where: str) -> Any:
     return UUID(bytes=found) if value.type == pa.binary(16) and found is not None else found
 
 
-def readable_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Rows for people to look at: a value that Python can't hold is the sentence that says so."""
+def readable(value: pa.Scalar, where: str) -> Any:
+    """The same for people to look at: of a value that Python can't hold, the sentence that says so."""
+    try:
+        return python_value(value, where)
+    except MessageError as error:
+        return f"({error})"
 
-    def readable(row: ManifestRow, name: str) -> Any:
-        try:
-            return row[name]
-        except MessageError as error:
-            return f"({error})"
 
-    return ({name: readable(row, name) for name in row} for row in manifest_rows(table))
+def readable_rows(rows: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
+    """Rows for people to look at."""
+    columns = [[readable(value, name) for value in rows.column(name)] for name in rows.schema.names]
+    return [dict(zip(rows.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def from_json(text: str) -> Any:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import OutputError
+from pipeline.preprocess.values import readable_rows
 from pipeline.results.result_files import (
     count_values,
     is_answered,
@@ -220,26 +221,13 @@ class RunReader:
             inside = [row - start for row in rows if start <= row < stop]
             if inside:
                 table = parquet.read_row_group(group, columns=_stored(parquet, columns)).take(pa.array(inside))
-                yield from _python_rows(restore_partition(table, parquet.schema_arrow, columns))
+                yield from readable_rows(restore_partition(table, parquet.schema_arrow, columns))
             start = stop
 
 
 def _stored(parquet: pq.ParquetFile, columns: Collection[str] | None) -> list[str]:
     """Those of these columns that the file itself holds; None: all."""
     return [name for name in parquet.schema_arrow.names if columns is None or name in columns]
-
-
-def _python_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Rows as dicts. A value that Python can't hold, as a date after 9999 or an unknown time zone, is only named."""
-
-    def value(scalar: pa.Scalar) -> Any:
-        try:
-            return scalar.as_py()
-        except (pa.ArrowException, ValueError, OverflowError, LookupError):
-            return f"({scalar.type}: can't be shown)"
-
-    values = [[value(scalar) for scalar in column] for column in table.columns]
-    return (dict(zip(table.column_names, row, strict=True)) for row in zip(*values, strict=True))
 
 
 def _is_small(field: pa.Field) -> bool:

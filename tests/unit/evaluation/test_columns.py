@@ -1,0 +1,30 @@
+"""Columns of result rows as texts, whatever the columns hold."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from pipeline.evaluation.columns import text_column, text_lists
+
+
+def batch(column: pa.Array) -> pa.RecordBatch:
+    return pa.record_batch({"x": column})
+
+
+def test_numbers_texts_and_structs_are_texts() -> None:
+    assert text_column(batch(pa.array([1, None])), "x").to_pylist() == ["1", None]
+    assert text_column(batch(pa.array(["a", None]).dictionary_encode()), "x").to_pylist() == ["a", None]
+    assert text_column(batch(pa.array([{"a": 1}, None])), "x").to_pylist() == ["{'a': 1}", None]
+    assert text_lists(batch(pa.array([["a", None, "b"], None])), "x") == [["a", "b"], []]
+
+
+def test_a_value_that_python_cannot_hold_ends_nothing() -> None:
+    latin = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"caf\xe9"], pa.binary()).buffers())
+    late = pa.array([0, 4_000_000], pa.int32()).cast(pa.date32())
+    zone = pa.array([0, None], pa.int64()).cast(pa.timestamp("us")).cast(pa.timestamp("us", tz="Mars/Phobos"))
+    texts = text_column(batch(latin), "x").to_pylist()
+    assert texts[0] == "ok" and "the column x holds a value of type string that can't be read" in texts[1]
+    assert text_lists(batch(latin), "x")[0] == ["ok"]
+    assert "type date32" in text_lists(batch(late), "x")[1][0]
+    assert "type timestamp" in text_column(batch(zone), "x").to_pylist()[0]
+    assert text_column(batch(zone), "x").to_pylist()[1] is None
