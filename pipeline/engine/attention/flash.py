@@ -17,6 +17,7 @@ class FlashAttention(PackedAttention):
     block_size = 256  # flash-attn 2 pages are multiples of 256
 
     def __init__(self) -> None:
+        super().__init__()
         from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
         self._varlen_func = flash_attn_varlen_func

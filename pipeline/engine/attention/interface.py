@@ -54,6 +54,11 @@ class AttentionBackend(ABC):
     allows_graphs = False
     """Whether decode can be captured: no shape may depend on the rows' lengths."""
 
+    @property
+    def vision_name(self) -> str:
+        """The kernel of vision attention."""
+        return self.name
+
     @abstractmethod
     def begin_vision(self, frame_lengths: Sequence[int], device: torch.device) -> None:
         """Prepare a vision pass over frames of these many patches, for all its layers."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,10 +26,53 @@ def pack(lengths: Sequence[int], device: torch.device) -> Packing:
     return Packing(upload(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device), max(lengths))
 
 
+Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packing], torch.Tensor]
+"""(q, k, v [N, H, D], where the frames end) -> [N, H, D]"""
+
+
+class FrameAttention(ABC):
+    """Attention in which every patch sees its own frame."""
+
+    name: str
+
+    @abstractmethod
+    def begin(self, frame_lengths: Sequence[int], device: torch.device) -> None:
+        """Prepare a vision pass, for all its layers."""
+
+    @abstractmethod
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q, k, v [N, H, D] -> [N, H, D]."""
+
+
+class VarlenFrames(FrameAttention):
+    """One call for all frames, of any sizes."""
+
+    def __init__(self, name: str, kernel: Varlen) -> None:
+        self.name = name
+        self._kernel = kernel
+
+    def begin(self, frame_lengths: Sequence[int], device: torch.device) -> None:
+        self._frames = pack(frame_lengths, device)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self._kernel(q, k, v, self._frames)
+
+
 class PackedAttention(AttentionBackend):
     """All but the kernels, which a subclass brings."""
 
     allows_graphs = True
+
+    def __init__(self) -> None:
+        self.frames: FrameAttention = VarlenFrames(self.name, self.within_frames)
+        """For vision; attention/vision.py may put a faster kernel here."""
+
+    @property
+    def vision_name(self) -> str:
+        return self.frames.name
+
+    def within_frames(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, frames: Packing) -> torch.Tensor:
+        return self.varlen(q, k, v, frames, frames, causal=False)
 
     @abstractmethod
     def varlen(
@@ -38,10 +81,10 @@ class PackedAttention(AttentionBackend):
         """Packed q [N, H, D], k and v [M, K, D] -> [N, H, D]; causal is aligned at the ends, so a past may precede."""
 
     def begin_vision(self, frame_lengths: Sequence[int], device: torch.device) -> None:
-        self._frames = pack(frame_lengths, device)
+        self.frames.begin(frame_lengths, device)
 
     def vision(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return self.varlen(q, k, v, self._frames, self._frames, causal=False)
+        return self.frames(q, k, v)
 
     def begin_prefill(self, info: PrefillInfo, cache: KVCache) -> None:
         device = info.slots.device
