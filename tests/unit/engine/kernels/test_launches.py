@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
-from pipeline.engine import EngineOptions
+from pipeline.engine import EngineOptions, Medium, SamplingParams
 from pipeline.engine.attention.packed import PackedAttention, Packing
 from pipeline.engine.engine import NativeEngine
-from pipeline.engine.kernels.eager import EAGER, EagerKernels
+from pipeline.engine.kernels.eager import EAGER
 from pipeline.engine.kernels.fused import FusedKernels
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.weights import from_model
-from tests.unit.engine.pretended_gpu import OnGpu, pretended_gpu, put_model
-from tests.unit.engine.tiny import make_model, mixed_requests
+from tests.unit.engine.pretended_gpu import pretended_gpu, put_model
+from tests.unit.engine.tiny import make_model, make_request
 
 
 class Counter(TorchDispatchMode):
-    """Counts what would be a launch on a GPU: an operation that is neither a view nor an allocation."""
+    """Counts what a GPU would launch: operations that are neither views nor allocations, and Triton's kernels."""
 
-    launches = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.launches += not (func.is_view or func.overloadpacket.__name__.startswith(("empty", "_reshape_alias")))
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        # `to` and `reshape` may be views, and may copy.
+        is_view = func.is_view and _storage(out) in map(_storage, tree_leaves(args))
+        self.launches += not (is_view or func.overloadpacket.__name__.startswith("empty"))
+        return out
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Runs the kernel in the interpreter."""
+        self.launches += 1
+        plain = [x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in arguments]
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            kernel[grid](*plain, **constants)
+
+
+def _storage(value: Any) -> int | None:
+    first = value[0] if isinstance(value, (list, tuple)) else value
+    return first.untyped_storage().data_ptr() if isinstance(first, torch.Tensor) else None
 
 
 class OneLaunch(PackedAttention):
-    """Attention as flash-attn does it: a launch for each layer."""
+    """Attention takes one launch in each layer."""
 
     name = "pretended"
     block_size = 16
@@ -47,40 +65,47 @@ class OneLaunch(PackedAttention):
         return q.clone(memory_format=torch.contiguous_format)
 
 
-def interpreted(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """A launch of a real kernel: run by the interpreter, counted once."""
-    torch.cuda.current_stream()  # which the pretended GPU refuses in a thread that is on another device
-    plain = [each.as_subclass(torch.Tensor) if isinstance(each, OnGpu) else each for each in arguments]
-    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-        kernel[grid](*plain, **constants)
-    torch.zeros(1)  # an operation, which the counter sees
+def launches_of_a_layer(engine: NativeEngine, counter: Counter) -> dict[str, int]:
+    """In a vision pass, a prefill and a decode: what a model of two layers takes more than one of one."""
+    vision, text = engine.runner.vision, engine.runner.text
+    counts: dict[str, list[int]] = {"vision": [], "prefill": [], "decode": []}
+
+    def counted(run: Any, *names: str) -> Any:
+        calls = itertools.cycle(names)
+
+        def wrapped(*args: Any) -> Any:
+            before = counter.launches
+            with counter:
+                out = run(*args)
+            counts[next(calls)].append(counter.launches - before)
+            return out
+
+        return wrapped
+
+    blocks, layers = vision.blocks, text.layers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vision, "_run", counted(vision._run, "vision"))
+        patch.setattr(text, "forward", counted(text.forward, "prefill", "decode"))
+        for num_layers in (1, 2):
+            patch.setattr(vision, "blocks", blocks[:num_layers])
+            patch.setattr(text, "layers", layers[:num_layers])
+            medium = Medium("image", (1, 2, 2), np.full((4, 588), num_layers, dtype=np.uint8))
+            sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+            engine.generate([make_request(0, np.random.default_rng(0), media=[medium], sampling=sampling, max_text=2)])
+    return {name: two - one for name, (one, two) in counts.items()}
 
 
-@contextmanager
-def counted(counts: dict[str, int], name: str) -> Iterator[None]:
-    with Counter() as counter:
-        yield
-    counts[name] = counter.launches
-
-
-def launches(monkeypatch: pytest.MonkeyPatch, kernels: EagerKernels) -> dict[str, int]:
-    """Of each kind of pass, by a model whose layers, vision and text, are `layers`."""
+def test_launches_of_a_layer_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.engine.engine.pick_attention", lambda *_: OneLaunch())
-    counts: dict[str, int] = {}
-    engine = NativeEngine(from_model(put_model(make_model())), EngineOptions("tiny", kernels="eager", max_running=4))
-    runner = engine.runner
-    runner.text.kernels = runner.vision.kernels = kernels
-    run_vision, run_text = runner.vision._run, runner.text.forward
-
-    def vision(frames: Any) -> torch.Tensor:
-        with counted(counts, "vision"):
-            return run_vision(frames)
-
-    def text(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
-        with counted(counts, "prefill" if "prefill" not in counts else "decode"):
-            return run_text(hidden, *others)
-
-    monkeypatch.setattr(runner.vision, "_run", vision)
-    monkeypatch.setattr(runner.text, "forward", text)
-    engine.generate([request for request in mixed_requests(8) if len(request.media) == 1][:1])
-    return counts
+    counter = Counter()
+    with pretended_gpu(monkeypatch):
+        options = EngineOptions("tiny", kernels="eager", cuda_graphs=False, max_running=4, max_context=64)
+        engine = NativeEngine(from_model(put_model(make_model(dtype=torch.bfloat16))), options)
+        found = {}
+        for kernels in (EAGER, FusedKernels(counter.launch)):
+            engine.runner.vision.kernels = engine.runner.text.kernels = kernels
+            found[kernels.name] = launches_of_a_layer(engine, counter)
+    assert found == {
+        "eager": {"vision": 19, "prefill": 32, "decode": 32},
+        "fused": {"vision": 9, "prefill": 9, "decode": 9},
+    }
