@@ -27,11 +27,18 @@ _ANSWER_INTERVAL_S = 0.5
 
 
 def serve(connection: Connection, segments: Sequence[Segment]) -> None:
-    """Answer with lists of `Answer` as JSON. The first message must be the MediaOptions, all others are Requests.
+    """Answer with lists of `Answer`, each a line of JSON. The first message must be the MediaOptions, all others are
+    Requests.
 
     Raises EOFError when the other side hangs up.
     """
     decoder = _Decoder(connection.recv(), segments)
+    to_actor = open(connection.fileno(), "wb", closefd=False)  # noqa: SIM115  # as long as this process lives
+
+    def send(answers: Sequence[Answer]) -> None:
+        to_actor.write(json.dumps(answers).encode() + b"\n")
+        to_actor.flush()
+
     while True:
         waiting: list[Answer] = []
         last_sent = time.monotonic()
@@ -39,10 +46,10 @@ def serve(connection: Connection, segments: Sequence[Segment]) -> None:
             waiting.append(answer)
             # Few messages let the actor sleep, but long work must not be lost to a later crash.
             if time.monotonic() - last_sent > _ANSWER_INTERVAL_S:
-                connection.send_bytes(json.dumps(waiting).encode())
+                send(waiting)
                 waiting, last_sent = [], time.monotonic()
         if waiting:
-            connection.send_bytes(json.dumps(waiting).encode())
+            send(waiting)
 
 
 class _Decoder:

@@ -32,6 +32,7 @@ _REUSED_BYTES = 256 * MIB
 _CHECK_INTERVAL_S = 0.05
 _START_TIMEOUT_S = 120.0
 _MAX_ANSWER_BYTES = 4 * MIB
+_READ_BYTES = 256 * 1024
 
 
 class DecoderProcess:
@@ -43,6 +44,8 @@ class DecoderProcess:
         """The present decoder's process id, 0 before the first use."""
         self._input = source
         self._connection: Connection | None = None
+        self._received = b""
+        """The beginning of an answer."""
         self._idle_bytes = 0
         self._control, theirs = socket.socketpair()
         self._control.settimeout(_START_TIMEOUT_S)
@@ -71,11 +74,21 @@ class DecoderProcess:
     def receive(self) -> list[Answer]:
         """The next answers to the request. Raises MediaTimeout, MediaMemoryError or DecoderCrash after replacing it."""
         assert self._connection is not None
-        while not self._connection.poll(_CHECK_INTERVAL_S):
-            self._check_time()
-            self._check_memory()
         try:
-            answers: list[Answer] = json.loads(self._connection.recv_bytes(_MAX_ANSWER_BYTES))
+            # In pieces, since a decoder may also stop in the middle of an answer.
+            while b"\n" not in self._received:
+                if self._connection.poll(_CHECK_INTERVAL_S):
+                    part = os.read(self._connection.fileno(), _READ_BYTES)
+                    if not part or len(self._received) > _MAX_ANSWER_BYTES:
+                        raise EOFError
+                    self._received += part
+                    if b"\n" in part:
+                        break
+                else:
+                    self._check_memory()
+                self._check_time()
+            line, _, self._received = self._received.partition(b"\n")
+            answers: list[Answer] = json.loads(line)
         except (EOFError, OSError, ValueError):
             raise DecoderCrash(_describe_exit(self._replace())) from None
         return answers
@@ -115,6 +128,7 @@ class DecoderProcess:
         if self._connection is not None:
             self._connection.close()
         self._connection, theirs = multiprocessing.Pipe()
+        self._received = b""
         try:
             with theirs:
                 socket.send_fds(self._control, [b"f"], [theirs.fileno()])

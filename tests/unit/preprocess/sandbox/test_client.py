@@ -37,7 +37,8 @@ from tests.unit.preprocess.conftest import encode_image, encode_video, level, pi
 SETTINGS = MediumSettings()
 # Stands for codecs with faults: the decoder hangs, crashes or grows as the first bytes of a file say.
 FAULTS = """
-import os, signal, sys, time
+import gc, os, signal, sys, time
+from multiprocessing.connection import Connection
 import pipeline.preprocess.image as image
 
 class FaultyImage(image.OpenImage):
@@ -49,6 +50,10 @@ class FaultyImage(image.OpenImage):
         if fault.startswith(b"SPIN"):
             while True:
                 pass
+        if fault.startswith(b"STALL"):
+            (connection,) = (one for one in gc.get_objects() if isinstance(one, Connection))
+            os.write(connection.fileno(), (1000).to_bytes(4, "big") + b"[{")  # the beginning of an answer
+            time.sleep(3600)
         if fault.startswith(b"CRASH"):
             os.kill(os.getpid(), signal.SIGSEGV)
         if fault.startswith(b"EXIT"):
@@ -149,7 +154,7 @@ def test_several_rows_at_once_give_what_each_row_gives(make_worker: Make) -> Non
             assert np.array_equal(seen(one).patches, seen(other).patches) and seen(one).receipt == seen(other).receipt
 
 
-@pytest.mark.parametrize("word", [b"HANG", b"SPIN"])
+@pytest.mark.parametrize("word", [b"HANG", b"SPIN", b"STALL"])
 def test_a_hang_is_killed_at_its_deadline_and_the_rest_of_the_row_is_seen(make_worker: Make, word: bytes) -> None:
     worker = make_worker(media_options(timeout_s=1.0))
     see_media(worker, [image()])  # the start of the process is not measured
@@ -157,7 +162,7 @@ def test_a_hang_is_killed_at_its_deadline_and_the_rest_of_the_row_is_seen(make_w
     before, hung, after = see_media(worker, [image(seed=1), faulty(word), image(seed=2)])
     assert time.monotonic() - begun < 10
     assert isinstance(hung, MediaTimeout)
-    assert str(hung) == "decoding took longer than 1 s and was stopped (media.timeout_s) (image of 4 bytes)"
+    assert str(hung) == f"decoding took longer than 1 s and was stopped (media.timeout_s) (image of {len(word)} bytes)"
     assert np.array_equal(seen(before).patches, see_medium(*image(seed=1)[:3], media_options(), source="").patches)
     assert np.array_equal(seen(after).patches, see_medium(*image(seed=2)[:3], media_options(), source="").patches)
 
