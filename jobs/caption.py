@@ -46,6 +46,10 @@ def run(config: CaptionConfig) -> int:
         if job is None:
             return 0
         with job_output(folder, verbose=config.run.verbose) as console:
+            for note in job.manifest.notes:
+                console.print(note, markup=False)
+                if not config.run.verbose:  # this is log.txt; else it is the screen
+                    print(note, file=sys.__stderr__)
             try:
                 run_on_ray(job, console)
                 finish(job)

@@ -7,6 +7,7 @@ One result schema serves good and bad rows alike. Knows names and types; not how
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
@@ -16,6 +17,11 @@ import pyarrow as pa
 from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.engine import SamplingParams
 from pipeline.errors import RowError
+
+# Names in a run folder by which a manifest knows it again.
+RECORDS_FOLDER = "__run"
+"""Everything but the part files, the page and the mark of success."""
+PART_FILE = re.compile(r"part-\d+\.parquet")
 
 
 class Status(StrEnum):

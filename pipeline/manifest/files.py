@@ -84,6 +84,8 @@ class Manifest:
     """For the manifest's own files."""
     offsets: tuple[npt.NDArray[np.int64], ...] = field(default=(), repr=False, compare=False)
     """Text files: byte offsets of every 128th row of each file."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What people should know about it, such as files that are no part of it; a sentence each."""
 
     @property
     def num_rows(self) -> int:

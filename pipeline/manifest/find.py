@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -10,9 +13,12 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.errors import ManifestError, first_line
 from pipeline.manifest.files import MEDIA, Manifest, ManifestFile, relative
-from pipeline.manifest.formats import FORMATS, IMAGE_SUFFIXES, VIDEO_SUFFIXES, format_of
+from pipeline.manifest.formats import FORMATS, IMAGE_SUFFIXES, REFUSED_SUFFIXES, VIDEO_SUFFIXES, format_of
 from pipeline.manifest.listing import open_listing, supplement_listing, write_listing
+from pipeline.schema import PART_FILE, RECORDS_FOLDER
 from pipeline.storage import FileInfo, StorageOptions
+
+_MAX_NAMES = 12
 
 
 def open_manifest(
@@ -39,14 +45,15 @@ def open_manifest(
         if format in ("auto", MEDIA) and storage.exists(listing_path, listing_options):
             listed = open_listing(path, listing_path, listing_options)
             if listed is not None and new_media:
-                _, _, media = _find(path, MEDIA, storage_options)
-                listed = supplement_listing(listed, media, listing_path, listing_options)
+                found = _find(path, MEDIA, storage_options)
+                listed = supplement_listing(listed, found.files, found.notes, listing_path, listing_options)
             if listed is not None:
                 return listed
-        base, kind, files = _find(path, format, storage_options)
-        if kind != MEDIA:
-            return FORMATS[kind].open(path, base, files, storage_options)
-        write_listing(path, base, files, listing_path, listing_options)
+        found = _find(path, format, storage_options)
+        if found.kind != MEDIA:
+            opened = FORMATS[found.kind].open(path, found.base, found.files, storage_options)
+            return replace(opened, notes=(*found.notes, *opened.notes))
+        write_listing(path, found.base, found.files, found.notes, listing_path, listing_options)
         written = open_listing(path, listing_path, listing_options)
         assert written is not None
         return written
@@ -72,29 +79,47 @@ def recorded_manifest(
         return None
     path = storage.absolute(path)
     try:
-        base, kind, found = _find(path, format, storage_options)
+        found = _find(path, format, storage_options)
     except (OSError, ManifestError):
         return None  # open_manifest reports what is wrong
     then = {name: (size, version) for (name, size, _), version in zip(fingerprint["files"], versions, strict=True)}
-    now = {relative(info.path, base): (info.size, info.version) for info in found}
-    if kind != fingerprint["format"] or now != then:
+    names = [relative(info.path, found.base) for info in found.files]
+    now = {name: (info.size, info.version) for name, info in zip(names, found.files, strict=True)}
+    if found.kind != fingerprint["format"] or now != then:
         return None
     rows = {name: num_rows for name, _, num_rows in fingerprint["files"]}
-    files = [ManifestFile(info.path, rows[relative(info.path, base)], info.size, info.version) for info in found]
-    return Manifest(path, kind, tuple(files), pa.schema([]), base, storage_options)
+    files = [
+        ManifestFile(info.path, rows[name], info.size, info.version)
+        for name, info in zip(names, found.files, strict=True)
+    ]
+    return Manifest(path, found.kind, tuple(files), pa.schema([]), found.base, storage_options)
 
 
-def _find(path: str, format: str, options: StorageOptions) -> tuple[str, str, list[FileInfo]]:
-    """The folder that relative paths refer to, the manifest's format and its files."""
+@dataclass(frozen=True)
+class _Found:
+    """What a path leads to."""
+
+    base: str
+    """The folder that relative paths refer to."""
+    kind: str
+    """The manifest's format."""
+    files: list[FileInfo]
+    notes: tuple[str, ...] = ()
+    """What lies there too and was left alone."""
+
+
+def _find(path: str, format: str, options: StorageOptions) -> _Found:
     if not path:
         raise ManifestError("input.path is empty; expected a Parquet, JSONL or CSV file, or a folder or glob of them")
+    if storage.escaped(path) != path:
+        raise ManifestError(f"input.path {storage.escaped(path)} is not UTF-8: rename the folder, or link to it")
     if storage.is_dir(path, options):
         base = path if path.endswith("://") or path == "/" else path.rstrip("/")
         found = storage.list_files(base, options)
     elif storage.exists(path, options):  # before the glob: brackets are allowed in file names
         base, found = storage.parent(path), [storage.file_info(path, options)]
         if format in FORMATS:  # forced, whatever the file's name
-            return base, format, found
+            return _Found(base, format, found)
     elif storage.is_glob(path):
         base, found = storage.glob_base(path), storage.glob(path, options)
         if not found:
@@ -103,10 +128,47 @@ def _find(path: str, format: str, options: StorageOptions) -> tuple[str, str, li
         raise ManifestError(
             f"no file or folder at {path}; set input.path to a Parquet, JSONL or CSV file, or to a folder"
         )
+    found, notes = _without_runs(base, found, options)
     kind, chosen = _choose(path, base, found, format)
     if not chosen:
         raise _nothing_to_read(path, found, format)
-    return base, kind, chosen
+    if kind == MEDIA:
+        notes += _left_alone(found, chosen)
+    elif odd := [escaped for info in chosen if (escaped := storage.escaped(info.path)) != info.path]:
+        raise ManifestError(f"the name {odd[0]} is not UTF-8; rename the file")
+    return _Found(base, kind, chosen, notes)
+
+
+def _without_runs(
+    base: str, found: Sequence[FileInfo], options: StorageOptions
+) -> tuple[list[FileInfo], tuple[str, ...]]:
+    """The files that are not this package's own: a job may write below the folder that it reads."""
+
+    def has_records(folder: str) -> bool:
+        return storage.exists(storage.join(folder, RECORDS_FOLDER, "run.json"), options)
+
+    top = f"{base.rstrip('/')}/"
+    # A listing of the whole folder shows the records, a glob perhaps nothing but the parts.
+    records = {info.path.partition(f"/{RECORDS_FOLDER}/")[0] for info in found if f"/{RECORDS_FOLDER}/" in info.path}
+    parts = {storage.parent(info.path) for info in found if PART_FILE.fullmatch(storage.name(info.path))}
+    parts |= {storage.parent(folder) for folder in parts if "=" in storage.name(folder)}
+    runs = tuple(f"{folder}/" for folder in {*records, *parts} if folder.startswith(top) and has_records(folder))
+    kept = [info for info in found if not info.path.startswith((*runs, f"{top}{RECORDS_FOLDER}/"))]
+    names = ", ".join(sorted(relative(folder, base).rstrip("/") for folder in runs)[:_MAX_NAMES])
+    more = f" and {len(runs) - _MAX_NAMES} more" if len(runs) > _MAX_NAMES else ""
+    return kept, (f"left alone: the results of earlier runs in {names}{more}",) if runs else ()
+
+
+def _left_alone(found: Sequence[FileInfo], chosen: Sequence[FileInfo]) -> tuple[str, ...]:
+    """How many files of a folder of media are no media, by extension."""
+    media = {info.path for info in chosen}
+    names = [storage.name(info.path) for info in found if info.path not in media]
+    counts = Counter(storage.escaped(os.path.splitext(name)[1].lower()) or "without extension" for name in names)
+    if not counts:
+        return ()
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common(_MAX_NAMES))
+    more = f", and {len(counts) - _MAX_NAMES} more kinds" if len(counts) > _MAX_NAMES else ""
+    return (f"left alone: {len(names):,} files that are neither images nor videos ({kinds}{more})",)
 
 
 def _choose(path: str, base: str, found: list[FileInfo], format: str) -> tuple[str, list[FileInfo]]:
@@ -117,7 +179,8 @@ def _choose(path: str, base: str, found: list[FileInfo], format: str) -> tuple[s
     if format != "auto":
         return format, by_format.get(format, [])
     data = {name: by_format[name] for name in FORMATS if name in by_format}
-    if MEDIA in by_format:
+    # Beside data files, a document among them says little.
+    if any(not storage.name(info.path).lower().endswith(REFUSED_SUFFIXES) for info in by_format.get(MEDIA, [])):
         direct = {name: [info for info in data[name] if "/" not in relative(info.path, base)] for name in data}
         data = {name: infos for name, infos in direct.items() if infos}
     if len(data) > 1:

@@ -20,8 +20,17 @@ from pipeline.manifest.parquet import ParquetFormat
 FORMATS: Mapping[str, ManifestFormat] = {
     format.name: format for format in (ParquetFormat(), JsonLinesFormat(), CsvFormat())
 }
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".avif")
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".avif", ".avifs", ".bmp", ".dib",
+    ".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga",
+    ".icb", ".vda", ".vst", ".ico",
+)  # fmt: skip
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mov", ".f4v", ".ismv", ".psp", ".3gp", ".3g2", ".mj2", ".mkv", ".mk3d", ".webm", ".avi", ".mpg",
+    ".mpeg", ".vob", ".ts", ".mts", ".m2t", ".m2ts", ".flv", ".ogg", ".ogv", ".asf", ".wmv", ".mxf", ".ivf",
+)  # fmt: skip
+REFUSED_SUFFIXES = (".heic", ".heif", ".hif", ".svg", ".pdf")
+"""Of images that are not decoded: in a folder of media they are rows, whose errors name what they are."""
 
 
 def format_of(path: str) -> str | None:
@@ -30,7 +39,7 @@ def format_of(path: str) -> str | None:
     for format in FORMATS.values():
         if name.endswith(format.suffixes):
             return None if name.startswith("_") else format.name
-    return MEDIA if name.endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES) else None
+    return MEDIA if name.endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES + REFUSED_SUFFIXES) else None
 
 
 def read_units(

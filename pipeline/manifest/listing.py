@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import os
+import re
 from collections.abc import Iterator, Sequence
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,23 +19,35 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import ManifestError
 from pipeline.manifest.files import MEDIA, Manifest, ManifestFile, relative
-from pipeline.manifest.formats import FORMATS, IMAGE_SUFFIXES, format_of
+from pipeline.manifest.formats import FORMATS, VIDEO_SUFFIXES, format_of
 from pipeline.manifest.parquet import read_footer
 from pipeline.storage import FileInfo, StorageOptions
 
 LISTING_SCHEMA = pa.schema([("id", pa.string()), ("image", pa.string()), ("video", pa.string())])
 _SOURCE_KEY = b"listed_path"
 _BASE_KEY = b"listed_base"
+_NOTES_KEY = b"listed_notes"
+_LOOKS_LIKE_URI = re.compile(r"(data|file):|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _ROWS_PER_GROUP = 10_000
 
 
-def write_listing(path: str, base: str, media: Sequence[FileInfo], listing_path: str, options: StorageOptions) -> None:
-    """List the media, by their names below `base`."""
-    names = [relative(info.path, base) for info in media]
-    images = [name if name.lower().endswith(IMAGE_SUFFIXES) else None for name in names]
-    videos = [name if image is None else None for name, image in zip(names, images, strict=True)]
-    metadata = {_SOURCE_KEY: path.encode(), _BASE_KEY: base.encode()}
-    columns = {"id": names, "image": images, "video": videos}
+def write_listing(
+    path: str,
+    base: str,
+    media: Sequence[FileInfo],
+    notes: Sequence[str],
+    listing_path: str,
+    options: StorageOptions,
+) -> None:
+    """List the media, by their names below `base`; `notes` are kept for later runs."""
+    names = [_media_name(info.path, base) for info in media]
+    is_video = [info.path.lower().endswith(VIDEO_SUFFIXES) for info in media]
+    metadata = {_SOURCE_KEY: path.encode(), _BASE_KEY: base.encode(), _NOTES_KEY: json.dumps(notes).encode()}
+    columns = {
+        "id": [_row_id(info.path, base) for info in media],
+        "image": [None if video else name for name, video in zip(names, is_video, strict=True)],
+        "video": [name if video else None for name, video in zip(names, is_video, strict=True)],
+    }
     table = pa.table(columns, schema=LISTING_SCHEMA.with_metadata(metadata))
     sink = io.BytesIO()
     pq.write_table(table, sink, row_group_size=_ROWS_PER_GROUP, compression="zstd")
@@ -39,9 +55,22 @@ def write_listing(path: str, base: str, media: Sequence[FileInfo], listing_path:
     storage.publish(listing_path, sink.getvalue(), options)
 
 
+def _row_id(path: str, base: str) -> str:
+    return storage.escaped(relative(path, base))
+
+
+def _media_name(path: str, base: str) -> str:
+    """How a row names a medium: relative to the base, or a URI where its name would be taken for something else."""
+    name = relative(path, base)
+    if storage.escaped(name) == name and not name.startswith("/") and not _LOOKS_LIKE_URI.match(name):
+        return name
+    return path if storage.is_remote(path) else f"file://{quote(os.fsencode(path))}"
+
+
 def open_listing(path: str, listing_path: str, options: StorageOptions) -> Manifest | None:
     """The listing and its supplements as a manifest; None where the path is now a data file, not a folder of media."""
-    files, base = [], ""
+    files: list[ManifestFile] = []
+    base, notes = "", tuple[str, ...]()
     for one in _listings(listing_path, options):
         info = storage.file_info(one, options)
         footer = read_footer(info, options)
@@ -55,22 +84,22 @@ def open_listing(path: str, listing_path: str, options: StorageOptions) -> Manif
                 "choose another output.path, or set input.path back"
             )
         files.append(ManifestFile(one, footer.num_rows, info.size, info.version))
-        base = metadata[_BASE_KEY].decode()
-    return Manifest(path, MEDIA, tuple(files), LISTING_SCHEMA, base, options)
+        base, notes = metadata[_BASE_KEY].decode(), tuple(json.loads(metadata.get(_NOTES_KEY, b"[]")))
+    return Manifest(path, MEDIA, tuple(files), LISTING_SCHEMA, base, options, notes=notes)
 
 
 def supplement_listing(
-    listed: Manifest, media: Sequence[FileInfo], listing_path: str, options: StorageOptions
+    listed: Manifest, media: Sequence[FileInfo], notes: Sequence[str], listing_path: str, options: StorageOptions
 ) -> Manifest:
     """The manifest with the media that it does not list yet, in one more listing behind the others."""
     known: set[str] = set()
     for file in listed.files:
         with storage.open_input(file.path, options, random_access=True) as source:
             known.update(pq.read_table(source, columns=["id"]).column("id").to_pylist())
-    new = [info for info in media if relative(info.path, listed.base) not in known]
+    new = [info for info in media if _row_id(info.path, listed.base) not in known]
     if not new:
         return listed
-    write_listing(listed.path, listed.base, new, _supplement(listing_path, len(listed.files)), options)
+    write_listing(listed.path, listed.base, new, notes, _supplement(listing_path, len(listed.files)), options)
     found = open_listing(listed.path, listing_path, options)
     assert found is not None
     return found

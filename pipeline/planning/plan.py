@@ -154,7 +154,7 @@ def make_plan(config: PlanConfig) -> Plan:
         ),
         times=(*([measured] if measured else []), *times),
         advice=tuple(advise(sample, rows, for_advice, engines, fitted, max_length=max_length)),
-        notes=tuple(notes),
+        notes=(*opened.manifest.notes, *notes),
     )
 
 

@@ -117,7 +117,7 @@ class Fetcher:
                 f"{shown(source)} is an absolute path, but the manifest is in {shown(base)}: give a path relative to "
                 "it, or a whole URI"
             )
-        return base.rstrip("/") + "/" + source
+        return base + "/" + source  # a base that ends in a slash has a key with two of them
 
     def _limited(self, data: bytes, what: str) -> bytes:
         if len(data) > self._options.max_bytes:

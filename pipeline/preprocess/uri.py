@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import posixpath
 import re
 import unicodedata
@@ -45,7 +46,7 @@ def local_path(uri: str) -> str:
     parts = urlsplit(uri)
     if parts.netloc not in ("", "localhost"):
         raise AccessDenied(f"{shown(uri)} is on the host {parts.netloc}; only files of this machine can be read")
-    return unquote(parts.path)
+    return os.fsdecode(unquote_to_bytes(parts.path))  # which may be bytes that are no text
 
 
 def normal_bucket_uri(uri: str) -> str:

@@ -243,6 +243,7 @@ def headline(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("System prompt", text_at(run, "config.prompt.system")),
         ("Sampling", _sampling(at(run, "config.sampling"))),
         ("Data", _data(run)),
+        ("Beside the data", _joined(*(note for note in items_at(run, "manifest.notes") if isinstance(note, str)))),
         ("Code", _joined(version and f"qwen2-vl-batch {version}", commit and _commit(commit))),
         ("Packages", _joined(*(f"{name} {version}" for name, version in packages if version))),
         (

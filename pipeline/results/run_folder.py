@@ -13,12 +13,11 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import OutputError
+from pipeline.schema import PART_FILE, RECORDS_FOLDER
 
-RECORDS_FOLDER = "__run"
-"""Everything but the part files, the page and the mark of success."""
 REPORT_FILE = "_report.html"
 _SUCCESS = "_SUCCESS"
-_PART = re.compile(r"([^/]+=[^/]*/)?part-\d+\.parquet")
+_PART = re.compile(rf"([^/]+=[^/]*/)?{PART_FILE.pattern}")
 
 
 class RunFolder:

@@ -91,6 +91,7 @@ def new_record(config: CaptionConfig, asked: Mapping[str, Any], manifest: Manife
             "path": manifest.path,
             "fingerprint": manifest.fingerprint(),
             "versions": [file.version for file in manifest.files],
+            "notes": list(manifest.notes),
         },
         "model": {"path": asked["model.path"], "revision": config.model.revision},
         "versions": versions(),

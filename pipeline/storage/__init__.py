@@ -13,7 +13,7 @@ PermissionError, StorageError); callers say what it means to them. Knows no form
 """
 
 from pipeline.storage.buckets import CredentialsRefused, StorageError, StorageOptions, file_system
-from pipeline.storage.paths import absolute, glob_base, is_glob, is_remote, join, local_path, name, parent
+from pipeline.storage.paths import absolute, escaped, glob_base, is_glob, is_remote, join, local_path, name, parent
 from pipeline.storage.read import (
     FileInfo,
     download,
@@ -29,7 +29,7 @@ from pipeline.storage.write import create, delete, delete_empty, make_dir, publi
 
 __all__ = [
     "CredentialsRefused", "FileInfo", "StorageError", "StorageOptions", "absolute", "create", "delete",
-    "delete_empty", "download", "exists", "file_info", "file_system", "glob", "glob_base", "is_dir", "is_glob",
-    "is_remote", "join", "list_files", "local_path", "make_dir", "name", "open_input", "parent", "publish",
+    "delete_empty", "download", "escaped", "exists", "file_info", "file_system", "glob", "glob_base", "is_dir",
+    "is_glob", "is_remote", "join", "list_files", "local_path", "make_dir", "name", "open_input", "parent", "publish",
     "publish_file", "read_bytes", "sweep",
 ]  # fmt: skip

@@ -49,6 +49,11 @@ def name(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
+def escaped(path: str) -> str:
+    """The path as text that can be shown and stored: bytes of a local name that are not UTF-8 as `\\xff`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def is_glob(path: str) -> bool:
     """Whether the path has a wildcard: `*`, `?` or `[`."""
     return not _GLOB_MAGIC.isdisjoint(path)

@@ -140,7 +140,7 @@ def _remote_files(
     """Entries of a listing by key, with paths as the caller writes them."""
     _, base_key = file_system(base, storage_options)
     for key, entry in entries.items():
-        relative = key.removeprefix(base_key).lstrip("/")
+        relative = key.removeprefix(base_key).removeprefix("/")  # one slash: keys may hold several in a row
         # A bucket's consoles make "folders" by putting empty objects whose names end in a slash.
         if entry.get("type") != "directory" and relative and not relative.endswith("/"):
             yield _remote_info(join(base, relative), entry)

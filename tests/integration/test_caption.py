@@ -168,19 +168,27 @@ def test_embedded_bytes_and_structs_in_parquet_and_kept_columns(tmp_path: Path, 
     assert kept.field("tags").type == pa.list_(pa.string())
 
 
-def test_a_bare_folder_is_captioned_with_the_config_s_prompt(tmp_path: Path, photos: Path, clips: Path) -> None:
+def test_a_bare_folder_is_captioned_with_the_config_s_prompt(
+    tmp_path: Path, photos: Path, clips: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "pictures"
     (folder / "deep").mkdir(parents=True)
     shutil.copy(photos / "coffee.png", folder / "deep" / "b.png")
     shutil.copy(photos / "rocket.jpg", folder / "a.jpg")
     shutil.copy(clips / "carphone_distorted.mp4", folder / "c.mp4")
     (folder / "notes.txt").write_text("not a picture")
-    assert (
-        main(["--config", str(ROOT / "configs/demo.yaml"), f"--input.path={folder}", f"--output.path={tmp_path / 'o'}"])
-        == 0
-    )
-    found = results(tmp_path / "o")
-    assert [(row["id"], row["status"]) for row in found] == [("a.jpg", "ok"), ("c.mp4", "ok"), ("deep/b.png", "ok")]
+    shutil.copy(photos / "rocket.jpg", os.path.join(os.fsencode(folder), b"\xff.jpg"))
+    output = folder / "out"
+    command = ["--config", str(ROOT / "configs/demo.yaml"), f"--input.path={folder}", f"--output.path={output}"]
+    assert main(command) == 0
+    ids = ["a.jpg", "c.mp4", "deep/b.png", "\\xff.jpg"]
+    assert [(row["id"], row["status"]) for row in results(output)] == [(name, "ok") for name in ids]
+    note = "left alone: 1 files that are neither images nor videos (1 .txt)"
+    assert note in capfd.readouterr().out and note in (output / "__run/log.txt").read_text()
+    assert json.loads((output / "__run/run.json").read_text())["manifest"]["notes"] == [note]
+    assert note in (output / "_report.html").read_text()
+    assert main(command) == 0, "the output below the input is none of it"
+    assert "is finished: 4 rows" in capfd.readouterr().out
 
 
 def test_several_answers_with_logprobs_and_seeds_come_the_same_again(tmp_path: Path) -> None:

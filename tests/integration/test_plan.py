@@ -230,11 +230,14 @@ def test_json_is_the_only_thing_on_stdout(demo_world: Path, capfd: pytest.Captur
 def test_nothing_is_written_to_the_output_for_a_folder_of_media(mixed: Path, tmp_path: Path, capsys: Any) -> None:
     folder = tmp_path / "media"
     shutil.copytree(mixed.parent, folder, ignore=shutil.ignore_patterns("*.jsonl"))
+    (folder / "deep").mkdir()
+    (folder / "deep" / "notes.md").write_text("?")
     given = overrides_for(folder, output__path=tmp_path / "captions", prompt__template="Describe it.")
     assert main(command_line(given)) == 0
     assert not (tmp_path / "captions").exists()
     printed = capsys.readouterr().out
     assert "one image" in printed and "video" in printed and "visual tokens" in printed
+    assert "left alone" in printed and "1 .md" in printed
 
 
 def test_a_published_model_is_compared_on_several_gpus_and_a_too_large_one_is_sharded(

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import pytest
+from PIL import Image
 
 from pipeline import storage
 from pipeline.errors import ManifestError
 from pipeline.manifest.changes import difference, only_appended
 from pipeline.manifest.files import Manifest
 from pipeline.manifest.find import open_manifest
+from pipeline.manifest.formats import IMAGE_SUFFIXES, REFUSED_SUFFIXES, VIDEO_SUFFIXES
+from pipeline.preprocess import image
+from pipeline.preprocess.fetch import Fetcher
+from pipeline.preprocess.limits import FetchOptions
+from pipeline.preprocess.video import container
 from tests.unit.manifest.manifests import (
     make_media,
     names_of,
@@ -32,6 +41,90 @@ def test_a_folder_of_media_is_listed_sorted_and_recursively(tmp_path: Path, load
         {"id": "c.webm", "image": None, "video": "c.webm"},
     ]
     assert all((tmp_path / "photos" / row["id"]).exists() for row in rows_of(found))
+    assert found.notes == ("left alone: 1 files that are neither images nor videos (1 .txt)",)
+
+
+def test_every_extension_of_the_decoders_formats_is_listed() -> None:
+    Image.init()
+    kinds = {*image.FORMATS, "MPO"}  # Pillow opens those as JPEG
+    assert {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds} == set(IMAGE_SUFFIXES)
+    found = set()
+    for name in container.FORMATS.split(","):
+        for mode in "rw":  # some formats are read by content alone, and name their extensions where they are written
+            with contextlib.suppress(ValueError):
+                found |= {f".{suffix}" for suffix in av.ContainerFormat(name, mode).extensions}
+    no_media = {".m4a", ".m4b", ".isma", ".mka", ".mks", ".wma", ".ism"}  # audio, subtitles, a streaming manifest
+    assert found - no_media <= {*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, *REFUSED_SUFFIXES}
+    undeclared = {".m4v", ".vob", ".ogv", ".mxf", ".ivf"}
+    assert set(VIDEO_SUFFIXES) - found <= undeclared
+    assert not set(IMAGE_SUFFIXES) & set(VIDEO_SUFFIXES)
+
+
+def test_what_is_refused_by_name_is_a_row_and_everything_else_is_counted(
+    tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    folder = tmp_path / "phone"
+    for name in ("a.HEIC", "b.svg", "c.pdf", "d.TGA", "e.ogg", "f.mpo"):
+        write(folder / name, "x")
+    for name in ("1.txt", "2.txt", "3.TXT", "sub/n.zip", "LICENSE", "x.parquet/y.bin"):
+        write(folder / name, "x")
+    note = "left alone: 6 files that are neither images nor videos (3 .txt, 1 without extension, 1 .zip, 1 .bin)"
+    for _ in range(2):  # the second time from the listing
+        found = load(folder)
+        assert [(row["image"], row["video"]) for row in rows_of(found)] == [
+            ("a.HEIC", None), ("b.svg", None), ("c.pdf", None), ("d.TGA", None), (None, "e.ogg"), ("f.mpo", None),
+        ]  # fmt: skip
+        assert found.notes == (note,)
+    for name in ("7.txt", "g.png"):
+        write(folder / name, "x")
+    assert load(folder, new_media=True).notes == (note.replace("6 files", "7 files").replace("3 .txt", "4 .txt"),)
+
+
+def test_a_document_beside_data_files_does_not_make_them_a_folder_of_media(
+    tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    write(tmp_path / "d" / "readme.pdf", "x")
+    write_jsonl(tmp_path / "d" / "data" / "m.jsonl", [{"id": 1}])
+    assert load(tmp_path / "d").format == "jsonl"
+
+
+def test_names_that_are_no_plain_paths_become_rows_that_find_their_files(
+    tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    folder = str(tmp_path / "photos")
+    names = [
+        b"caf\xe9.jpg",
+        b"\xff\xfe/clip.mp4",
+        b"data:x.png",
+        b"file:y.png",
+        b"50%.png",
+        b"\xc3\xa9.png",
+        b" new\nline.gif",
+    ]
+    for name in names:
+        path = os.path.join(os.fsencode(folder), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(name)
+    fetcher = Fetcher(
+        FetchOptions(
+            base=folder, allow=(), allow_private_hosts=False, storage_options={}, timeout_s=1, max_bytes=99, retries=0
+        )
+    )
+    found = rows_of(load(folder))
+    assert {fetcher.fetch(row["image"] or row["video"]) for row in found} == set(names)
+    assert {"caf\\xe9.jpg", "\\xff\\xfe/clip.mp4", "data:x.png", "50%.png", "é.png"} <= {row["id"] for row in found}
+    assert rows_of(load(folder, new_media=True)) == found, "known by these names the next time"
+
+
+def test_a_manifest_whose_own_name_is_no_text_says_so(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    os.makedirs(os.path.join(os.fsencode(tmp_path), b"d\xe9"))
+    write_jsonl(tmp_path / "m.jsonl", [{"id": 1}])
+    os.rename(tmp_path / "m.jsonl", os.path.join(os.fsencode(tmp_path), b"d\xe9", b"m.jsonl"))
+    with pytest.raises(ManifestError, match=r"input.path .*d\\xe9 is not UTF-8"):
+        load(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"d\xe9")))
+    with pytest.raises(ManifestError, match=r"the name .*d\\xe9/m.jsonl is not UTF-8; rename the file"):
+        load(tmp_path)
 
 
 def test_a_resumed_job_uses_the_listing_of_its_first_run(tmp_path: Path, load: Callable[..., Manifest]) -> None:
@@ -93,11 +186,12 @@ def test_data_files_beside_media_are_the_manifest_and_deeper_ones_are_not(
 
 def test_a_bucket_prefix_of_media_is_listed_too(load: Callable[..., Manifest]) -> None:
     root = f"memory://{uuid.uuid4().hex}/photos"
-    for name in ("a/b.jpg", "c.mp4", "readme.txt"):
+    for name in ("a/b.jpg", "c.mp4", "readme.txt", "a//d.jpg"):
         storage.publish(f"{root}/{name}", b"x")
     found = load(root)
     assert found.base == root
     assert rows_of(found) == [
+        {"id": "a//d.jpg", "image": "a//d.jpg", "video": None},
         {"id": "a/b.jpg", "image": "a/b.jpg", "video": None},
         {"id": "c.mp4", "image": None, "video": "c.mp4"},
     ]

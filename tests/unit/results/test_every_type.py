@@ -145,15 +145,6 @@ def test_values_that_are_hard_to_name_have_folders_of_their_own(tmp_path: Path) 
     assert table.column("p").to_pylist() == texts
 
 
-def test_values_that_python_can_not_hold_are_named_where_rows_are_shown(tmp_path: Path) -> None:
-    names = ["date32[day]", "timestamp[us, tz=Mars/Base]", "int8"]
-    folder, _ = results_of(tmp_path, pa.table({name: COLUMNS[name] for name in names}))
-    shown = RunReader(folder.path).fetch([0, 1, 2, 3, 4, 5, 6])
-    for name in names[:2]:
-        assert f"({name}: can't be shown)" in [row[name] for row in shown.values()]
-    assert sorted(str(row["int8"]) for row in shown.values()) == sorted(map(str, COLUMNS["int8"].to_pylist()))
-
-
 @pytest.mark.parametrize("kind", [pa.list_(pa.int8()), pa.struct([("a", pa.int8())]), pa.map_(pa.string(), pa.int8())])
 def test_nested_values_name_no_folders(kind: pa.DataType) -> None:
     with pytest.raises(ConfigError, match=r"partition_by: c is .*whose values can't name folders"):
