@@ -7,9 +7,9 @@ the host behind the pass; `PassResult.read` waits for that copy, which on a GPU 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,8 @@ class ModelRunner:
         self._max_context = max_context
         self._seen: SeenTokens | None = None
         """Made when the first sequence with a repetition penalty begins to decode."""
+        self.timed: Callable[[str], AbstractContextManager[None]] = self._count_seconds
+        """Entered for each part of a pass: vision, prefill, decode. A benchmark puts its own around it."""
         self.reset_counts()
 
     def reset_counts(self) -> None:
@@ -98,15 +100,15 @@ class ModelRunner:
         if isinstance(plan, DecodePlan):
             # Sorted, because backends that pad do so among neighbours.
             sequences = sorted(plan.sequences, key=lambda sequence: sequence.num_computed)
-            with self._timed("decode"):
+            with self.timed("decode"):
                 logits = self._decode(sequences)
                 result = self._sample(logits, sequences)
             self.counts["decode_tokens"] += len(sequences)
         else:
             if plan.media:
-                with self._timed("vision"):
+                with self.timed("vision"):
                     self._encode(plan, max_batch_patches)
-            with self._timed("prefill"):
+            with self.timed("prefill"):
                 result = self._prefill(plan)
             self.counts["prefill_tokens"] += sum(chunk.num_tokens for chunk in plan.chunks)
         self.counts["passes"] += 1
@@ -117,7 +119,7 @@ class ModelRunner:
             del self.visual_tokens[key]
 
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
+    def _count_seconds(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - started
