@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,3 +36,17 @@ def test_a_benchmark_ends_with_its_results_as_json(name: str) -> None:
     if name == "engine":
         assert result["mismatched_rows"] == 0
         assert all(rate for rate in result["reference_images_per_s"].values())
+
+
+def test_measuring_on_a_gpu_machine_as_a_dry_run_without_one(tmp_path: Path) -> None:
+    stages = ["facts", "kernels", "bench_small", "trace_small"]  # the job has its own tests
+    command = [sys.executable, "-m", "jobs.benchmark.gpu.run", "--only", *stages, "--site", str(tmp_path / "site")]
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert summary in done.stdout
+    assert [line.split(",")[0] for line in summary.splitlines() if line[0] != " "][1:-1] == [f"{n}: ok" for n in stages]
+    for shown in ("matmul bf16", "vision: sdpa math", "ours", "  decode", "2 decode passes of 2 rows"):
+        assert f"\n    {shown}" in summary
+    assert "WRONG" not in summary and "FAILED" not in summary

@@ -1,0 +1,280 @@
+"""Every attention kernel that imports here, by error and speed, beside what this GPU's products and copies reach.
+
+    vision    eleven frames of 5,476 patches, 16 heads of 80, as a full pass of 1024 x 1024 images has them
+    prompts   sixteen prompts of 1,024 tokens, causal, with the heads of 2b and 7b
+    decode    one token of each row over the paged cache, as TB/s of keys and values
+
+    python3 -m jobs.benchmark.gpu.kernels [--seconds 90]
+
+A line a measurement; what fails says why in one line. The last line is JSON. Without a GPU: tiny shapes, as a dry run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from jobs.benchmark.gpu import VLLM_LIBRARY
+from jobs.benchmark.gpu.device_time import Measurements, device_seconds
+from jobs.benchmark.workload import measure_ceilings
+
+WRONG = 1e-2
+
+
+class Packed(NamedTuple):
+    """Attention over rows of equal length, packed: q [N, H, D], k and v [N, K, D]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    ends: torch.Tensor
+    length: int
+    causal: bool
+    scale: float
+    """Of the scores; the same where heads are padded."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows are packed."""
+        return len(self.ends) - 1
+
+    @property
+    def flop(self) -> float:
+        """Of scores and weighted values; a causal row sees half of them."""
+        whole = 4 * self.length**2 * self.q.shape[1] * self.q.shape[2] * self.rows
+        return whole / 2 if self.causal else whole
+
+    def truth(self, row: int) -> torch.Tensor:
+        """[length, H, D] of one row in float32, a head at a time."""
+        part = slice(row * self.length, (row + 1) * self.length)
+        q, k, v = (x[part].float().transpose(0, 1) for x in (self.q, self.k, self.v))
+        group = q.shape[0] // k.shape[0]
+        hidden = torch.ones(self.length, self.length, dtype=torch.bool, device=q.device).triu(1)
+        heads = []
+        for head in range(q.shape[0]):
+            scores = (q[head] @ k[head // group].T) * self.scale
+            heads.append(
+                (scores.masked_fill(hidden, -torch.inf) if self.causal else scores).softmax(-1) @ v[head // group]
+            )
+        return torch.stack(heads, dim=1)
+
+
+Kernel = Callable[[Packed], torch.Tensor]
+
+
+def torch_varlen(case: Packed) -> torch.Tensor:
+    """torch's own flash kernel, which the engine uses."""
+    q, k, v, ends, length, causal, scale = case
+    out: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, ends, ends, length, length, 0.0, causal, False, scale=scale
+    )[0]
+    return out
+
+
+def cudnn_varlen(case: Packed) -> torch.Tensor:
+    """torch's packed cuDNN kernel."""
+    q, k, v, ends, length, causal, scale = case
+    out: torch.Tensor = torch.ops.aten._cudnn_attention_forward(
+        q, k, v, None, ends, ends, length, length, False, 0.0, causal, False, scale=scale
+    )[0]
+    return out
+
+
+def sdpa(backend: SDPBackend) -> Kernel:
+    """scaled_dot_product_attention over a batch of the rows, which must be of equal length."""
+
+    def run(case: Packed) -> torch.Tensor:
+        q, k, v = (x.view(case.rows, case.length, *x.shape[1:]).transpose(1, 2) for x in case[:3])
+        with sdpa_kernel(backend):
+            grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, scale=case.scale, enable_gqa=grouped)
+        return out.transpose(1, 2).reshape(case.q.shape)
+
+    return run
+
+
+def flash_package(function: Callable[..., Any]) -> Kernel:
+    """A function with flash-attn's names."""
+
+    def run(case: Packed) -> torch.Tensor:
+        q, k, v, ends, length, causal, scale = case
+        lengths = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": length, "max_seqlen_k": length}
+        out = function(q, k, v, **lengths, causal=causal, softmax_scale=scale)
+        first: torch.Tensor = out[0] if isinstance(out, (tuple, list)) else out
+        return first
+
+    return run
+
+
+def padded(kernel: Kernel, width: int) -> Kernel:
+    """A kernel over heads padded with zeros, padding included in the time."""
+
+    def run(case: Packed) -> torch.Tensor:
+        head_dim = case.q.shape[-1]
+        q, k, v = (F.pad(x, (0, width - head_dim)) for x in case[:3])
+        return kernel(case._replace(q=q, k=k, v=v))[..., :head_dim]
+
+    return run
+
+
+def vllm_fa3() -> Callable[..., Any] | None:
+    """FlashAttention 3 out of vLLM's wheel, which reads a paged cache too; None where it was not prepared."""
+    path = os.environ.get(VLLM_LIBRARY, "")
+    if not os.path.exists(path):
+        return None
+    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> Any:
+        wanted = ("cu_seqlens_q", "cu_seqlens_k", None, None, "seqused_k", "max_seqlen_q", "max_seqlen_k", "page_table")
+        lengths = [given.get(name) if name else None for name in wanted]
+        last = (given["softmax_scale"], given["causal"], -1, -1, 0.0, True, None, given.get("num_splits", 1), None)
+        return torch.ops._vllm_fa3_C.fwd(
+            q, k, v, None, None, None, None, *lengths, *[None] * 8, *last, 0, None, 1, 0, None
+        )
+
+    return run
+
+
+def kernels(on_gpu: bool) -> Iterator[tuple[str, Kernel]]:
+    """Whatever can be tried here."""
+    if not on_gpu:
+        yield "sdpa math", sdpa(SDPBackend.MATH)
+        return
+    yield "torch varlen (the engine's)", torch_varlen
+    yield "cudnn varlen", cudnn_varlen
+    for name in ("FLASH", "CUDNN", "EFFICIENT"):
+        yield f"sdpa {name.lower()}", sdpa(getattr(SDPBackend, f"{name}_ATTENTION"))
+    yield "sdpa cudnn, padded to 128", padded(sdpa(SDPBackend.CUDNN_ATTENTION), 128)
+    for name, module in (
+        ("flash-attn 2", "flash_attn"),
+        ("fa3-fwd", "fa3_fwd_interface"),
+        ("flash-attn-4", "flash_attn.cute"),
+    ):
+        try:
+            function = importlib.import_module(module).flash_attn_varlen_func
+        except Exception as error:  # a package may fail to import in any way
+            print(f"{name} is left out: {type(error).__name__}: {str(error)[:120]}")
+            continue
+        yield name, flash_package(function)
+        yield f"{name}, padded to 128", padded(flash_package(function), 128)
+    if (library := vllm_fa3()) is not None:
+        yield "fa3 of vLLM", flash_package(library)
+
+
+def check(case: Packed, kernel: Kernel, truths: dict[int, torch.Tensor]) -> tuple[float, str]:
+    """TFLOP/s, and the line about them."""
+    out = kernel(case).view(case.q.shape)
+    errors = [_error(out[row * case.length : (row + 1) * case.length], truth) for row, truth in truths.items()]
+    seconds = device_seconds(lambda: kernel(case))
+    tflops = case.flop / seconds / 1e12
+    note = "" if max(errors) < WRONG else "   WRONG"
+    return tflops, f"{seconds * 1e3:8.3f} ms {tflops:6.0f} TFLOP/s   error {max(errors):.1e}{note}"
+
+
+def _error(out: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((out.float() - truth).norm() / truth.norm())
+
+
+def vision_case(device: torch.device, frames: int, patches: int) -> Packed:
+    """Laid out as the engine has them: q and k rotated side by side, v a part of the joined product."""
+    total = frames * patches
+    rotated = torch.randn(total, 2, 16, 80, device=device, dtype=torch.bfloat16)
+    joined = torch.randn(total, 3, 16, 80, device=device, dtype=torch.bfloat16)
+    ends = torch.arange(0, total + 1, patches, dtype=torch.int32, device=device)
+    return Packed(rotated[:, 0], rotated[:, 1], joined[:, 2], ends, patches, False, 80**-0.5)
+
+
+def prompt_case(device: torch.device, heads: int, kv_heads: int, prompts: int, length: int) -> Packed:
+    """Sixteen prompts of one length."""
+    total = prompts * length
+    q, k, v = (torch.randn(total, n, 128, device=device, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads))
+    ends = torch.arange(0, total + 1, length, dtype=torch.int32, device=device)
+    return Packed(q, k, v, ends, length, True, 128**-0.5)
+
+
+def decode(found: Measurements, device: torch.device, rows: int, length: int, heads: int, kv_heads: int) -> None:
+    """The engine's decode kernel, and FlashAttention 3 over the same pages where it was prepared."""
+    from pipeline.engine.kernels.paged_decode import paged_decode  # needs triton, which a dry run may lack
+
+    size, width = 64, -(-length // 64)
+    cache = torch.randn(2, rows * width + 1, size, kv_heads, 128, device=device, dtype=torch.bfloat16)
+    tables = torch.randperm(rows * width, device=device).to(torch.int32).view(rows, width)
+    lengths = torch.full((rows,), length, dtype=torch.int32, device=device)
+    q = torch.randn(rows, heads, 128, device=device, dtype=torch.bfloat16)
+    keys, values = (part[tables[0].long()].flatten(0, 1)[:length].float().transpose(0, 1) for part in cache)
+    scores = (q[0].float().view(kv_heads, -1, 128) @ keys.transpose(1, 2)) * 128**-0.5
+    truth = (scores.softmax(-1) @ values).view(heads, 128)
+    moved = 2 * rows * length * kv_heads * 128 * 2
+
+    def body(call: Callable[[], Any]) -> tuple[float, str]:
+        out = call()
+        error = _error((out[0] if isinstance(out, (tuple, list)) else out)[0], truth)
+        seconds = device_seconds(call)
+        speed = moved / seconds / 1e12
+        return speed, f"{seconds * 1e6:8.1f} us {speed:6.2f} TB/s of keys and values   error {error:.1e}"
+
+    name = f"decode {rows} rows x {length}, {heads}/{kv_heads}"
+    found.measure(name, lambda: body(lambda: paged_decode(q, cache[0], cache[1], tables, lengths)))
+    library = vllm_fa3()
+    if library is None:
+        return
+    pages: dict[str, Any] = {"page_table": tables, "seqused_k": lengths, "max_seqlen_q": 1, "max_seqlen_k": length}
+    pages["cu_seqlens_q"] = torch.arange(rows + 1, dtype=torch.int32, device=device)
+    for splits in (1, 0):  # 0: as many parts of the length as it likes
+        call = partial(library, q, *cache, **pages, causal=True, softmax_scale=128**-0.5, num_splits=splits)
+        found.measure(f"{name}, fa3 of vLLM, splits {splits}", partial(body, call))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=100, help="begin nothing new after these")
+    args = parser.parse_args(argv)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    torch.manual_seed(0)
+    found = Measurements(args.seconds)
+    ceilings = measure_ceilings(device, torch.bfloat16)
+    found.measure("matmul bf16", lambda: (ceilings.flops / 1e12, f"{ceilings.flops / 1e12:.3g} TFLOP/s"))
+    found.measure("copy", lambda: (ceilings.bytes_per_s / 1e12, f"{ceilings.bytes_per_s / 1e12:.3g} TB/s"))
+    found.measure("upload", lambda: upload(device))
+    cases = {"vision": vision_case(device, *((11, 5476) if on_gpu else (2, 100)))}
+    for heads, kv_heads in ((12, 2), (28, 4)):
+        cases[f"prompts {heads}/{kv_heads}"] = prompt_case(
+            device, heads, kv_heads, *((16, 1024) if on_gpu else (2, 32))
+        )
+    tried = list(kernels(on_gpu))
+    for title, case in cases.items():
+        with torch.inference_mode():
+            truths = {row: case.truth(row) for row in {0, case.rows - 1}}
+        for name, kernel in tried:
+            if title == "vision" or "padded" not in name:
+                found.measure(f"{title}: {name}", partial(check, case, kernel, truths))
+    if on_gpu:
+        for shape in ((256, 512, 12, 2), (256, 1500, 12, 2), (256, 1500, 28, 4), (32, 4096, 28, 4), (8, 16384, 12, 2)):
+            decode(found, device, *shape)
+    print(json.dumps({"benchmark": "gpu kernels", **found.values}), flush=True)
+    return 0
+
+
+def upload(device: torch.device) -> tuple[float, str]:
+    """GB/s from pinned memory."""
+    num_bytes = 2**26
+    host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    speed = num_bytes / device_seconds(lambda: target.copy_(host, non_blocking=True)) / 1e9
+    return speed, f"{speed:.1f} GB/s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Measure everything on a GPU machine in minutes: python3 -m jobs.benchmark.gpu.run
+
+    python3 -m jobs.benchmark.gpu.run                        all stages, the most valuable first
+    python3 -m jobs.benchmark.gpu.run --only kernels bench_2b
+
+Run it in the checkout, with `.gpu/` from jobs.benchmark.gpu.prepare in it where something is missing on that machine.
+Each stage has a limit and a log in $OUT; a summary of one screen comes last. A stage that fails or runs into its limit
+stops no other. Without a GPU the stages run with tiny shapes, as a dry run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jobs.benchmark.gpu import VLLM_LIBRARY
+
+PYTHON = (sys.executable, "-m")
+ENGINE = (*PYTHON, "jobs.benchmark", "engine")
+LARGE = ("--side", "1024", "--tokens", "100")
+LEAST_S = 20
+"""A stage is not begun with less time left."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Commands that share a limit and a log."""
+
+    name: str
+    limit_s: float
+    commands: tuple[tuple[str, ...], ...]
+    shown: str = ""
+    """Lines of the log for the summary: a pattern that a line begins with."""
+    most_lines: int = 40
+    log: str = ""
+    """Name of the log, if not the stage's: machines hand few files back, so some share one."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def stages(on_gpu: bool, site: Path) -> list[Stage]:
+    """What runs, in order of value."""
+    facts = Stage("facts", 90, ((*PYTHON, "jobs.benchmark.gpu.facts"),), r"(GPU|Python|torch|import|package) ")
+    table = r"(ours|reference-\d+) |  (vision|prefill|decode|between) "
+    kernels = r"(matmul|copy|upload|vision|prompts|decode)\b"
+    tables = r"(engine:|vision and|\d+ decode|share|[ \d.]+% )"
+    world = str(site / "demo-world")
+    # A new folder each time: a finished run would only be looked at.
+    output = str(site / f"demo-{os.getpid()}")
+    job = Stage(
+        "job",
+        120,
+        (
+            (*PYTHON, "pipeline.demo.manifest", "--output", world, "--rows-per-task", "20" if on_gpu else "2"),
+            (*PYTHON, "jobs.caption", "--config", "configs/demo.yaml", "--input.path", world, "--output.path", output),
+            (*PYTHON, "pipeline.demo.check", output),
+        ),
+        r"(rows|this run|\w+ +\d+)",
+        12,
+        log="facts",
+        # Only here: the other stages take the machine's own packages.
+        environment=_path(site / "job"),
+    )
+    if on_gpu:
+        pytest = (*PYTHON, "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider", "--timeout=100", "-rA")
+        bench_2b = (*ENGINE, "--shape", "2b", "--peers", "none", "--images", "256")
+        bench_7b = (*ENGINE, "--shape", "7b", "--peers", "none", "--images", "128", *LARGE)
+        peer = (*ENGINE, "--shape", "2b", "--peers", "reference", "--images", "128", *LARGE)
+        trace = (*PYTHON, "jobs.benchmark.gpu.trace", "--shape", "2b")
+        return [
+            facts,
+            Stage(
+                "tests",
+                160,
+                ((*pytest, "--tb=short", "--durations=8"),),
+                r"(FAILED|ERROR|\d+ (passed|failed)|=+ .*in )",
+                14,
+            ),
+            Stage("kernels", 110, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "90"),), kernels),
+            Stage("bench_2b", 150, ((*bench_2b, *LARGE), bench_2b), table),
+            Stage("trace_2b", 110, (trace,), tables, 24),
+            Stage("bench_7b", 130, (bench_7b,), table),
+            Stage("peer", 120, (peer,), table),
+            job,
+        ]
+    tiny = ("--shape", "small", "--images", "2", "--side", "56", "--tokens", "2", "--threads", "1")
+    tables_of = (*PYTHON, "jobs.benchmark.gpu.trace", "--steps", "2", "--top", "3")
+    return [
+        facts,
+        Stage("kernels", 60, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "30"),), kernels),
+        Stage("bench_small", 120, ((*ENGINE, "--peers", "none", *tiny),), table),
+        Stage("trace_small", 120, ((*tables_of, *tiny),), tables, 24),
+        job,
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: that of no stage, since each is reported."""
+    args = _parse(argv)
+    started = time.monotonic()
+    site, out = Path(args.site), Path(args.output)
+    out.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **unpack(Path(args.packages), site)}
+    environment |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    on_gpu = _has_gpu()
+    planned = stages(on_gpu, site)
+    unknown = set(args.only) - {stage.name for stage in planned}
+    if unknown:
+        print(
+            f"error: no stage {', '.join(sorted(unknown))}; here are {', '.join(s.name for s in planned)}",
+            file=sys.stderr,
+        )
+        return 2
+    summary = []
+    for stage in planned:
+        if args.only and stage.name not in args.only:
+            continue
+        left = args.total - (time.monotonic() - started)
+        line = f"{stage.name}: left out, no time"
+        lines: list[str] = []
+        if left >= LEAST_S:
+            line, lines = run_stage(
+                stage, out / f"{stage.log or stage.name}.log", environment, min(stage.limit_s, left)
+            )
+        print(line, flush=True)
+        summary += [line, *(f"    {shown}" for shown in lines)]
+    summary.append(f"all: {time.monotonic() - started:.0f} s; logs in {out}")
+    text = "\n".join([f"==== summary ({'GPU' if on_gpu else 'dry run without a GPU'})", *summary])
+    print(text, flush=True)
+    (out / "summary.txt").write_text(text + "\n")
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], metavar="STAGE")
+    parser.add_argument("--total", type=float, default=540, help="begin nothing after these seconds")
+    parser.add_argument("--packages", default=".gpu", help="the folder that was prepared")
+    parser.add_argument("--output", default=os.environ.get("OUT") or "out/gpu", help="for the logs. Default: $OUT")
+    parser.add_argument(
+        "--site", default=str(Path(tempfile.gettempdir(), "qwen2-vl-gpu")), help="where packages are unpacked"
+    )
+    return parser.parse_args(argv)
+
+
+def _has_gpu() -> bool:
+    """Asked in another process: torch is not imported here, so a stage has the memory and the device for itself."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
+
+
+def unpack(packages: Path, site: Path) -> dict[str, str]:
+    """Unpack what was prepared, once on a machine; gives the environment variables with which it is found."""
+    site.mkdir(parents=True, exist_ok=True)
+    found = []
+    for archive in sorted(packages.glob("*.tar.xz")):
+        name = archive.name.removesuffix(".tar.xz")
+        folder = site / name
+        if not folder.exists():
+            with tarfile.open(archive, "r:xz") as contents:
+                contents.extractall(f"{folder}.part", filter="tar")
+            Path(f"{folder}.part").rename(folder)
+        found.append(folder)
+    libraries = [path for folder in found for path in folder.glob("_vllm_fa3_C*.so")]
+    return {**_path(site / "fa3"), **({VLLM_LIBRARY: str(libraries[0])} if libraries else {})}
+
+
+def _path(*folders: Path) -> dict[str, str]:
+    """PYTHONPATH with these folders, if they exist, behind what is there."""
+    added = [str(folder) for folder in folders if folder.exists()]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *added]))} if added else {}
+
+
+def run_stage(stage: Stage, log: Path, environment: Mapping[str, str], limit_s: float) -> tuple[str, list[str]]:
+    """Run the commands until one fails or the time is up; gives lines for the summary: how it went, what it printed."""
+    started = time.monotonic()
+    ended = "ok"
+    environment = {**environment, **stage.environment}
+    with log.open("a+") as output:
+        before = output.tell()
+        for command in stage.commands:
+            output.write(f"$ {' '.join(command)}\n")
+            output.flush()
+            # A session of its own, so that all its processes can be ended.
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+            try:
+                code = process.wait(timeout=max(0.0, limit_s - (time.monotonic() - started)))
+            except subprocess.TimeoutExpired:
+                _end(process)
+                ended = f"STOPPED at its limit of {limit_s:.0f} s"
+                break
+            if code:
+                ended = f"exit code {code}"
+                break
+        output.seek(before)
+        lines = output.read().splitlines()
+    return f"{stage.name}: {ended}, {time.monotonic() - started:.0f} s", shown_lines(stage, lines)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(timeout=5)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def shown_lines(stage: Stage, lines: Sequence[str]) -> list[str]:
+    """What of a log belongs into the summary; its end where nothing does."""
+    found = [line for line in lines if re.match(stage.shown, line)]
+    return [line[:170] for line in (found[: stage.most_lines] if found else lines[-5:])]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
