@@ -3,6 +3,7 @@
     vision    eleven frames of 5,476 patches, 16 heads of 80, as a full pass of 1024 x 1024 images has them
     prompts   sixteen prompts of 1,024 tokens, causal, with the heads of 2b and 7b
     decode    one token of each row over the paged cache, as TB/s of keys and values
+    eager, fused    the operations between them, in torch and in Triton
 
     python3 -m jobs.benchmark.gpu.kernels [--seconds 90]
 
@@ -27,6 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from jobs.benchmark.gpu import VLLM_LIBRARY
 from jobs.benchmark.gpu.device_time import Measurements, device_seconds
 from jobs.benchmark.workload import measure_ceilings
+from pipeline.engine.kernels.choose import pick_kernels
+from pipeline.engine.kernels.eager import EAGER, EagerKernels
+from pipeline.engine.kv_cache import KVCache
 
 WRONG = 1e-2
 
@@ -235,6 +239,41 @@ def decode(found: Measurements, device: torch.device, rows: int, length: int, he
         found.measure(f"{name}, fa3 of vLLM, splits {splits}", partial(body, call))
 
 
+def elementwise(found: Measurements, device: torch.device, kernels: EagerKernels, num_rows: int) -> None:
+    """What lies between products and attention, for a pass of 7b: TB/s counting each input and output once."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(num_rows, *shape, device=device, dtype=torch.bfloat16)
+
+    def body(num_values: int, call: Callable[[], object]) -> tuple[float, str]:
+        seconds = device_seconds(call)
+        speed = 2 * num_rows * num_values / seconds / 1e12  # bfloat16
+        return speed, f"{seconds * 1e3:8.3f} ms   {speed:.3g} TB/s counting each input and output once"
+
+    norm = torch.nn.LayerNorm(1280, eps=1e-6, device=device, dtype=torch.bfloat16).requires_grad_(False)
+    weight = torch.ones(3584, device=device, dtype=torch.bfloat16)
+    cos, sin = (torch.rand(num_rows, 1, 1, 80, device=device) for _ in range(2))
+    text_cos, text_sin = (random(1, 128) for _ in range(2))
+    cache = KVCache([device], num_blocks=num_rows, block_size=1, num_kv_heads=4, head_dim=128, dtype=torch.bfloat16)
+    slots = torch.randperm(num_rows, device=device)
+    joined, text, wide, gated = random(3, 16, 80), random(36, 128), random(5120), random(2 * 18944)
+    hidden, text_hidden = random(1280), random(3584)
+    delta, text_delta = random(1280), random(3584)
+    calls: dict[str, tuple[int, Callable[[], object]]] = {
+        "add + LayerNorm": (4 * 1280, lambda: kernels.add_layer_norm(hidden, delta, norm)),
+        "vision rotation": (4 * 1280, lambda: kernels.rotate_vision(joined, cos, sin)),
+        "QuickGELU": (2 * 5120, lambda: kernels.quick_gelu(wide)),
+        "add + RMSNorm": (4 * 3584, lambda: kernels.add_rms_norm(text_hidden, text_delta, weight, 1e-6)),
+        "rotation + cache": (
+            (36 + 32 + 8) * 128,
+            lambda: kernels.rotate_and_cache(text, text_cos, text_sin, 28, cache, 0, slots),
+        ),
+        "SiLU x up": (3 * 18944, lambda: kernels.silu_times_up(gated)),
+    }
+    for name, (num_values, call) in calls.items():
+        found.measure(f"{kernels.name} {name}", partial(body, num_values, call))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -263,6 +302,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if on_gpu:
         for shape in ((256, 512, 12, 2), (256, 1500, 12, 2), (256, 1500, 28, 4), (32, 4096, 28, 4), (8, 16384, 12, 2)):
             decode(found, device, *shape)
+    chosen = [EAGER, *([fused] if (fused := pick_kernels("auto", device)) is not EAGER else [])]
+    for each in chosen:
+        with torch.inference_mode():
+            elementwise(found, device, each, 16384 if on_gpu else 8)
     print(json.dumps({"benchmark": "gpu kernels", **found.values}), flush=True)
     return 0
 

@@ -2,7 +2,7 @@
 
     python -m jobs.benchmark.gpu.prepare          FlashAttention 3 (9 MiB): tests, benchmarks, kernels
     python -m jobs.benchmark.gpu.prepare paged    and the build of it in vLLM's wheel, which reads a paged cache
-    python -m jobs.benchmark.gpu.prepare job      and Ray, av, pydantic (45 MiB more): the whole job too
+    python -m jobs.benchmark.gpu.prepare job      and Ray, av, pydantic (38 MiB more): the whole job too
 
 Run it in the checkout, where pip reaches a package index. It fills `.gpu/`, which git ignores: take that folder along
 with the checkout, and run `python3 -m jobs.benchmark.gpu.run` there. The wheels are those of that machine's Python;
@@ -63,7 +63,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("what", nargs="?", choices=ARCHIVES, default="engine")
     parser.add_argument("--folder", default=".gpu")
     parser.add_argument("--python-version", default="3.12", help="of the GPU machine")
-    parser.add_argument("--limit-mib", type=float, default=63, help="of the folder and the checkout together")
+    parser.add_argument("--limit-mib", type=float, default=61, help="of the folder and the checkout together")
     return parser.parse_args(argv)
 
 
