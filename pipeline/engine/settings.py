@@ -77,7 +77,7 @@ class SamplingParams:
     repetition_penalty: float = setting(
         1.0, "Above 1, tokens that the prompt or the answer already contains become less likely; 1: off.", gt=0
     )
-    n: int = setting(1, "Answers for each row; with more than one, `texts` holds them all.", ge=1)
+    n: int = setting(1, "Answers for each row; with more than one, `texts` holds them all.", ge=1, le=16384)
     seed: int | None = setting(
         None,
         "Seed of rows without one. The other rows of a batch do not change a row's tokens. Default: random.",

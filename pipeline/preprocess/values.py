@@ -61,6 +61,8 @@ def python_value(value: pa.Scalar, where: str) -> Any:
         found = value.as_py()
     except Exception as error:  # of many kinds: ValueError, OverflowError, KeyError, ArrowException, ImportError
         reason = str(error) or type(error).__name__
+        if isinstance(error, UnicodeDecodeError):
+            reason += "; write the column again in UTF-8"
         raise MessageError(f"{where} holds a value of type {value.type} that can't be read: {reason}") from error
     return UUID(bytes=found) if value.type == pa.binary(16) and found is not None else found
 

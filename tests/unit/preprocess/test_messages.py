@@ -435,6 +435,7 @@ def test_sampling_columns_become_sampling_parameters(name: str, value: Any, expe
         ("top_p", 1.5, "a number, above 0, up to 1"),
         ("min_p", 2, "a number, 0 to 1"),
         ("repetition_penalty", 0, "a number, above 0"),
+        ("n", 10**9, "a whole number, 1 to 16384"),  # the engine has a sequence for each
         ("seed", -1, "a whole number, 0 to"),
         ("seed", 2**63, "a whole number, 0 to"),
         ("stop_strings", [""], "text or a list of texts"),
