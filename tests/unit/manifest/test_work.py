@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,13 +62,19 @@ def test_a_huge_manifest_has_a_bounded_number_of_units() -> None:
     assert sum(1 for _ in works) < 12_000
 
 
-def test_rows_with_large_files_inside_make_small_units() -> None:
+@pytest.mark.parametrize(("row_mib", "rows"), [(32, 2), (33, 1), (500, 1)])
+def test_rows_with_large_files_inside_make_small_units(row_mib: int, rows: int) -> None:
     numbering = RowNumbering([1000])
-    manifest = manifest_of([1000], size=1000 * 32 * 1024**2)
+    manifest = manifest_of([1000], size=1000 * row_mib * 1024**2)
     sizes = [
         work.num_rows for work in plan_work(manifest, numbering, RowSet(1000), actors=1, min_rows=8, max_rows=2048)
     ]
-    assert max(sizes) == 2
+    assert max(sizes) == rows
+
+
+def test_the_last_rows_are_a_unit_each_where_units_may_be_so_small() -> None:
+    works = plan_work(manifest_of([5]), RowNumbering([5]), RowSet(5), actors=2, min_rows=1, max_rows=64)
+    assert [work.num_rows for work in works] == [1] * 5
 
 
 def test_retried_rows_of_every_file_have_their_own_attempt() -> None:
@@ -89,15 +96,15 @@ def test_reading_gives_the_wanted_rows_with_row_key_and_attempt(tmp_path: Path) 
     pq.write_table(pa.table({"prompt": [f"p{i}" for i in range(10)]}), tmp_path / "m.parquet")
     manifest = open_manifest(str(tmp_path / "m.parquet"), listing_path=str(tmp_path / "listing.parquet"))
     numbering, finished = RowNumbering([10]), RowSet(10)
-    finished.add(np.array([0, 3, 4, 9]))
+    finished.add(np.array([0, 3, 4, 7, 9]))
     retries = Retries(np.array([2, 6]), np.array([1, 4], dtype=np.int32))
     works = list(plan_work(manifest, numbering, finished, actors=1, min_rows=8, max_rows=64, retries=retries))
     tables = [read_work(manifest.spec, work, ["prompt"]) for work in works]
     table = pa.concat_tables(tables)
-    assert table.column("prompt").to_pylist() == ["p1", "p2", "p5", "p6", "p7", "p8"]
-    assert table.column(UnitColumn.ROW).to_pylist() == [1, 2, 5, 6, 7, 8]
-    assert table.column(UnitColumn.FILE).to_pylist() == [0] * 6
-    assert table.column(UnitColumn.ATTEMPTS).to_pylist() == [1, 2, 1, 5, 1, 1]
+    assert table.column("prompt").to_pylist() == ["p1", "p2", "p5", "p6", "p8"]
+    assert table.column(UnitColumn.ROW).to_pylist() == [1, 2, 5, 6, 8]
+    assert table.column(UnitColumn.FILE).to_pylist() == [0] * 5
+    assert table.column(UnitColumn.ATTEMPTS).to_pylist() == [1, 2, 1, 5, 1]
 
 
 def test_rows_between_those_to_retry_are_not_read(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as refere
 from pipeline.conversation import MediumSettings
 from pipeline.engine.pixels import pixel_table
 from pipeline.preprocess.decode import see_medium
-from pipeline.preprocess.patches import patchify_image, patchify_video, resize_frames
+from pipeline.preprocess.patches import _interpolate, patchify_image, patchify_video, resize_frames
 from pipeline.preprocess.size import grid_thw, num_visual_tokens
 from tests.options import media_options
 from tests.unit.preprocess.golden import cases
@@ -74,14 +74,32 @@ def test_a_single_frame_is_resized_in_the_fast_channels_last_layout() -> None:
     assert resize_frames(frame[None], 28, 56)[0].flags.c_contiguous
 
 
-@pytest.mark.parametrize("chunk_pixels", [60 * 44 * 2, 60 * 44 - 1])  # two frames at once; less than one
+@pytest.mark.parametrize(
+    ("chunk_pixels", "sizes"),
+    [(60 * 44 * 5, [5]), (60 * 44 * 5 - 1, [4, 1]), (60 * 44 * 2, [2, 2, 1]), (60 * 44 - 1, [1] * 5)],
+)
 def test_many_or_large_frames_are_resized_in_parts_as_they_are_at_once(
-    monkeypatch: pytest.MonkeyPatch, chunk_pixels: int
+    monkeypatch: pytest.MonkeyPatch, chunk_pixels: int, sizes: list[int]
 ) -> None:
     frames = np.random.default_rng(7).integers(0, 256, (5, 60, 44, 3), dtype=np.uint8)
     at_once = resize_frames(frames, 84, 56)
+    parts: list[int] = []
+
+    def interpolate(part: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+        parts.append(len(part))
+        return _interpolate(part, height, width)
+
     monkeypatch.setattr("pipeline.preprocess.patches._RESIZE_CHUNK_PIXELS", chunk_pixels)
+    monkeypatch.setattr("pipeline.preprocess.patches._interpolate", interpolate)
     assert np.array_equal(resize_frames(frames, 84, 56), at_once)
+    assert parts == sizes  # no more pixels at once than allowed, and no part smaller than it need be
+
+
+@pytest.mark.parametrize("resize", ["torch", "pil"])
+def test_frames_of_the_size_already_are_handed_back_and_others_are_not(resize: Any) -> None:
+    frames = np.random.default_rng(9).integers(0, 256, (2, 28, 56, 3), dtype=np.uint8)
+    assert resize_frames(frames, 28, 56, resize=resize) is frames
+    assert resize_frames(frames, 56, 28, resize=resize).shape == (2, 56, 28, 3)
 
 
 def test_images_are_bit_equal_to_the_pil_processor_in_every_mode_and_size() -> None:

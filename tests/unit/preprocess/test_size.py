@@ -23,8 +23,8 @@ from pipeline.checkpoint import processor
 from pipeline.conversation import MediumSettings
 from pipeline.engine import PATCH_BYTES
 from pipeline.engine.sequence import MERGE_SIZE
-from pipeline.errors import AspectRatioError, UnsupportedMedia
-from pipeline.preprocess.size import FACTOR, ShownSize, pixel_bounds, smart_resize, video_max_pixels
+from pipeline.errors import AspectRatioError, DecompressionBomb, UnsupportedMedia
+from pipeline.preprocess.size import FACTOR, ShownSize, check_source_size, pixel_bounds, smart_resize, video_max_pixels
 from tests.options import media_options
 
 MAX_PIXELS = 12_845_056
@@ -70,6 +70,17 @@ def test_smart_resize_refuses_what_the_model_cannot_see() -> None:
         smart_resize(0, 5, min_pixels=3136, max_pixels=MAX_PIXELS)
     with pytest.raises(UnsupportedMedia, match="set min_pixels to at least 784"):
         smart_resize(5, 5, min_pixels=0, max_pixels=MAX_PIXELS)
+
+
+def test_a_source_is_refused_by_its_pixels_and_its_shape_before_it_is_decoded() -> None:
+    options = media_options(max_image_pixels=2000)
+    check_source_size("image", 200, 1, options)
+    check_source_size("video", 40, 50, options)
+    for kind, words in (("image", "the image has 40x51 = 2,040 pixels"), ("video", "a frame of the video has 40x51")):
+        with pytest.raises(DecompressionBomb, match=f"{words}.*at most 2,000 are decoded"):
+            check_source_size(kind, 40, 51, options)  # type: ignore[arg-type]
+    with pytest.raises(AspectRatioError, match="201x1 pixels is 201:1"):
+        check_source_size("image", 201, 1, options)
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 64), st.integers(64, 16384))
