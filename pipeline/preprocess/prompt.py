@@ -101,9 +101,7 @@ class ChatTokenizer:
         found = self._special(prompt)
         expected = self._special_of_template(tuple(map(self._without_texts, messages)), add_vision_id)
         if found != expected:
-            token_id = next(
-                iter([*(Counter(found) - Counter(expected)), *(Counter(expected) - Counter(found)), *found])
-            )
+            token_id = next(iter(Counter(found) - Counter(expected) or found or expected))
             raise ReservedTokenError(
                 f"the text makes {self._tokenizer.id_to_token(token_id)}, alone or with the text beside it, which only "
                 "the chat template may write: remove or respell it"

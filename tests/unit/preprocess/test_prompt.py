@@ -325,6 +325,29 @@ def test_templates_have_what_transformers_gives_them(folder: Path) -> None:
     )
 
 
+def test_a_tokenizer_s_own_length_and_padding_are_set_aside(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    saved = json.loads(file.read_text())
+    text = "a text of many more words than four, which no length may cut"
+    set_tokenizer_template(folder, "x")
+    whole = ChatTokenizer(str(folder)).encode(text).tolist()
+    saved["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    saved["padding"] = {
+        "strategy": {"Fixed": 100}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "!",
+    }  # fmt: skip
+    file.write_text(json.dumps(saved))
+    assert ChatTokenizer(str(folder)).encode(text).tolist() == whole and 4 < len(whole) < 100
+
+
+def test_a_named_token_may_be_written_with_its_properties(folder: Path) -> None:
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "eos_token": {"content": "<|im_end|>", "lstrip": False}, "bos_token": "B"}))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}, {{ eos_token }}")
+    assert ChatTokenizer(str(folder)).render(ASK).text == "B, <|im_end|>"
+
+
 def test_a_template_that_is_no_template_is_refused(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{% for x in %}")
     with pytest.raises(CheckpointError, match="can't load a tokenizer"):
