@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,12 @@ class ManifestFile:
     size: int
     version: str | None
     """Nanoseconds of the last change on disk, the etag in a bucket."""
+    large_groups: tuple[int, ...] = ()
+    """Parquet: where each row group begins and ends that is too large to be decoded from its start for every unit."""
+
+    def section(self, row: int) -> int:
+        """How many of these beginnings and ends a row has behind it; odd for a row of a large row group."""
+        return bisect.bisect_right(self.large_groups, row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,8 @@ class WorkUnit:
     """The rows among them that are to be run, ascending; None: all."""
     attempts: npt.NDArray[np.int32] | None = None
     """The attempt that this is for each row to run; None: the first."""
+    shared: int | None = None
+    """Units of a file with the same number here lie in one row group that should be decoded once; None: in no such."""
 
     @property
     def num_rows(self) -> int:
@@ -102,7 +111,8 @@ class Manifest:
         if self.offsets:
             mark = start // INDEX_STRIDE
             seek = (mark * INDEX_STRIDE, int(self.offsets[file][mark]))
-        return WorkUnit(file, self.files[file].path, start, stop, seek)
+        section = self.files[file].section(start)
+        return WorkUnit(file, self.files[file].path, start, stop, seek, shared=section if section % 2 else None)
 
     def fingerprint(self) -> dict[str, Any]:
         """Names, sizes and row counts: enough to tell whether a later run sees the same rows. Goes into JSON.

@@ -30,6 +30,8 @@ _FOOTER_THREADS_LOCAL = 8
 _FOOTER_THREADS_REMOTE = 32
 _BUFFER_WHOLE_BYTES = 128 << 20
 """Row groups up to this size are fetched in one go; larger ones are streamed."""
+_LARGE_GROUP_BYTES = 16 << 20
+"""Row groups above this size are decoded once for all their units: their rows can't be reached but from the start."""
 _STREAM_BUFFER = 4 << 20
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 32 << 20
@@ -47,7 +49,7 @@ class ParquetFormat(ManifestFormat):
         last = pa.schema([])
         with ThreadPoolExecutor(threads) as pool:
             for info, footer in zip(infos, pool.map(lambda info: read_footer(info, options), infos), strict=True):
-                files.append(ManifestFile(info.path, footer.num_rows, info.size, info.version))
+                files.append(ManifestFile(info.path, footer.num_rows, info.size, info.version, _large_groups(footer)))
                 schema = footer.schema.to_arrow_schema()
                 if not schema.equals(last):  # nearly always all files agree, and there is nothing to merge
                     _merge(types, schema, info.path)
@@ -80,6 +82,18 @@ def read_footer(info: FileInfo, options: StorageOptions) -> pq.FileMetaData:
         raise ManifestError(
             f"{info.path} ({info.size} bytes) is not a whole Parquet file: {first_line(error)}; write it again"
         ) from error
+
+
+def _large_groups(footer: pq.FileMetaData) -> tuple[int, ...]:
+    """See ManifestFile.large_groups."""
+    edges: list[int] = []
+    stop = 0
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        start, stop = stop, stop + group.num_rows
+        if group.total_byte_size > _LARGE_GROUP_BYTES:
+            edges += [start, stop]
+    return tuple(edges)
 
 
 def _merge(types: dict[str, pa.DataType], found: pa.Schema, path: str) -> None:

@@ -7,7 +7,7 @@ no actor is left alone with a long one. Knows manifests and sets of rows; not Ra
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,12 +67,26 @@ def plan_work(
             share = remaining // (actors * _UNITS_PER_ACTOR)
             size = max(1, min(max(share, min_rows), largest, max_by_bytes))
             rows = todo[position : position + size]
+            for edge in file.large_groups[file.section(int(rows[0])) :][:1]:
+                rows = rows[rows < edge]  # a unit lies in one large row group, or in none
             unit = manifest.unit(number, int(rows[0]), int(rows[-1]) + 1)
             selected = None if unit.num_rows == len(rows) else rows
             attempts = None if retries is None else retries.next_attempts(rows + first)
             yield replace(unit, selected=selected, attempts=attempts)
             position += len(rows)
             remaining -= len(rows)
+
+
+def bundles(units: Iterable[WorkUnit]) -> list[list[WorkUnit]]:
+    """Units that are best read in one pass, in manifest order: those of one large row group."""
+    found: list[list[WorkUnit]] = []
+    for unit in units:
+        last = found[-1][-1] if found else None
+        if last is not None and unit.shared is not None and (last.file, last.shared) == (unit.file, unit.shared):
+            found[-1].append(unit)
+        else:
+            found.append([unit])
+    return found
 
 
 def read_work(spec: ManifestSpec, unit: WorkUnit, columns: Sequence[str]) -> pa.Table:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.manifest import parquet
 from pipeline.manifest.files import Manifest, ManifestFile
 from pipeline.manifest.find import open_manifest
 from pipeline.manifest.row_set import RowNumbering, RowSet
-from pipeline.manifest.work import Retries, plan_work, read_work
+from pipeline.manifest.work import Retries, bundles, plan_work, read_work, read_works
 from pipeline.schema import UnitColumn
 
 
@@ -121,3 +124,46 @@ def test_rows_between_those_to_retry_are_not_read(tmp_path: Path) -> None:
     finished.add(np.array([i for i in range(300) if i not in (5, 6, 299)]))
     (work,) = plan_work(manifest, RowNumbering([300]), finished, actors=1, min_rows=8, max_rows=64)
     assert read_work(manifest.spec, work, ["prompt"]).column("prompt").to_pylist() == ["p5", "p6", "p299"]
+
+
+@pytest.mark.parametrize("done", [[], list(range(150, 190)), [99, 100, 299]])
+def test_a_large_row_group_is_decoded_once_for_all_its_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: list[int]
+) -> None:
+    path = tmp_path / "m.parquet"
+    sizes = [100, 200, 50, 300]  # rows of each row group; the second and fourth are large
+    with pq.ParquetWriter(path, pa.schema([("id", pa.int64()), ("image", pa.binary())]), compression="none") as writer:
+        for number, size in enumerate(sizes):
+            first = sum(sizes[:number])
+            images = [(b"%4d" % row) * (1000 if number % 2 else 1) for row in range(first, first + size)]
+            writer.write_table(pa.table({"id": range(first, first + size), "image": images}))
+    monkeypatch.setattr(parquet, "_LARGE_GROUP_BYTES", 200_000)
+    monkeypatch.setattr(parquet, "_BATCH_ROWS", 10)
+    decoded = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def counted(file: pq.ParquetFile, **options: Any) -> Iterator[pa.RecordBatch]:
+        for batch in iter_batches(file, **options):
+            decoded.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    manifest = open_manifest(str(path), listing_path="")
+    assert manifest.files[0].large_groups == (100, 300, 350, 650)
+    finished = RowSet(650)
+    finished.add(np.array(done, np.int64))
+    units = list(plan_work(manifest, RowNumbering([650]), finished, actors=2, min_rows=16, max_rows=30))
+    section = manifest.files[0].section
+    assert all(section(unit.start) == section(unit.stop - 1) for unit in units)
+    together = bundles(units)
+    rows = []
+    for bundle in together:
+        decoded.clear()
+        for unit, table in zip(bundle, read_works(manifest.spec, bundle, ["id", "image"]), strict=True):
+            assert table.num_rows == unit.num_rows <= 30
+            rows += table.column("id").to_pylist()
+        if bundle[0].shared is not None:
+            assert sum(decoded) <= sizes[bundle[0].shared]
+    assert rows == [row for row in range(650) if row not in done]
+    assert [len({unit.shared for unit in bundle}) for bundle in together] == [1] * len(together)
+    assert len([bundle for bundle in together if len(bundle) > 1]) == 2, "one for each large row group"
