@@ -5,13 +5,16 @@ Knows Ray and the stages' interfaces; not how actors are placed, nor what a stag
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import DeviceLost, EngineCrash
 from pipeline.execution.profile import StepProfiler
@@ -21,71 +24,89 @@ from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, UnitColumn
 
 log = logging.getLogger(__name__)
-_UNIT = "unit"
+_LARGE = {pa.binary(): pa.large_binary(), pa.string(): pa.large_string()}
+UNITS_AT_ONCE = 8
+"""Units inside a preprocessing actor: one whose rows are begun, and others that wait for slow fetches."""
 
 
-def pack(unit: pa.Table) -> pa.Table:
-    """A unit's rows as one cell. Ray cuts the outputs of tasks to one size in all stages of a dataset; that size suits
-    tables of requests, while a unit of embedded images may be far larger and must stay whole."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, unit.schema) as stream:
-        stream.write_table(unit)
-    rows = sink.getvalue()
-    ends = pa.array([0, rows.size], pa.int64()).buffers()[1]
-    return pa.table({_UNIT: pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, ends, rows])})
+def pack(table: pa.Table) -> pa.Table:
+    """A table as one row of lists, without a copy of columns in one piece. Ray merges and cuts what tasks hand over to
+    blocks of one size in bytes; a row it leaves alone, and hands on at once (see `dataset.run_dataset`)."""
+    columns = {}
+    for name in table.column_names:
+        column = table.column(name)
+        if column.nbytes >= 1 << 31 and column.type in _LARGE:  # more than one piece of this type can hold
+            column = column.cast(_LARGE[column.type])
+        ends = pa.array([0, table.num_rows], pa.int64())
+        values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        columns[name] = pa.LargeListArray.from_arrays(ends, values)
+    return pa.table(columns)
 
 
-def unpack(table: pa.Table) -> pa.Table:
-    """The unit's rows again, without a copy."""
-    (cell,) = table.column(_UNIT)
-    return pa.ipc.open_stream(cell.as_buffer()).read_all()
+def unpack(block: pa.Table) -> pa.Table:
+    """The table again, without a copy."""
+    assert block.num_rows == 1, f"{block.num_rows} tables in a block"
+    return pa.table({name: block.column(name).chunk(0).flatten() for name in block.column_names})
 
 
 class PreprocessActor:
-    """`PreprocessStage` inside Ray: a unit of manifest rows in, tables of requests out as they fill."""
+    """`PreprocessStage` inside Ray: a unit of manifest rows in, tables of requests out as they fill.
+
+    A unit whose last rows wait for slow fetches leaves the core to the next one. Which rows are in which table depends
+    on time, but Ray, which runs a unit again after its actor died, counts on the same tables as before: the Supervisor
+    knows what has left, and that leaves again as it was.
+    """
 
     def __init__(self, options: PreprocessOptions, max_bytes: int, max_rows: int, supervisor: Any) -> None:
         """Tables of requests hold at most `max_rows` rows, and about `max_bytes` bytes of patches."""
         self._stage = PreprocessStage(options)
         self._max_bytes, self._max_rows = max_bytes, max_rows
-        self._stats = {"busy_s": 0.0, "rows": 0, "bytes": 0}
-        self._reporter = ActorReporter(supervisor, "preprocess", lambda: dict(self._stats))
+        self._stats: Counter[str] = Counter()
+        self._turn, self._lock = threading.Lock(), ReadWriteLock()
+        self._reporter = ActorReporter(supervisor, "preprocess", lambda: {**self._stats, **self._stage.stats()})
 
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        table = unpack(table)
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        table = unpack(block)
         keys = _row_keys(table, UnitColumn.FILE, UnitColumn.ROW)
-        suspects = self._reporter.begin(keys)
-        together, alone = _separate(table, keys, suspects)
-        left = [key for key in keys if key not in suspects]
-        for requests in self._tables(together):
-            # A table may wait long to be taken. Its rows and those behind it are not in progress then, so that a
-            # watchdog that looks for rows that hang does not find them.
-            self._reporter.end(left)
-            left = left[requests.num_rows :]
-            yield requests
-            if left:
-                self._reporter.begin(left)
+        with contextlib.ExitStack() as turn:
+            turn.enter_context(self._turn)
+            suspects = self._reporter.begin(keys)
+            together, alone = _separate(table, keys, suspects)
+            with self._lock.together():
+                left = {key for key in keys if key not in suspects}
+                for requests in self._tables(together, keys[0], turn.close):
+                    # A table may wait long to be taken. Its rows and those behind it are not in progress then, so that
+                    # a watchdog that looks for rows that hang does not find them.
+                    self._reporter.end(list(left))
+                    left -= set(_row_keys(requests, MANIFEST_FILE, MANIFEST_ROW))
+                    yield pack(requests)
+                    if left:
+                        self._reporter.begin(list(left))
         for key, row in alone:
             if suspects[key] >= MAX_LONE_DEATHS:
-                yield self._stage.crashed(row, _gave_up("preprocessing", suspects[key]))
+                yield pack(self._stage.crashed(row, _gave_up("preprocessing", suspects[key])))
                 continue
-            self._reporter.begin_alone(key)
-            for requests in self._tables(row):
+            with self._lock.alone():
+                self._reporter.begin_alone(key)
+                requests = self._stage(row)
+                self._count(requests)
                 self._reporter.end([key])
-                yield requests
+            yield pack(requests)
 
-    def _tables(self, rows: pa.Table) -> Iterator[pa.Table]:
-        """The stage's tables; counts them and the time that they took."""
-        tables = self._stage.tables(rows, self._max_bytes, self._max_rows)
-        while True:
-            started = time.perf_counter()
-            requests = next(tables, None)
-            self._stats["busy_s"] += time.perf_counter() - started
-            if requests is None:
-                return
-            self._stats["rows"] += requests.num_rows
-            self._stats["bytes"] += requests.nbytes
+    def _tables(self, rows: pa.Table, unit: RowKey, when_begun: Callable[[], object]) -> Iterator[pa.Table]:
+        """The stage's tables: first those that have left before, then the others, which are noted."""
+        for numbers in self._reporter.handed_over(unit):
+            had_left = pc.is_in(rows.column(UnitColumn.ROW), value_set=pa.array(numbers))
+            requests, rows = self._stage(rows.filter(had_left)), rows.filter(pc.invert(had_left))
+            self._count(requests)
             yield requests
+        for requests in self._stage.tables(rows, self._max_bytes, self._max_rows, when_begun=when_begun):
+            self._count(requests)
+            self._reporter.hand_over(unit, requests.column(MANIFEST_ROW).to_numpy())
+            yield requests
+
+    def _count(self, requests: pa.Table) -> None:
+        self._stats.update(rows=requests.num_rows, bytes=requests.nbytes)
 
 
 class EngineActor:
@@ -107,9 +128,9 @@ class EngineActor:
         profiler = StepProfiler(self._profile_steps, lambda trace: self._reporter.keep_trace(trace))
         return GenerateStage(options, profiler.wrap)
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, block: pa.Table) -> pa.Table:
         try:
-            return self._answer(table)
+            return pack(self._answer(unpack(block)))
         except DeviceLost:
             # Ray starts another process in its place, and the Supervisor has these rows run again. An exception would
             # be sent to the driver and end the job; `ray.actor.exit_actor` would mean that no other is wanted.

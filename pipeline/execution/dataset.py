@@ -28,12 +28,12 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline import errors
 from pipeline.errors import ClusterError, JobError
-from pipeline.execution.actors import EngineActor, PreprocessActor, pack
+from pipeline.execution.actors import UNITS_AT_ONCE, EngineActor, PreprocessActor, pack, unpack
 from pipeline.execution.placement import READ_CPUS, Placement
 from pipeline.execution.stages import Stages
 from pipeline.generate import GenerateOptions
 from pipeline.manifest.files import ManifestSpec, WorkUnit
-from pipeline.manifest.work import read_work
+from pipeline.manifest.work import bundles, read_works
 
 PREPROCESS_ACTOR: type = PreprocessActor
 ENGINE_ACTOR: type = EngineActor
@@ -65,11 +65,12 @@ class Flow:
 
 
 class ManifestSource(Datasource):  # type: ignore[misc]
-    """Ray's view of the work to do: one read task for each unit, with exact row counts."""
+    """Ray's view of the work to do: one read task for each unit, or for the units of a large row group."""
 
     def __init__(self, spec: ManifestSpec, work: Sequence[WorkUnit], columns: Sequence[str]) -> None:
         super().__init__()
-        self._spec, self._work, self._columns = spec, work, columns
+        self._spec, self._columns = spec, columns
+        self.bundles = bundles(work)
 
     def get_name(self) -> str:
         return "Manifest"
@@ -82,15 +83,15 @@ class ManifestSource(Datasource):  # type: ignore[misc]
     ) -> list[ReadTask]:
         return [
             ReadTask(
-                functools.partial(_read, self._spec, work, self._columns),
-                BlockMetadata(num_rows=work.num_rows, size_bytes=None, input_files=None, exec_stats=None),
+                functools.partial(_read, self._spec, units, self._columns),
+                BlockMetadata(num_rows=len(units), size_bytes=None, input_files=None, exec_stats=None),
             )
-            for work in self._work
+            for units in self.bundles
         ]
 
 
-def _read(spec: ManifestSpec, work: WorkUnit, columns: Sequence[str]) -> Iterable[pa.Table]:
-    return [pack(read_work(spec, work, columns))]
+def _read(spec: ManifestSpec, units: Sequence[WorkUnit], columns: Sequence[str]) -> Iterable[pa.Table]:
+    return map(pack, read_works(spec, units, columns))
 
 
 def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], supervisor: Any) -> Iterator[pa.Table]:
@@ -98,11 +99,14 @@ def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], superv
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # else what an actor raises arrives as Ray's own exception, as text
-    context.target_max_block_size = flow.block_bytes
+    # Ray merges what a task hands over until it exceeds this size, and cuts blocks of more rows than one that exceed it
+    # by half. Tables travel as one row each (`actors.pack`): they are never cut, and none waits for the next.
+    context.target_max_block_size = 1
     stages, placement = flow.stages, flow.placement
+    source = ManifestSource(spec, work, stages.columns)
     dataset = ray.data.read_datasource(
-        ManifestSource(spec, work, stages.columns),
-        override_num_blocks=max(1, len(work)),
+        source,
+        override_num_blocks=max(1, len(source.bundles)),
         num_cpus=READ_CPUS,
         # A unit keeps an actor busy for long, and each reader is a process of its own to start.
         concurrency=max(1, placement.preprocess_pool[1] // 2),
@@ -116,14 +120,15 @@ def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], superv
             min_size=placement.preprocess_pool[0],
             max_size=placement.preprocess_pool[1],
             initial_size=placement.preprocess_actors,
-            max_tasks_in_flight_per_actor=2,
+            max_concurrent_calls_per_actor=UNITS_AT_ONCE,
+            max_tasks_in_flight_per_actor=_in_flight(placement.preprocess_pool, UNITS_AT_ONCE, spare=0),
+            enable_true_multi_threading=True,
         ),
         num_cpus=placement.preprocess_cpus,
         **_near_engines(placement),
         runtime_env={"env_vars": _ONE_THREAD},
     )
     in_flight = placement.blocks_in_flight
-    is_fixed = placement.engine_pool[0] == placement.engine_pool[1]
     # map_batches itself refuses whole tables (batch_size None) with GPUs; this is the same without that check.
     dataset = dataset.map_batches_internal(
         ENGINE_ACTOR,
@@ -135,17 +140,21 @@ def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], superv
             max_size=placement.engine_pool[1],
             initial_size=placement.engine_actors,
             max_concurrent_calls_per_actor=in_flight,
-            # Ray grows a pool once twice as many tasks wait as run.
-            max_tasks_in_flight_per_actor=in_flight + (2 if is_fixed else in_flight),
+            max_tasks_in_flight_per_actor=_in_flight(placement.engine_pool, in_flight, spare=2),
             enable_true_multi_threading=True,
         ),
         num_cpus=placement.engine_reserved_cpus,
         num_gpus=placement.gpus_per_engine or None,
     )
     try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=4)
+        yield from map(unpack, dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=4))
     except Exception as error:
         raise _job_error(error) from error
+
+
+def _in_flight(pool: tuple[int, int], calls: int, *, spare: int) -> int:
+    """Tasks given to an actor of so many calls at once: Ray grows a pool once twice as many tasks wait as run."""
+    return calls + (spare if pool[0] == pool[1] else calls)
 
 
 def _for_placement(stages: Stages, placement: Placement) -> GenerateOptions:

@@ -183,6 +183,16 @@ def bottleneck(stats: Sequence[Mapping[str, Any]]) -> str | None:
     if starved is None:
         return None
     if starved > _STARVED_FRACTION:
+        working, fetching = (
+            sum(float(one.get(name, 0)) for one in stats if one.get("kind") == "preprocess")
+            for name in ("busy_s", "fetch_wait_s")
+        )
+        if fetching > working:
+            return (
+                f"fetching held the engine back for {starved:.0%} of the time: CPU actors waited for media "
+                f"{fetching / (fetching + working):.0%} of theirs; storage that is nearer or answers faster, or more "
+                "CPU actors, each of which fetches more at once (resources.preprocess_actors)"
+            )
         actors = sum(one.get("kind") == "preprocess" for one in stats)
         more = max(1, math.ceil(actors * starved / max(1 - starved, 0.05)))
         return (

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import ray
 
 from pipeline.execution.cluster import on_driver_node
@@ -63,6 +65,7 @@ class Supervisor:
         self._first_row: float | None = None
         self._first_engine: float | None = None
         self._traces: list[bytes] = []
+        self._handed_over: dict[RowKey, list[npt.NDArray[np.uint32]]] = {}
 
     def started(self, actor_id: str, kind: str, handle: Any) -> None:
         """An actor started, or restarted after it died: then its rows in progress are suspects."""
@@ -105,6 +108,14 @@ class Supervisor:
         self._actors[actor_id].progressed = time.monotonic()
         for row in rows:
             self._actors[actor_id].in_progress.pop(row, None)
+
+    def hand_over(self, unit: RowKey, rows: npt.NDArray[np.int64]) -> None:
+        """A table with these rows of a unit is about to leave its actor. The unit is named by its first row."""
+        self._handed_over.setdefault(unit, []).append((rows - unit[1]).astype(np.uint32))
+
+    def handed_over(self, unit: RowKey) -> list[npt.NDArray[np.int64]]:
+        """The rows of each table of the unit that has left an actor, in order."""
+        return [rows.astype(np.int64) + unit[1] for rows in self._handed_over.get(unit, [])]
 
     def report(self, actor_id: str, stats: dict[str, Any]) -> None:
         """The latest stats of an actor."""
@@ -286,6 +297,15 @@ class ActorReporter:
         self._supervisor.end.remote(self._actor_id, rows)
         if rows and not self._count(-len(rows)):
             ray.get(self._send())
+
+    def hand_over(self, unit: RowKey, rows: npt.NDArray[np.int64]) -> None:
+        """See Supervisor.hand_over; returns once it is noted."""
+        ray.get(self._supervisor.hand_over.remote(unit, rows))
+
+    def handed_over(self, unit: RowKey) -> list[npt.NDArray[np.int64]]:
+        """See Supervisor.handed_over."""
+        found: list[npt.NDArray[np.int64]] = ray.get(self._supervisor.handed_over.remote(unit))
+        return found
 
     def _count(self, change: int) -> int:
         with self._count_lock:

@@ -55,6 +55,7 @@ METRICS: Mapping[str, Definition] = {
         Definition("row_output_tokens", "histogram", "Tokens generated for a row", (), _TOKENS),
         Definition("busy_seconds", "counter", "Seconds that a stage's actors worked", ("stage",)),
         Definition("starved_seconds", "counter", "Seconds that engines waited for rows"),
+        Definition("fetch_wait_seconds", "counter", "Seconds that preprocessing had nothing to do but wait for media"),
         Definition("phase_seconds", "counter", "Seconds of the engine's passes by phase", ("phase",)),
         Definition("running_sequences", "gauge", "Sequences in an engine's batch"),
         Definition("waiting_sequences", "gauge", "Sequences waiting for a place in an engine's batch"),
@@ -72,6 +73,7 @@ _STATS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "running": ("running_sequences", {}),
     "waiting": ("waiting_sequences", {}),
     "idle_s": ("starved_seconds", {}),
+    "fetch_wait_s": ("fetch_wait_seconds", {}),
     **{f"seconds_{phase}": ("phase_seconds", {"phase": phase}) for phase in ("vision", "prefill", "decode")},
 }
 _PLAIN = ("cache_use", "patches", "prefill_tokens", "decode_tokens", "preemptions", "out_of_memory")

@@ -1,8 +1,8 @@
 """Manifest rows in, request rows out: the CPU stage.
 
 For each row: messages, fetch, decode, resize, patchify, tokenize; one pass, one computing thread, with fetches running
-ahead. A row that fails, however it does, becomes a request row that holds its error. The user's columns that are only
-kept are passed on as Arrow, untouched.
+ahead. Rows leave as their media come. A row that fails, however it does, becomes a request row that holds its error.
+The user's columns that are only kept are passed on as Arrow, untouched.
 Knows the steps it joins and the two row schemas; not Ray, nor what the engine does with a request.
 """
 
@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from pipeline.conversation import Conversation
 from pipeline.errors import RowError, as_row_error
 from pipeline.preprocess.columns import MessageOptions, row_id
 from pipeline.preprocess.fetch import Fetcher
+from pipeline.preprocess.fetch_ahead import FetchAhead, FetchPool
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
 from pipeline.preprocess.messages import conversation
 from pipeline.preprocess.prompt import ChatTokenizer, Prompt, prompt_hash
@@ -37,6 +38,8 @@ from pipeline.preprocess.values import ManifestRow, manifest_rows
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status, UnitColumn, error_values, request_schema
 
 _ROWS_PER_HANDOVER = 8
+_PATIENCE_S = 1.0
+"""Seconds without a ready row after which finished rows no longer wait for the unit's last ones."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class PreprocessOptions:
     model_cache: ModelCache = field(default_factory=ModelCache)
     """Where this machine keeps a checkpoint that lies in a bucket."""
     read_ahead: int = 16
-    """Media that may be fetched before their turn to be decoded."""
+    """Media that are fetched ahead where none is slow."""
+    max_fetches: int = 256
+    """Media of an actor that may be under way at once, slow ones included."""
 
 
 @dataclass
@@ -88,6 +93,15 @@ class _Row:
     def num_visual_tokens(self) -> list[int]:
         """Of each medium."""
         return [num_visual_tokens(medium.receipt.grid_thw) for medium in self.media]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its patches."""
+        return sum(medium.patches.nbytes for medium in self.media)
+
+    @property
+    def has_video(self) -> bool:
+        return self.conversation is not None and any(part.kind == "video" for part in self.conversation.media)
 
     def request(self) -> dict[str, Any]:
         """The request row without its patches and the user's columns."""
@@ -122,36 +136,96 @@ class PreprocessStage:
         self._tokenizer = ChatTokenizer(model_path, revision=options.revision)
         self._fetcher = Fetcher(options.fetch)
         self._worker = MediaWorker(options.media)
-        self._pool = ThreadPoolExecutor(max_workers=min(16, options.read_ahead), thread_name_prefix="fetch")
+        self._pool = FetchPool(
+            lambda source: self._fetcher.fetch(source), ahead=options.read_ahead, at_most=options.max_fetches
+        )
         self._schema = request_schema(options.kept)
+        self._computing = threading.Lock()
+        self._busy_s = 0.0
+        self._row_bytes = float("inf")
+        """Bytes of patches that a row is expected to have."""
 
     def close(self) -> None:
         """Stop the decoder process and the fetching threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
         self._worker.close()
 
+    def stats(self) -> dict[str, float]:
+        """Seconds at work, and seconds with nothing to do but wait for fetches."""
+        return {"busy_s": self._busy_s, "fetch_wait_s": self._pool.waited_s}
+
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Request rows (schema.request_schema) for manifest rows with their row keys (schema.UnitColumn)."""
-        return pa.concat_tables(list(self.tables(table, 1 << 62, 1 << 62)) or [self._schema.empty_table()])
+        """Request rows (schema.request_schema) for manifest rows with their row keys (schema.UnitColumn), in order."""
+        tables = self.tables(table, 1 << 62, 1 << 62, patience_s=None)
+        return pa.concat_tables(list(tables) or [self._schema.empty_table()])
 
-    def tables(self, table: pa.Table, max_bytes: int, max_rows: int) -> Iterator[pa.Table]:
-        """The same in several tables, each ended by so many bytes of patches or so many rows.
+    def tables(
+        self,
+        table: pa.Table,
+        max_bytes: int,
+        max_rows: int,
+        *,
+        when_begun: Callable[[], object] = lambda: None,
+        patience_s: float | None = _PATIENCE_S,
+    ) -> Iterator[pa.Table]:
+        """The same in several tables, each ended by so many bytes of patches or so many rows, or by slow fetches.
 
-        Never by the clock: Ray runs a unit again after its actor died, and counts on the same tables as before.
+        Which rows are in which table depends on the time that their media take. Threads may run several units; a unit
+        that has called `when_begun` has no more fetches to begin.
         """
-        rows: list[_Row] = []
-        first, num_bytes = 0, 0
-        ahead = self._read_ahead(table)
-        # A few at a time, so that handing them to the decoder costs next to nothing each.
-        while group := list(itertools.islice(ahead, min(_ROWS_PER_HANDOVER, max_rows - len(rows)))):
-            self._finish(group)
-            rows += group
-            num_bytes += sum(medium.patches.nbytes for row in group for medium in row.media)
-            if num_bytes >= max_bytes or len(rows) >= max_rows:
-                yield self._request_table(rows, table.slice(first, len(rows)))
-                first, num_bytes, rows = first + len(rows), 0, []
-        if rows:
-            yield self._request_table(rows, table.slice(first, len(rows)))
+        rows = FetchAhead(self._pool, self._begun_rows(table), when_begun)
+        done: dict[int, _Row] = {}
+        num_bytes = 0
+        self._pool.count(units=1)
+        try:
+            # A few at a time, so that handing them to the decoder costs next to nothing each.
+            while True:
+                most = self._group_size(max_bytes - num_bytes, max_rows - len(done))
+                group = rows.take(most, patience_s=patience_s if done else None)
+                for piece in _handovers(group or []):
+                    self._finish([row for _, row in piece])
+                    for place, row in piece:
+                        done[place] = row
+                        num_bytes += row.num_bytes
+                        if num_bytes >= max_bytes or len(done) >= max_rows:
+                            yield from self._hand_over(done, table)
+                            done, num_bytes = {}, 0
+                if done and not group:
+                    yield from self._hand_over(done, table)
+                    done, num_bytes = {}, 0
+                if group == []:
+                    return
+        finally:
+            self._pool.count(units=-1)
+            rows.close()
+
+    def _group_size(self, bytes_left: int, rows_left: int) -> int:
+        """How many rows to decode before looking at their size."""
+        return max(1, min(_ROWS_PER_HANDOVER, rows_left, int(bytes_left / self._row_bytes)))
+
+    def _hand_over(self, done: Mapping[int, _Row], table: pa.Table) -> Iterator[pa.Table]:
+        """The request rows of these places. A table may wait long to be taken: that is no time at work."""
+        places = sorted(done)
+        # As slices of neighbours, which Arrow can take of every type.
+        runs = [list(run) for _, run in itertools.groupby(enumerate(places), key=lambda item: item[1] - item[0])]
+        slices = [table.slice(run[0][1], len(run)) for run in runs]
+        with self._at_work():
+            requests = self._request_table([done[place] for place in places], pa.concat_tables(slices))
+        self._pool.count(units=-1)
+        try:
+            yield requests
+        finally:
+            self._pool.count(units=1)
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """One unit at a time computes."""
+        with self._computing:
+            started = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._busy_s += time.perf_counter() - started
 
     def crashed(self, table: pa.Table, error: RowError) -> pa.Table:
         """Request rows that say why these rows were given up."""
@@ -167,18 +241,12 @@ class PreprocessStage:
             row.id = row_id(values, self._options.messages, key)
         return row
 
-    def _read_ahead(self, table: pa.Table) -> Iterator[_Row]:
-        """Rows in order, their media being fetched while earlier rows are decoded."""
-        waiting: deque[_Row] = deque()
-        num_fetches = 0
+    def _begun_rows(self, table: pa.Table) -> Iterator[_Row]:
+        """Rows in order; the fetches of each begin when it is asked for."""
         for values in manifest_rows(table):
-            row = self._begin(values)
-            waiting.append(row)
-            num_fetches += len(row.fetches)
-            while waiting and num_fetches > self._options.read_ahead:
-                num_fetches -= len(waiting[0].fetches)
-                yield waiting.popleft()
-        yield from waiting
+            with self._at_work():
+                row = self._begin(values)
+            yield row
 
     def _begin(self, values: ManifestRow) -> _Row:
         started = time.perf_counter()
@@ -186,29 +254,31 @@ class PreprocessStage:
         with row.errors():
             row.conversation = conversation(values, self._options.messages)
             row.sampling = json.dumps({**self._options.sampling, **row.conversation.sampling}, sort_keys=True)
-            row.fetches = [self._pool.submit(self._fetcher.fetch, part.source) for part in row.conversation.media]
+            row.fetches = [self._pool.submit(part.source) for part in row.conversation.media]
         row.seconds = time.perf_counter() - started
         return row
 
     def _finish(self, rows: Sequence[_Row]) -> None:
         """Decode the media of a few rows, handed to the decoder together, and tokenize their prompts."""
-        started = time.perf_counter()
-        ready: list[tuple[_Row, list[MediumFile]]] = []
-        for row in rows:
-            with row.errors():
-                if row.error is None and row.conversation is not None:
-                    ready.append((row, self._gather(row, row.conversation)))
-            for fetch in row.fetches:
-                fetch.cancel()
-            row.fetches = []
-        for (row, _), results in zip(ready, self._see([media for _, media in ready]), strict=True):
-            with row.errors():
-                row.media = [_seen(result) for result in results]
-                assert row.prompt is not None
-                row.input_ids = self._tokenizer.expand(row.prompt, row.num_visual_tokens)
-        seconds = (time.perf_counter() - started) / len(rows)
-        for row in rows:
-            row.seconds += seconds
+        with self._at_work():
+            started = time.perf_counter()
+            ready: list[tuple[_Row, list[MediumFile]]] = []
+            for row in rows:
+                with row.errors():
+                    if row.error is None and row.conversation is not None:
+                        ready.append((row, self._gather(row, row.conversation)))
+                self._pool.release(row.fetches)
+                row.fetches = []
+            for (row, _), results in zip(ready, self._see([media for _, media in ready]), strict=True):
+                with row.errors():
+                    row.media = [_seen(result) for result in results]
+                    assert row.prompt is not None
+                    row.input_ids = self._tokenizer.expand(row.prompt, row.num_visual_tokens)
+            seconds = (time.perf_counter() - started) / len(rows)
+            for row in rows:
+                row.seconds += seconds
+                known = self._row_bytes if self._row_bytes < float("inf") else row.num_bytes
+                self._row_bytes = max(1.0, known + (row.num_bytes - known) / _ROWS_PER_HANDOVER)
 
     def _gather(self, row: _Row, asked: Conversation) -> list[MediumFile]:
         """The row's media, fetched, after its prompt has been rendered. Raises the first RowError met."""
@@ -253,6 +323,13 @@ class PreprocessStage:
             if column.name not in columns:
                 columns[column.name] = pa.array([request.get(column.name) for request in requests], column.type)
         return pa.table([columns[name] for name in self._schema.names], schema=self._schema)
+
+
+def _handovers(group: Sequence[tuple[int, _Row]]) -> Iterator[list[tuple[int, _Row]]]:
+    """Rows to hand to the decoder together: one with a video alone, since its patches may fill a table."""
+    for has_video, run in itertools.groupby(group, key=lambda item: item[1].has_video):
+        rows = list(run)
+        yield from ([item] for item in rows) if has_video else [rows]
 
 
 def _seen(result: SeenMedium | RowError) -> SeenMedium:

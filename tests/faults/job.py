@@ -37,11 +37,11 @@ class MarkedPreprocessActor(actors.PreprocessActor):
         super().__init__(*words)
         tables = self._stage.tables
 
-        def tables_or_death(table: pa.Table, *sizes: int) -> Iterator[pa.Table]:
+        def tables_or_death(table: pa.Table, *sizes: int, **options: Any) -> Iterator[pa.Table]:
             assert UnitColumn.ROW in table.column_names
             if KILL_PREPROCESSING in table.column("prompt").to_pylist():
                 os._exit(1)
-            yield from tables(table, *sizes)
+            yield from tables(table, *sizes, **options)
 
         self._stage.tables = tables_or_death  # type: ignore[method-assign]
 

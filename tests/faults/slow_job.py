@@ -6,6 +6,7 @@ python -m tests.faults.slow_job [arguments of jobs.caption]
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -36,9 +37,12 @@ class SlowEchoActor(EngineActor):
 class SlowPreprocessActor(PreprocessActor):
     """The real actor, slowed down: it is still at work when a node is lost."""
 
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        time.sleep(0.05 * unpack(table).num_rows)
-        yield from super().__call__(table)
+    slowly = threading.Lock()
+
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        with self.slowly:
+            time.sleep(0.05 * unpack(block).num_rows)
+        yield from super().__call__(block)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,10 @@ from jobs.benchmark.fake_engine import FakeGenerateStage
 from jobs.caption import main
 from pipeline.engine import Completion, Request, SamplingParams
 from pipeline.execution import dataset
-from pipeline.execution.actors import EngineActor, PreprocessActor, pack
-from pipeline.execution.supervision import RowKey
+from pipeline.execution.actors import EngineActor
 from pipeline.generate import EngineThread
-from pipeline.schema import RESULT_COLUMNS, UnitColumn
+from pipeline.manifest import parquet
+from pipeline.schema import RESULT_COLUMNS
 
 pytestmark = pytest.mark.usefixtures("ray_with_two_cpus")
 
@@ -179,46 +177,16 @@ def test_actor_stats_in_the_record_include_the_last_row(tmp_path: Path, monkeypa
     assert sum(stage["answered"] for stage in stages if stage["kind"] == "engine") == len(ids)
 
 
-class FakeReporter:
-    """Notes which rows are in progress; row 9 is a suspect."""
+def test_the_units_of_a_large_row_group_come_from_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "_LARGE_GROUP_BYTES", 1)
+    sources: list[dataset.ManifestSource] = []
+    made = dataset.ManifestSource
 
-    def __init__(self) -> None:
-        self.in_progress: set[RowKey] = set()
+    def remembered(*words: Any) -> dataset.ManifestSource:
+        sources.append(made(*words))
+        return sources[-1]
 
-    def begin(self, rows: Sequence[RowKey]) -> dict[RowKey, int]:
-        suspects = {row: 0 for row in rows if row[1] == 9}
-        self.in_progress.update(set(rows) - set(suspects))
-        return suspects
-
-    def begin_alone(self, row: RowKey) -> None:
-        self.in_progress.add(row)
-
-    def end(self, rows: Sequence[RowKey]) -> None:
-        self.in_progress.difference_update(rows)
-
-
-class TwoRowsATable:
-    """A preprocessing stage that notes how many rows were in progress while it worked on each table."""
-
-    def __init__(self, reporter: FakeReporter) -> None:
-        self.reporter = reporter
-        self.num_in_progress: list[int] = []
-
-    def tables(self, table: pa.Table, max_bytes: int, max_rows: int) -> Iterator[pa.Table]:
-        for start in range(0, table.num_rows, 2):
-            self.num_in_progress.append(len(self.reporter.in_progress))
-            yield table.slice(start, 2)
-
-
-def test_no_row_is_in_progress_while_a_table_waits_to_be_taken() -> None:
-    reporter = FakeReporter()
-    stage = TwoRowsATable(reporter)
-    actor = PreprocessActor.__new__(PreprocessActor)
-    actor.__dict__.update(_reporter=reporter, _stage=stage, _max_bytes=1, _max_rows=2, _stats=Counter())
-    table = pa.table({UnitColumn.FILE: [0] * 6, UnitColumn.ROW: [0, 1, 2, 3, 4, 9], "patches": [b"12"] * 6})
-    taken = []
-    for requests in actor(pack(table)):
-        assert reporter.in_progress == set()
-        taken += requests.column(UnitColumn.ROW).to_pylist()
-    assert taken == [0, 1, 2, 3, 4, 9]
-    assert stage.num_in_progress == [5, 3, 1, 1]
+    monkeypatch.setattr(dataset, "ManifestSource", remembered)
+    ids = [f"row {number}" for number in range(60)]
+    run(tmp_path, ids, monkeypatch, "--resources.max_rows_per_unit", "8")
+    assert [len(bundle) for bundle in sources[0].bundles] == [8]

@@ -118,7 +118,7 @@ def test_what_the_meter_is_told_stands_on_ray_s_endpoint(endpoint: str) -> None:
     }
     meter.actor("engine", engine)
     meter.actor("engine", {**engine, "busy_s": 6.0, "patches": 150.0, "running": 1.0})
-    meter.actor("preprocess", {"busy_s": 8.0})
+    meter.actor("preprocess", {"busy_s": 8.0, "fetch_wait_s": 2.0})
     meter.progress(5, 20)
     expected = {
         "rows_total": 6,
@@ -137,6 +137,7 @@ def test_what_the_meter_is_told_stands_on_ray_s_endpoint(endpoint: str) -> None:
         "busy_seconds_total{stage=engine}": 6,
         "busy_seconds_total{stage=preprocess}": 8,
         "starved_seconds_total": 1,
+        "fetch_wait_seconds_total": 2,
         "phase_seconds_total{phase=decode}": 3,
         "running_sequences": 1,
         "waiting_sequences": 2,

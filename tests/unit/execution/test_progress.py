@@ -35,6 +35,17 @@ def test_the_bottleneck_is_named_with_what_to_change(
     assert sentence.startswith(told)
 
 
+def test_slow_fetches_are_named_apart_from_preprocessing() -> None:
+    engine = {"kind": "engine", "busy_s": 20.0, "idle_s": 80.0}
+    slow = {"kind": "preprocess", "busy_s": 5.0, "fetch_wait_s": 95.0}
+    assert (bottleneck([engine, slow]) or "").startswith(
+        "fetching held the engine back for 80% of the time: CPU actors"
+    )
+    assert "waited for media 95% of theirs" in (bottleneck([engine, slow]) or "")
+    busy = {"kind": "preprocess", "busy_s": 95.0, "fetch_wait_s": 5.0}
+    assert (bottleneck([engine, busy]) or "").startswith("preprocessing held")
+
+
 def test_a_run_too_short_to_tell_names_no_bottleneck() -> None:
     assert bottleneck([{"kind": "engine", "busy_s": 0.5, "idle_s": 0.1}]) is None
     assert bottleneck([]) is None

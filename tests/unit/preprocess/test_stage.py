@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline.demo import CHECKPOINT
 from pipeline.errors import CredentialError, MessageError
+from pipeline.preprocess import fetch_ahead
 from pipeline.preprocess.columns import MessageOptions
 from pipeline.preprocess.messages import conversation
 from pipeline.preprocess.patches import patchify_image, resize_frames
@@ -73,7 +74,7 @@ def test_patches_and_ids_are_those_of_the_steps_by_hand(stage: PreprocessStage) 
 @pytest.mark.parametrize(
     ("block_bytes", "block_rows", "expected_tables"),
     [
-        (1, 100, 3),
+        (1, 100, 14),
         (70_000, 100, 2),
         (1 << 40, 100, 1),
         (1 << 40, 16, 2),
@@ -114,6 +115,99 @@ def test_fetches_overlap_each_other_and_the_decoding(stage: PreprocessStage, mon
     table = stage(unit([{"image": f"{n}.png", "prompt": "?"} for n in range(40)]))
     assert table.column("status").to_pylist() == ["ok"] * 40
     assert most[0] >= 8
+
+
+class HangingFetches:
+    """Fetches of sources that begin with `slow` hang until they are released. Counts the most at once."""
+
+    def __init__(self, stage: PreprocessStage, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.released, self.lock, self.now, self.most = threading.Event(), threading.Lock(), 0, 0
+        self.data = png(56, 56)
+        monkeypatch.setattr(stage._fetcher, "fetch", self.fetch)
+
+    def fetch(self, source: Any) -> bytes:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        if str(source).startswith("slow"):
+            assert self.released.wait(30)
+        with self.lock:
+            self.now -= 1
+        return self.data
+
+
+def places(table: pa.Table) -> list[int]:
+    return [row - 100 for row in table.column("manifest_row").to_pylist()]
+
+
+def test_rows_that_are_here_pass_slow_ones_and_more_fetches_are_under_way(
+    stage: PreprocessStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetches = HangingFetches(stage, monkeypatch)
+    rows = [{"image": f"{'slow' if n % 2 else 'fast'} {n}", "prompt": "?"} for n in range(80)]
+    begun: list[bool] = []
+    tables = stage.tables(unit(rows), 1 << 40, 10, when_begun=lambda: begun.append(True), patience_s=None)
+    fast = [place for _ in range(4) for place in places(next(tables))]
+    assert sorted(fast) == list(range(0, 80, 2))
+    assert fetches.now == 40 > stage._options.read_ahead and begun == [True]
+    fetches.released.set()
+    slow = [place for table in tables for place in places(table)]
+    assert sorted(slow) == list(range(1, 80, 2))
+    assert fetches.most <= 40 + stage._options.read_ahead
+
+
+def test_finished_rows_do_not_wait_for_the_last_slow_one(
+    stage: PreprocessStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetches = HangingFetches(stage, monkeypatch)
+    rows = [{"image": name, "prompt": "?"} for name in ("fast 0", "slow 1", "fast 2")]
+    tables = stage.tables(unit(rows), 1 << 40, 100, patience_s=0.05)
+    assert places(next(tables)) == [0, 2]
+    fetches.released.set()
+    assert [places(table) for table in tables] == [[1]]
+    assert stage.stats()["fetch_wait_s"] >= 0.04
+
+
+def test_fetches_ahead_are_limited_by_number_and_by_bytes(
+    stage: PreprocessStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetches = HangingFetches(stage, monkeypatch)
+    for limit in ("_at_most", "_MAX_BYTES"):
+        fetches.released.clear()
+        with monkeypatch.context() as patch:
+            if limit == "_at_most":
+                patch.setattr(stage._pool, limit, 20)
+            else:
+                patch.setattr(fetch_ahead, limit, 20 * len(fetches.data))
+                patch.setattr(stage._pool, "_mean_bytes", float(len(fetches.data)))
+            rows = [{"image": f"{'fast' if n % 2 else 'slow'} {n}", "prompt": "?"} for n in range(100)]
+            tables = stage.tables(unit(rows), 1 << 40, 1, patience_s=None)
+            taken = [place for _ in range(19) for place in places(next(tables))]
+            assert set(taken) <= set(range(1, 42, 2)), "not begun while 20 slow ones are under way"
+            fetches.released.set()
+            assert sorted(taken + [place for table in tables for place in places(table)]) == list(range(100))
+
+
+def test_a_unit_that_is_given_up_leaves_no_fetch_behind(
+    stage: PreprocessStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetches = HangingFetches(stage, monkeypatch)
+    tables = stage.tables(unit([{"image": f"fast {n}", "prompt": "?"} for n in range(40)]), 1 << 40, 1)
+    next(tables)
+    tables.close()
+    fetches.released.set()
+    assert (stage._pool._num_ahead, stage._pool._num_units, stage._pool._num_waiting) == (0, 0, 0)
+
+
+def test_large_rows_are_looked_at_one_by_one(stage: PreprocessStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[int] = []
+    see_rows = stage._worker.see_rows
+    monkeypatch.setattr(stage._worker, "see_rows", lambda rows: (handed.append(len(rows)), see_rows(rows))[1])
+    monkeypatch.setattr(stage, "_row_bytes", float("inf"))  # as at the start
+    rows = [{"image": png(112, 112), "prompt": "?"} for _ in range(9)]  # 37,632 bytes of patches each
+    tables = list(stage.tables(unit(rows), 100_000, 100))
+    assert [table.num_rows for table in tables] == [3, 3, 3]
+    assert handed[0] == 1 and max(handed) <= 2, "at most a row more than a table holds is decoded ahead of it"
 
 
 class Fault(BaseException):
