@@ -29,7 +29,8 @@ from ray.data.datasource import Datasource, ReadTask
 from pipeline import errors
 from pipeline.errors import ClusterError, JobError
 from pipeline.execution.actors import UNITS_AT_ONCE, EngineActor, PreprocessActor, pack, unpack
-from pipeline.execution.placement import READ_CPUS, Placement
+from pipeline.execution.placement import Placement
+from pipeline.execution.reservation import Reservation
 from pipeline.execution.stages import Stages
 from pipeline.generate import GenerateOptions
 from pipeline.manifest.files import ManifestSpec, WorkUnit
@@ -55,7 +56,7 @@ class Flow:
     """A job's stages, where they run, and what they exchange."""
 
     stages: Stages
-    placement: Placement
+    reservation: Reservation
     block_bytes: int
     """Bytes of patches from which a table of requests is handed on."""
     rows_per_block: int
@@ -102,12 +103,12 @@ def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], superv
     # Ray merges what a task hands over until it exceeds this size, and cuts blocks of more rows than one that exceed it
     # by half. Tables travel as one row each (`actors.pack`): they are never cut, and none waits for the next.
     context.target_max_block_size = 1
-    stages, placement = flow.stages, flow.placement
+    stages, placement = flow.stages, flow.reservation.placement
     source = ManifestSource(spec, work, stages.columns)
     dataset = ray.data.read_datasource(
         source,
         override_num_blocks=max(1, len(source.bundles)),
-        num_cpus=READ_CPUS,
+        num_cpus=0,  # reads mostly wait, and no other job's actors can keep them waiting
         # A unit keeps an actor busy for long, and each reader is a process of its own to start.
         concurrency=max(1, placement.preprocess_pool[1] // 2),
     )
@@ -125,7 +126,7 @@ def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], superv
             enable_true_multi_threading=True,
         ),
         num_cpus=placement.preprocess_cpus,
-        **_near_engines(placement),
+        ray_remote_args_fn=flow.reservation.preprocessing().options,
         runtime_env={"env_vars": _ONE_THREAD},
     )
     in_flight = placement.blocks_in_flight
@@ -145,6 +146,7 @@ def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], superv
         ),
         num_cpus=placement.engine_reserved_cpus,
         num_gpus=placement.gpus_per_engine or None,
+        ray_remote_args_fn=flow.reservation.engines().options,
     )
     try:
         yield from map(unpack, dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=4))
@@ -165,16 +167,6 @@ def _for_placement(stages: Stages, placement: Placement) -> GenerateOptions:
     else:
         engine = replace(engine, num_threads=placement.engine_threads)
     return replace(stages.generate, engine=engine)
-
-
-def _near_engines(placement: Placement) -> dict[str, Any]:
-    """Preprocessing actors go to the engines' nodes first, whose object store their tables then need not leave."""
-    if not placement.first_nodes:
-        return {}
-    return {
-        "label_selector": {"ray.io/node-id": f"in({','.join(placement.first_nodes)})"},
-        "fallback_strategy": [{"label_selector": {}}],
-    }
 
 
 def _job_error(error: BaseException) -> JobError:

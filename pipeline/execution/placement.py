@@ -19,7 +19,8 @@ from pipeline.config import PoolSize, ResourcesConfig
 from pipeline.errors import ResourceError
 
 READ_CPUS = 0.1
-"""CPUs that one read task reserves: it mostly waits for a disk or a bucket."""
+"""CPUs left to each node's read tasks, which mostly wait for a disk or a bucket. They reserve none: on a cluster that
+other jobs fill they would wait for ever."""
 _MAX_GROWTH = 1.5
 """Preprocessing actors reserve up to this much more than one core, to keep their number on GPU nodes down."""
 _ENGINE_CORES = 1.0
@@ -74,6 +75,8 @@ class Placement:
     """Tables of requests inside each engine actor at once."""
     notes: tuple[str, ...] = ()
     """Sentences on what does not fit yet."""
+    fits: bool = True
+    """Whether the fewest actors fit the cluster's nodes, were they free."""
 
     @property
     def engine_reserved_cpus(self) -> float:
@@ -101,7 +104,8 @@ def place(resources: ResourcesConfig, nodes: Sequence[Node], *, may_wait: bool =
     else:
         placement = _on_cpus(resources, nodes, may_wait)
     store = store_share(nodes, placement)
-    placement = replace(placement, blocks_in_flight=_blocks_in_flight(resources, placement, store))
+    blocks_in_flight = _blocks_in_flight(resources, placement, store)
+    placement = replace(placement, blocks_in_flight=blocks_in_flight, fits=not placement.notes)
     return replace(placement, notes=(*placement.notes, *_store_notes(resources, placement, store)))
 
 

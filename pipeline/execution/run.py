@@ -8,6 +8,7 @@ the process leaves the cluster and starts its own command again, which resumes o
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ from pipeline.execution.placement import Placement, place, place_again
 from pipeline.execution.prepare import CaptionJob
 from pipeline.execution.profile import ProfileFolder
 from pipeline.execution.progress import ProgressLine, ProgressLog
+from pipeline.execution.reservation import Reservation, reserve
 from pipeline.execution.supervision import Supervision
 from pipeline.execution.telemetry import Meter
 from pipeline.preprocess.proxy import proxy_notes
@@ -46,15 +48,17 @@ def run_on_ray(job: CaptionJob, console: Console) -> None:
         job.folder, job.numbering, result_schema(job.kept), output.rows_per_fragment, output.seconds_per_fragment
     )
     try:
-        with ray_cluster(job.config.resources, lambda line: console.print(line, markup=False)):
+        say = functools.partial(console.print, markup=False)
+        with ray_cluster(job.config.resources, say):
             placement = _place(job)
             paths = local_path_notes(job.config, len(live_nodes()))
             for note in (*placement.notes, *paths, *proxy_notes(job.stages.preprocess.fetch)):
-                console.print(note, markup=False)
+                say(note)
             job.start(placement)
             supervision = Supervision(job.config.run.stall_timeout_s)
             try:
-                _run_rows(job, placement, writer, supervision, console)
+                with reserve(placement, say) as reservation:
+                    _run_rows(job, reservation, writer, supervision, console)
             except KeyboardInterrupt:
                 writer.flush()  # before the actors are asked for their stats, which may take a while
                 _read_stats(job, supervision)
@@ -104,16 +108,16 @@ def _place(job: CaptionJob) -> Placement:
 
 
 def _run_rows(
-    job: CaptionJob, placement: Placement, writer: FragmentWriter, supervision: Supervision, console: Console
+    job: CaptionJob, reservation: Reservation, writer: FragmentWriter, supervision: Supervision, console: Console
 ) -> None:
     """Run the stages over what is left, and publish rows as they finish."""
-    work = job.plan(placement)
+    work = job.plan(reservation.placement)
     if not work:
         return
     config, folder = job.config, job.folder
     flow = Flow(
         job.stages,
-        placement,
+        reservation,
         block_bytes=int(config.resources.block_mb * 1024**2),
         rows_per_block=config.resources.max_rows_per_unit,
         profile_steps=config.run.profile_steps,

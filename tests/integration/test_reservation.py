@@ -1,0 +1,44 @@
+"""Two jobs on one cluster: each gets all that it needs, or waits and holds nothing."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import ray
+
+from pipeline.config import PoolSize, ResourcesConfig
+from pipeline.execution import reservation
+from pipeline.execution.placement import Node, place
+from pipeline.execution.reservation import reserve
+
+pytestmark = pytest.mark.usefixtures("ray_with_two_cpus")
+
+
+def test_a_second_job_waits_with_nothing_in_its_hands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reservation, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(reservation, "_REMIND_S", 0.5)
+    asked = ResourcesConfig(preprocess_actors=PoolSize(2, 2), preprocess_cpus=0.4, engine_cpus=0.4)
+    placement = place(asked, [Node("a", cpus=2, gpus=0)])
+    said: list[str] = []
+    is_held, is_done = threading.Event(), threading.Event()
+
+    def tell(line: str) -> None:
+        said.append(line)
+        is_held.set()
+
+    def second() -> None:
+        with reserve(placement, tell):
+            is_held.set()
+            assert is_done.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        with reserve(placement, print):
+            job = pool.submit(second)
+            assert is_held.wait(60)
+            assert "need 1.2 CPUs (0.8 of the cluster's 2 are free)" in said[0]
+            assert ray.available_resources()["CPU"] == pytest.approx(0.8)
+            is_held.clear()
+        is_done.set()
+        job.result(timeout=60)

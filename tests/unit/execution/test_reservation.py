@@ -1,0 +1,86 @@
+"""What a job reserves of a cluster before its actors start, and what it says while it waits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pipeline.config import PoolSize, ResourcesConfig
+from pipeline.execution import reservation
+from pipeline.execution.placement import Node, place
+from pipeline.execution.reservation import Reservation, bundles, reserve, waiting_line
+
+GPU_NODE, CPU_NODE = Node("a", cpus=8, gpus=2), Node("b", cpus=8, gpus=0)
+
+
+class FakeGroup:
+    """A placement group that is ready after so many waits."""
+
+    def __init__(self, waits: int) -> None:
+        self.waits = waits
+
+    def wait(self, seconds: float) -> bool:
+        self.waits -= 1
+        return self.waits < 0
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    made: list[Any] = []
+
+    def group(wanted: list[dict[str, float]], *, strategy: str) -> FakeGroup:
+        made.append((wanted, strategy))
+        return FakeGroup(waits=2)
+
+    monkeypatch.setattr(reservation, "placement_group", group)
+    monkeypatch.setattr(reservation, "remove_placement_group", lambda group: made.append("removed"))
+    monkeypatch.setattr(reservation.ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 2.0})
+    monkeypatch.setattr(reservation.ray, "available_resources", lambda: {"CPU": 3.5})
+    return made
+
+
+def strategy_of(options: Mapping[str, Any]) -> int | None:
+    found = options.get("scheduling_strategy")
+    return None if found is None else int(found.placement_group_bundle_index)
+
+
+def test_all_that_the_job_needs_is_reserved_at_once_and_given_back(calls: list[Any]) -> None:
+    placement = place(ResourcesConfig(preprocess_actors=PoolSize(3, 3)), [GPU_NODE, CPU_NODE])
+    said: list[str] = []
+    with reserve(placement, said.append) as held:
+        cpus = {"CPU": placement.preprocess_cpus}
+        assert calls == [([{"GPU": 1.0}, {"GPU": 1.0}, cpus, cpus, cpus], "PACK")]
+        engines, preprocessing = held.engines(), held.preprocessing()
+        assert [strategy_of(engines.options()) for _ in range(2)] == [0, 1]
+        assert [strategy_of(preprocessing.options()) for _ in range(3)] == [2, 3, 4]
+    assert calls[1:] == ["removed"]
+    assert len(said) == 2 and said[0] == waiting_line(placement, {"CPU": 16, "GPU": 2}, {"CPU": 3.5})
+    assert "2 engine and 3 preprocessing actors need " in said[0]
+    assert "CPUs (3.5 of the cluster's 16 are free) and 2 GPUs (0 of the cluster's 2 are free);" in said[0]
+
+
+def test_engines_on_the_cpu_are_spread_with_their_cpus() -> None:
+    placement = place(ResourcesConfig(), [CPU_NODE, replace(CPU_NODE, node_id="c")])
+    wanted = bundles(placement)
+    assert wanted[:2] == [{"CPU": placement.engine_cpus}] * 2
+    assert sum(bundle["CPU"] for bundle in wanted) == pytest.approx(placement.reserved_cpus)
+
+
+def test_actors_beyond_the_fewest_start_outside_near_the_engines(calls: list[Any]) -> None:
+    resources = ResourcesConfig(preprocess_actors=PoolSize(2, 6))
+    with reserve(place(resources, [GPU_NODE, CPU_NODE]), print) as held:
+        preprocessing = held.preprocessing()
+        found = [preprocessing.options() for _ in range(4)]
+    assert [strategy_of(options) for options in found] == [2, 3, None, None]
+    assert found[3]["label_selector"] == {"ray.io/node-id": "in(a)"}
+
+
+def test_a_job_that_the_cluster_is_too_small_for_reserves_nothing(calls: list[Any]) -> None:
+    placement = place(ResourcesConfig(engine_actors=PoolSize(4, 8)), [GPU_NODE])
+    assert placement.notes and not placement.fits
+    with reserve(placement, print) as held:
+        assert held == Reservation(placement) and held.engines().options() == {}
+    assert calls == []
