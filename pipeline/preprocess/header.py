@@ -3,16 +3,19 @@
     file --Pillow's or FFmpeg's header--> pixels, frames --the run's own rules--> shown size
 
 An image's size is exact. A video's frames are counted by its index where that is complete (MP4, MOV, AVI), by its
-packets where the file is small, and otherwise by its stated duration and rate. Damage past the header is not seen, nor
-that a stored picture is turned: turning swaps the sides and changes no count.
+packets where the file is small, and otherwise by its stated duration and rate, or by its beginning where it states
+none. Damage past the header is not seen, nor that a stored picture is turned: turning swaps the sides and changes no
+count.
 """
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
+import av
 import av.logging
 import numpy as np
 
@@ -32,6 +35,7 @@ from pipeline.preprocess.video.container import (
     video_stream,
 )
 from pipeline.preprocess.video.frames import OpenVideo
+from pipeline.preprocess.video.stated import stated_seconds
 from pipeline.preprocess.video.timing import Timeline, check_video_settings, constant_rate, nearest_keyframes
 
 # What FFmpeg writes of broken headers comes back as errors; its own lines would land in the plan's page.
@@ -40,6 +44,8 @@ av.logging.set_level(None)
 _READ_BYTES = 64 * 1024
 _COUNTED_BYTES = 8 * MIB
 """Videos without an index up to this size are read whole and their packets counted."""
+_BEGINNING_BYTES, _BEGINNING_FRAMES = 2 * MIB, 8
+"""How much is read of a file that does not say how long it is."""
 _COMPLETE = 0.9
 """Share of the frames and of the duration that a complete index covers."""
 
@@ -81,7 +87,7 @@ def _video(file: RangedFile, settings: MediumSettings, options: MediaOptions, bo
         indexed = _indexed_frames(stream, settings, options)
         if indexed is None and len(file) <= _COUNTED_BYTES:
             return _counted(file, settings, options, bounds)
-        timeline, keys = indexed or (_stated_frames(container, stream, settings, options), [])
+        timeline, keys = indexed or (_stated_frames(file, container, stream, settings, options), [])
     places, _ = timeline.choose(settings, options)
     if options.video_frames == "keyframes" and keys:
         places = nearest_keyframes(places, keys, timeline.seconds)
@@ -113,19 +119,36 @@ def _indexed_frames(stream: Any, settings: MediumSettings, options: MediaOptions
     return Timeline(seconds, constant_rate(seconds, tick_s, stated_rate(stream)), 0.0), keys
 
 
-def _stated_frames(container: Any, stream: Any, settings: MediumSettings, options: MediaOptions) -> Timeline:
-    """Times of the frames by the duration and the rate that the file states."""
-    rate = stated_rate(stream)
-    if stream.duration is not None:
-        duration_s = float(stream.duration * stream.time_base)
-    else:
-        duration_s = (container.duration or 0) / 1e6
+def _stated_frames(
+    file: RangedFile, container: Any, stream: Any, settings: MediumSettings, options: MediaOptions
+) -> Timeline:
+    """Times of the frames by the duration and the rate that the file states; else by its beginning."""
+    rate, (duration_s, _) = stated_rate(stream), stated_seconds(container, stream)
     if duration_s <= 0 or rate <= 0:
-        raise TruncatedMedia("the file states neither duration nor frame rate: it may end too early")
+        span_s, measured = _extrapolated(file, container, stream)
+        duration_s, rate = (duration_s, measured) if duration_s > 0 else (span_s, rate or measured)
     check_duration(duration_s, settings.end_s, options)
     total = max(1, round(duration_s * rate))
     check_num_frames(total, options)
     return Timeline(np.arange(total) / rate, rate, 0.0)
+
+
+def _extrapolated(file: RangedFile, container: Any, stream: Any) -> tuple[float, float]:
+    """(seconds, frames a second) of a file that states neither, as browsers record: as if it went on as it begins."""
+    seconds: list[float] = []
+    position = 0
+    with contextlib.suppress(av.error.FFmpegError, IndexError):
+        for packet in container.demux(stream):
+            tick = packet.dts if packet.pts is None else packet.pts
+            if tick is not None:
+                seconds.append(float(tick * packet.time_base))
+                position = max(position, packet.pos or 0)
+            if len(seconds) > _BEGINNING_FRAMES and (position > _BEGINNING_BYTES or file.tell() > _COUNTED_BYTES):
+                break
+    span = max(seconds, default=0.0) - min(seconds, default=0.0)
+    if span <= 0:
+        raise TruncatedMedia("the file states neither duration nor frame rate, and its first frames have no times")
+    return span * max(1.0, len(file) / max(position, 1)), (len(seconds) - 1) / span
 
 
 def _num_decoded(places: list[int], keys: list[int]) -> int:

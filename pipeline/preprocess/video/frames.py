@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.conversation import MediumSettings
-from pipeline.errors import TruncatedMedia
+from pipeline.errors import SettingError, TruncatedMedia
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.video.container import (
     MemoryFile,
@@ -32,6 +32,7 @@ from pipeline.preprocess.video.container import (
 from pipeline.preprocess.video.decoder import ForwardDecoder, open_decoder
 from pipeline.preprocess.video.packets import read_packets
 from pipeline.preprocess.video.picture import rgb_pixels
+from pipeline.preprocess.video.stated import shortfall
 from pipeline.preprocess.video.timing import check_video_settings, nearest_keyframes
 
 
@@ -55,11 +56,16 @@ class OpenVideo:
             self.height: int = stream.codec_context.height
             check_frame_size(self.width, self.height, options)
             self._index, damage = read_packets(self._container, stream, settings.end_s, options)
+            missing = shortfall(self._container, stream, self._index, lambda: open_container(MemoryFile(data)))
+        self._notes = [note for note in (damage, missing) if note]
         if not self._index.packet_of:
             raise TruncatedMedia(f"the video stream holds no frames ({len(data):,} bytes)")
-        self.frame_indices, notes = self._index.timeline.choose(settings, options)
-        """The wanted frames. One that stays on screen for long may be wanted repeatedly."""
-        self._notes = [*([damage] if damage else []), *notes]
+        try:
+            self.frame_indices, notes = self._index.timeline.choose(settings, options)
+            """The wanted frames. One that stays on screen for long may be wanted repeatedly."""
+        except SettingError as error:
+            raise SettingError("; ".join([str(error), *self._notes])) from error
+        self._note(*notes)
         self._keyframes_only = options.video_frames == "keyframes" and self._choose_keyframes()
 
     @property

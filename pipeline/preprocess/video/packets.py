@@ -12,7 +12,7 @@ from bisect import bisect_right
 import av
 import numpy as np
 
-from pipeline.errors import first_line
+from pipeline.errors import UnsupportedMedia, first_line
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.video.container import check_duration, check_num_frames, stated_rate
 from pipeline.preprocess.video.timing import Timeline, constant_rate
@@ -29,10 +29,21 @@ class PacketIndex:
     """All frames of a video in presentation order: when each is shown, and which packet holds it."""
 
     def __init__(
-        self, packets: list[av.Packet], hidden: list[bool], stream: av.VideoStream, container_format: str
+        self,
+        packets: list[av.Packet],
+        hidden: list[bool],
+        stream: av.VideoStream,
+        container_format: str,
+        *,
+        num_read: int,
+        complete: bool,
     ) -> None:
         self.packets = packets
         """In decoding order."""
+        self.num_read = num_read
+        """Packets that were read, those included that hold nothing."""
+        self.complete = complete
+        """Whether the file was read to its end, and not just to the end of the segment."""
         shown = [number for number, is_hidden in enumerate(hidden) if not is_hidden]
         times = [pts for number in shown if (pts := packets[number].pts) is not None]
         in_order = container_format in _WITHOUT_TIMES and stream.codec_context.has_b_frames and times == sorted(times)
@@ -56,6 +67,9 @@ class PacketIndex:
         else:
             rate = rate or _RATE_WITHOUT_TIMES
             self.timeline = Timeline(np.arange(len(shown)) / rate, rate, 0.0)
+        first_s = float(times[0] * (stream.time_base or 0)) if self.by_time and times else 0.0
+        self.end_s = max(first_s, 0.0) + self.timeline.duration_s
+        """Second at which the last frame is no longer shown, by the file's own clock."""
 
     def key_before(self, frame: int) -> int:
         """Number of the packet from which decoding must start to get this frame right."""
@@ -80,20 +94,27 @@ def read_packets(
     is_vp8 = stream.codec_context.name.startswith(("vp8", "libvpx"))
     packets: list[av.Packet] = []
     hidden: list[bool] = []
+    num_read = 0
     origin: int | None = None
     note: str | None = None
+    complete = True
     demuxed = container.demux(stream)
     while True:
         try:
             packet = next(demuxed, None)
-        except av.error.FFmpegError as error:
-            if not packets:
+        except (av.error.FFmpegError, IndexError) as error:
+            if not packets and not isinstance(error, IndexError):
                 raise
-            note = f"the file is damaged after {len(packets)} frames ({first_line(error)})"
+            # PyAV's way of saying, at the end of a file, that it met streams of which the header does not tell.
+            cause = "streams appear inside it" if isinstance(error, IndexError) else first_line(error)
+            if not packets:
+                raise UnsupportedMedia(f"the file is damaged: {cause}") from error
+            note = f"the file is damaged after {len(packets)} frames ({cause})"
             break
         if packet is None:
             break
-        if not packet.size:  # marks the end of the stream
+        num_read += packet.dts is not None or packet.size > 0
+        if not packet.size:  # marks the end of the stream, or a frame that was dropped
             continue
         packets.append(packet)
         hidden.append(packet.is_discard or (is_vp8 and not memoryview(packet)[0] & 0x10))
@@ -104,5 +125,7 @@ def read_packets(
         seconds = (packet.dts - origin) * tick_s
         check_duration(seconds, end_s, options)
         if end_s is not None and seconds > end_s + _REORDER_MARGIN_S:
+            complete = False
             break
-    return PacketIndex(packets, hidden, stream, container.format.name), note
+    index = PacketIndex(packets, hidden, stream, container.format.name, num_read=num_read, complete=complete)
+    return index, note

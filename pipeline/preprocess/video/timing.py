@@ -103,6 +103,7 @@ class Timeline:
             last_s = 1 / rate
         elif not last_s and len(seconds) > 1:
             last_s = float(np.median(np.diff(seconds)))
+        self.last_s = last_s
         self.duration_s: float = self.seconds[-1] + last_s if self.seconds else 0.0
         """Second at which the last frame is no longer shown."""
 

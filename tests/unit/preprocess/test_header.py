@@ -123,6 +123,22 @@ def test_a_large_file_without_an_index_is_estimated_from_its_stated_duration_and
     assert found.size.num_visual_tokens == pytest.approx(np.prod(seen.grid_thw) / 4, rel=0.1)
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libvpx"])
+def test_a_large_recording_that_states_no_duration_is_estimated_from_its_beginning(
+    codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(header_module, "_COUNTED_BYTES", 0)
+    monkeypatch.setattr(header_module, "_BEGINNING_BYTES", 80_000)
+    frames = np.random.default_rng(0).integers(0, 256, (60, 64, 96, 3), dtype=np.uint8)
+    options = {"g": "10", "deadline": "realtime"} if codec == "libvpx" else {"g": "10"}
+    data = encode_video(
+        frames, codec=codec, container="matroska", options=options, container_options={"live": "1"}, rate=10
+    )
+    assert len(data) > 160_000
+    found = header("video", data)
+    assert not found.is_exact and found.size.num_frames == pytest.approx(12, abs=2)
+
+
 def test_keyframes_and_decoded_frames_are_counted() -> None:
     data = encode_video(100, options={"g": "10", "keyint_min": "10", "sc_threshold": "0", "bf": "0"})
     exact = assert_as_decoded("video", data, fps=1.0)
