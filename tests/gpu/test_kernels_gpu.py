@@ -1,0 +1,67 @@
+"""The fused kernels on a GPU against the same operations in torch, and the kernels of vision attention against each
+other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.engine.attention.packed import PackedAttention
+from pipeline.engine.attention.torch_varlen import TorchAttention
+from pipeline.engine.attention.vision import MAX_DIFFERENCE, candidates, choose_vision, fastest, seconds_by_events
+from pipeline.engine.kernels.eager import EAGER
+from pipeline.engine.kernels.fused import FusedKernels
+from pipeline.engine.kernels.sample import Widths, run_every_operation
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = {
+    "2b": Widths(1536, 12, 2, 128, 8960, 16, 80, 5120),
+    "7b": Widths(3584, 28, 4, 128, 18944, 16, 80, 5120),
+    "odd": Widths(67, heads=6, kv_heads=2, head_dim=10, mlp=257, vision_heads=3, vision_head_dim=10, vision_mlp=1030),
+}
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("gap", [0, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_but_the_norms_are_bit_equal_and_these_within_rounding(shape: str, gap: int, dtype: torch.dtype) -> None:
+    found, expected = (
+        run_every_operation(kernels, SHAPES[shape], torch.device("cuda"), dtype, num_rows=33, gap=gap)
+        for kernels in (FusedKernels(), EAGER)
+    )
+    assert found.keys() == expected.keys()
+    different = {}
+    for name in expected:
+        if "norm" in name:
+            epsilon = 2 * torch.finfo(dtype).eps
+            torch.testing.assert_close(found[name], expected[name], rtol=epsilon, atol=4 * epsilon)
+        else:
+            mine, other = (part[name].contiguous().view(BITS[dtype]) for part in (found, expected))
+            different[name] = int((mine != other).sum())
+    assert not any(different.values()), different
+
+
+@pytest.mark.parametrize("lengths", [[5476] * 3, [1024] * 7 + [300, 300, 17]], ids=["large", "mixed"])
+def test_every_kernel_of_vision_attention_computes_the_same(lengths: list[int]) -> None:
+    backend = TorchAttention()
+    tried = candidates(backend.within_frames, backend.name, torch.device("cuda"))
+    qkv = torch.randn(sum(lengths), 3, 16, 80, device="cuda", dtype=torch.bfloat16).unbind(1)
+    results = []
+    for each in tried:
+        each.begin(lengths, qkv[0].device)
+        results.append(each(*qkv).float())
+    for each, result in zip(tried, results, strict=True):
+        difference = float((result - results[0]).norm() / results[0].norm())
+        assert difference <= MAX_DIFFERENCE / 2, each.name
+    _, times = fastest(tried, lengths, qkv, seconds_by_events)
+    assert times.keys() == {each.name for each in tried} and all(took > 0 for took in times.values())
+
+
+def test_a_backend_gets_one_of_the_kernels_that_run_here() -> None:
+    backend: PackedAttention = TorchAttention()
+    device = torch.device("cuda")
+    names = [each.name for each in candidates(backend.within_frames, backend.name, device)]
+    choose_vision(backend, max_patches=16384, num_heads=16, head_dim=80, dtype=torch.bfloat16, device=device)
+    assert backend.vision_name in names
