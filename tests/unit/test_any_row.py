@@ -161,6 +161,46 @@ def test_a_named_time_zone_needs_no_database_where_it_is_only_kept(
     assert [row["status"] for row in stages.run(table, ["when"])] == ["ok"]
 
 
+def answers(stages: Stages, requests: pa.Table) -> list[dict[str, Any]]:
+    stages.generate._schema = result_schema(pa.schema([]))
+    rows: list[dict[str, Any]] = stages.generate(requests).to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "error", "ok"]
+    assert (rows[1]["error_type"], rows[1]["error_stage"], rows[1]["text"]) == ("InternalError", "generate", None)
+    return rows
+
+
+def requests_of(stages: Stages, **columns: list[Any]) -> pa.Table:
+    stages.preprocess._options = options(stages.preprocess._options.fetch.base, pa.schema([]), MessageOptions())
+    stages.preprocess._schema = request_schema(pa.schema([]))
+    return stages.preprocess(with_keys(pa.table({"prompt": ["one", "two", "three"], **columns})))
+
+
+def test_a_request_row_that_contradicts_itself_is_its_own_error_in_the_engine_stage(stages: Stages) -> None:
+    requests = requests_of(stages, image=[png()] * 3)
+    patches = requests.column("patches").to_pylist()
+    patches[1] = patches[1][:-7]
+    at = requests.schema.get_field_index("patches")
+    rows = answers(stages, requests.set_column(at, "patches", pa.array(patches, pa.large_binary())))
+    assert "Traceback" in rows[1]["error_message"]
+    assert rows[1]["num_visual_tokens"] == rows[0]["num_visual_tokens"]  # the receipt stays
+
+
+def test_an_answer_that_cannot_be_turned_into_text_is_its_row_s_error(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Any] = []
+
+    def decode(ids: Any) -> str:
+        decoded.append(ids)
+        if len(decoded) == 2:
+            raise BaseException("a panic")
+        return "text"
+
+    monkeypatch.setattr(stages.generate._tokenizer, "decode", decode)
+    rows = answers(stages, requests_of(stages))
+    assert rows[1]["error_message"].startswith("BaseException: a panic; not foreseen")
+
+
 def test_sixteen_fixed_bytes_are_a_uuid(stages: Stages) -> None:
     key = bytes(range(0x41, 0x51))
     rows = stages.run(pa.table({"id": pa.array([key], pa.binary(16)), "prompt": ["?"]}), [])
