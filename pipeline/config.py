@@ -136,6 +136,11 @@ class MediaConfig(Section):
     video_frames: Literal["exact", "keyframes"] = "exact"
     """`exact`: just the frames that the rule names. `keyframes`: the nearest keyframes, far cheaper; the receipt
     tells which."""
+    frame_sampling: Literal["transformers", "qwen"] = "transformers"
+    """Whose rule chooses frames: `transformers` divides the video evenly and shows the frame at each part's start,
+    `qwen` (qwen-vl-utils) spreads them from the first frame to the last. The receipt notes `qwen`."""
+    truncated_images: Literal["error", "accept"] = "error"
+    """What becomes of an image that ends too early: an error row, or what is there, with a note in the receipt."""
     max_visual_tokens: Positive | None = None
     """Most visual tokens for all of a row's media together; they are shrunk to fit, and the receipt says so."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0

@@ -86,7 +86,8 @@ class OpenMedium:
         patches = allocate(math.prod(grid) * PATCH_BYTES["image"]).reshape(-1, PATCH_BYTES["image"])
         patchify_image(resize_frames(pixels[None], height, width, resize=self._resize)[0], patches)
         sizes = (source_width, source_height, width, height)
-        return SeenMedium(patches, MediumReceipt("image", shown_source(source), *sizes, grid, note=self.size.note))
+        note = _joined(image.note, self.size.note)
+        return SeenMedium(patches, MediumReceipt("image", shown_source(source), *sizes, grid, note=note))
 
     def _see_video(self, video: OpenVideo, source: str, allocate: Allocate) -> SeenMedium:
         timestamps: list[float] = []
@@ -110,7 +111,11 @@ class OpenMedium:
         if step:
             patchify_video(np.stack(step), rest[: math.prod(grid_hw)])
         grid = grid_thw(len(timestamps), height, width)  # fewer frames than planned where the file is damaged
-        note = "; ".join(note for note in (video.note, self.size.note) if note) or None
+        note = _joined(video.note, self.size.note)
         sizes = (source_width, source_height, width, height)
         receipt = MediumReceipt("video", shown_source(source), *sizes, grid, tuple(timestamps), note)
         return SeenMedium(patches[: math.prod(grid)], receipt)
+
+
+def _joined(*notes: str | None) -> str | None:
+    return "; ".join(filter(None, notes)) or None

@@ -2,8 +2,8 @@
 
 Knows codecs; not files, resizing or patches. Every exception of Pillow ends here, as a MediaError.
 
-What is decoded how: EXIF orientation is applied; transparency is laid on white, as transformers does; 16-bit
-channels keep their high byte, as Pillow does for colour; CMYK is converted by Pillow without a colour profile; of an
+What is decoded how: EXIF orientation is applied; transparency is laid on white, as transformers does; channels of more
+than 8 bits are scaled (deep.py); CMYK is converted by Pillow without a colour profile; of an
 animation the first frame is taken. Formats are limited to those a browser or camera writes: Pillow's others include
 one that starts Ghostscript.
 """
@@ -21,7 +21,7 @@ from typing import IO, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from pipeline.errors import (
     DecompressionBomb,
@@ -30,12 +30,16 @@ from pipeline.errors import (
     TruncatedMedia,
     UnsupportedMedia,
 )
+from pipeline.preprocess.deep import deep_pixels
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.size import check_source_size
 
 # Our own limit, `max_image_pixels`, is checked on the header before any pixel is decoded; Pillow's fixed one would
 # overrule a larger setting and warn below it.
 Image.MAX_IMAGE_PIXELS = None
+# Pillow refuses a PNG with a compressed text or colour profile above 1 MiB; drawing programs write their whole scene
+# there. All texts together stay below its other limit, 64 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA", "ICO")
 
@@ -79,9 +83,11 @@ class OpenImage:
 
     def __init__(self, data: Encoded, options: MediaOptions) -> None:
         self._data = data
+        self._accepts_truncated = options.truncated_images == "accept"
+        self.note: str | None = None
+        """What was assumed of the pixels; complete once they have been decoded."""
         with _pillow_errors(data):
-            file = io.BytesIO(data) if isinstance(data, bytes | memoryview) else cast(IO[bytes], data)
-            self._image: Image.Image = Image.open(file, formats=FORMATS)
+            self._image = self._open()
         self.width, self.height = self._image.size
         """Pixels as stored, before EXIF orientation."""
         if not self.width or not self.height:
@@ -93,11 +99,35 @@ class OpenImage:
 
         With `min_side`, a JPEG may come out smaller by a power of two, as long as both sides keep so many pixels.
         """
+        try:
+            return self._decode(min_side)
+        except TruncatedMedia as error:
+            if not self._accepts_truncated:
+                raise
+            with _pillow_errors(self._data):
+                self._image = self._open()
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+            try:
+                pixels = self._decode(min_side)
+            finally:
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+            self.note = "; ".join(filter(None, (self.note, f"{error}: what is missing is grey or black")))
+            return pixels
+
+    def _open(self) -> Image.Image:
+        data = self._data
+        file = io.BytesIO(data) if isinstance(data, bytes | memoryview) else cast(IO[bytes], data)
+        return Image.open(file, formats=FORMATS)
+
+    def _decode(self, min_side: int | None) -> npt.NDArray[np.uint8]:
         with _pillow_errors(self._data):
             image = self._image
             if min_side is not None:
                 image.draft("RGB", (min_side, min_side))
             image.load()
+            deep = deep_pixels(image, self._data)
+            if deep is not None:
+                image, self.note = deep
             return np.asarray(_to_upright_rgb(image))
 
 
@@ -108,8 +138,6 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
         raise
     except Exception:  # whatever a broken EXIF block makes Pillow raise; browsers show such images as stored
         pass
-    if image.mode.startswith("I;16") or image.mode == "I":
-        return _from_16_bit(image)
     if image.mode == "F":
         raise UnsupportedMedia(
             "the image holds floating-point pixels, which have no defined range: convert it to 8 or 16 bits"
@@ -123,15 +151,6 @@ def on_white(image: Image.Image) -> Image.Image:
     """An RGBA image laid on white, as RGB."""
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")
-
-
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey to RGB by the high byte; Pillow's own conversion would clip everything above 255 to white."""
-    values = np.asarray(image)
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65535:
-        raise UnsupportedMedia(f"the image holds integers from {low} to {high}; convert it to 8 or 16 bits")
-    return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
 
 
 @contextlib.contextmanager

@@ -28,6 +28,8 @@ class MediaOptions:
     min_frames: int
     max_frames: int
     video_frames: Literal["exact", "keyframes"]
+    frame_sampling: Literal["transformers", "qwen"]
+    truncated_images: Literal["error", "accept"]
     max_visual_tokens: int | None
     timeout_s: float
     memory_limit_mb: int

@@ -1,4 +1,4 @@
-"""Which frames of a video are shown: when each is on screen, and transformers' sampling rule.
+"""Which frames of a video are shown: when each is on screen, and the sampling rules of transformers and qwen-vl-utils.
 
 Knows frame times and settings; not files, packets or pixels. A frame index counts frames in presentation order.
 """
@@ -72,6 +72,14 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     return indices
 
 
+def from_first_to_last(first: int, last: int, count: int) -> list[int]:
+    """`count` indices spread from `first` to `last`, both included: the rule of qwen-vl-utils, in float32 as there."""
+    import torch  # as above
+
+    indices: list[int] = torch.linspace(first, last, count).round().long().tolist()
+    return indices
+
+
 def constant_rate(seconds: npt.NDArray[np.float64], tick_s: float, stated: float) -> float | None:
     """Frames a second where frames are evenly spaced, else None. The container's own figure where it agrees."""
     if len(seconds) < 2:
@@ -113,8 +121,14 @@ class Timeline:
         A frame that stays on screen for long may come repeatedly. Raises SettingError.
         """
         notes: list[str] = []
-        first, end, segment_s = self._segment(settings, notes)
+        is_qwen = options.frame_sampling == "qwen"
+        first, end, segment_s = self._segment(settings, notes, with_end=is_qwen)
         total = end - first
+        min_frames = options.min_frames
+        if is_qwen:  # by number, whatever the rate
+            notes.append("frames sampled by the rule of qwen-vl-utils")
+            segment_s = total / (self.rate or len(self.seconds) / self.duration_s)
+            min_frames = math.ceil(min_frames / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE
         num_frames, fps, max_frames = settings.num_frames, settings.fps, options.max_frames
         if num_frames is None and fps is None:
             num_frames, fps = options.num_frames, options.fps
@@ -122,16 +136,18 @@ class Timeline:
                 notes.append(f"all {total} frames shown: num_frames is {num_frames}")
                 num_frames, fps, max_frames = None, math.inf, total
         count = num_sampled_frames(
-            total, segment_s, fps=fps, num_frames=num_frames, min_frames=options.min_frames, max_frames=max_frames
+            total, segment_s, fps=fps, num_frames=num_frames, min_frames=min_frames, max_frames=max_frames
         )
+        if is_qwen:
+            return from_first_to_last(first, end - 1, count), notes
         if self.rate is not None:
             return [first + index for index in evenly_spaced(total, count)], notes
         start_s = max(settings.start_s or 0.0, self.seconds[first])
         times = [start_s + number * segment_s / count + _TIME_EPSILON_S for number in range(count)]
         return [max(first, bisect_right(self.seconds, time, first, end) - 1) for time in times], notes
 
-    def _segment(self, settings: MediumSettings, notes: list[str]) -> tuple[int, int, float]:
-        """(first frame, frame past the last, seconds) between start_s and end_s."""
+    def _segment(self, settings: MediumSettings, notes: list[str], *, with_end: bool) -> tuple[int, int, float]:
+        """(first frame, frame past the last, seconds) between start_s and end_s; `with_end` with the frame at end_s."""
         total = len(self.seconds)
         if settings.start_s is None and settings.end_s is None:
             # Divided as transformers divides, so that a product that should be whole falls on the same side.
@@ -144,7 +160,7 @@ class Timeline:
             notes.append(f"end_s {end_s:g} is past the end of the video, {self.duration_s:g} s")
             end_s = self.duration_s
         first = bisect_left(self.seconds, start_s - _TIME_EPSILON_S)
-        end = bisect_left(self.seconds, end_s - _TIME_EPSILON_S)
+        end = bisect_left(self.seconds, end_s + (_TIME_EPSILON_S if with_end else -_TIME_EPSILON_S))
         if first >= end:  # no frame begins in the segment: show the one that is on screen then
             first, end = max(0, end - 1), max(1, end)
         return first, end, (end - first) / self.rate if self.rate is not None else end_s - start_s

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from pipeline.errors import AspectRatioError, DecompressionBomb, MediaError, TruncatedMedia, UnsupportedMedia
 from pipeline.preprocess.image import OpenImage
@@ -98,6 +99,90 @@ def test_sixteen_bit_colour_is_scaled_not_clipped() -> None:
     raw = b"".join(b"\x00" + row.tobytes() for row in values)
     data = png(8, 4, raw, bit_depth=16, colour_type=2)
     assert np.array_equal(decode_image(data), (values >> 8).astype(np.uint8))
+
+
+TWELVE_BITS = np.linspace(0, 4095, 64 * 16).astype(np.uint16).reshape(16, 64)
+AS_EIGHT_BITS = (TWELVE_BITS * (255 / 4095) + 0.5).astype(np.uint8)
+
+
+def decoded(data: bytes) -> tuple[Any, str | None]:
+    image = OpenImage(data, media_options())
+    return image.decode(), image.note
+
+
+def grey_16(values: Any, *chunks: tuple[bytes, bytes]) -> bytes:
+    raw = b"".join(b"\x00" + row.astype(">u2").tobytes() for row in values)
+    return png(values.shape[1], values.shape[0], raw, bit_depth=16, colour_type=0, chunks=chunks)
+
+
+def colour_16(values: Any, *chunks: tuple[bytes, bytes]) -> bytes:
+    raw = b"".join(b"\x00" + row.astype(">u2").tobytes() for row in np.stack([values] * 3, axis=-1))
+    return png(values.shape[1], values.shape[0], raw, bit_depth=16, colour_type=2, chunks=chunks)
+
+
+def test_twelve_bits_in_a_file_of_sixteen_are_scaled_where_the_file_states_them() -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[281] = 4095  # MaxSampleValue
+    grey = Image.fromarray(TWELVE_BITS)
+    for data in (
+        encode_image(grey, "TIFF", tiffinfo=tags),
+        grey_16(TWELVE_BITS, (b"sBIT", b"\x0c")),
+        colour_16(TWELVE_BITS, (b"sBIT", b"\x0c\x0c\x0c")),
+        colour_tiff(TWELVE_BITS, largest=4095),
+    ):
+        pixels, note = decoded(data)
+        assert np.abs(pixels.astype(int) - AS_EIGHT_BITS[..., None]).max() <= 1
+        assert note == "shown as 12 bits a channel, as the file states"
+
+
+def test_twelve_bits_that_fill_sixteen_are_shown_as_sixteen() -> None:
+    for values in (TWELVE_BITS << 4, TWELVE_BITS << 4 | TWELVE_BITS >> 8, (TWELVE_BITS >> 6) << 4):
+        for data in (grey_16(values, (b"sBIT", b"\x0c")), colour_16(values, (b"sBIT", b"\x0c" * 3))):
+            pixels, note = decoded(data)
+            assert np.array_equal(pixels[..., 0], values >> 8)
+            assert note is None or "does not state its depth" in note
+
+
+def test_a_dark_file_of_sixteen_bits_that_states_no_depth_is_noted() -> None:
+    for data in (grey_16(TWELVE_BITS), encode_image(Image.fromarray(TWELVE_BITS), "TIFF"), colour_16(TWELVE_BITS)):
+        pixels, note = decoded(data)
+        assert np.array_equal(pixels[..., 0], TWELVE_BITS >> 8)
+        assert note == "no value is above 4095 of 65,535 and the file does not state its depth: shown as 16 bits, dark"
+    assert decoded(grey_16(TWELVE_BITS << 4))[1] is None
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_orientation_of_deep_pictures_is_applied(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encode_image(Image.fromarray(TWELVE_BITS), kind, exif=exif)).shape == (64, 16, 3)
+
+
+def test_the_largest_value_of_a_netpbm_file_is_its_white() -> None:
+    pgm = b"P5 64 16 4095\n" + TWELVE_BITS.astype(">u2").tobytes()
+    assert np.abs(decode_image(pgm)[..., 0].astype(int) - AS_EIGHT_BITS).max() <= 1
+
+
+def test_transparency_of_sixteen_bits_becomes_white() -> None:
+    values = np.array([[300, 60000, 301]], dtype=np.uint16)
+    assert decode_image(grey_16(values, (b"tRNS", struct.pack(">H", 300))))[0, :, 0].tolist() == [255, 234, 1]
+    seen = decode_image(colour_16(values, (b"tRNS", struct.pack(">HHH", 300, 300, 300))))
+    assert seen[0].tolist() == [[255] * 3, [234] * 3, [1] * 3]
+
+
+def colour_tiff(values: Any, *, largest: int) -> bytes:
+    """An uncompressed RGB TIFF of 16 bits, which Pillow can't write."""
+    height, width = values.shape
+    pixels = np.stack([values] * 3, axis=-1).astype("<u2").tobytes()
+    entries = [
+        (256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 200), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 256),
+        (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(pixels)), (281, 3, 3, 210),
+    ]  # fmt: skip
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    head = b"II*\x00" + struct.pack("<I", 8) + directory + bytes(4)
+    return (head.ljust(200, b"\x00") + struct.pack("<5H", 16, 16, 16, 0, 0) + struct.pack("<3H", *[largest] * 3)).ljust(
+        256, b"\x00"
+    ) + pixels
 
 
 def test_floating_point_pixels_are_refused_because_their_range_is_unknown() -> None:
@@ -190,11 +275,45 @@ def test_a_png_whose_text_unpacks_to_gigabytes_is_a_bomb() -> None:
         decode_image(data)
 
 
-def png(width: int, height: int, raw: bytes, *, bit_depth: int, colour_type: int) -> bytes:
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "iCCP"])
+def test_a_png_with_megabytes_of_compressed_metadata_is_decoded(kind: str) -> None:
+    body = np.random.default_rng(0).integers(32, 120, 2 << 20, dtype=np.uint8).tobytes()
+    info = PngImagePlugin.PngInfo()
+    options: dict[str, Any] = {"icc_profile": body} if kind == "iCCP" else {"pnginfo": info}
+    if kind == "zTXt":
+        info.add_text("workflow", body.decode(), zip=True)
+    if kind == "iTXt":
+        info.add_itxt("workflow", body.decode(), zip=True)
+    assert np.array_equal(decode_image(encode_image(Image.fromarray(picture(80, 40)), **options)), picture(80, 40))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_a_truncated_image_can_be_accepted_with_a_note(kind: str) -> None:
+    data = encode_image(Image.fromarray(picture(160, 120)), kind)
+    options = media_options(truncated_images="accept")
+    whole, cut = OpenImage(data, options), OpenImage(data[:-40], options)
+    pixels = cut.decode()
+    assert np.array_equal(whole.decode()[:50], pixels[:50]) and whole.note is None
+    assert cut.note is not None and "ends too early" in cut.note and "what is missing is grey or black" in cut.note
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+    with pytest.raises(TruncatedMedia):
+        decode_image(data[:-40])
+
+
+def png(
+    width: int,
+    height: int,
+    raw: bytes,
+    *,
+    bit_depth: int,
+    colour_type: int,
+    chunks: Sequence[tuple[bytes, bytes]] = (),
+) -> bytes:
     """A PNG with these dimensions in its header, whatever its pixels are."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunk(*each) for each in chunks)
+    return head + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")

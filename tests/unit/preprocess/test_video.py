@@ -154,6 +154,29 @@ def test_a_segment_is_sampled_like_a_video_of_its_own() -> None:
     assert levels(shown(encode_video(40, rate=10), start_s=3.0, fps=2.0)) == [30, 32, 35, 37]
 
 
+def test_qwens_rule_shows_the_first_and_the_last_frame_and_is_noted() -> None:
+    options = media_options(frame_sampling="qwen")
+    video = shown(encode_video(43, rate=10), options, fps=2.0)
+    # 43 frames at 10 a second, 2 wanted a second: 8 of them, 6 frames apart.
+    assert levels(video) == [0, 6, 12, 18, 24, 30, 36, 42]
+    assert video.note == "frames sampled by the rule of qwen-vl-utils"
+    # A segment has the frames at both its ends: 10 to 30.
+    assert levels(shown(encode_video(43, rate=10), options, start_s=1.0, end_s=3.0, num_frames=6)) == [
+        10, 14, 18, 22, 26, 30,
+    ]  # fmt: skip
+    assert len(shown(encode_video(43), media_options(frame_sampling="qwen", min_frames=5), fps=0.1).frames) == 6
+    assert len(shown(encode_video(43), media_options(min_frames=5), fps=0.1).frames) == 4
+    assert len(shown(encode_video(1), options).frames) == 1
+
+
+def test_qwens_rule_counts_frames_whatever_their_times() -> None:
+    times = [*range(0, 1000, 100), 1000, 10_000]
+    data = encode_video(
+        12, times=times, time_base=Fraction(1, 1000), container="matroska", rate=10, options={"bf": "0", "g": "3"}
+    )
+    assert levels(shown(data, media_options(frame_sampling="qwen"), num_frames=4)) == [0, 4, 7, 11]
+
+
 def test_a_segment_between_two_frames_shows_the_one_on_screen() -> None:
     data = encode_video(
         4, times=[0, 3000, 6000, 9000], time_base=Fraction(1, 1000), container="matroska", rate=1, options={"bf": "0"}
