@@ -50,6 +50,25 @@ for _section in _ENGINE_SECTIONS:
     with_config(ConfigDict(extra="forbid"))(_section)
 
 
+class CsvConfig(Section):
+    """How CSV files are written."""
+
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """Character between fields. Default: what a first line such as Excel's `sep=;` names; a tab in .tsv; else the one
+    of `,`, `;`, tab and `|` that the header has most of."""
+    quote: Annotated[str, Field(max_length=1)] = '"'
+    """Character around fields that hold delimiters or line breaks; empty where no character does."""
+    escape: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """Character before a quote inside a quoted field, such as a backslash. Default: the quote is written twice."""
+
+    @model_validator(mode="after")
+    def _characters_differ(self) -> CsvConfig:
+        used = [character for character in (self.delimiter, self.quote, self.escape) if character]
+        if len(set(used)) < len(used) or not set(used).isdisjoint("\r\n"):
+            raise ValueError("delimiter, quote and escape must be different characters, and no line breaks")
+        return self
+
+
 class InputConfig(Section):
     """The manifest, and what its rows may reach."""
 
@@ -57,6 +76,8 @@ class InputConfig(Section):
     """Manifest: a Parquet, JSONL or CSV file, a folder or glob of them, or a folder or bucket prefix of media."""
     format: Literal["auto", "parquet", "jsonl", "csv", "media"] = "auto"
     """What the manifest is; `auto` goes by file names."""
+    csv: CsvConfig = CsvConfig()
+    """How CSV files are written."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our column names mapped to the manifest's, as in `image: url`."""
     keep: list[str] = Field(default_factory=list)

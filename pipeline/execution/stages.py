@@ -16,7 +16,7 @@ from pipeline.config import CaptionConfig, InputConfig, MediaConfig
 from pipeline.engine import EngineOptions
 from pipeline.errors import ConfigError
 from pipeline.generate import GenerateOptions
-from pipeline.manifest.files import Manifest, WorkUnit
+from pipeline.manifest.files import CsvDialect, Manifest, WorkUnit
 from pipeline.manifest.find import open_manifest
 from pipeline.manifest.row_set import RowNumbering, RowSet
 from pipeline.manifest.work import plan_work
@@ -126,6 +126,7 @@ def open_input(config: CaptionConfig, folder: RunFolder) -> Manifest:
         listing_path=folder.file("manifest.parquet"),
         listing_options=folder.storage_options,
         new_media=config.run.on_change == "new-rows",
+        csv=CsvDialect(**config.input.csv.model_dump()),
     )
 
 

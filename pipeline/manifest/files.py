@@ -23,6 +23,18 @@ INDEX_STRIDE = 128
 
 
 @dataclass(frozen=True, slots=True)
+class CsvDialect:
+    """How CSV is written."""
+
+    delimiter: str | None = None
+    """Between fields; None: a tab in .tsv, elsewhere what the header has most of."""
+    quote: str = '"'
+    """Around fields; empty: no character quotes."""
+    escape: str | None = None
+    """Before a quote inside a quoted field; None: the quote is doubled."""
+
+
+@dataclass(frozen=True, slots=True)
 class ManifestFile:
     """One file of the manifest."""
 
@@ -48,8 +60,8 @@ class WorkUnit:
     start: int
     stop: int
     """Row numbers [start, stop) in the file."""
-    seek: tuple[int, int] = (0, 0)
-    """Text files: a row at or before `start`, and the byte at which it begins."""
+    seek: tuple[int, int, int] = (0, 0, 1)
+    """Text files: a row at or before `start`, the byte at which it begins, and the number of its line, from 1."""
     selected: Indices | None = None
     """The rows among them that are to be run, ascending; None: all."""
     attempts: npt.NDArray[np.int32] | None = None
@@ -75,6 +87,7 @@ class ManifestSpec:
     format: str
     schema: pa.Schema
     storage_options: StorageOptions = field(default=None, repr=False)
+    csv: CsvDialect = CsvDialect()
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,8 @@ class Manifest:
     storage_options: StorageOptions = field(default=None, repr=False, compare=False)
     """For the manifest's own files."""
     offsets: tuple[npt.NDArray[np.int64], ...] = field(default=(), repr=False, compare=False)
-    """Text files: byte offsets of every 128th row of each file."""
+    """Text files: (byte offset, line number) of every 128th row of each file."""
+    csv: CsvDialect = CsvDialect()
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What people should know about it, such as files that are no part of it; a sentence each."""
 
@@ -103,16 +117,17 @@ class Manifest:
     @property
     def spec(self) -> ManifestSpec:
         """What `read_units` needs, to be sent to readers in place of the whole manifest."""
-        return ManifestSpec(self.format, self.schema, self.storage_options)
+        return ManifestSpec(self.format, self.schema, self.storage_options, self.csv)
 
     def unit(self, file: int, start: int, stop: int) -> WorkUnit:
         """The unit of all rows [start, stop) of a file."""
-        seek = (0, 0)
-        if self.offsets:
-            mark = start // INDEX_STRIDE
-            seek = (mark * INDEX_STRIDE, int(self.offsets[file][mark]))
-        section = self.files[file].section(start)
-        return WorkUnit(file, self.files[file].path, start, stop, seek, shared=section if section % 2 else None)
+        path, section = self.files[file].path, self.files[file].section(start)
+        shared = section if section % 2 else None
+        if not self.offsets:
+            return WorkUnit(file, path, start, stop, shared=shared)
+        mark = start // INDEX_STRIDE
+        offset, line = self.offsets[file][mark].tolist()
+        return WorkUnit(file, path, start, stop, (mark * INDEX_STRIDE, offset, line), shared=shared)
 
     def fingerprint(self) -> dict[str, Any]:
         """Names, sizes and row counts: enough to tell whether a later run sees the same rows. Goes into JSON.
@@ -134,7 +149,9 @@ class ManifestFormat(ABC):
     """Lower case; a name that ends in one of these is a file of this format."""
 
     @abstractmethod
-    def open(self, path: str, base: str, infos: Sequence[FileInfo], options: StorageOptions) -> Manifest:
+    def open(
+        self, path: str, base: str, infos: Sequence[FileInfo], options: StorageOptions, csv: CsvDialect
+    ) -> Manifest:
         """Count the rows of these files, in this order, and find the columns. Raises ManifestError."""
 
     @abstractmethod

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.errors import ManifestError, first_line
-from pipeline.manifest.files import MEDIA, Manifest, ManifestFile, relative
+from pipeline.manifest.files import MEDIA, CsvDialect, Manifest, ManifestFile, relative
 from pipeline.manifest.formats import FORMATS, IMAGE_SUFFIXES, REFUSED_SUFFIXES, VIDEO_SUFFIXES, format_of
 from pipeline.manifest.listing import open_listing, supplement_listing, write_listing
 from pipeline.schema import PART_FILE, RECORDS_FOLDER
@@ -29,6 +29,7 @@ def open_manifest(
     listing_path: str,
     listing_options: StorageOptions = None,
     new_media: bool = False,
+    csv: CsvDialect | None = None,
 ) -> Manifest:
     """Find the manifest's files and count their rows. Reads metadata only; text files are read once, to count.
 
@@ -51,7 +52,7 @@ def open_manifest(
                 return listed
         found = _find(path, format, storage_options)
         if found.kind != MEDIA:
-            opened = FORMATS[found.kind].open(path, found.base, found.files, storage_options)
+            opened = FORMATS[found.kind].open(path, found.base, found.files, storage_options, csv or CsvDialect())
             return replace(opened, notes=(*found.notes, *opened.notes))
         write_listing(path, found.base, found.files, found.notes, listing_path, listing_options)
         written = open_listing(path, listing_path, listing_options)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pipeline.errors import first_line
+from pipeline.manifest.files import CsvDialect
 from pipeline.manifest.text import Lines, Record, TextFormat
 
 _EXCERPT_CHARS = 60
@@ -16,26 +17,33 @@ class JsonLinesFormat(TextFormat):
     name = "jsonl"
     suffixes = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
-    def records(self, path: str, file: BinaryIO, start: int) -> Iterator[Record]:
-        lines = Lines(file, start)
-        begin = start
+    def records(self, path: str, file: BinaryIO, dialect: CsvDialect, start: tuple[int, int]) -> Iterator[Record]:
+        lines = Lines(file, *start)
+        begin, number = start
         for line in lines:
             if line.strip():
-                yield _record(begin, line, lines.error)
-            begin, lines.error = lines.offset, None
+                values, error = (None, lines.error) if lines.error else _parse(line, number)
+                yield Record(begin, number, values, error)
+            begin, number, lines.error = lines.offset, lines.number, None
+
+    def likely_form(self, first: str) -> str | None:
+        opening = first.strip()
+        if opening.startswith("["):
+            return "a JSON array; write an object a line, as `jq -c '.[]' FILE` does"
+        if opening == "{":
+            return "JSON over several lines; write an object a line, as `jq -c . FILE` does"
+        return None
 
 
-def _record(offset: int, line: str, error: str | None) -> Record:
-    if error is not None:
-        return Record(offset, None, error)
+def _parse(line: str, number: int) -> tuple[dict[str, Any] | None, str | None]:
+    """The line's object, or why there is none."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as fault:
-        return Record(offset, None, f"the line is not JSON: {first_line(fault)}; found {_excerpt(line)}")
+        return None, f"line {number} is not JSON: {first_line(fault)}; found {_excerpt(line)}"
     if not isinstance(values, dict):
-        found = f"a JSON {type(values).__name__}; expected an object: found {_excerpt(line)}"
-        return Record(offset, None, f"the line is {found}")
-    return Record(offset, values)
+        return None, f"line {number} is a JSON {type(values).__name__}; expected an object: found {_excerpt(line)}"
+    return values, None
 
 
 def _excerpt(line: str) -> str:

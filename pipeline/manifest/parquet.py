@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import ManifestError, first_line
 from pipeline.manifest.files import (
+    CsvDialect,
     Manifest,
     ManifestFile,
     ManifestFormat,
@@ -42,7 +43,9 @@ class ParquetFormat(ManifestFormat):
     name = "parquet"
     suffixes = (".parquet", ".pq")
 
-    def open(self, path: str, base: str, infos: Sequence[FileInfo], options: StorageOptions) -> Manifest:
+    def open(
+        self, path: str, base: str, infos: Sequence[FileInfo], options: StorageOptions, csv: CsvDialect
+    ) -> Manifest:
         threads = min(len(infos), _FOOTER_THREADS_REMOTE if storage.is_remote(path) else _FOOTER_THREADS_LOCAL)
         files = []
         types: dict[str, pa.DataType] = {}

@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.errors import ManifestError, first_line
 from pipeline.manifest.files import (
     INDEX_STRIDE,
+    CsvDialect,
     Manifest,
     ManifestFile,
     ManifestFormat,
@@ -31,6 +32,14 @@ from pipeline.manifest.files import (
 from pipeline.schema import MANIFEST_ERROR
 from pipeline.storage import FileInfo, StorageOptions
 
+_LOOKED_AT_BYTES = 64 * 1024
+_NOT_TEXT = (
+    (b"\xff\xfe", "UTF-16; save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16; save it as UTF-8"),
+    (b"PAR1", "a Parquet file by its first bytes; name it .parquet or set input.format"),
+    (b"PK\x03\x04", "a ZIP archive, as Excel's workbooks are; save it as CSV"),
+)
+"""(how files begin, what they are)"""
 _BOM = b"\xef\xbb\xbf"
 _JSON_ALWAYS = frozenset({"messages"})
 """Columns that are JSON text whatever their values are."""
@@ -47,18 +56,20 @@ class Record(NamedTuple):
 
     offset: int
     """Byte at which it begins."""
+    line: int
+    """The number of its first line, from 1."""
     values: dict[str, Any] | None
     error: str | None = None
     """Why it has no values."""
 
 
 class Lines:
-    """Lines of a file as text. `offset` is the byte at which the next line begins."""
+    """Lines of a file as text. `offset` is the byte at which the next line begins, `number` its number."""
 
-    def __init__(self, file: BinaryIO, start: int = 0) -> None:
+    def __init__(self, file: BinaryIO, start: int = 0, number: int = 1) -> None:
         file.seek(start)
         self._file = file
-        self.offset = start
+        self.offset, self.number = start, number
         self.error: str | None = None
         """Why a line since the last reset is not text."""
 
@@ -71,10 +82,11 @@ class Lines:
             raise StopIteration
         text = line.removeprefix(_BOM) if self.offset == 0 else line
         self.offset += len(line)
+        self.number += 1
         try:
             return text.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError as error:
-            self.error = f"the line is not UTF-8: {first_line(error)}"
+            self.error = f"line {self.number - 1} is not UTF-8: {first_line(error)}"
             return text.decode("utf-8", "replace")
 
 
@@ -82,35 +94,50 @@ class TextFormat(ManifestFormat):
     """Rows one after the other, each beginning at a byte from which reading can start. Files may be gzipped."""
 
     @abstractmethod
-    def records(self, path: str, file: BinaryIO, start: int) -> Iterator[Record]:
-        """The rows from byte `start` on, which is 0 or the beginning of a row."""
+    def records(self, path: str, file: BinaryIO, dialect: CsvDialect, start: tuple[int, int]) -> Iterator[Record]:
+        """The rows from a byte and line on, which are (0, 1) or the beginning of a row."""
 
-    def header(self, path: str, file: BinaryIO) -> Sequence[str]:
+    def header(self, path: str, file: BinaryIO, dialect: CsvDialect) -> Sequence[str]:
         """Columns that the file names once, for all rows, whose values are text. Empty when each row names its own."""
         return ()
 
-    def open(self, path: str, base: str, infos: Sequence[FileInfo], options: StorageOptions) -> Manifest:
+    def likely_form(self, first: str) -> str | None:
+        """What a file is whose first line, which is this, can't be read; None if that is hard to say."""
+        return None
+
+    def open(
+        self, path: str, base: str, infos: Sequence[FileInfo], options: StorageOptions, csv: CsvDialect
+    ) -> Manifest:
         kinds: dict[str, set[str]] = {}
-        files, offsets = [], []
+        files, offsets, unread = [], [], []
         for info in infos:
-            num_rows, marks = 0, []
+            num_rows, num_read, marks = 0, 0, []
             with _open_text(info.path, options) as file:
-                header = self.header(info.path, file)
+                header = self.header(info.path, file, csv)
                 kinds |= {name: {"str"} for name in header}
-                for record in self.records(info.path, file, 0):
+                for record in self.records(info.path, file, csv, (0, 1)):
                     if num_rows % INDEX_STRIDE == 0:
-                        marks.append(record.offset)
+                        marks.append((record.offset, record.line))
                     num_rows += 1
+                    num_read += record.error is None
                     if record.values and not header:
                         for name, value in record.values.items():
                             found = kinds.setdefault(name, set())
                             if value is not None:
                                 found.add(_kind(value))
+                if num_read * 2 < num_rows and not header:
+                    first = next(self.records(info.path, file, csv, (0, 1)))
+                    if form := self.likely_form(next(Lines(file, first.offset))):
+                        raise ManifestError(f"{info.path} is {form}: {first.error}")
+                    if not num_read:
+                        unread.append(f"no line of {info.path} is a row: {first.error}")
             files.append(ManifestFile(info.path, num_rows, info.size, info.version))
             offsets.append(np.asarray(marks, dtype=np.int64))
+        if unread and len(unread) == sum(file.num_rows > 0 for file in files):
+            raise ManifestError(unread[0])
         kinds.pop(MANIFEST_ERROR, None)
         schema = pa.schema([(name, _column_type(name, found)) for name, found in kinds.items()])
-        return Manifest(path, self.name, tuple(files), schema, base, options, tuple(offsets))
+        return Manifest(path, self.name, tuple(files), schema, base, options, tuple(offsets), csv, tuple(unread))
 
     def read(self, spec: ManifestSpec, units: Sequence[WorkUnit], columns: Sequence[str]) -> Iterator[pa.Table]:
         path = units[0].path
@@ -118,9 +145,9 @@ class TextFormat(ManifestFormat):
             records: Iterator[Record] = iter(())
             row = -1
             for unit in units:
-                mark, offset = unit.seek
+                mark, *place = unit.seek
                 if row < 0 or mark > row:  # jump, rather than read what lies between
-                    row, records = mark, self.records(path, file, offset)
+                    row, records = mark, self.records(path, file, spec.csv, (place[0], place[1]))
                 found = []
                 for record in itertools.islice(records, unit.stop - row):
                     if row >= unit.start:
@@ -135,16 +162,16 @@ class TextFormat(ManifestFormat):
 def _open_text(path: str, options: StorageOptions) -> Iterator[BinaryIO]:
     with storage.open_input(path, options) as file:
         text: Any = file
-        if path.lower().endswith(".gz"):
+        if path.lower().endswith(".gz") or file.read(2) == b"\x1f\x8b":  # also where the name does not say so
+            file.seek(0)
             text = io.BufferedReader(gzip.GzipFile(fileobj=file), buffer_size=1 << 20)
         try:
-            start = text.read(4)
-            if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise ManifestError(f"{path} is UTF-16; save it as UTF-8")
-            if start == b"PAR1":
-                raise ManifestError(
-                    f"{path} is a Parquet file by its first bytes; name it .parquet or set input.format"
-                )
+            text.seek(0)
+            start = text.read(_LOOKED_AT_BYTES)
+            if found := next((found for first, found in _NOT_TEXT if start.startswith(first)), None):
+                raise ManifestError(f"{path} is {found}")
+            if b"\n" not in start and b"\r" in start.strip():
+                raise ManifestError(f"the lines of {path} end in carriage returns alone; write them with line feeds")
             yield text
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ManifestError(f"{path} is not a whole gzip file: {first_line(error)}") from error

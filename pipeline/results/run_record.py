@@ -42,6 +42,9 @@ def identity(config: CaptionConfig, model_path: str) -> dict[str, Any]:
         "model.revision": config.model.revision,
         "model.dtype": config.model.dtype,
         "input.columns": dict(sorted(config.input.columns.items())),
+        "input.csv.delimiter": config.input.csv.delimiter,
+        "input.csv.quote": config.input.csv.quote,
+        "input.csv.escape": config.input.csv.escape,
         "input.keep": config.input.keep,
         "input.limit": config.input.limit,
     }

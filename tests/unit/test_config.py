@@ -77,6 +77,8 @@ def test_all_mistakes_are_reported_at_once_with_full_names() -> None:
         ("engine: {max_runing: 3}", "engine.max_runing: unknown key; did you mean engine.max_running?"),
         ("engine: {attention: fast}", "engine.attention: found 'fast'; allowed: 'auto', 'flash', 'torch' or 'sdpa'"),
         ("engine: {cache_fraction: 1.5}", "engine.cache_fraction: found 1.5; allowed: less than 1"),
+        ('input: {csv: {delimiter: "\'", quote: "\'"}}', "input.csv: delimiter, quote and escape must be different"),
+        ("input: {csv: {escape: ab}}", "input.csv.escape: found 'ab'"),
         ("sampling: {seed: -1}", "sampling.seed: found -1; allowed: greater than or equal to 0"),
         ("sampling: {max_tokens: 5, min_tokens: 9}", "sampling: min_tokens is 9; allowed: 0 to max_tokens (5)"),
         ("sampling: {stop_strings: [a, '']}", "sampling: stop_strings is ('a', ''); allowed: a tuple of strings"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.manifest.files import Manifest
+from pipeline.manifest.files import CsvDialect, Manifest
 from pipeline.schema import MANIFEST_ERROR
 from tests.unit.manifest.manifests import (
     rows_of,
@@ -55,9 +55,43 @@ def test_a_csv_row_with_the_wrong_number_of_fields_is_a_row_with_a_reason(
     assert [row["id"] for row in read] == ["1", None, None, None, None, "6", None]
     reasons = [row[MANIFEST_ERROR] for row in read]
     assert reasons[0] is None and reasons[5] is None
-    assert "has 3 fields but the header names 2" in reasons[1]
-    assert "has 1 fields but the header names 2" in reasons[2]
-    assert "not CSV" in reasons[3] and "not UTF-8" in reasons[4] and "not CSV" in reasons[6]
+    assert "line 3 has 3 fields but the header names 2" in reasons[1]
+    assert "line 4 has 1 fields but the header names 2" in reasons[2]
+    assert "line 5 is not CSV" in reasons[3] and "line 6 is not UTF-8" in reasons[4]
+    assert "a quote that opens in line 8 is never closed: 1 lines" in reasons[6]
+
+
+@pytest.mark.parametrize("rows_per_unit", [1, 100, 1000])
+def test_an_unclosed_quote_is_one_row_that_says_where_it_is_and_what_it_takes(
+    rows_per_unit: int, tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    lines = ["id,image", *(f'{number},"a\n.jpg"' for number in range(300)), '300,"b.jpg', *["301,c.jpg"] * 49]
+    read = rows_of(load(write(tmp_path / "m.csv", "\n".join(lines))), rows_per_unit=rows_per_unit)
+    assert len(read) == 301 and read[299]["id"] == "299"
+    assert "a quote that opens in line 602 is never closed: 50 lines, all to the end" in read[300][MANIFEST_ERROR]
+    lines[-1:] = ['301,"c.jpg"', "302,d.jpg"]  # a later row's quote closes it
+    read = rows_of(load(write(tmp_path / "m.csv", "\n".join(lines))), rows_per_unit=rows_per_unit)
+    assert "the row in lines 602 to 651 is not CSV" in read[300][MANIFEST_ERROR]
+    assert read[301] == {"id": "302", "image": "d.jpg", MANIFEST_ERROR: None}
+
+
+@pytest.mark.parametrize(
+    ("content", "dialect", "expected"),
+    [
+        ("sep=;\nid;prompt\n1;a,b\n", CsvDialect(), "a,b"),
+        ('"sep=|"\r\nid|prompt\r\n1|a,b\r\n', CsvDialect(), "a,b"),
+        ("sep=;\nid,prompt\n1,a;b\n", CsvDialect(delimiter=","), "a;b"),
+        ("id,a,b,c~prompt\n1~x\n", CsvDialect(delimiter="~"), "x"),
+        ('id,prompt\n1,"say \\"hi\\" now"\n', CsvDialect(escape="\\"), 'say "hi" now'),
+        ("id,prompt\n1,'a, ''b'''\n", CsvDialect(quote="'"), "a, 'b'"),
+        ('id\tprompt\n1\t"a" 5" disk\n', CsvDialect(quote=""), '"a" 5" disk'),
+    ],
+)
+def test_a_dialect_is_named_by_the_file_or_the_config(
+    content: str, dialect: CsvDialect, expected: str, tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    row = rows_of(load(write(tmp_path / "m.csv", content), csv=dialect))[0]
+    assert list(row.values()) == ["1", expected, None]
 
 
 def test_a_column_without_a_name_gets_one(tmp_path: Path, load: Callable[..., Manifest]) -> None:

@@ -66,10 +66,43 @@ def test_a_bad_line_is_a_row_with_a_reason(tmp_path: Path, load: Callable[..., M
     assert [row["id"] for row in read] == [1, None, None, None, None, 5]
     reasons = [row[MANIFEST_ERROR] for row in read]
     assert reasons[0] is None and reasons[5] is None
-    assert reasons[1].startswith("the line is not JSON: ") and reasons[1].endswith("""found '{"id": 2'""")
+    assert reasons[1].startswith("line 3 is not JSON: ") and reasons[1].endswith("""found '{"id": 2'""")
     assert "JSON list; expected an object" in reasons[2]
-    assert "not UTF-8" in reasons[3]
+    assert "line 5 is not UTF-8" in reasons[3]
     assert "not JSON" in reasons[4] and len(reasons[4]) < 300
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{\n "id": 1,\n "a": {}\n}\n{\n "id": 2\n}\n', r"is JSON over several lines; .*jq -c \. FILE.*found '\{'"),
+        ('[\n{"id": 1},\n{"id": 2},\n{"id": 3}\n]', r"is a JSON array; .*jq -c '\.\[\]' FILE.*line 1 .*found '\['"),
+        ('[{"id": 1}, {"id": 2}]', r"is a JSON array.*expected an object: found '\[\{"),
+        ("id,image\n1,a.jpg\n", r"no line of .*m\.jsonl is a row: line 1 is not JSON.*found 'id,image'"),
+        ('{"id": 1}\r{"id": 2}\r', r"the lines of .*m\.jsonl end in carriage returns alone"),
+        (b"PK\x03\x04xlsx", r"is a ZIP archive, as Excel's workbooks are"),
+    ],
+)
+def test_a_file_of_another_form_says_so_and_shows_its_first_line(
+    content: str | bytes, reason: str, tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    with pytest.raises(ManifestError, match=reason):
+        load(write(tmp_path / "m.jsonl", content))
+
+
+def test_of_several_files_the_one_that_can_not_be_read_is_named(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    write(tmp_path / "d" / "1.jsonl", '[1]\n{"id": 1}\n')
+    write(tmp_path / "d" / "2.jsonl", "<html>\n<html>\n")
+    write(tmp_path / "d" / "3.jsonl", "")
+    found = load(tmp_path / "d")
+    assert [row["id"] for row in rows_of(found)] == [None, 1, None, None]
+    (note,) = found.notes
+    assert "2.jsonl is a row: line 1 is not JSON" in note and "<html>" in note
+
+
+def test_gzip_is_known_by_its_first_bytes(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    path = write(tmp_path / "m.jsonl", gzip.compress(b"".join(b'{"id": %d}\n' % number for number in range(500))))
+    assert [row["id"] for row in rows_of(load(path), rows_per_unit=130)] == list(range(500))
 
 
 def test_jsonl_files_of_a_folder_share_one_schema(tmp_path: Path, load: Callable[..., Manifest]) -> None:
