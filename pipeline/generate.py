@@ -34,6 +34,7 @@ from pipeline.engine import (
     load_engine,
     parse_sampling,
 )
+from pipeline.engine.loading import Report, ignore
 from pipeline.errors import DeviceLost, EngineCrash, RowError, SettingError, as_row_error, first_line
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.schema import ANSWER_FIELDS, Status, error_values, result_schema
@@ -213,10 +214,14 @@ class _Answer:
 class GenerateStage:
     """The engine stage of one actor. Thread-safe: it may be called from any number of threads at once."""
 
-    def __init__(self, options: GenerateOptions, wrap_step: WrapStep | None = None) -> None:
+    def __init__(self, options: GenerateOptions, wrap_step: WrapStep | None = None, report: Report = ignore) -> None:
+        """Load the checkpoint and the engine. `report` takes texts on what is going on meanwhile."""
+        report("fetching the checkpoint")
         path = options.model_cache.local(options.engine.model_path, weights=True)
         self._tokenizer = ChatTokenizer(path, revision=options.engine.revision)
-        self._engine = load_engine(replace(options.engine, model_path=path), detokenize=self._tokenizer.decode)
+        self._engine = load_engine(
+            replace(options.engine, model_path=path), detokenize=self._tokenizer.decode, report=report
+        )
         log.info("engine ready: %s", self._engine.describe())
         self._thread = EngineThread(self._engine, wrap_step)
         self._schema = result_schema(options.kept)

@@ -19,6 +19,8 @@ Scene: TypeAlias = Picture | Clip
 Name: TypeAlias = tuple[str, str]
 
 NUMBERS = ("zero", "one", "two", "three")
+PLAIN_PROMPTS = ("Describe the image.", "Describe the video.", "How many objects are there?")
+"""Questions that suit any scene of their kind, and so may be a job's prompt."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def describe_image(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, s
     """Every object with its colour, shape and place, in reading order."""
     (picture,) = media
     answer = ", ".join(f"a {thing.name} at the {PLACES[thing.place]}" for thing in picture.things)
-    return "Describe the image.", _sentence(answer)
+    return PLAIN_PROMPTS[0], _sentence(answer)
 
 
 def describe_video(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
@@ -103,7 +105,7 @@ def describe_video(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, s
     mover, *others = moving.things
     answer = f"a {mover.name} moves from the {PLACES[mover.place]} to the {PLACES[moving.destination]}"
     answer += "".join(f", a {thing.name} stays at the {PLACES[thing.place]}" for thing in others)
-    return "Describe the video.", _sentence(answer)
+    return PLAIN_PROMPTS[1], _sentence(answer)
 
 
 def count(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:

@@ -116,17 +116,23 @@ class EngineActor:
         """`profile_steps`: engine steps to trace."""
         logging.basicConfig(level=logging.INFO)
         self._profile_steps = profile_steps
+        self._stats: Callable[[], dict[str, Any]] = lambda: {"loading": "starting"}
+        self._reporter = ActorReporter(supervisor, "engine", lambda: self._stats())
         self._stage = self.make_stage(options)
         self._lock = ReadWriteLock()
         description = self._stage.describe()
-        self._reporter = ActorReporter(supervisor, "engine", lambda: {"describe": description, **self._stage.stats()})
+        self._stats = lambda: {"describe": description, **self._stage.stats()}
+        self._reporter.send()
 
     def make_stage(self, options: GenerateOptions) -> GenerateStage:
         """The stage. Tests override this with stages that die or hang on demand."""
         if self._profile_steps is None:
-            return GenerateStage(options)
+            return GenerateStage(options, report=self._report_loading)
         profiler = StepProfiler(self._profile_steps, lambda trace: self._reporter.keep_trace(trace))
-        return GenerateStage(options, profiler.wrap)
+        return GenerateStage(options, profiler.wrap, self._report_loading)
+
+    def _report_loading(self, state: str) -> None:
+        self._stats = lambda: {"loading": state}
 
     def __call__(self, block: pa.Table) -> pa.Table:
         try:

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.checkpoint.locate import resolve_model
+from pipeline.checkpoint.prompts import untrained_prompt
 from pipeline.config import CaptionConfig
 from pipeline.errors import JobError, TooManyErrors
 from pipeline.execution.placement import Placement
@@ -23,6 +24,7 @@ from pipeline.execution.stages import (
     build_stages,
     check_settings,
     kept_schema,
+    model_cache,
     number_rows,
     open_input,
 )
@@ -60,6 +62,8 @@ class CaptionJob:
     last_record: Mapping[str, Any]
     """run.json as the folder's last run left it; empty for a first run."""
     counts: RunCounts
+    notes: tuple[str, ...] = ()
+    """Sentences to print once, before the first row."""
     stats: Sequence[Mapping[str, Any]] = ()
     """What the actors last reported."""
     started: bool = False
@@ -129,9 +133,11 @@ class CaptionJob:
                 "visual_tokens": counts.visual_tokens,
                 "output_tokens": counts.output_tokens,
             },
-            engine=engines[0]["describe"] if engines else None,
+            engine=next((one["describe"] for one in engines if "describe" in one), None),
             bottleneck=bottleneck(self.stats),
-            stages=[{key: value for key, value in one.items() if key != "describe"} for one in self.stats],
+            stages=[
+                {key: value for key, value in one.items() if key not in ("describe", "loading")} for one in self.stats
+            ],
         )
         self.folder.write_run(self.record)
 
@@ -183,6 +189,8 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
         reopen(folder, numbering)
     if not asked["model.files"]:  # a hub's model that has been downloaded by now
         asked = identity(config, model_path)
+    local = model_cache(config).local(model_path, weights=False)
+    note = untrained_prompt(local, config.prompt.template, revision=config.model.revision)
     fresh = new_record(config, asked, manifest)
     fresh["manifest"]["num_rows"] = numbering.num_rows
     fresh["num_runs"] = (record or {}).get("num_runs", 0) + 1
@@ -199,6 +207,7 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
         fresh,
         record or {},
         RunCounts(numbering.num_rows, len(finished.done), len(finished.failed)),
+        () if note is None else (note,),
     )
 
 

@@ -46,6 +46,8 @@ class RunCounts:
     """For each error type the id and message of this run's first such row."""
     rows_started: float | None = None
     """When the first row began with an engine loaded: start-up is before that."""
+    state: str = "starting"
+    """What is going on before the first row is done."""
     last_row: float | None = None
     _recent: deque[tuple[float, int, int]] = field(default_factory=deque)
 
@@ -116,7 +118,7 @@ class RunCounts:
         if rows_s > 0 and self.done < self.total:
             parts.append(f"{duration_text((self.total - self.done) / rows_s)} left")
         elif not self.rows:
-            parts.append(f"starting ({self.elapsed:.0f} s)")
+            parts.append(f"{self.state} ({duration_text(self.elapsed)})")
         return ", ".join(parts)
 
 
@@ -175,6 +177,20 @@ class ProgressLog:
             text = "\n".join(self._lines) + "\n"
             with contextlib.suppress(OSError):  # only plots need it; a full disk is reported where it costs rows
                 storage.publish(self._folder.file("progress.jsonl"), text.encode(), self._folder.storage_options)
+
+
+def starting_text(stats: Sequence[Mapping[str, Any]]) -> str:
+    """What the actors are doing before the first row is done, from their latest stats."""
+    engines = [one for one in stats if one.get("kind") == "engine"]
+    loading = [str(one["loading"]) for one in engines if "loading" in one]
+    if loading:
+        ready = f"{len(engines) - len(loading)} of {len(engines)} engines ready; " if len(engines) > 1 else ""
+        return f"{ready}engine: {loading[0]}"
+    rows = sum(int(one.get("rows", 0)) for one in stats if one.get("kind") == "preprocess")
+    if not engines:
+        return "starting actors" if not rows else f"{rows:,} rows preprocessed; the engine starts"
+    tokens = sum(int(one.get("decode_tokens", 0)) for one in engines)
+    return f"first rows: {rows:,} preprocessed, {tokens:,} tokens generated"
 
 
 def bottleneck(stats: Sequence[Mapping[str, Any]]) -> str | None:

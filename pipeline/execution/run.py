@@ -23,7 +23,7 @@ from pipeline.execution.dataset import Flow, run_dataset, with_ticks
 from pipeline.execution.placement import Placement, place, place_again
 from pipeline.execution.prepare import CaptionJob
 from pipeline.execution.profile import ProfileFolder
-from pipeline.execution.progress import ProgressLine, ProgressLog
+from pipeline.execution.progress import ProgressLine, ProgressLog, starting_text
 from pipeline.execution.reservation import Reservation, reserve
 from pipeline.execution.supervision import Supervision
 from pipeline.execution.telemetry import Meter
@@ -52,7 +52,7 @@ def run_on_ray(job: CaptionJob, console: Console) -> None:
         with ray_cluster(job.config.resources, say):
             placement = _place(job)
             paths = local_path_notes(job.config, len(live_nodes()))
-            for note in (*placement.notes, *paths, *proxy_notes(job.stages.preprocess.fetch)):
+            for note in (*job.notes, *placement.notes, *paths, *proxy_notes(job.stages.preprocess.fetch)):
                 say(note)
             job.start(placement)
             supervision = Supervision(job.config.run.stall_timeout_s)
@@ -144,6 +144,8 @@ def _run_rows(
                 progress_log.note(job.counts)
                 error_log.flush(if_old=True)
                 profile.collect(if_old=True)
+                if not job.counts.rows and table is None:
+                    job.counts.state = starting_text(supervision.stats())
                 progress.tick()
         writer.flush()
         if missing := job.numbering.num_rows - len(job.finished.done):

@@ -72,8 +72,6 @@ class Supervisor:
         if actor_id in self._actors:
             self.died(actor_id)
         self._actors[actor_id] = _Actor(kind, handle)
-        if kind == "engine" and self._first_engine is None:
-            self._first_engine = time.monotonic()
 
     def died(self, actor_id: str) -> None:
         """An actor died, so its rows in progress are suspects. Whoever kills an actor calls this first; other deaths
@@ -123,6 +121,8 @@ class Supervisor:
         if stats != actor.stats:
             actor.progressed = time.monotonic()
         actor.stats = stats
+        if "describe" in stats and self._first_engine is None:
+            self._first_engine = time.monotonic()
 
     def stats(self) -> list[dict[str, Any]]:
         """The latest stats of every actor."""
@@ -272,10 +272,11 @@ class ActorReporter:
 
     def _send_for_ever(self) -> None:
         while True:
-            self._send()
+            self.send()
             time.sleep(1.0)
 
-    def _send(self) -> Any:
+    def send(self) -> Any:
+        """Report the stats now."""
         with self._send_lock:
             stats = self._read_stats()
             self._meter.actor(self._kind, stats)
@@ -296,7 +297,7 @@ class ActorReporter:
         """Rows are done."""
         self._supervisor.end.remote(self._actor_id, rows)
         if rows and not self._count(-len(rows)):
-            ray.get(self._send())
+            ray.get(self.send())
 
     def hand_over(self, unit: RowKey, rows: npt.NDArray[np.int64]) -> None:
         """See Supervisor.hand_over; returns once it is noted."""

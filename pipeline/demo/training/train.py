@@ -28,7 +28,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy, linear
 
 from pipeline.demo import CHECKPOINT
-from pipeline.demo.tasks import TASKS
+from pipeline.demo.tasks import PLAIN_PROMPTS, TASKS
 from pipeline.demo.training import recipe
 from pipeline.demo.training.batches import Batch, training_batches
 from pipeline.demo.training.card import model_card
@@ -214,6 +214,7 @@ class Training:
             note=args.note,
         )
         (self.output / "README.md").write_text(card, encoding="utf-8")
+        (self.output / "prompts.json").write_text(json.dumps({"templates": PLAIN_PROMPTS}) + "\n", encoding="utf-8")
         self._print(card)
 
     def _print(self, line: str) -> None:

@@ -24,6 +24,7 @@ from pipeline.engine.weights import from_model
 from pipeline.preprocess.prompt import ChatTokenizer
 
 FILES = {
+    "prompts.json",
     "README.md",
     "chat_template.jinja",
     "config.json",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.execution.progress import RunCounts, bottleneck, rate_text
+from pipeline.execution.progress import RunCounts, bottleneck, rate_text, starting_text
 
 
 def test_pace_runs_from_the_start_of_the_first_row_to_the_end_of_the_last() -> None:
@@ -66,3 +66,24 @@ def test_a_run_too_short_to_tell_names_no_bottleneck() -> None:
 )
 def test_a_rate_has_three_digits_whatever_its_size(rows_s: float, expected: str) -> None:
     assert rate_text(rows_s) == expected
+
+
+@pytest.mark.parametrize(
+    ("stats", "expected"),
+    [
+        ([], "starting actors"),
+        ([{"kind": "preprocess", "rows": 40}], "40 rows preprocessed; the engine starts"),
+        ([{"kind": "engine", "loading": "reading weights, tensor 3 of 5"}], "engine: reading weights, tensor 3 of 5"),
+        (
+            [{"kind": "engine", "decode_tokens": 0.0}, {"kind": "engine", "loading": "warming up"}],
+            "1 of 2 engines ready; engine: warming up",
+        ),
+        (
+            [{"kind": "preprocess", "rows": 1200}, {"kind": "engine", "decode_tokens": 3456.0}],
+            "first rows: 1,200 preprocessed, 3,456 tokens generated",
+        ),
+    ],
+)
+def test_before_the_first_row_the_line_tells_what_is_going_on(stats: list[dict[str, object]], expected: str) -> None:
+    assert starting_text(stats) == expected
+    assert expected in RunCounts(total=9, done_before=0, state=expected).line()
