@@ -47,7 +47,7 @@ def advise(
             yield Advice("", "some rows' text alone is too long for the context: shorten or split it")
     if "AccessDenied" in bad:
         why = f"rows name places that they may not read: {bad['AccessDenied'].example_message}"
-        yield Advice("--input.allow PLACE,...", why)
+        yield Advice("--input.allow [PLACE, ...]", why)
     if rows.num_bad.value > _MIN_BAD_SHARE * rows.num_rows:
         allowed = min(1.0, math.ceil(200 * rows.num_bad.high / rows.num_rows) / 100)
         why = "stops the job early where far more rows fail than this plan expects"

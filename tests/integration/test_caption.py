@@ -155,7 +155,7 @@ def test_embedded_bytes_and_structs_in_parquet_and_kept_columns(tmp_path: Path, 
         "--prompt.template",
         "{question} Answer:",
         "--input.keep",
-        "tags,score",
+        "[tags, score]",
     ]
     assert caption(tmp_path / "m.parquet", tmp_path / "out", *words) == 0
     found = results(tmp_path / "out")

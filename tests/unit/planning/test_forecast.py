@@ -141,7 +141,7 @@ def test_suggested_settings_are_those_that_would_help() -> None:
     settings = [one.setting for one in advice]
     assert f"--media.max_visual_tokens {32_768 - 500 - (63_505 - long.num_visual_tokens)}" in settings
     assert "--resources.gpus_per_engine 2" in settings
-    assert "--input.allow PLACE,..." in settings
+    assert "--input.allow [PLACE, ...]" in settings
     assert "--run.max_error_fraction 0.4" in settings
     assert "--media.video_frames keyframes" in settings
     assert any(setting.startswith("--resources.preprocess_actors ") for setting in settings)
