@@ -29,6 +29,16 @@ class MediumSettings:
     """Second at which the segment begins; videos only."""
     end_s: float | None = field(default=None, metadata={"gt": 0})
     """Second at which the segment ends; videos only."""
+    resized_height: int | None = field(default=None, metadata={"ge": 1, "part_only": True})
+    """Height in pixels after resizing, with `resized_width` in place of the bounds. Columns can't set this or these:"""
+    resized_width: int | None = field(default=None, metadata={"ge": 1, "part_only": True})
+    """Width in pixels after resizing."""
+    total_pixels: int | None = field(default=None, metadata={"ge": 1, "part_only": True})
+    """Largest area of all frames together, counted as `media.video_total_pixels`; videos only."""
+    min_frames: int | None = field(default=None, metadata={"ge": 1, "part_only": True})
+    """Fewest frames to sample by `fps`; videos only."""
+    max_frames: int | None = field(default=None, metadata={"ge": 2, "part_only": True})
+    """Most frames to sample by `fps`; videos only."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class UnitColumn(StrEnum):
 
 # Names that a manifest row may use; the config's `input.columns` maps other names to these.
 CONTENT_COLUMNS = ("messages", "image", "images", "video", "videos", "prompt")
-MEDIUM_SETTING_COLUMNS = tuple(each.name for each in fields(MediumSettings))
+MEDIUM_SETTING_COLUMNS = tuple(each.name for each in fields(MediumSettings) if not each.metadata.get("part_only"))
 SAMPLING_COLUMNS = tuple(each.name for each in fields(SamplingParams))
 MANIFEST_COLUMNS = ("id", "system", *CONTENT_COLUMNS, *MEDIUM_SETTING_COLUMNS, *SAMPLING_COLUMNS)
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, get_args
 
 from pipeline.conversation import MediumKind, MediumPart, MediumSettings, Message, Role, Text
 from pipeline.errors import MessageError, SettingError
 from pipeline.preprocess.settings import VIDEO_SETTINGS, medium_settings
 from pipeline.preprocess.values import from_json, is_empty, is_null, plain, shown
-from pipeline.schema import MEDIUM_SETTING_COLUMNS
 
 _ROLES: tuple[str, ...] = get_args(Role)
 _TEXT_TYPES = {"text", "input_text", "output_text"}
@@ -31,7 +31,7 @@ _ALLOWED_TYPES = ("text", "image", "video", "image_url", "video_url")
 _SOURCE_KEYS: Mapping[MediumKind, tuple[str, ...]] = {
     kind: (kind, f"{kind}_url", "url", "path", "bytes", "base64") for kind in get_args(MediumKind)
 }
-_SETTING_NAMES = {name: name for name in MEDIUM_SETTING_COLUMNS} | {
+_SETTING_NAMES = {each.name: each.name for each in fields(MediumSettings)} | {
     "nframes": "num_frames",
     "video_start": "start_s",
     "video_end": "end_s",

@@ -61,10 +61,10 @@ class OpenMedium:
         self, kind: MediumKind, data: bytes | memoryview, settings: MediumSettings, options: MediaOptions
     ) -> None:
         self._resize = options.resize
-        bounds = pixel_bounds(kind, settings, options)
+        pixel_bounds(kind, settings, options)  # refused before anything is opened
         self._medium = OpenImage(data, options) if kind == "image" else OpenVideo(data, settings, options)
         num_frames = 1 if isinstance(self._medium, OpenImage) else self._medium.num_frames
-        self.size = ShownSize(kind, self._medium.height, self._medium.width, num_frames, bounds, options)
+        self.size = ShownSize(kind, self._medium.height, self._medium.width, num_frames, settings, options)
 
     def see(self, *, source: str, allocate: Allocate = _new_buffer) -> SeenMedium:
         """Decode, resize and patchify; once only. Patches go into a buffer from `allocate`."""

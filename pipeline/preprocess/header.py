@@ -70,15 +70,15 @@ class MediumHeader:
 
 def read_header(kind: MediumKind, file: RangedFile, settings: MediumSettings, options: MediaOptions) -> MediumHeader:
     """Raises MediaError subclasses, SettingError, and whatever reading the file raises."""
-    bounds = pixel_bounds(kind, settings, options)
+    pixel_bounds(kind, settings, options)  # refused before anything is read
     if kind == "video":
-        return _video(file, settings, options, bounds)
+        return _video(file, settings, options)
     image = OpenImage(file, options)
-    size = ShownSize(kind, image.height, image.width, 1, bounds, options)
+    size = ShownSize(kind, image.height, image.width, 1, settings, options)
     return MediumHeader(kind, image.width, image.height, size, len(file))
 
 
-def _video(file: RangedFile, settings: MediumSettings, options: MediaOptions, bounds: tuple[int, int]) -> MediumHeader:
+def _video(file: RangedFile, settings: MediumSettings, options: MediaOptions) -> MediumHeader:
     check_video_settings(settings)
     with ffmpeg_errors(file), open_container(file, buffer_size=_READ_BYTES) as container:
         stream = video_stream(container)
@@ -86,13 +86,13 @@ def _video(file: RangedFile, settings: MediumSettings, options: MediaOptions, bo
         check_frame_size(width, height, options)
         indexed = _indexed_frames(stream, settings, options)
         if indexed is None and len(file) <= _COUNTED_BYTES:
-            return _counted(file, settings, options, bounds)
+            return _counted(file, settings, options)
         timeline, keys = indexed or (_stated_frames(file, container, stream, settings, options), [])
     places, _ = timeline.choose(settings, options)
     if options.video_frames == "keyframes" and keys:
         places = nearest_keyframes(places, keys, timeline.seconds)
     num_decoded = len(places) if options.video_frames == "keyframes" else _num_decoded(places, keys)
-    size = ShownSize("video", height, width, len(places), bounds, options)
+    size = ShownSize("video", height, width, len(places), settings, options)
     return MediumHeader("video", width, height, size, len(file), num_decoded, is_exact=indexed is not None)
 
 
@@ -160,14 +160,12 @@ def _num_decoded(places: list[int], keys: list[int]) -> int:
     return len(needed)
 
 
-def _counted(
-    file: RangedFile, settings: MediumSettings, options: MediaOptions, bounds: tuple[int, int]
-) -> MediumHeader:
+def _counted(file: RangedFile, settings: MediumSettings, options: MediaOptions) -> MediumHeader:
     """By every packet, as the run does it."""
     video = OpenVideo(file.read_all(), settings, options)
     try:
         _, needed = video.wanted_and_needed_packets()
-        size = ShownSize("video", video.height, video.width, video.num_frames, bounds, options)
+        size = ShownSize("video", video.height, video.width, video.num_frames, settings, options)
         return MediumHeader("video", video.width, video.height, size, len(file), len(needed))
     finally:
         video.close()

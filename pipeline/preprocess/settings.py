@@ -18,7 +18,7 @@ from pipeline.engine.settings import SamplingParams, allowed, setting_types, wit
 from pipeline.errors import SettingError
 from pipeline.preprocess.values import from_json, plain, shown
 
-VIDEO_SETTINGS = ("fps", "num_frames", "start_s", "end_s")
+VIDEO_SETTINGS = ("fps", "num_frames", "start_s", "end_s", "total_pixels", "min_frames", "max_frames")
 
 _DECLARED = {
     each.name: (setting_types(declared)[each.name], each.metadata)
@@ -35,6 +35,14 @@ def medium_settings(values: Mapping[str, Any], where: str = "") -> MediumSetting
     )
     if settings.fps is not None and settings.num_frames is not None:
         raise SettingError(f"{where}fps and num_frames are both set; they exclude each other")
+    for name in ("min_frames", "max_frames"):
+        if settings.num_frames is not None and getattr(settings, name) is not None:
+            raise SettingError(f"{where}num_frames and {name} are both set; {name} applies to sampling by fps only")
+    if (settings.resized_height is None) != (settings.resized_width is None):
+        raise SettingError(f"{where}resized_height and resized_width go together: set both or neither")
+    for name in ("min_pixels", "max_pixels", "total_pixels"):
+        if settings.resized_height is not None and getattr(settings, name) is not None:
+            raise SettingError(f"{where}{name} and resized_height are both set; they exclude each other")
     _check_order(settings, where)
     return settings
 
@@ -60,6 +68,10 @@ def _merged(part: MediumPart, of_row: Mapping[str, Any]) -> MediumSettings:
     left_out = set(VIDEO_SETTINGS) if part.kind == "image" else set()
     if own.keys() & {"fps", "num_frames"}:  # they exclude each other: the medium's choice stands alone
         left_out |= {"fps", "num_frames"}
+    if own.keys() & {"min_frames", "max_frames"}:
+        left_out.add("num_frames")
+    if "resized_height" in own:
+        left_out |= {"min_pixels", "max_pixels"}
     merged = MediumSettings(**{name: value for name, value in of_row.items() if name not in left_out} | own)
     _check_order(merged)
     return merged

@@ -19,7 +19,7 @@ from pipeline.preprocess.limits import MediaOptions
 FACTOR = PATCH_SIZE * MERGE_SIZE
 """Sides of a resized medium are multiples of this many pixels."""
 MAX_ASPECT_RATIO = 200
-_VIDEO_SETTINGS = ("fps", "num_frames", "start_s", "end_s")
+_VIDEO_SETTINGS = ("fps", "num_frames", "start_s", "end_s", "total_pixels", "min_frames", "max_frames")
 # transformers never caps a video's frames below this multiple of their least area.
 _CAP_SLACK = 1.05
 
@@ -110,18 +110,23 @@ class ShownSize:
         height: int,
         width: int,
         num_frames: int,
-        bounds: tuple[int, int],
+        settings: MediumSettings,
         options: MediaOptions,
     ) -> None:
         self.num_frames = num_frames
         self._source = (height, width)
-        self._min_pixels, self._max_pixels = bounds
-        if kind == "video":
+        self._min_pixels, self._max_pixels = pixel_bounds(kind, settings, options)
+        self._fixed: tuple[int, int] | None = None
+        if settings.resized_height is not None and settings.resized_width is not None:
+            # As qwen-vl-utils has it: within an image's bounds, whatever the kind, and without a cap over all frames.
+            self._fixed = settings.resized_height, settings.resized_width
+            self._min_pixels, self._max_pixels = options.min_pixels, options.max_pixels
+        elif kind == "video":
             self._max_pixels = video_max_pixels(
                 num_frames=num_frames,
                 min_pixels=self._min_pixels,
                 max_pixels=self._max_pixels,
-                total_pixels=options.video_total_pixels,
+                total_pixels=settings.total_pixels or options.video_total_pixels,
             )
         self.note: str | None = None
         """That the row's budget decided the size."""
@@ -132,7 +137,11 @@ class ShownSize:
         return self.resize(*self._source)
 
     def resize(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) to which a picture of this size in pixels comes. Swapped sides give swapped sides."""
+        """(height, width) to which a picture of this size in pixels comes. Swapped sides give swapped sides.
+
+        A size that its row sets is that of the upright picture, whatever was stored.
+        """
+        height, width = self._fixed or (height, width)
         return smart_resize(height, width, min_pixels=self._min_pixels, max_pixels=self._max_pixels)
 
     @property

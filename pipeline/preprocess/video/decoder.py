@@ -57,6 +57,8 @@ class ForwardDecoder:
         self.before: Any = None
         """The last frame that was passed on the way; None after a restart."""
         self.ended = False
+        self.num_decoded = 0
+        """Packets that were decoded."""
         # Wrappers of other libraries (libdav1d, libvpx) read `skip_frame` once, when they are opened.
         self._skipping = index.by_time and not decoder.name.startswith("lib")
         """Whether frames that nothing refers to, and nobody wants, are left undecoded."""
@@ -140,6 +142,7 @@ class ForwardDecoder:
         self._decoder.skip_frame = "NONREF" if skip else "DEFAULT"
         self._decode(packets[self._next])
         self._next += 1
+        self.num_decoded += 1
 
     def _decode(self, packet: av.Packet | None) -> None:
         try:

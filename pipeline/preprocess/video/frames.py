@@ -13,6 +13,7 @@ not resizing or patches.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.conversation import MediumSettings
-from pipeline.errors import SettingError, TruncatedMedia
+from pipeline.errors import MediaTimeout, SettingError, TruncatedMedia
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.video.container import (
     MemoryFile,
@@ -34,6 +35,9 @@ from pipeline.preprocess.video.packets import read_packets
 from pipeline.preprocess.video.picture import rgb_pixels
 from pipeline.preprocess.video.stated import shortfall
 from pipeline.preprocess.video.timing import check_video_settings, nearest_keyframes
+
+# Seconds of decoding after which its end can be told, and by how much that must exceed the limit to be certain.
+_LEAST_SPENT_S, _CERTAIN = 3.0, 2.0
 
 
 class OpenVideo:
@@ -130,13 +134,30 @@ class OpenVideo:
             self.frame_indices = chosen
         return bool(keyframes)
 
+    def _check_time(self, num_done: int, num_needed: int, spent_s: float) -> None:
+        """Raises MediaTimeout once it is certain that the rest takes too long, rather than at the time limit itself."""
+        limit_s = self._options.timeout_s
+        if spent_s < min(_LEAST_SPENT_S, 0.1 * limit_s) or not num_done:
+            return
+        expected_s = spent_s * num_needed / num_done
+        if expected_s > _CERTAIN * limit_s:
+            raise MediaTimeout(
+                f"the {self.num_frames} frames to show need {num_needed:,} frames of {self.width}x{self.height} pixels "
+                f"to be decoded, about {expected_s:,.0f} s by the first {num_done:,}; media.timeout_s is {limit_s:g}: "
+                "sample fewer with num_frames or fps, set media.video_frames: keyframes, or raise media.timeout_s"
+            )
+
     def _decoded_frames(self) -> Iterator[tuple[int, Any]]:
         """(index, decoded frame) of the wanted frames; the frame before replaces one that can't be decoded."""
         decoder = ForwardDecoder(self._decoder, self._index, self.frame_indices)
         num_missing = num_lost = 0
         previous: Any = None
+        num_needed = len(self.wanted_and_needed_packets()[1])
+        begun = time.process_time()  # other processes may slow this one down, but not its own time
         for frame_index in self.frame_indices:
             frame = decoder.keyframe(frame_index) if self._keyframes_only else decoder.frame(frame_index)
+            if not self._keyframes_only:
+                self._check_time(decoder.num_decoded, num_needed, time.process_time() - begun)
             if frame is None:
                 num_missing += 1
                 frame = None if decoder.ended else decoder.before or previous or decoder.ahead

@@ -124,14 +124,16 @@ class Timeline:
         is_qwen = options.frame_sampling == "qwen"
         first, end, segment_s = self._segment(settings, notes, with_end=is_qwen)
         total = end - first
-        min_frames = options.min_frames
+        min_frames = settings.min_frames or options.min_frames
         if is_qwen:  # by number, whatever the rate
             notes.append("frames sampled by the rule of qwen-vl-utils")
             segment_s = total / (self.rate or len(self.seconds) / self.duration_s)
             min_frames = math.ceil(min_frames / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE
-        num_frames, fps, max_frames = settings.num_frames, settings.fps, options.max_frames
+        num_frames, fps = settings.num_frames, settings.fps
+        max_frames = settings.max_frames or options.max_frames
         if num_frames is None and fps is None:
-            num_frames, fps = options.num_frames, options.fps
+            by_fps = settings.min_frames or settings.max_frames
+            num_frames, fps = None if by_fps else options.num_frames, options.fps
             if num_frames is not None and num_frames > total:
                 notes.append(f"all {total} frames shown: num_frames is {num_frames}")
                 num_frames, fps, max_frames = None, math.inf, total

@@ -22,13 +22,13 @@ from pipeline.planning.roofline import SHAPES, Gpu, RowWork, find_gpu, row_secon
 from pipeline.planning.sample import CORE_FACTOR, Range, Sample, SampledRow, describe, kind_of
 from pipeline.planning.survey import add_costs
 from pipeline.preprocess.header import MediumHeader
-from pipeline.preprocess.size import ShownSize, pixel_bounds
+from pipeline.preprocess.size import ShownSize
 from tests.options import media_options
 
 
 def medium(kind: MediumKind, width: int, height: int, num_shown: int = 1, num_decoded: int = 1) -> MediumHeader:
     options = media_options()
-    size = ShownSize(kind, height, width, num_shown, pixel_bounds(kind, MediumSettings(), options), options)
+    size = ShownSize(kind, height, width, num_shown, MediumSettings(), options)
     return MediumHeader(kind, width, height, size, num_bytes=200_000, num_decoded=num_decoded)
 
 

@@ -78,6 +78,27 @@ def test_a_rows_settings_win_over_the_jobs() -> None:
     assert video.patches.shape[0] // 4 == 16 * video.receipt.grid_thw[0]
 
 
+def test_the_size_that_a_part_sets_wins_over_all_bounds() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encode_image(Image.fromarray(picture(640, 480)), "JPEG", exif=exif)
+    for kind, data in (("image", photo(640, 480)), ("image", turned), ("video", encode_video(8, size=(640, 480)))):
+        receipt = see(kind, data, resized_height=430, resized_width=60).receipt  # rounded to multiples of 28
+        assert (receipt.resized_width, receipt.resized_height) == (56, 420)
+    seen = see("video", encode_video(20), media_options(max_visual_tokens=20), resized_height=560, resized_width=560)
+    assert np.prod(seen.receipt.grid_thw) / 4 <= 20 and "shrunk" in (seen.receipt.note or "")
+
+
+def test_a_videos_own_cap_and_numbers_of_frames_are_applied() -> None:
+    data = encode_video(40, size=(560, 560))
+    steps, grid_h, grid_w = see("video", data, fps=10.0, total_pixels=4_000_000).receipt.grid_thw
+    assert (steps, grid_h, grid_w) == (20, 30, 30)
+    assert len(see("video", data, fps=10.0, max_frames=7).receipt.timestamps or ()) == 6
+    assert len(see("video", data, fps=0.1, min_frames=10).receipt.timestamps or ()) == 10
+    of_job = media_options(num_frames=16)
+    assert len(see("video", data, of_job, max_frames=6).receipt.timestamps or ()) == 6
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "said"),
     [

@@ -117,9 +117,9 @@ def test_a_rows_max_pixels_lowers_a_videos_least_area_so_that_the_cap_stays_with
     # By default a frame has at least 100,352 pixels. The row allows 12,544; 11,946 * 1.05 = 12,543.3 keeps within that.
     options, row = media_options(), MediumSettings(max_pixels=12_544)
     assert pixel_bounds("video", row, options) == (11_946, 12_544)
-    long = ShownSize("video", 560, 560, 30_000, pixel_bounds("video", row, options), options)
+    long = ShownSize("video", 560, 560, 30_000, row, options)
     assert long.resized == (84, 84)  # 112 * 112 = 12,544 is a pixel above 12,543
-    short = ShownSize("video", 560, 560, 4, pixel_bounds("video", row, options), options)
+    short = ShownSize("video", 560, 560, 4, row, options)
     assert short.resized == (112, 112)
 
 

@@ -18,6 +18,7 @@ from pipeline.errors import (
     AspectRatioError,
     DecompressionBomb,
     MediaError,
+    MediaTimeout,
     NoVideoStream,
     SettingError,
     TruncatedMedia,
@@ -342,6 +343,30 @@ def test_too_many_frames_too_long_and_too_large_are_bombs_with_their_numbers() -
     assert len(shown(data, media_options(max_video_s=2.0), end_s=1.0).frames) > 0
     with pytest.raises(DecompressionBomb, match=r"96x64 = 6,144 pixels; at most 5,000"):
         shown(data, media_options(max_image_pixels=5000))
+
+
+def test_a_film_that_would_take_too_long_names_the_settings_before_the_time_is_spent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pipeline.preprocess.video import frames as module
+
+    class Clock:
+        """Each look at it is a tenth of a second later."""
+
+        now = 0.0
+
+        def process_time(self) -> float:
+            self.now += 0.1
+            return self.now
+
+    data = encode_video(200, rate=10, options={"g": "20"})
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    with pytest.raises(MediaTimeout, match=r"num_frames or fps, set media\.video_frames: keyframes") as caught:
+        shown(data, media_options(timeout_s=1.0), fps=4.0)
+    assert "the 80 frames to show need" in str(caught.value) and clock.now < 0.5
+    assert len(shown(data, media_options(timeout_s=10.0), fps=4.0).frames) == 80
+    assert len(shown(data, media_options(timeout_s=1.0, video_frames="keyframes"), fps=4.0).frames) == 10
 
 
 def test_a_ratio_above_200_is_an_error() -> None:
