@@ -1,17 +1,20 @@
-"""The fused kernels on a GPU against the same operations in torch, and the kernels of vision attention against each
-other."""
+"""The compiled kernels on a GPU: the fused ones and decode attention against torch, and the kernels of vision attention
+against each other."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from pipeline.engine.attention.interface import DecodeInfo
 from pipeline.engine.attention.packed import PackedAttention
+from pipeline.engine.attention.sdpa import SdpaAttention
 from pipeline.engine.attention.torch_varlen import TorchAttention
 from pipeline.engine.attention.vision import MAX_DIFFERENCE, candidates, choose_vision, fastest, seconds_by_events
 from pipeline.engine.kernels.eager import EAGER
 from pipeline.engine.kernels.fused import FusedKernels
 from pipeline.engine.kernels.sample import Widths, run_every_operation
+from pipeline.engine.kv_cache import KVCache
 
 pytestmark = pytest.mark.gpu
 
@@ -65,3 +68,29 @@ def test_a_backend_gets_one_of_the_kernels_that_run_here() -> None:
     names = [each.name for each in candidates(backend.within_frames, backend.name, device)]
     choose_vision(backend, max_patches=16384, num_heads=16, head_dim=80, dtype=torch.bfloat16, device=device)
     assert backend.vision_name in names
+
+
+@pytest.mark.parametrize(("num_rows", "length"), [(1, 30_000), (16, 4000), (256, 700)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(12, 2), (28, 4)])
+def test_the_decode_kernel_equals_sdpa_at_all_lengths(num_rows: int, length: int, heads: int, kv_heads: int) -> None:
+    device, size = torch.device("cuda"), TorchAttention.block_size
+    width = -(-length // size)
+    cache = KVCache(
+        [device],
+        num_blocks=num_rows * width,
+        block_size=size,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        dtype=torch.bfloat16,
+    )
+    cache.storage[device].normal_()
+    lengths = [max(1, length - 37 * row) for row in reversed(range(num_rows))]
+    tables = torch.randperm(num_rows * width, device=device).to(torch.int32).view(num_rows, width)
+    slots = torch.zeros(num_rows, dtype=torch.int64, device=device)
+    info = DecodeInfo(slots, torch.tensor(lengths, dtype=torch.int32, device=device), tables, lengths)
+    q = torch.randn(num_rows, heads, 128, dtype=torch.bfloat16, device=device)
+    results = []
+    for backend in (TorchAttention(), SdpaAttention()):
+        backend.begin_decode(info, cache)
+        results.append(backend.decode(q, cache, 0))
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
