@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -43,12 +43,13 @@ from pipeline.engine import Completion, Engine, EngineOptions, Request
 from pipeline.engine.settings import EngineSettings
 from pipeline.planning.roofline import ModelShape
 
+PARTS = ("gpu", "attention", "vision_attention", "kernels", "cuda_graphs", "replaced", "max_running", "cache_tokens")
 SETTINGS = [field.name for field in fields(EngineSettings) if field.name not in ("kind", "batch_size")]
 REPORTED = (
     *("output_tokens_per_s", "seconds", "all_seconds", "cpu_seconds", "first_completion_s", "start_up_s", "warm_up_s"),
     *("peak_memory_gb", "cache_gb", "mfu", "share_of_limit", "ceilings", "stats", "engine"),
 )
-# Rows of which a peer of 1,024 is measured; at 2b, batches of 32 take about a second for each row of small images.
+# `model.generate` is slow, so it gets fewer rows of the same workload.
 PEER_IMAGES_ON_GPU = 128
 
 
@@ -172,9 +173,16 @@ def _measure_in_own_process(variant: str, args: argparse.Namespace) -> dict[str,
         f"MFU {result['mfu']:5.1%}   of limit {result['share_of_limit']:5.1%}",
         flush=True,
     )
+    if "engine" in result:
+        print(f"  parts    {parts(result['engine'])}", flush=True)
     if "passes" in result:
         print_shares(result["passes"], args.images)
     return result
+
+
+def parts(described: Mapping[str, Any]) -> str:
+    """What an engine picked, in a line."""
+    return ", ".join(f"{name} {described[name]}" for name in PARTS if name in described)
 
 
 def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Stage:
 def stages(on_gpu: bool, site: Path) -> list[Stage]:
     """What runs, in order of value."""
     facts = Stage("facts", 90, ((*PYTHON, "jobs.benchmark.gpu.facts"),), r"(GPU|Python|torch|import|package) ")
-    table = r"(ours|reference-\d+) |  (vision|prefill|decode|between) "
+    table = r"(ours|reference-\d+) |  (parts|vision|prefill|decode|between) "
     kernels = r"(matmul|copy|upload|vision|prompts|decode|eager|fused)\b"
     tables = r"(engine:|vision and|\d+ decode|share|[ \d.]+% )"
     world = str(site / "demo-world")

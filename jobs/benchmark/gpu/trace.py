@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from jobs.benchmark.engine import first_row, make_engine, parse
+from jobs.benchmark.engine import first_row, make_engine, parse, parts
 from jobs.benchmark.measure import print_result
 from jobs.benchmark.workload import SHAPES, make_model, make_requests
 from pipeline.engine import Request
@@ -39,9 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = time.perf_counter() - started
     engine = make_engine("ours", model, args)
     assert isinstance(engine, NativeEngine)
-    described = engine.describe()
     print(f"engine: random weights {made:.1f} s, start-up {time.perf_counter() - started - made:.1f} s")
-    print("engine:", ", ".join(f"{name} {described[name]}" for name in ("attention", "cuda_graphs", "warm_up_s")))
+    print("engine:", parts(engine.describe()))
     engine.generate(first_row())
     tables = {}
     side = args.side or 1024
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = f"{mine.steps} decode passes of {engine.stats()['running']:.0f} rows"
     tables[title] = table(title, lambda: [engine.step() for _ in range(mine.steps)], top=mine.top)
     _drain(engine)
-    print_result("gpu trace", shape=args.shape, engine=described, tables=tables)
+    print_result("gpu trace", shape=args.shape, engine=engine.describe(), tables=tables)
     return 0
 
 
