@@ -24,8 +24,12 @@ from pipeline.preprocess.size import smart_resize
 
 IMAGE_PAD, VISION_START, VISION_END, VIDEO_PAD = 4, 5, 6, 7
 
-# A Qwen2-VL that a CPU runs in seconds, beside those of the published checkpoints.
-SHAPES = {"small": ModelShape(768, 12, 12, 2, 3072, 4096, True, 512, 8, 8), **PUBLISHED}
+# A Qwen2-VL for dry runs and one that a CPU runs in seconds, beside those of the published checkpoints.
+SHAPES = {
+    "tiny": ModelShape(64, 2, 4, 2, 96, 4096, True, 32, 1, 2),
+    "small": ModelShape(768, 12, 12, 2, 3072, 4096, True, 512, 8, 8),
+    **PUBLISHED,
+}
 
 Rows = Literal["image", "video", "text", "mixed"]
 ROWS: tuple[Rows, ...] = get_args(Rows)

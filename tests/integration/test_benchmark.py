@@ -39,7 +39,7 @@ def test_a_benchmark_ends_with_its_results_as_json(name: str) -> None:
 
 
 def test_measuring_on_a_gpu_machine_as_a_dry_run_without_one(tmp_path: Path) -> None:
-    stages = ["facts", "kernels", "bench_small", "trace_small"]  # the job has its own tests
+    stages = ["facts", "kernels", "bench_tiny", "trace_tiny"]  # the job has its own tests
     command = [sys.executable, "-m", "jobs.benchmark.gpu.run", "--only", *stages, "--site", str(tmp_path / "site")]
     environment = {**os.environ, "OUT": str(tmp_path / "out"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)

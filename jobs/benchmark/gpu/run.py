@@ -92,13 +92,13 @@ def stages(on_gpu: bool, site: Path) -> list[Stage]:
             Stage("peer", 120, (peer,), table),
             job,
         ]
-    tiny = ("--shape", "small", "--images", "2", "--side", "56", "--tokens", "2", "--threads", "1")
+    tiny = ("--shape", "tiny", "--images", "2", "--side", "56", "--tokens", "2", "--threads", "1")
     tables_of = (*PYTHON, "jobs.benchmark.gpu.trace", "--steps", "2", "--top", "3")
     return [
         facts,
         Stage("kernels", 60, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "30"),), kernels),
-        Stage("bench_small", 120, ((*ENGINE, "--peers", "none", *tiny),), table),
-        Stage("trace_small", 120, ((*tables_of, *tiny),), tables, 24),
+        Stage("bench_tiny", 120, ((*ENGINE, "--peers", "none", *tiny),), table),
+        Stage("trace_tiny", 120, ((*tables_of, *tiny),), tables, 24),
         job,
     ]
 

@@ -16,11 +16,8 @@ import torch
 from jobs.benchmark import engine as benchmark
 from jobs.benchmark.measure import WorkerFailed
 from jobs.benchmark.passes import KINDS, PassTimes, print_shares, shares
-from jobs.benchmark.workload import SHAPES, Ceilings
+from jobs.benchmark.workload import Ceilings
 from pipeline.engine import Engine, Request
-from pipeline.planning.roofline import ModelShape
-
-TINY = ModelShape(64, 2, 4, 2, 96, 4096, True, 32, 1, 2)
 
 
 def parse(*options: str) -> argparse.Namespace:
@@ -28,12 +25,11 @@ def parse(*options: str) -> argparse.Namespace:
 
 
 @pytest.fixture
-def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SHAPES, "small", TINY)
+def _known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "measure_ceilings", lambda device, dtype: Ceilings(1e12, 1e11))
 
 
-@pytest.mark.usefixtures("_tiny")
+@pytest.mark.usefixtures("_known_ceilings")
 def test_a_measured_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run_once = benchmark._run_once
     runs: list[float] = []
@@ -48,7 +44,20 @@ def test_a_measured_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return result
 
     monkeypatch.setattr(benchmark, "_run_once", watched)
-    options = ["--images", "12", "--side", "112", "--tokens", "4", "--dtype", "float32", "--repeats", "3"]
+    options = [
+        "--shape",
+        "tiny",
+        "--images",
+        "12",
+        "--side",
+        "112",
+        "--tokens",
+        "4",
+        "--dtype",
+        "float32",
+        "--repeats",
+        "3",
+    ]
     settings = ["--engine.max_batch_tokens", "128", "--engine.max_running", "7", "--engine.attention", "sdpa"]
     result = benchmark.measure("ours", parse(*options, *settings))
 
@@ -70,10 +79,21 @@ def test_a_measured_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_tiny")
+@pytest.mark.usefixtures("_known_ceilings")
 def test_a_trace_has_prefill_and_decode_passes(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
-    options = ["--images", "30", "--side", "112", "--tokens", "30", "--engine.max_batch_tokens", "128"]
+    options = [
+        "--shape",
+        "tiny",
+        "--images",
+        "30",
+        "--side",
+        "112",
+        "--tokens",
+        "30",
+        "--engine.max_batch_tokens",
+        "128",
+    ]
     benchmark.measure("ours", parse(*options, "--trace", str(trace)))
     events = json.loads(trace.read_text())["traceEvents"]
     assert len([event for event in events if event.get("name") == "engine step"]) == 10
