@@ -68,6 +68,14 @@ class ShardedAttention(AttentionBackend):
         self.name = vision.name
         self.block_size = vision.block_size
 
+    @property
+    def vision_name(self) -> str:
+        return self._vision.vision_name
+
+    @property
+    def for_vision(self) -> AttentionBackend:
+        return self._vision
+
     def begin_vision(self, frame_lengths: Sequence[int], device: torch.device) -> None:
         self._vision.begin_vision(frame_lengths, device)
 

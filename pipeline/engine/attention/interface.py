@@ -59,6 +59,11 @@ class AttentionBackend(ABC):
         """The kernel of vision attention."""
         return self.name
 
+    @property
+    def for_vision(self) -> AttentionBackend:
+        """The backend that computes vision attention."""
+        return self
+
     @abstractmethod
     def begin_vision(self, frame_lengths: Sequence[int], device: torch.device) -> None:
         """Prepare a vision pass over frames of these many patches, for all its layers."""

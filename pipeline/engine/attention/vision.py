@@ -203,6 +203,7 @@ def choose_vision(
     seconds: Callable[[Callable[[], object]], float] = seconds_by_events,
 ) -> None:
     """Let a backend use the kernel that is fastest for a full pass of large images."""
+    attention = attention.for_vision
     if not isinstance(attention, PackedAttention):
         return
     own = attention.within_frames

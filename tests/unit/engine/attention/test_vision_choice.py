@@ -15,6 +15,7 @@ from pipeline.engine.attention import vision
 from pipeline.engine.attention.packed import FrameAttention, Packing, VarlenFrames
 from pipeline.engine.attention.sdpa import SdpaAttention
 from pipeline.engine.attention.vision import CudnnFrames, batched, candidates, choose_vision, fastest, flash_attention_3
+from pipeline.engine.shard import ShardedAttention
 from tests.unit.engine.pretended_gpu import PretendedFlash
 
 CPU = torch.device("cpu")
@@ -92,14 +93,16 @@ def test_other_devices_than_hopper_keep_the_backend_s_own_kernel(monkeypatch: py
     assert [each.name for each in candidates(lambda q, k, v, frames: q, "sdpa", CPU)] == ["sdpa"]
 
 
-def test_a_backend_uses_the_kernel_that_was_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_backend_uses_the_kernel_that_was_fastest(monkeypatch: pytest.MonkeyPatch, sharded: bool) -> None:
     backend = PretendedFlash()
+    whole = ShardedAttention({CPU: PretendedFlash()}, vision=backend) if sharded else backend
     own = VarlenFrames("pretended", backend.within_frames)
     monkeypatch.setattr(vision, "candidates", lambda *_: [own, CudnnFrames(backend.within_frames, is_trial=True)])
     monkeypatch.setattr(vision, "batched", as_sdpa)
     times = iter([2.0, 1.0])
     choose_vision(
-        backend,
+        whole,
         max_patches=30,
         num_heads=2,
         head_dim=8,
@@ -107,7 +110,7 @@ def test_a_backend_uses_the_kernel_that_was_fastest(monkeypatch: pytest.MonkeyPa
         device=CPU,
         seconds=lambda run: next(times),
     )
-    assert backend.vision_name == "cudnn" and not backend.frames._is_trial  # type: ignore[attr-defined]
+    assert whole.vision_name == "cudnn" and not backend.frames._is_trial  # type: ignore[attr-defined]
 
 
 # ---- cuDNN on equal frames

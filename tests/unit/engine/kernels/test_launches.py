@@ -96,11 +96,11 @@ def launches_of_a_layer(engine: NativeEngine, counter: Counter) -> dict[str, int
 
 
 def test_launches_of_a_layer_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.engine.engine.pick_attention", lambda *_: OneLaunch())
     counter = Counter()
     with pretended_gpu(monkeypatch):
-        options = EngineOptions("tiny", kernels="eager", cuda_graphs=False, max_running=4, max_context=64)
+        options = EngineOptions("tiny", attention="sdpa", kernels="eager", cuda_graphs=False, max_running=4)
         engine = NativeEngine(from_model(put_model(make_model(dtype=torch.bfloat16))), options)
+        engine.runner.attention = engine.runner.vision.attention = OneLaunch()
         found = {}
         for kernels in (EAGER, FusedKernels(counter.launch)):
             engine.runner.vision.kernels = engine.runner.text.kernels = kernels
