@@ -5,11 +5,11 @@ Knows a row's columns and which of them a reader wants; text leaves here as it i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.preprocess.values import from_json
 from pipeline.report.facts import at, shown_source, text_at, without_secrets
 from pipeline.report.thumbnails import Thumbnail, ThumbnailMaker
 from pipeline.schema import RESULT_COLUMNS, Status
@@ -145,7 +145,7 @@ def _message_text(value: Any) -> str:
     """The texts of a chat, from either form of `messages`."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = from_json(value)
         except ValueError:
             return str(value)
     contents = [at(message, "content") for message in (value if isinstance(value, list) else [])]

@@ -22,6 +22,7 @@ from pipeline.errors import row_error_types
 from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.planning.survey import Survey
 from pipeline.preprocess.columns import MessageOptions
+from pipeline.preprocess.messages import conversation
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
 from pipeline.schema import MANIFEST_COLUMNS, UnitColumn, request_schema, result_schema
 from tests.options import fetch_options, media_options
@@ -199,6 +200,20 @@ def test_an_answer_that_cannot_be_turned_into_text_is_its_row_s_error(
     monkeypatch.setattr(stages.generate._tokenizer, "decode", decode)
     rows = answers(stages, requests_of(stages))
     assert rows[1]["error_message"].startswith("BaseException: a panic; not foreseen")
+
+
+def test_a_fault_of_the_code_is_one_row_s_error_in_the_plan_too(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(row: Any, messages: MessageOptions) -> Any:
+        if row["prompt"] == "two":
+            raise BaseException("a panic")
+        return conversation(row, messages)
+
+    monkeypatch.setattr("pipeline.planning.survey.conversation", faulty)
+    stages.survey._options = options(stages.preprocess._options.fetch.base, pa.schema([]), MessageOptions())
+    rows = stages.survey.rows(with_keys(pa.table({"prompt": ["one", "two", "three"]})))
+    assert [type(row.error).__name__ for row in rows] == ["NoneType", "InternalError", "NoneType"]
 
 
 def test_sixteen_fixed_bytes_are_a_uuid(stages: Stages) -> None:

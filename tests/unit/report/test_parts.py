@@ -18,9 +18,17 @@ from PIL import Image
 from jobs.report import main
 from pipeline.report.collect import CountHistogram, SecondsHistogram, Top, collect
 from pipeline.report.facts import headline, rates, settings_lines, shown_source, speed, without_secrets
+from pipeline.report.gallery import _message_text
 from pipeline.report.thumbnails import ThumbnailMaker
 from pipeline.results.reader import RunReader
 from tests.unit.report.runs import RUN, make_image, medium, result_row, write_run, write_video
+
+
+def test_the_texts_of_a_chat_are_shown_and_what_is_no_chat_as_it_is() -> None:
+    turns = '[{"role": "user", "content": [{"type": "image"}, {"text": "What?"}]}, {"role": "user", "content": "x"}]'
+    assert _message_text(turns) == "What?\nx"
+    for other in ("Why?", "[" * 200_000):
+        assert _message_text(other) == other
 
 
 def test_histograms_of_counts_are_exact() -> None:

@@ -257,6 +257,18 @@ def test_a_thumbnail_that_cannot_be_made_is_a_typed_error_and_the_next_is_made(m
     assert worker.thumbnails("image", image().data, max_side=64)
 
 
+def test_a_request_that_cannot_be_written_takes_no_output(worker: MediaWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(size: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker._input, "reserve", full)
+        for _ in range(100):  # more often than there are outputs
+            with pytest.raises(OSError, match="Cannot allocate"):
+                see_media(worker, [image()])
+    seen(see_media(worker, [image()])[0])
+
+
 def test_threads_may_share_a_worker(worker: MediaWorker) -> None:
     wrong: list[int] = []
 
