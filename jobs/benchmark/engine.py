@@ -34,6 +34,7 @@ from jobs.benchmark.workload import (
     ROWS,
     SHAPES,
     bound_seconds,
+    draw_requests,
     make_model,
     make_requests,
     measure_ceilings,
@@ -291,10 +292,9 @@ def _full_pass(args: argparse.Namespace, described: dict[str, Any]) -> list[Requ
     if "batch_size" in described:
         return _requests(args, described["batch_size"], tokens=3, seed=1) if args.device.startswith("cuda") else []
     rows: list[Request] = []
-    for request in _requests(args, min(args.images, 256), tokens=3, seed=1):
-        if sum(len(row.input_ids) for row in rows) >= described["max_batch_tokens"]:
-            break
-        rows.append(request)
+    drawn = draw_requests(rows=args.rows, side=args.side, tokens=3, max_pixels=args.max_pixels, seed=1)
+    while sum(len(row.input_ids) for row in rows) < described["max_batch_tokens"]:
+        rows.append(next(drawn))
     return rows
 
 

@@ -87,7 +87,15 @@ def make_requests(
     max_pixels: int | None = None,
     seed: int = 0,
 ) -> list[Request]:
-    """The first rows of a seeded workload.
+    """The first rows of a seeded workload: see `draw_requests`."""
+    drawn = draw_requests(rows=rows, side=side, tokens=tokens, max_pixels=max_pixels, seed=seed)
+    return list(islice(drawn, num_rows))
+
+
+def draw_requests(
+    *, rows: Rows, side: int | None, tokens: int | None, max_pixels: int | None, seed: int
+) -> Iterator[Request]:
+    """One row after another, without end.
 
     image   one image of 240 to 640 pixels a side, 16 to 128 output tokens
     video   one clip of 10 to 60 s at two frames a second, its frames of the same sizes
@@ -96,17 +104,13 @@ def make_requests(
 
     `side` and `tokens` replace the sides and the output tokens, `max_pixels` bounds an image or a frame.
     """
-    return list(islice(_rows(rows, side, tokens, max_pixels or 12_845_056, seed), num_rows))
-
-
-def _rows(rows: Rows, side: int | None, tokens: int | None, max_pixels: int, seed: int) -> Iterator[Request]:
     rng = np.random.default_rng(seed)
     number = 0
     while True:
         kind = str(rng.choice(["image", "video", "text"], p=[0.6, 0.25, 0.15])) if rows == "mixed" else rows
         num_media = 0 if kind == "text" else int(rng.integers(1, 6)) if (rows, kind) == ("mixed", "image") else 1
         longest = 1600 if (rows, kind) == ("mixed", "image") else 640
-        media = [_medium(rng, kind, side, longest, max_pixels) for _ in range(num_media)]
+        media = [_medium(rng, kind, side, longest, max_pixels or 12_845_056) for _ in range(num_media)]
         text = rng.integers(8, 4000, int(rng.integers(100, 2001)) if kind == "text" else 25)
         ids = [*text[:12]]
         for medium in media:
