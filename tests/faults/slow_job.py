@@ -37,10 +37,12 @@ class SlowEchoActor(EngineActor):
 class SlowPreprocessActor(PreprocessActor):
     """The real actor, slowed down: it is still at work when a node is lost."""
 
-    slowly = threading.Lock()
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        self._slowly = threading.Lock()
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
-        with self.slowly:
+        with self._slowly:
             time.sleep(0.05 * unpack(block).num_rows)
         yield from super().__call__(block)
 
