@@ -30,7 +30,7 @@ from pipeline.errors import (
 )
 from pipeline.preprocess.allow import AllowList
 from pipeline.preprocess.http import HttpClient
-from pipeline.preprocess.limits import FetchOptions
+from pipeline.preprocess.limits import MAX_FETCHES, FetchOptions
 from pipeline.preprocess.proxy import Proxies
 from pipeline.preprocess.uri import WEB_SCHEMES, base64_header, data_uri_content, missing_hint, scheme_of, shown
 from pipeline.storage.credentials import credential_fault
@@ -215,7 +215,11 @@ class Fetcher:
         options = self._options.storage_options
         known = fsspec.available_protocols()
         by_scheme = {scheme_of(f"{key}://"): value for key, value in options.items() if key in known}
-        return storage.file_system(f"{scheme}://", by_scheme.get(scheme, {}) if by_scheme else options)[0]
+        found = by_scheme.get(scheme, {}) if by_scheme else options
+        if scheme == "s3":  # whose client has ten connections otherwise, which a few slow objects would take
+            connections = {"max_pool_connections": MAX_FETCHES, **found.get("config_kwargs", {})}
+            found = {**found, "config_kwargs": connections}
+        return storage.file_system(f"{scheme}://", found)[0]
 
     # -- the web -------------------------------------------------------------------------------------------------------
 

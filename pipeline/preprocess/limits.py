@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 MIB = 1024 * 1024
+MAX_FETCHES = 256
+"""Media of an actor that may be under way at once, slow ones included."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from pipeline.errors import RowError, as_row_error
 from pipeline.preprocess.columns import MessageOptions, row_id
 from pipeline.preprocess.fetch import Fetcher
 from pipeline.preprocess.fetch_ahead import FetchAhead, FetchPool
-from pipeline.preprocess.limits import FetchOptions, MediaOptions
+from pipeline.preprocess.limits import MAX_FETCHES, FetchOptions, MediaOptions
 from pipeline.preprocess.messages import conversation
 from pipeline.preprocess.prompt import ChatTokenizer, Prompt, prompt_hash
 from pipeline.preprocess.receipt import SeenMedium
@@ -60,8 +60,6 @@ class PreprocessOptions:
     """Where this machine keeps a checkpoint that lies in a bucket."""
     read_ahead: int = 16
     """Media that are fetched ahead where none is slow."""
-    max_fetches: int = 256
-    """Media of an actor that may be under way at once, slow ones included."""
 
 
 @dataclass
@@ -137,7 +135,7 @@ class PreprocessStage:
         self._fetcher = Fetcher(options.fetch)
         self._worker = MediaWorker(options.media)
         self._pool = FetchPool(
-            lambda source: self._fetcher.fetch(source), ahead=options.read_ahead, at_most=options.max_fetches
+            lambda source: self._fetcher.fetch(source), ahead=options.read_ahead, at_most=MAX_FETCHES
         )
         self._schema = request_schema(options.kept)
         self._computing = threading.Lock()
