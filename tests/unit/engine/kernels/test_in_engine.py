@@ -1,4 +1,4 @@
-"""How many launches a layer takes, counted in passes of the whole engine on a pretended GPU."""
+"""The fused kernels in an engine: the tokens are those of the eager ones, and a layer takes fewer launches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,18 @@ from pipeline.engine.kernels.fused import FusedKernels
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.weights import from_model
 from tests.unit.engine.pretended_gpu import pretended_gpu, put_model
-from tests.unit.engine.tiny import make_model, make_request
+from tests.unit.engine.tiny import make_medium, make_model, make_request, tokens_of
+
+
+def test_tokens_are_those_of_the_eager_kernels(tiny_model: Any) -> None:
+    rng = np.random.default_rng(4)
+    media = [make_medium(rng, "image", max_side=4), make_medium(rng, "video", max_side=2, max_steps=2)]
+    sampling = SamplingParams(max_tokens=3, ignore_eos=True)
+    requests = [make_request(i, rng, media=media[i : i + 1], sampling=sampling, max_text=4) for i in range(2)]
+    engine = NativeEngine(from_model(tiny_model), EngineOptions("tiny"))
+    expected = tokens_of(engine.generate(requests))
+    engine.runner.vision.kernels = engine.runner.text.kernels = FusedKernels()
+    assert tokens_of(engine.generate(requests)) == expected
 
 
 class Counter(TorchDispatchMode):
