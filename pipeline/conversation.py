@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 MediumKind: TypeAlias = Literal["image", "video"]
+Source: TypeAlias = str | bytes | tuple[str | bytes, ...]
+"""A URI or path, or the encoded file itself; of a video also the list of its frames, as pictures."""
 Role: TypeAlias = Literal["system", "user", "assistant"]
 
 
@@ -53,8 +55,7 @@ class MediumPart:
     """An image or a video inside a message: where its bytes are and how they are to be seen."""
 
     kind: MediumKind
-    source: str | bytes = field(repr=False)
-    """A URI or path, or the encoded file itself."""
+    source: Source = field(repr=False)
     settings: MediumSettings = MediumSettings()
 
 

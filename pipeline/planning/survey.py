@@ -26,7 +26,7 @@ from pipeline.errors import MediaTimeout, SettingError, as_row_error
 from pipeline.planning.sample import SampledRow, kind_of
 from pipeline.preprocess.columns import row_id
 from pipeline.preprocess.fetch import Fetcher
-from pipeline.preprocess.header import MediumHeader, read_header
+from pipeline.preprocess.header import MediumHeader, read_header, read_listed_header
 from pipeline.preprocess.messages import conversation
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.preprocess.ranged import RangedFile
@@ -130,8 +130,13 @@ class Survey:
         return header
 
     def _read(self, part: MediumPart) -> tuple[MediumHeader, int]:
-        file = RangedFile(self._fetcher.open(part.source), seconds=self._header_timeout_s)
-        return read_header(part.kind, file, part.settings, self._options.media), file.bytes_read
+        first = part.source[0] if isinstance(part.source, tuple) else part.source
+        file = RangedFile(self._fetcher.open(first), seconds=self._header_timeout_s)
+        if isinstance(part.source, tuple):
+            header = read_listed_header(file, len(part.source), part.settings, self._options.media)
+        else:
+            header = read_header(part.kind, file, part.settings, self._options.media)
+        return header, file.bytes_read
 
 
 def add_costs(row: SampledRow, headers: Sequence[MediumHeader]) -> None:

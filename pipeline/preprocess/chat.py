@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args
 
-from pipeline.conversation import MediumKind, MediumPart, MediumSettings, Message, Role, Text
+from pipeline.conversation import MediumKind, MediumPart, MediumSettings, Message, Role, Source, Text
 from pipeline.errors import MessageError, SettingError
 from pipeline.preprocess.settings import VIDEO_SETTINGS, medium_settings
 from pipeline.preprocess.values import from_json, is_empty, is_null, plain, shown
@@ -33,10 +33,11 @@ _SOURCE_KEYS: Mapping[MediumKind, tuple[str, ...]] = {
 }
 _SETTING_NAMES = {each.name: each.name for each in fields(MediumSettings)} | {
     "nframes": "num_frames",
+    "sample_fps": "fps",
     "video_start": "start_s",
     "video_end": "end_s",
 }
-_IGNORED_KEYS = {"cache_control", "uuid"}
+_IGNORED_KEYS = {"cache_control", "uuid", "raw_fps"}
 """Keys that other software leaves in parts and that say nothing about how a medium is seen."""
 
 
@@ -169,7 +170,7 @@ def _part_settings(rest: Mapping[str, Any], where: str) -> MediumSettings:
     return medium_settings(settings, f"{where}.")
 
 
-def _one_source(kind: MediumKind, sources: Mapping[str, Any], where: str) -> str | bytes:
+def _one_source(kind: MediumKind, sources: Mapping[str, Any], where: str) -> Source:
     """The source that a part names; its bytes, where it has both bytes and a path."""
     found = {key: value for key, value in sources.items() if key.rpartition(".")[2] == "bytes"} or dict(sources)
     (key, value), *others = found.items()
@@ -186,5 +187,8 @@ def _one_source(kind: MediumKind, sources: Mapping[str, Any], where: str) -> str
     if isinstance(value, str | bytes):
         return value
     if isinstance(value, list) and kind == "video":
-        raise MessageError(f"{where}.{key} is a list of frames; give a video file, or the frames as images")
+        for number, frame in enumerate(value):
+            if not isinstance(frame, str | bytes) or not frame:
+                raise MessageError(f"{where}.{key}[{number}] must be a URI, a path or bytes; found {shown(frame)}")
+        return tuple(value)
     raise MessageError(f"{where}.{key} must be a URI, a path or bytes; found {shown(value)}")

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 
 from pipeline.checkpoint.processor import PATCH_BYTES, TEMPORAL_PATCH_SIZE
 from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.errors import MediaMemoryError
+from pipeline.preprocess.frame_list import unpack_frames
 from pipeline.preprocess.image import OpenImage
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.patches import (
@@ -28,8 +30,10 @@ from pipeline.preprocess.patches import (
 from pipeline.preprocess.receipt import SeenMedium, shown_source
 from pipeline.preprocess.size import ShownSize, fit_row, grid_thw, pixel_bounds
 from pipeline.preprocess.video.frames import OpenVideo
+from pipeline.preprocess.video.listed import ListedVideo
 from pipeline.schema import MediumReceipt
 
+_Video: TypeAlias = OpenVideo | ListedVideo
 Allocate = Callable[[int], Uint8Array]
 """Gives a buffer of so many bytes, [bytes], into which patches are written."""
 
@@ -62,7 +66,13 @@ class OpenMedium:
     ) -> None:
         self._resize = options.resize
         pixel_bounds(kind, settings, options)  # refused before anything is opened
-        self._medium = OpenImage(data, options) if kind == "image" else OpenVideo(data, settings, options)
+        self._medium: OpenImage | _Video
+        if kind == "image":
+            self._medium = OpenImage(data, options)
+        elif (frames := unpack_frames(data)) is not None:
+            self._medium = ListedVideo(frames, settings, options)
+        else:
+            self._medium = OpenVideo(data, settings, options)
         num_frames = 1 if isinstance(self._medium, OpenImage) else self._medium.num_frames
         self.size = ShownSize(kind, self._medium.height, self._medium.width, num_frames, settings, options)
 
@@ -89,7 +99,7 @@ class OpenMedium:
         note = _joined(image.note, self.size.note)
         return SeenMedium(patches, MediumReceipt("image", shown_source(source), *sizes, grid, note=note))
 
-    def _see_video(self, video: OpenVideo, source: str, allocate: Allocate) -> SeenMedium:
+    def _see_video(self, video: _Video, source: str, allocate: Allocate) -> SeenMedium:
         timestamps: list[float] = []
         step: list[Uint8Array] = []  # resized frames of the temporal step under way
         last_pixels: Uint8Array | None = None

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urljoin
 
 from pipeline import storage
+from pipeline.conversation import Source
 from pipeline.errors import (
     AccessDenied,
     CredentialError,
@@ -29,6 +30,7 @@ from pipeline.errors import (
     first_line,
 )
 from pipeline.preprocess.allow import AllowList
+from pipeline.preprocess.frame_list import pack_frames
 from pipeline.preprocess.http import HttpClient
 from pipeline.preprocess.limits import MAX_FETCHES, FetchOptions
 from pipeline.preprocess.proxy import Proxies
@@ -69,12 +71,16 @@ class Fetcher:
         self._credential_fault: str | None = None
         """What to do about credentials that a bucket has refused, once one has."""
 
-    def fetch(self, source: str | bytes) -> bytes:
+    def fetch(self, source: Source) -> bytes:
         """The encoded medium. `source` is a URI, a path (relative ones start at the manifest) or the bytes themselves.
+
+        A list of frames becomes one medium (`frame_list.py`).
 
         Raises MediaNotFound, AccessDenied, FetchTimeout, MediaTooLarge, or FetchError for anything else;
         CredentialError when a bucket refuses the job's credentials altogether.
         """
+        if isinstance(source, tuple):
+            return self._limited(pack_frames([self.fetch(frame) for frame in source]), "the list of frames")
         if isinstance(source, bytes):
             return self._limited(source, "the medium in the row")
         source = self._resolved(source)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Generic, Protocol, TypeVar
 
+from pipeline.conversation import Source
+
 _MAX_BYTES = 512 << 20
 """Media that are fetched, or being fetched, ahead of their turn take about this much memory at most."""
 
@@ -20,7 +22,7 @@ _MAX_BYTES = 512 << 20
 class FetchPool:
     """The fetching threads of one actor, and how many media they have ahead of decoding. Its units share it."""
 
-    def __init__(self, fetch: Callable[[str | bytes], bytes], *, ahead: int, at_most: int) -> None:
+    def __init__(self, fetch: Callable[[Source], bytes], *, ahead: int, at_most: int) -> None:
         self.ahead = ahead
         self.waited_s = 0.0
         """Seconds in which all units that had work waited for fetches."""
@@ -33,7 +35,7 @@ class FetchPool:
         self._num_units = self._num_waiting = 0
         self._counted = time.perf_counter()
 
-    def submit(self, source: str | bytes) -> Future[bytes]:
+    def submit(self, source: Source) -> Future[bytes]:
         """Fetch a medium, in a thread unless it is here."""
         with self._lock:
             self._num_ahead += 1

@@ -35,6 +35,7 @@ from pipeline.preprocess.video.container import (
     video_stream,
 )
 from pipeline.preprocess.video.frames import OpenVideo
+from pipeline.preprocess.video.listed import check_listed
 from pipeline.preprocess.video.stated import stated_seconds
 from pipeline.preprocess.video.timing import Timeline, check_video_settings, constant_rate, nearest_keyframes
 
@@ -76,6 +77,16 @@ def read_header(kind: MediumKind, file: RangedFile, settings: MediumSettings, op
     image = OpenImage(file, options)
     size = ShownSize(kind, image.height, image.width, 1, settings, options)
     return MediumHeader(kind, image.width, image.height, size, len(file))
+
+
+def read_listed_header(
+    first: RangedFile, num_frames: int, settings: MediumSettings, options: MediaOptions
+) -> MediumHeader:
+    """Of a video given as a list of pictures, by the first of them. Raises as `read_header`."""
+    check_listed(num_frames, settings, options)
+    image = OpenImage(first, options)
+    size = ShownSize("video", image.height, image.width, num_frames, settings, options)
+    return MediumHeader("video", image.width, image.height, size, len(first) * num_frames, num_frames, is_exact=True)
 
 
 def _video(file: RangedFile, settings: MediumSettings, options: MediaOptions) -> MediumHeader:

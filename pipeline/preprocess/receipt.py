@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.conversation import Source
 from pipeline.schema import MediumReceipt
 
 _SHOWN_DATA_URI = 40
@@ -22,6 +23,13 @@ class SeenMedium:
     patches: npt.NDArray[np.uint8]
     """[patches, 588] for an image, whose two temporal halves are equal; [patches, 1176] for a video."""
     receipt: MediumReceipt
+
+
+def source_name(source: Source) -> str:
+    """What a medium's source is called: its URI, `bytes`, or the first of a list of frames and their number."""
+    if isinstance(source, tuple):
+        return f"{len(source)} frames: {shown_source(source_name(source[0]))}"
+    return source if isinstance(source, str) else "bytes"
 
 
 def shown_source(source: str) -> str:

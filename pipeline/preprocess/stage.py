@@ -31,7 +31,7 @@ from pipeline.preprocess.fetch_ahead import FetchAhead, FetchPool
 from pipeline.preprocess.limits import MAX_FETCHES, FetchOptions, MediaOptions
 from pipeline.preprocess.messages import conversation
 from pipeline.preprocess.prompt import ChatTokenizer, Prompt, prompt_hash
-from pipeline.preprocess.receipt import SeenMedium
+from pipeline.preprocess.receipt import SeenMedium, source_name
 from pipeline.preprocess.sandbox.client import MediaWorker, MediumFile
 from pipeline.preprocess.size import num_visual_tokens
 from pipeline.preprocess.values import ManifestRow, manifest_rows
@@ -283,9 +283,7 @@ class PreprocessStage:
         # Rendering is cheap, and a prompt that is refused saves the decoding.
         row.prompt = self._tokenizer.render(asked.messages, add_vision_id=self._options.add_vision_id)
         return [
-            MediumFile(
-                part.kind, fetch.result(), part.settings, part.source if isinstance(part.source, str) else "bytes"
-            )
+            MediumFile(part.kind, fetch.result(), part.settings, source_name(part.source))
             for part, fetch in zip(asked.media, row.fetches, strict=True)
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,17 @@ import pytest
 from PIL import Image
 
 from pipeline.conversation import MediumSettings
-from pipeline.errors import SettingError
+from pipeline.errors import SettingError, TruncatedMedia
 from pipeline.preprocess.decode import OpenMedium, see_medium
+from pipeline.preprocess.fetch import Fetcher, RangedSource
+from pipeline.preprocess.frame_list import pack_frames
+from pipeline.preprocess.header import read_listed_header
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.patches import patchify_video, resize_frames
-from pipeline.preprocess.receipt import SeenMedium
+from pipeline.preprocess.ranged import RangedFile
+from pipeline.preprocess.receipt import SeenMedium, source_name
 from pipeline.preprocess.size import fit_row, smart_resize
-from tests.options import media_options
+from tests.options import fetch_options, media_options
 from tests.unit.preprocess.conftest import decode_video, encode_image, encode_video, picture
 
 
@@ -87,6 +92,32 @@ def test_the_size_that_a_part_sets_wins_over_all_bounds() -> None:
         assert (receipt.resized_width, receipt.resized_height) == (56, 420)
     seen = see("video", encode_video(20), media_options(max_visual_tokens=20), resized_height=560, resized_width=560)
     assert np.prod(seen.receipt.grid_thw) / 4 <= 20 and "shrunk" in (seen.receipt.note or "")
+
+
+def test_a_list_of_frames_is_a_video_of_these_frames(tmp_path: Path) -> None:
+    pictures = [picture(96, 64, seed) for seed in range(5)]
+    for number, pixels in enumerate(pictures[:-1]):
+        (tmp_path / f"{number}.png").write_bytes(encode_image(Image.fromarray(pixels)))
+    source = ("0.png", "1.png", "2.png", str(tmp_path / "3.png"), encode_image(Image.fromarray(pictures[4])))
+    data = Fetcher(fetch_options(str(tmp_path))).fetch(source)
+    seen = see("video", data, fps=4.0)
+    receipt = seen.receipt
+    assert receipt.timestamps == (0.0, 0.25, 0.5, 0.75, 1.0) and receipt.grid_thw[0] == 3 and receipt.note is None
+    expected = patchify_video(resize_frames(np.stack(pictures), receipt.resized_height, receipt.resized_width))
+    assert np.array_equal(seen.patches, expected)
+    assert source_name(source) == "5 frames: 0.png"
+    first = RangedFile(RangedSource(len(source[4]), lambda start, stop: bytes(source[4][start:stop])), seconds=9.0)
+    header = read_listed_header(first, 5, MediumSettings(), media_options())
+    assert header.size.grid_thw == receipt.grid_thw and header.size.resized == (
+        receipt.resized_height,
+        receipt.resized_width,
+    )
+    with pytest.raises(SettingError, match="num_frames can't be applied to a video given as a list"):
+        see("video", data, num_frames=4)
+    other = pack_frames([encode_image(Image.fromarray(picture(*size))) for size in ((96, 64), (48, 48))])
+    assert see("video", other).receipt.note == "some frames are not 96x64 pixels and were scaled to it"
+    with pytest.raises(TruncatedMedia):
+        see("video", pack_frames([photo(64, 64)[:-30]]))
 
 
 def test_a_videos_own_cap_and_numbers_of_frames_are_applied() -> None:

@@ -186,6 +186,10 @@ def test_turns_keep_their_order_and_texts_and_media_keep_theirs() -> None:
             {"video": "a.mp4", "resized_height": 280, "resized_width": 420, "fps": 1, "max_frames": 8},
             video("a.mp4", resized_height=280, resized_width=420, fps=1.0, max_frames=8),
         ),
+        (
+            {"video": ["1.jpg", "2.jpg"], "sample_fps": 2, "raw_fps": 30},
+            MediumPart("video", ("1.jpg", "2.jpg"), MediumSettings(fps=2.0)),
+        ),
         ({"video": "a.mp4", "total_pixels": 20480, "min_frames": 6}, video("a.mp4", total_pixels=20480, min_frames=6)),
         (
             {"image": "a.jpg", "resized_height": 28, "resized_width": 56},
@@ -295,7 +299,8 @@ def test_the_system_prompt_comes_from_the_messages_then_the_row_then_the_config(
         ([{"role": "user", "content": [{"type": "image", "image": 5}]}], "must be a URI, a path or bytes; found 5"),
         ([{"role": "user", "content": [{"type": "image", "base64": "?"}]}], "is not base64"),
         ([{"role": "user", "content": [{"type": "image", "bytes": "AA"}]}], "JSON can't hold bytes"),
-        ([{"role": "user", "content": [{"type": "video", "video": ["1.jpg", "2.jpg"]}]}], "list of frames"),
+        ([{"role": "user", "content": [{"type": "video", "video": ["1.jpg", 2]}]}], r"video\[1\] must be a URI"),
+        ([{"role": "user", "content": [{"type": "image", "image": ["1.jpg", "2.jpg"]}]}], "must be a URI, a path"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "last turn is the assistant's"),
         ([{"role": "system", "content": "x"}], "last turn is the system's"),
         ([{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}], "tool_calls"),
