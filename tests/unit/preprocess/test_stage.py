@@ -149,6 +149,9 @@ def test_rows_that_are_here_pass_slow_ones_and_more_fetches_are_under_way(
     tables = stage.tables(unit(rows), 1 << 40, 10, when_begun=lambda: begun.append(True), patience_s=None)
     fast = [place for _ in range(4) for place in places(next(tables))]
     assert sorted(fast) == list(range(0, 80, 2))
+    deadline = time.monotonic() + 30
+    while fetches.now < 40 and time.monotonic() < deadline:  # their threads may still be starting
+        time.sleep(0.001)
     assert fetches.now == 40 > stage._options.read_ahead and begun == [True]
     fetches.released.set()
     slow = [place for table in tables for place in places(table)]
