@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,19 @@ _JSON = st.recursive(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.dictionaries(st.sampled_from(sorted(RUN)), _JSON))
-def test_any_content_of_run_json_can_be_shown(run: dict[str, Any]) -> None:
+@given(st.data())
+def test_any_content_of_run_json_can_be_shown(data: st.DataObject) -> None:
+    """Any value, at any depth of a real record, in place of what belongs there."""
+    run: Any = copy.deepcopy(RUN)
+    node, keys = run, sorted(run)
+    while True:
+        key = data.draw(st.sampled_from(keys))
+        inner = node[key]
+        keys = sorted(inner) if isinstance(inner, dict) else list(range(len(inner))) if isinstance(inner, list) else []
+        if not keys or data.draw(st.booleans()):
+            break
+        node = inner
+    node[key] = data.draw(_JSON)
     headline(run)
     speed(run, price_per_gpu_hour=2.0)
     list(settings_lines(run))

@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 
 from pipeline import storage
+from pipeline.manifest.find import open_manifest
+from pipeline.preprocess.fetch import Fetcher
+from pipeline.preprocess.limits import FetchOptions
+from tests.unit.manifest.manifests import rows_of
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,42 @@ def test_s3_expired_and_refused_credentials_stop_at_once(bucket: tuple[Any, str,
         with pytest.raises(OSError, match=fault.code):
             storage.publish(f"{root}/file", b"x", options)
         assert len(server.requests) == 1
+
+
+def test_s3_keys_with_several_slashes_in_a_row_are_found(bucket: tuple[Any, str, dict[str, Any]]) -> None:
+    server, root, options = bucket
+    prefix = root.removeprefix("s3://bucket/")
+    keys = [f"{prefix}//a.jpg", f"{prefix}/b//c.jpg", f"{prefix}/d.jpg"]
+    for key in keys:
+        server.client().put_object(Bucket="bucket", Key=key, Body=key.encode())
+    found = [info.path for info in storage.list_files(root, options)]
+    assert found == [f"s3://bucket/{key}" for key in keys]
+    assert [storage.read_bytes(path, options).decode() for path in found] == keys
+    listing = f"s3://bucket/{uuid.uuid4().hex}/listing.parquet"
+    manifest = open_manifest(root, listing_path=listing, storage_options=options, listing_options=options)
+    for base, names in ((root, [row["image"] for row in rows_of(manifest)]), (f"{root}/b/", ["c.jpg"])):
+        fetcher = Fetcher(
+            FetchOptions(
+                base=base,
+                allow=(),
+                allow_private_hosts=False,
+                storage_options=options,
+                timeout_s=30,
+                max_bytes=999,
+                retries=0,
+            )
+        )
+        assert {fetcher.fetch(name).decode() for name in names} == set(keys if base == root else keys[1:2])
+
+
+def test_s3_a_listing_shows_what_others_have_written_since(bucket: tuple[Any, str, dict[str, Any]]) -> None:
+    server, root, options = bucket
+    for count in (1, 2, 3):
+        key = f"{root.removeprefix('s3://bucket/')}/{count}"
+        server.client().put_object(Bucket="bucket", Key=key, Body=b"x")  # another process: our own client knows nothing
+        assert len(storage.list_files(root, options, recursive=False)) == count
+        assert len(storage.glob(f"{root}/*", options)) == count
+        assert storage.exists(f"{root}/{count}", options)
 
 
 def test_s3_a_file_is_made_once(bucket: tuple[Any, str, dict[str, Any]]) -> None:
