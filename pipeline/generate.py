@@ -1,8 +1,8 @@
 """Request rows in, result rows out: the engine stage.
 
-One `GenerateStage` lives in each engine actor. Ray calls it from many threads at once; each hands its rows to the one
-thread that owns the engine and waits for the answers, so rows of many calls share a batch.
-Knows the request and result schemas, text and the engine's interface; not Ray, nor how an engine works.
+Each engine actor has one `GenerateStage`. Ray calls it from many threads at once. Each call passes its rows to the one
+thread that owns the engine and waits for the answers, so that rows of many calls share a batch.
+Knows the request and result schemas, text and the engine's interface; knows neither Ray nor the inside of an engine.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ WrapStep = Callable[[Step], Step]
 
 @dataclass
 class _Job:
-    """A request inside the engine thread: its finished samples, and the future of whoever waits for them."""
+    """A request inside the engine thread: its finished samples, and the future that the caller waits for."""
 
     request_id: int
     request: Request
@@ -69,12 +69,12 @@ class _Job:
 
 
 class EngineThread:
-    """Owns an engine: takes requests from any thread, steps, and returns each request's completions.
+    """The thread that runs an engine: it takes requests from any thread and returns each request's completions.
 
     An exception from a step loses the state of every row in the engine. The rows are then run again one at a time; a
-    row that fails alone too is answered with EngineCrash, and the others are answered as usual. After some failures
-    this process cannot use the GPU any more: whoever waits then gets DeviceLost, and no row is blamed. An exception
-    outside the steps is a fault of the engine itself. It too goes to whoever waits, and to whoever comes later.
+    row that fails alone too gets EngineCrash, and the others are answered as usual. If the failure has made the GPU
+    unusable for this process, all requests fail with DeviceLost, and no row is blamed. An exception outside the steps
+    is a fault of the engine itself: all waiting and all later requests fail with it.
     """
 
     def __init__(self, engine: Engine, wrap_step: WrapStep | None = None) -> None:
@@ -88,8 +88,9 @@ class EngineThread:
         self.idle_s = 0.0
         """Seconds without a row, after the first one came."""
         self.unfilled_s = 0.0
-        """Seconds of steps while no row waited, times the share of the engine's rows that were free. Like `idle_s`,
-        counted only once a later row comes, so that the end of the job does not count as slow preprocessing."""
+        """Seconds of steps in which no row was waiting, times the share of the engine's rows that were free. Like
+        `idle_s`, they count only once a later row arrives, so that the end of a job is not taken for slow
+        preprocessing."""
         self._unfilled = 0.0
         self._max_running = float(engine.describe().get("max_running") or 0)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -107,7 +108,7 @@ class EngineThread:
         return job.future
 
     def close(self) -> None:
-        """Let the thread end once it has finished what it holds."""
+        """Finish all requests and end the thread."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -139,16 +140,16 @@ class EngineThread:
             seconds = time.perf_counter() - started
             self.busy_s += seconds
             self._unfilled += free * seconds
-            self._deliver(completions)  # last: whoever gets an answer may then read the seconds
+            self._deliver(completions)  # last: a caller that has its answer may read the seconds
 
     def _free_share(self) -> float:
-        """Share of the engine's rows that are free; 0 while rows wait, such as for room in a prefill."""
+        """Share of the engine's rows that are free; 0 while rows are waiting, for a prefill for example."""
         if not self._max_running or self._engine.stats().get("waiting"):
             return 0.0
         return max(0.0, 1.0 - len(self._jobs) / self._max_running)
 
     def _take_new(self) -> bool:
-        """Move new requests into the engine; wait for one when the engine is empty. False once closed."""
+        """Move new requests into the engine. If the engine is empty, wait for one. Returns False once closed."""
         while True:
             started = time.perf_counter()
             try:

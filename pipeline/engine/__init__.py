@@ -45,10 +45,17 @@ A step
     collect                   read tokens: on a CPU those of this pass; on a GPU those of the previous pass, while this
                               one still runs. End sequences, free their blocks, return completions
     out of memory             read what is in flight, preempt this pass's sequences, halve the budgets and continue. A
-                              row that fails alone with ever smaller budgets becomes an error completion
+                              row that fails alone with ever smaller budgets becomes an error completion. After enough
+                              passes that do fit, the budgets double again
 
-On a GPU, loading ends with a warm-up (warm_up.py): one row is answered, then decode passes are captured as CUDA graphs
-for some seconds, the largest first. The others are captured when a batch first needs them. `describe` reports both.
+The parts on a GPU
+------------------
+Attention, kernels and CUDA graphs are chosen while the engine loads (trial.py). The candidates of a part are tried in
+order of preference: one small input of each kind, compared with plain torch, and then, over a small cache, one row and
+rows that fill a prefill pass (warm_up.py). One that raises or computes other numbers is replaced by the next; a forced
+one is an error. The memory that the full pass took decides how much the cache gets (kv_cache.py). In the end decode
+passes are captured as CUDA graphs for some seconds, the largest first; the others are captured when a batch first needs
+them. `describe` reports what runs and what was replaced.
 
 Two engines, one interface
 --------------------------

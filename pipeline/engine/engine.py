@@ -1,47 +1,59 @@
-"""The native engine: schedule a pass, run it, return what ended. The package's docstring describes the whole.
+"""The native engine: from a checkpoint and options to everything that a step needs. Its steps are in loop.py.
 
-Knows the order of a step and what to do when memory runs out; the policy is the scheduler's, the tensors are the
-runner's.
+On a GPU the parts are chosen by trial, and the cache is sized by what the largest pass leaves. The package's docstring
+describes the whole.
 """
 
 from __future__ import annotations
 
+import gc
+import logging
 import time
-from collections import deque
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.engine.admission import AdmissionRules
-from pipeline.engine.attention.choose import pick_attention
+from pipeline.engine.attention.choose import attention_candidates
+from pipeline.engine.attention.interface import AttentionBackend
+from pipeline.engine.attention.sample import run_every_shape
+from pipeline.engine.attention.vision import choose_vision
 from pipeline.engine.block_manager import BlockManager
 from pipeline.engine.cuda_graph import DecodeGraphs
-from pipeline.engine.device import current, gpu_name, is_alive
+from pipeline.engine.device import current, gpu_name
 from pipeline.engine.encoded_media import EncodedMedia
-from pipeline.engine.interface import Detokenize, Engine
-from pipeline.engine.kv_cache import make_cache
-from pipeline.engine.model_runner import ModelRunner, PassResult
+from pipeline.engine.interface import Detokenize
+from pipeline.engine.kernels.choose import kernel_candidates
+from pipeline.engine.kernels.eager import EagerKernels
+from pipeline.engine.kernels.sample import Widths, run_every_operation
+from pipeline.engine.kv_cache import KVCache, bytes_for_cache, fitting_blocks
+from pipeline.engine.loop import EngineLoop
+from pipeline.engine.model_runner import ModelRunner
 from pipeline.engine.models.text_model import TextModel
 from pipeline.engine.models.vision import VisionModel
 from pipeline.engine.pixels import PixelTable
-from pipeline.engine.scheduler import Plan, Scheduler
-from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, error_completions
-from pipeline.engine.settings import EngineOptions
+from pipeline.engine.sampler import SampleRow, sample
+from pipeline.engine.scheduler import DEFAULT_RUNNING, Scheduler, pick_max_running
+from pipeline.engine.sequence import Request
+from pipeline.engine.settings import EngineOptions, SamplingParams
 from pipeline.engine.shard import ShardedAttention
 from pipeline.engine.stopping import StopRules
-from pipeline.engine.warm_up import capture_largest_first, first_request
+from pipeline.engine.trial import Candidate, Trial
+from pipeline.engine.warm_up import MAX_VISUAL_TOKENS, capture_largest_first, first_request, full_pass
 from pipeline.engine.weights import Checkpoint
-from pipeline.errors import EngineOutOfMemory, RowError
+from pipeline.errors import CheckpointError, EngineOutOfMemory, first_line
 
-MAX_LONE_FAILURES = 4
-"""A row that runs out of memory alone in its pass this often, with ever smaller budgets, becomes an error."""
+log = logging.getLogger(__name__)
 
 MAX_KEPT_VISUAL_TOKENS = 2**17
 """Visual tokens kept for waiting sequences that share media; above it the oldest are encoded again."""
 
 
-class NativeEngine(Engine):
-    """Continuous batching. One step is one pass: a packed prefill or a decode of all running sequences."""
+class NativeEngine(EngineLoop):
+    """The engine of a checkpoint, loaded and ready."""
 
     def __init__(
         self,
@@ -52,101 +64,103 @@ class NativeEngine(Engine):
         overlap: bool | None = None,
     ) -> None:
         """With `overlap`, a pass's tokens are read after the next pass is launched; None: on a GPU, not on a CPU."""
-        self.checkpoint = checkpoint
-        self.options = options
-        device, dtype, layer_devices = checkpoint.device, checkpoint.dtype, checkpoint.layer_devices
+        device, dtype = checkpoint.device, checkpoint.dtype
         on_gpu = device.type == "cuda"
-        self.max_lag = int(on_gpu if overlap is None else overlap)
-        attention = pick_attention(options.attention, device, dtype)
-        sharded = len(set(layer_devices)) > 1
-        if sharded:
-            backends = {each: pick_attention(options.attention, each, dtype) for each in set(layer_devices)}
-            attention = ShardedAttention(backends, vision=attention)
-        self.rules = StopRules(checkpoint.eos_token_ids, detokenize)
-        max_context = min(options.max_context or checkpoint.max_context, checkpoint.max_context)
-        with torch.no_grad():
-            text = TextModel(checkpoint.model)
-            pixels = PixelTable(options, device=device, dtype=dtype)
-            vision = VisionModel(checkpoint.model, attention, pixels)
+        rules = StopRules(checkpoint.eos_token_ids, detokenize)
+        super().__init__(checkpoint, rules, max_lag=int(on_gpu if overlap is None else overlap))
+        self.options = options
+        self.max_context = min(options.max_context or checkpoint.max_context, checkpoint.max_context)
         self.max_batch_tokens = options.max_batch_tokens or (16384 if on_gpu else 2048)
         self.max_batch_patches = options.max_batch_patches or 4 * self.max_batch_tokens
-        self.cache = make_cache(
-            options,
-            layer_devices,
-            max_context=max_context,
-            block_size=attention.block_size,
-            num_kv_heads=text.num_kv_heads,
-            head_dim=text.head_dim,
-            dtype=text.dtype,
+        candidates = self._attention_candidates()
+        with torch.no_grad():
+            self.text = TextModel(checkpoint.model)
+            pixels = PixelTable(options, device=device, dtype=dtype)
+            self.vision = VisionModel(checkpoint.model, candidates[-1].load(), pixels)
+        self._devices = tuple(dict.fromkeys((device, *checkpoint.layer_devices)))
+        self.trial = Trial(self._devices)
+        self.warm_up_s = 0.0
+        if on_gpu:
+            started = time.perf_counter()
+            with current(device):
+                self._prepare_gpu(candidates)
+            self.warm_up_s = time.perf_counter() - started
+        else:
+            layers = Counter(checkpoint.layer_devices)
+            share = options.cache_gb * 1e9 / layers.total()
+            memory = {each: share * count for each, count in layers.items()}
+            self._assemble(self.vision.attention, memory, setting="engine.cache_gb")
+        self.warm_up_graphs = self.runner.graphs.captured if self.runner.graphs else []
+
+    def _attention_candidates(self) -> Sequence[Candidate[AttentionBackend]]:
+        checkpoint = self.checkpoint
+        candidates = attention_candidates(self.options.attention, checkpoint.device, checkpoint.dtype)
+        devices = set(checkpoint.layer_devices)
+        if len(devices) == 1:
+            return candidates
+
+        def spread(one: Candidate[AttentionBackend]) -> Candidate[AttentionBackend]:
+            return Candidate(
+                one.name, lambda: ShardedAttention({each: one.load() for each in devices}, vision=one.load())
+            )
+
+        return [spread(one) for one in candidates]
+
+    def _assemble(
+        self,
+        attention: AttentionBackend,
+        memory: Mapping[torch.device, float] | None,
+        *,
+        setting: str = "engine.gpu_memory_fraction",
+        num_tokens: int = 0,
+    ) -> None:
+        """Build what depends on the attention backend and on the size of the cache: as much as this memory of each
+        device holds, or just these tokens. The setting decides about the memory."""
+        checkpoint, text = self.checkpoint, self.text
+        self.vision.attention = attention
+        sizes: dict[str, Any] = {
+            "block_size": attention.block_size,
+            "num_kv_heads": text.num_kv_heads,
+            "head_dim": text.head_dim,
+            "dtype": text.dtype,
+        }
+        if memory is None:
+            num_blocks = -(-num_tokens // attention.block_size)
+        else:
+            num_blocks = fitting_blocks(memory, checkpoint.layer_devices, setting=setting, **sizes)
+        max_running = self.options.max_running or (
+            pick_max_running(num_blocks * attention.block_size) if checkpoint.device.type == "cuda" else DEFAULT_RUNNING
         )
-        self.media = EncodedMedia(MAX_KEPT_VISUAL_TOKENS)
-        self.scheduler = Scheduler(
+        num_blocks = min(num_blocks, max_running * -(-self.max_context // attention.block_size))
+        self.cache = KVCache(checkpoint.layer_devices, num_blocks=num_blocks, **sizes)
+        media = EncodedMedia(MAX_KEPT_VISUAL_TOKENS)
+        scheduler = Scheduler(
             BlockManager(self.cache.num_blocks, self.cache.block_size),
-            self.media,
-            max_running=options.max_running,
+            media,
+            max_running=max_running,
             max_batch_tokens=self.max_batch_tokens,
             max_batch_patches=self.max_batch_patches,
         )
-        self.runner = ModelRunner(
+        runner = ModelRunner(
             text,
-            vision,
+            self.vision,
             attention,
             self.cache,
-            self.media,
+            media,
             self.rules,
-            device=device,
-            max_running=options.max_running,
-            max_context=max_context,
+            device=checkpoint.device,
+            max_running=max_running,
+            max_context=self.max_context,
         )
-        if on_gpu and options.cuda_graphs is not False and attention.allows_graphs and not sharded:
-            self.runner.graphs = DecodeGraphs(
-                self.runner.decode_forward,
-                self.runner.last_tokens,
-                max_running=options.max_running,
-                max_width=self.scheduler.blocks.blocks_for(max_context),
-                scrap_slot=self.cache.scrap_slot,
-            )
-        self.admission = AdmissionRules(
+        admission = AdmissionRules(
             checkpoint.vocab_size,
             checkpoint.image_token_id,
             checkpoint.video_token_id,
-            max_context,
+            self.max_context,
             cache_tokens=self.cache.num_tokens,
-            can_detokenize=detokenize is not None,
+            can_detokenize=self.rules.detokenize is not None,
         )
-        self._in_flight: deque[PassResult] = deque()
-        self._done: list[Completion] = []
-        self._lone_failures: dict[RequestId, int] = {}
-        self._num_out_of_memory = 0
-        self.warm_up_s = self._warm_up() if on_gpu else 0.0
-        self.warm_up_graphs = self.runner.graphs.captured if self.runner.graphs else []
-
-    # ---- the interface
-
-    def add(self, request: Request) -> None:
-        try:
-            sequences = self.admission.admit(request)
-        except RowError as error:
-            self._done.extend(error_completions(request, error))
-            return
-        for sequence in sequences:
-            self.scheduler.add(sequence)
-
-    def step(self) -> list[Completion]:
-        with current(self.checkpoint.device):
-            self._step()
-        done, self._done = self._done, []
-        return done
-
-    def has_unfinished(self) -> bool:
-        return bool(self._done or self._in_flight or self.scheduler.has_unfinished)
-
-    def abort(self, request_id: RequestId) -> None:
-        for sequence in self.scheduler.find(request_id):
-            sequence.finish("stop")
-            self.scheduler.retire(sequence)
-        self._lone_failures.pop(request_id, None)
-        self._done = [completion for completion in self._done if completion.request_id != request_id]
+        self.begin(scheduler, runner, media, admission)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -154,11 +168,14 @@ class NativeEngine(Engine):
             "model": self.checkpoint.name,
             "device": str(self.checkpoint.device),
             "gpu": gpu_name(self.checkpoint.device),
-            "devices": len(set(self.checkpoint.layer_devices)),
+            "devices": len(self._devices),
             "dtype": str(self.checkpoint.dtype).removeprefix("torch."),
             "matmul_dtype": str(self.runner.text.lm_head.weight.dtype).removeprefix("torch."),
             "attention": self.runner.attention.name,
+            "vision_attention": self.runner.attention.vision_name,
+            "kernels": self.text.kernels.name,
             "cuda_graphs": self.runner.graphs is not None,
+            "replaced": self.trial.replaced,
             "warm_up_s": round(self.warm_up_s, 2),
             "warm_up_graphs": self.warm_up_graphs,
             "max_context": self.admission.max_context,
@@ -171,95 +188,178 @@ class NativeEngine(Engine):
             "eos_token_ids": sorted(self.checkpoint.eos_token_ids),
         }
 
-    def is_usable(self) -> bool:
-        return all(is_alive(device) for device in {self.checkpoint.device, *self.checkpoint.layer_devices})
+    # ---- on a GPU, before the first row
 
-    def stats(self) -> dict[str, float]:
-        blocks = self.scheduler.blocks
-        return {
-            "running": float(len(self.scheduler.admitted)),
-            "waiting": float(len(self.scheduler.waiting)),
-            "cache_use": blocks.num_used / blocks.num_blocks,
-            "preemptions": float(self.scheduler.num_preemptions),
-            "out_of_memory": float(self._num_out_of_memory),
-            "max_batch_tokens": float(self.scheduler.batch_tokens.value),
-            "graphs": float(len(self.runner.graphs.captured) if self.runner.graphs else 0),
-            **{name: float(count) for name, count in self.runner.counts.items()},
-            **{f"seconds_{phase}": seconds for phase, seconds in self.runner.seconds.items()},
-        }
-
-    # ---- inside a step
-
-    def _step(self) -> None:
-        plan = self.scheduler.schedule()
-        if plan is not None:
-            try:
-                self._in_flight.append(self.runner.run(plan, max_batch_patches=self.scheduler.batch_patches.value))
-                self.scheduler.succeeded(plan)
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                self._recover(plan, error)
-            except RuntimeError as error:
-                if "can't allocate memory" not in str(error):  # torch's message on a CPU
-                    raise
-                self._recover(plan, error)
-            self.runner.forget_media(self.media.forget(self._media_in_use()))
-        self._collect(max_left=self.max_lag if plan is not None else 0)
-
-    def _collect(self, *, max_left: int = 0) -> None:
-        """Read the oldest passes in flight until `max_left` are left; their sequences continue or end."""
-        while len(self._in_flight) > max_left:
-            for sequence, token, logprob in self._in_flight.popleft().read():
-                sequence.num_in_flight -= 1
-                self.rules.append(sequence, token, logprob)
-                if sequence.is_finished:
-                    self._retire(sequence)
-
-    def _retire(self, sequence: Sequence) -> None:
-        self.scheduler.retire(sequence)
-        self._lone_failures.pop(sequence.request.request_id, None)
-        self._done.append(sequence.completion())
-
-    def _media_in_use(self) -> set[bytes]:
-        prefilling = self.scheduler.prefilling
-        return {medium.content_key for medium in prefilling.request.media} if prefilling else set()
-
-    def _recover(self, plan: Plan, error: BaseException) -> None:
-        """Out of memory: read what is in flight, preempt this pass's sequences, and continue with smaller passes."""
-        self._num_out_of_memory += 1
-        self._collect()
-        failed = [sequence for sequence in plan.sequences if not sequence.is_finished]
-        for sequence in reversed(failed):
-            self.scheduler.preempt(sequence)
-        self.scheduler.ran_out_of_memory(plan)
-        if len({id(sequence.request) for sequence in failed}) == 1:
-            self._count_lone_failure(failed, error)
-        if self.checkpoint.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _count_lone_failure(self, failed: list[Sequence], error: BaseException) -> None:
-        """The samples of one request were alone in the pass that failed; after several such passes they are errors."""
-        request = failed[0].request
-        failures = self._lone_failures.get(request.request_id, 0) + 1
-        self._lone_failures[request.request_id] = failures
-        if failures < MAX_LONE_FAILURES:
-            return
-        for sequence in failed:
-            sequence.error = EngineOutOfMemory(
-                f"out of memory with this row alone ({sequence.num_prompt_tokens} prompt tokens, "
-                f"{request.num_visual_tokens} visual): use fewer or smaller media, or leave more memory free of the "
-                f"cache: {' '.join(str(error).split())[:200]}"
+    def _prepare_gpu(self, candidates: Sequence[Candidate[AttentionBackend]]) -> None:
+        """Choose the parts by trial, size the cache by what the largest pass leaves, and capture graphs."""
+        options, device, dtype = self.options, self.checkpoint.device, self.checkpoint.dtype
+        torch.cuda.empty_cache()  # of the weights that loading held twice
+        widths = self._widths()
+        try:
+            attention = self.trial.choose(
+                "attention",
+                candidates,
+                results=lambda one: run_every_shape(one, widths, device, dtype),
+                use=self._use_attention,
+                forced=options.attention != "auto",
             )
-            sequence.finish("error")
-            self._retire(sequence)
-
-    def _warm_up(self) -> float:
-        """Answer one row and capture graphs, so that the first batch need not wait for that. Returns the seconds."""
-        started = time.perf_counter()
-        max_length = min(self.admission.max_context, self.cache.num_tokens)
-        self.generate([first_request(self.admission.image_token_id, max_length=max_length)])
-        graphs = self.runner.graphs
-        if graphs is not None:
-            with current(self.checkpoint.device), torch.inference_mode():
-                capture_largest_first(set(graphs.sizes) - set(graphs.captured), graphs.capture)
+            self.trial.choose(
+                "kernels",
+                kernel_candidates(options.kernels, device),
+                results=lambda one: list(run_every_operation(one, widths, device, dtype).values()),
+                use=lambda one: self._use_kernels(one, attention),
+            )
+        except (torch.OutOfMemoryError, EngineOutOfMemory) as error:
+            raise CheckpointError(
+                f"{device} has too little memory for the weights and one pass of {self.max_batch_tokens} tokens and "
+                f"{self.max_batch_patches} patches; lower engine.max_batch_tokens or use more GPUs: {first_line(error)}"
+            ) from error
+        del self.cache, self.runner
+        gc.collect()
+        torch.cuda.empty_cache()
+        self._assemble(attention, {each: self._bytes_for_cache(each) for each in self._devices})
+        self._choose_graphs()
         self.runner.reset_counts()
-        return time.perf_counter() - started
+
+    def _widths(self) -> Widths:
+        text, vision = self.text, self.vision
+        return Widths(
+            hidden=text.embed_weight.shape[1],
+            heads=text.num_heads,
+            kv_heads=text.num_kv_heads,
+            head_dim=text.head_dim,
+            mlp=text.layers[0].down.weight.shape[1],
+            vision_heads=vision.num_heads,
+            vision_head_dim=vision.head_dim,
+            vision_mlp=vision.blocks[0].fc1.weight.shape[0],
+        )
+
+    def _use_attention(self, attention: AttentionBackend) -> None:
+        vision = self.vision
+        choose_vision(
+            attention,
+            max_patches=self.max_batch_patches,
+            num_heads=vision.num_heads,
+            head_dim=vision.head_dim,
+            dtype=self.checkpoint.dtype,
+            device=vision.device,
+        )
+        self._try_passes(attention)
+
+    def _use_kernels(self, kernels: EagerKernels, attention: AttentionBackend) -> None:
+        if kernels is not self.text.kernels:
+            self.text.kernels = self.vision.kernels = kernels
+            self._try_passes(attention)
+
+    def _try_passes(self, attention: AttentionBackend) -> None:
+        """Answer one row, then rows that fill a prefill pass, and note how much memory that takes without the cache.
+
+        A pass that does not fit the memory lowers the engine's budgets until one does.
+        """
+        while True:
+            requests = full_pass(
+                self.checkpoint.image_token_id,
+                max_tokens=self.max_batch_tokens,
+                max_patches=self.max_batch_patches,
+                max_length=self.max_context,
+            )
+            # Admission keeps a block for each sequence besides its prompt.
+            block_size = attention.block_size
+            room = sum(-(-len(request.input_ids) // block_size) + 1 for request in requests)
+            self._assemble(attention, None, num_tokens=max(room * block_size, MAX_VISUAL_TOKENS + 3))
+            for device in self._devices:
+                torch.cuda.reset_peak_memory_stats(device)
+            self._answer([self._first_request()])
+            self._answer(requests)
+            self._sample_widest()
+            self._peaks = {
+                device: torch.cuda.max_memory_allocated(device) - self.cache.storage_bytes(device)
+                for device in self._devices
+            }
+            if not self._num_out_of_memory:
+                return
+            budgets = self.scheduler.batch_tokens.value, self.scheduler.batch_patches.value
+            log.warning(
+                "a pass of %d tokens does not fit this GPU's memory; trying %d", self.max_batch_tokens, budgets[0]
+            )
+            self.max_batch_tokens, self.max_batch_patches = budgets
+
+    def _first_request(self) -> Request:
+        max_length = min(self.max_context, self.cache.num_tokens)
+        return first_request(self.checkpoint.image_token_id, max_length=max_length)
+
+    def _answer(self, requests: Sequence[Request]) -> None:
+        try:
+            for completion in self.generate(requests):
+                if completion.error is not None:
+                    raise completion.error
+        finally:  # after a failure nothing is left of them
+            for request in requests:
+                self.abort(request.request_id)
+
+    @torch.inference_mode()
+    def _sample_widest(self) -> None:
+        """Sample a full decode batch in the way that takes the most memory."""
+        num_rows = self.options.max_running or DEFAULT_RUNNING
+        weight = self.text.lm_head.weight
+        logits = torch.zeros(num_rows, weight.shape[0], dtype=self.text.dtype, device=weight.device)
+        row = SampleRow(SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, logprobs=True), draw=0.5)
+        sample(logits, [row] * num_rows)
+
+    def _bytes_for_cache(self, device: torch.device) -> int:
+        free, total = torch.cuda.mem_get_info(device)
+        return bytes_for_cache(
+            total=total,
+            free=free,
+            allocated=torch.cuda.memory_allocated(device),
+            peak=self._peaks[device],
+            share=self.options.gpu_memory_fraction * self.options.gpu_share,
+        )
+
+    def _choose_graphs(self) -> None:
+        wanted, runner = self.options.cuda_graphs, self.runner
+        can = runner.attention.allows_graphs and len(self._devices) == 1
+        if wanted and not can:
+            raise CheckpointError(
+                f"engine.cuda_graphs is true, but {runner.attention.name} attention over {len(self._devices)} GPU(s) "
+                "can't be captured; leave it unset"
+            )
+
+        def graphs() -> DecodeGraphs:
+            return DecodeGraphs(
+                runner.decode_forward,
+                runner.last_tokens,
+                max_running=self.scheduler.max_running,
+                max_width=self.scheduler.blocks.blocks_for(self.max_context),
+                scrap_slot=self.cache.scrap_slot,
+            )
+
+        none: Candidate[DecodeGraphs | None] = Candidate("false", lambda: None)
+        self.trial.choose(
+            "cuda_graphs",
+            [Candidate("true", graphs), none] if can and wanted is not False else [none],
+            results=self._decode_results,
+            use=self._use_graphs,
+            forced=bool(wanted),
+            tolerance=4.0,  # a whole model's rounding
+        )
+
+    @torch.inference_mode()
+    def _decode_results(self, graphs: DecodeGraphs | None) -> list[torch.Tensor]:
+        """Logits of two decode passes over the empty cache, which a second replay must tell apart."""
+        self.runner.graphs = graphs
+        num_rows = min(2, self.scheduler.max_running, self.cache.num_blocks)
+        rows = np.arange(num_rows)
+        results = []
+        for length in (2, 5):
+            slots, lengths = rows * self.cache.block_size + length - 1, np.full(num_rows, length, dtype=np.int32)
+            tables = rows.astype(np.int32)[:, None]
+            results.append(self.runner.decode_rows(rows, rows + length, slots, lengths, tables).clone())
+        return results
+
+    def _use_graphs(self, graphs: DecodeGraphs | None) -> None:
+        self.runner.graphs = graphs
+        if graphs is not None:
+            with torch.inference_mode():
+                capture_largest_first(set(graphs.sizes) - set(graphs.captured), graphs.capture)
+        self._answer([self._first_request()])

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from pipeline.engine.settings import EngineOptions
 from pipeline.errors import CheckpointError
 
 
@@ -76,45 +75,44 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        return sum(storage.numel() * storage.element_size() for storage in self.storage.values())
+        return sum(map(self.storage_bytes, self.storage))
+
+    def storage_bytes(self, device: torch.device) -> int:
+        return self.storage[device].nbytes
 
 
-def make_cache(
-    options: EngineOptions,
+def bytes_for_cache(*, total: int, free: int, allocated: int, peak: int, share: float) -> int:
+    """What an engine's share of a GPU's memory leaves for the cache.
+
+    `allocated` bytes are this process's own at the moment, `free` ones nobody's, and a pass needs `peak` bytes at most,
+    with the weights and without a cache. The share is one of all memory, so engines that load at the same time on one
+    GPU do not depend on each other; what others hold already is left to them.
+    """
+    return min(int(share * total), free + allocated) - peak
+
+
+def fitting_blocks(
+    memory: Mapping[torch.device, float],
     layer_devices: Sequence[torch.device],
     *,
-    max_context: int,
+    setting: str,
     block_size: int,
     num_kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
-) -> KVCache:
-    """A cache of as many blocks as the stated memory holds on each device, and no more than could ever be used.
-
-    Raises CheckpointError where a device's memory does not hold one block.
-    """
-    num_blocks = options.max_running * -(-max_context // block_size)
+) -> int:
+    """As many blocks as each device has memory for, besides the scrap block. Raises CheckpointError, which names the
+    setting to change, where that is none."""
+    counts = []
     for device, num_layers in Counter(layer_devices).items():
-        if device.type == "cuda":
-            setting, memory = "engine.cache_fraction", options.cache_fraction * torch.cuda.mem_get_info(device)[0]
-        else:
-            setting, memory = "engine.cache_gb", options.cache_gb * 1e9 * num_layers / len(layer_devices)
         per_block = 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
-        fit = int(memory // per_block) - 1  # one is scrap
-        if fit < 1:
+        counts.append(int(memory[device] // per_block) - 1)
+        if counts[-1] < 1:
             raise CheckpointError(
-                f"the key-value cache would get {memory / 1e9:.3f} GB, but one block of {block_size} tokens "
-                f"takes {per_block / 1e9:.3f} GB; raise {setting}"
+                f"the key-value cache would get {max(0.0, memory[device]) / 1e9:.3f} GB, but one block of {block_size} "
+                f"tokens takes {per_block / 1e9:.3f} GB; raise {setting}"
             )
-        num_blocks = min(num_blocks, fit)
-    return KVCache(
-        layer_devices,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-    )
+    return min(counts)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -201,7 +201,18 @@ class ModelRunner:
         for row, sequence in enumerate(sequences):
             tables[row, : len(sequence.block_table)] = sequence.block_table
         slots = tables[np.arange(len(sequences)), indices // size].astype(np.int64) * size + indices % size
-        if self.graphs is not None and self.graphs.fits(len(sequences), widest):
+        return self.decode_rows(rows, positions, slots, lengths, tables)
+
+    def decode_rows(
+        self,
+        rows: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        slots: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int32],
+        tables: npt.NDArray[np.int32],
+    ) -> torch.Tensor:
+        """Logits [R, vocabulary] of one decode pass: a graph's, where there are graphs and the pass fits them."""
+        if self.graphs is not None and self.graphs.fits(*tables.shape):
             return self.graphs.replay(rows, positions, slots, lengths, tables)
         info = DecodeInfo(
             slots=self._upload(slots),

@@ -28,6 +28,14 @@ MIN_BATCH_TOKENS = 32
 LAST_BATCHES = 4
 """Once at most this many times `max_running` sequences wait, they are admitted longest first."""
 
+DEFAULT_RUNNING, MOST_RUNNING, ROOM_PER_SEQUENCE = 256, 512, 2048
+
+
+def pick_max_running(cache_tokens: int) -> int:
+    """Sequences that a GPU decodes together where the config names no number. More make each weight that is read count
+    for more tokens, as long as the cache has this much room for each."""
+    return min(MOST_RUNNING, max(DEFAULT_RUNNING, cache_tokens // ROOM_PER_SEQUENCE // 32 * 32))
+
 
 @dataclass
 class PrefillChunk:

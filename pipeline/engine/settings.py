@@ -137,15 +137,21 @@ class EngineSettings:
         ge=1,
     )
     batch_size: int = setting(16, "Rows in a static batch; `transformers` only.", ge=1)
-    max_running: int = setting(256, "Sequences that are decoded together.", ge=1)
+    max_running: int | None = setting(
+        None, "Sequences that are decoded together. Default: 256, and up to 512 where a GPU's cache holds them.", ge=1
+    )
     max_batch_tokens: int | None = setting(
         None, "Prompt tokens in one prefill pass. Default: 16384 on a GPU, 2048 on a CPU.", ge=1
     )
     max_batch_patches: int | None = setting(
         None, "Patches in one vision pass. Default: four for each of max_batch_tokens.", ge=1
     )
-    cache_fraction: float = setting(
-        0.85, "Share of the GPU memory left after loading that the key-value cache takes.", gt=0, lt=1
+    gpu_memory_fraction: float = setting(
+        0.9,
+        "Share of a GPU's memory for its engines: weights, passes, and the key-value cache, which takes what is left. "
+        "Several engines on one GPU divide it.",
+        gt=0,
+        lt=1,
     )
     cache_gb: float = setting(2.0, "Size of the key-value cache on a CPU, in GB.", gt=0)
 
@@ -166,6 +172,9 @@ class EngineOptions(EngineSettings):
     device: str = "auto"
     """`auto`: the first GPU, else the CPU; or cpu, cuda, cuda:1."""
     num_devices: int = setting(1, "GPUs over which the layers are spread; without effect on a CPU.", ge=1)
+    gpu_share: float = setting(
+        1.0, "Share of a GPU that this engine has; below 1 where several have the same.", gt=0, le=1
+    )
     num_threads: int | None = setting(None, "Threads for torch on a CPU. None leaves torch's own choice.", ge=1)
     image_mean: tuple[float, ...] | None = None
     """Of each channel, as the checkpoint's processor has it; None: CLIP's. The same for `image_std`."""

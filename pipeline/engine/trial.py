@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import torch
 
 from pipeline.engine.device import is_alive
-from pipeline.errors import CheckpointError, first_line
+from pipeline.errors import CheckpointError, JobError, first_line
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,14 +34,12 @@ class Candidate(Generic[T]):
 
 
 class Trial:
-    """Chooses the parts of one engine, and remembers what it chose and why."""
+    """Chooses the parts of one engine, and remembers which candidates failed."""
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = devices
-        self.chosen: dict[str, str] = {}
-        """The name of the candidate that runs, for each part."""
         self.replaced: dict[str, str] = {}
-        """`PART NAME` of each candidate that was tried and is not used, with the reason."""
+        """`PART CANDIDATE` of each one that was tried and failed, with the reason."""
 
     def choose(
         self,
@@ -51,12 +49,14 @@ class Trial:
         results: Callable[[T], Sequence[torch.Tensor]],
         use: Callable[[T], None],
         forced: bool = False,
+        tolerance: float = 1.0,
     ) -> T:
         """The first candidate that works, already in use.
 
         `results` runs a candidate on small inputs, for the comparison; `use` puts it into the engine and runs whole
         passes. If one that is `forced` fails either, that is a CheckpointError; otherwise the next is tried, with one
-        warning. The last candidate is not compared with anything, and what it raises is not caught.
+        warning. The last candidate is not compared with anything, and what it raises is not caught. `tolerance` is a
+        factor on TOLERANCE, for results of many operations.
         """
         *faster, simplest = candidates
         expected: Sequence[torch.Tensor] | None = None
@@ -65,13 +65,14 @@ class Trial:
                 loaded = candidate.load()
                 found = results(loaded)
                 expected = results(simplest.load()) if expected is None else expected
-                if (difference := _difference(found, expected)) is not None:
+                if (difference := _difference(found, expected, tolerance)) is not None:
                     raise ArithmeticError(f"it computes other numbers than {simplest.name}: {difference}")
                 use(loaded)
+            except JobError:
+                raise
             except Exception as error:
                 reason = f"{type(error).__name__}: {first_line(error)}"
             else:
-                self.chosen[part] = candidate.name
                 return loaded
             self._check_devices(part, candidate.name, following.name, reason)
             if forced:
@@ -82,7 +83,6 @@ class Trial:
             self.replaced[f"{part} {candidate.name}"] = reason
         loaded = simplest.load()
         use(loaded)
-        self.chosen[part] = simplest.name
         return loaded
 
     def _check_devices(self, part: str, name: str, following: str, reason: str) -> None:
@@ -94,13 +94,13 @@ class Trial:
             )
 
 
-def _difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str | None:
+def _difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], tolerance: float) -> str | None:
     """Where two lists of results differ by more than rounding; None if they agree."""
     for number, (mine, other) in enumerate(zip(found, expected, strict=True)):
         if mine.shape != other.shape or mine.dtype != other.dtype:
             return f"result {number} is {mine.dtype} {tuple(mine.shape)}, not {other.dtype} {tuple(other.shape)}"
         largest = float(other.float().abs().max())
         error = float((mine.float() - other.float()).abs().max())
-        if not error <= TOLERANCE[other.dtype] * largest:  # also where the error is NaN
+        if not error <= tolerance * TOLERANCE[other.dtype] * largest:  # also where the error is NaN
             return f"result {number} differs by {error:.3g}, where the largest value is {largest:.3g}"
     return None

@@ -163,7 +163,8 @@ def _for_placement(stages: Stages, placement: Placement) -> GenerateOptions:
     """The engine stage's options for the devices or threads that each engine gets."""
     engine = stages.generate.engine
     if placement.gpus_per_engine:
-        engine = replace(engine, num_devices=max(1, int(placement.gpus_per_engine)))
+        gpus = placement.gpus_per_engine
+        engine = replace(engine, num_devices=max(1, int(gpus)), gpu_share=min(1.0, gpus))
     else:
         engine = replace(engine, num_threads=placement.engine_threads)
     return replace(stages.generate, engine=engine)

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from pipeline.checkpoint.locate import read_config, resolve_model
 from pipeline.config import CaptionConfig, Fraction, NotNegative, Positive, Section
+from pipeline.engine.scheduler import pick_max_running
 from pipeline.errors import ConfigError
 from pipeline.execution.placement import default_blocks_in_flight
 from pipeline.execution.stages import OpenedStages, open_stages
@@ -117,6 +118,7 @@ def make_plan(config: PlanConfig) -> Plan:
     """The plan of a job. Reads a sample of rows and their media's headers; with `plan.probe` runs the stages too."""
     asked = config.plan
     shape, context = _shape(config)
+    context = min(context, config.engine.max_context or context)
     gpu, engines = _hardware(config)
     cache, fitted = _fit(config, shape, gpu, engines)
     max_length = min(context, cache or context)
@@ -260,11 +262,11 @@ def _fit(config: PlanConfig, shape: ModelShape | None, gpu: Gpu | None, engines:
             return None, engines  # the GPU is not known
         width = 4 if config.model.dtype in ("auto", "float32") else 2
         return int(config.engine.cache_gb * 1e9 / shape.kv_bytes(width)), engines
-    fraction = config.engine.cache_fraction
-    needed = min_gpus(shape, gpu, cache_tokens=_DEFAULT_CONTEXT, cache_fraction=fraction)
+    fraction = config.engine.gpu_memory_fraction
+    needed = min_gpus(shape, gpu, cache_tokens=_DEFAULT_CONTEXT, memory_fraction=fraction)
     if needed > max(1, engines.gpus_per_engine):
         engines = replace(engines, gpus_per_engine=float(needed))
-    return cache_tokens(shape, gpu, gpus=max(1, engines.gpus_per_engine), cache_fraction=fraction), engines
+    return cache_tokens(shape, gpu, gpus=engines.gpus_per_engine or 1.0, memory_fraction=fraction), engines
 
 
 def _times_by_data_sheet(
@@ -303,7 +305,7 @@ def _times_by_data_sheet(
                 shape,
                 one,
                 fitted,
-                max_running=config.engine.max_running,
+                max_running=config.engine.max_running or pick_max_running(cache or _DEFAULT_CONTEXT),
                 cache_tokens=cache or _DEFAULT_CONTEXT,
                 output_share=output_share,
             )

@@ -197,13 +197,13 @@ def row_seconds(shape: ModelShape, gpu: Gpu, row: RowWork, *, running: float) ->
     return (vision + prefill) / gpu.flops + max(decode / gpu.flops, traffic / gpu.bytes_per_s)
 
 
-def min_gpus(shape: ModelShape, gpu: Gpu, *, cache_tokens: int, cache_fraction: float) -> int:
+def min_gpus(shape: ModelShape, gpu: Gpu, *, cache_tokens: int, memory_fraction: float) -> int:
     """GPUs that hold the weights and a key-value cache of so many tokens."""
-    needed = BYTES_PER_VALUE * shape.num_parameters + cache_tokens * shape.kv_bytes() / cache_fraction
-    return math.ceil(needed / (gpu.memory_gb * 1e9))
+    needed = BYTES_PER_VALUE * shape.num_parameters + cache_tokens * shape.kv_bytes()
+    return math.ceil(needed / (memory_fraction * gpu.memory_gb * 1e9))
 
 
-def cache_tokens(shape: ModelShape, gpu: Gpu, *, gpus: float, cache_fraction: float) -> int:
+def cache_tokens(shape: ModelShape, gpu: Gpu, *, gpus: float, memory_fraction: float) -> int:
     """Tokens that fit into the key-value cache beside the weights on so many GPUs; 0 where the weights don't fit."""
-    free = gpus * gpu.memory_gb * 1e9 - BYTES_PER_VALUE * shape.num_parameters
-    return max(0, int(cache_fraction * free / shape.kv_bytes()))
+    left = memory_fraction * gpus * gpu.memory_gb * 1e9 - BYTES_PER_VALUE * shape.num_parameters
+    return max(0, int(left / shape.kv_bytes()))

@@ -223,6 +223,7 @@ def without_secrets(text: str) -> str:
 def headline(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What ran: model, prompt, sampling, data, code, hardware."""
     attention, revision = text_at(run, "engine.attention"), text_at(run, "model.revision")
+    kernels, replaced = text_at(run, "engine.kernels"), at(run, "engine.replaced")
     commit, version = text_at(run, "versions.commit"), text_at(run, "versions.qwen2-vl-batch")
     cpus = number_at(run, "hardware.cpus")
     num_gpus = _num_gpus(run)
@@ -234,7 +235,15 @@ def headline(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             _joined(
                 *(text_at(run, f"engine.{name}") for name in ("kind", "dtype", "device")),
                 attention and f"{attention} attention",
+                kernels and f"{kernels} kernels",
+                "CUDA graphs" if at(run, "engine.cuda_graphs") else None,
             ),
+        ),
+        (
+            "Not used",
+            "; ".join(f"{part}: {reason}" for part, reason in replaced.items())
+            if isinstance(replaced, Mapping)
+            else None,
         ),
         (
             "Prompt",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.engine import EngineOptions, SamplingParams
-from pipeline.engine.attention.choose import flash_attn_installed, pick_attention, torch_varlen_available
+from pipeline.engine.attention.choose import attention_candidates, flash_attn_installed, torch_varlen_available
 from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo, PrefillInfo
 from pipeline.engine.attention.sdpa import SdpaAttention
 from pipeline.engine.cuda_graph import graph_sizes
@@ -32,7 +32,7 @@ CLOSE = {"rtol": 2e-2, "atol": 2e-2}
 
 
 def backend_of(name: str) -> AttentionBackend:
-    return pick_attention(name, torch.device("cuda"), torch.bfloat16)
+    return attention_candidates(name, torch.device("cuda"), torch.bfloat16)[0].load()
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -116,7 +116,7 @@ def exact(rounded: Any) -> Any:
 
 
 def engine(model: Any, **options: Any) -> NativeEngine:
-    return NativeEngine(from_model(model), EngineOptions("tiny", **{"cache_fraction": 0.05, **options}))
+    return NativeEngine(from_model(model), EngineOptions("tiny", **{"gpu_memory_fraction": 0.05, **options}))
 
 
 def test_float32_on_the_gpu_gives_the_tokens_of_the_cpu() -> None:

@@ -28,8 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from jobs.benchmark.gpu import VLLM_LIBRARY
 from jobs.benchmark.gpu.device_time import Measurements, device_seconds
 from jobs.benchmark.workload import measure_ceilings
-from pipeline.engine.kernels.choose import pick_kernels
-from pipeline.engine.kernels.eager import EAGER, EagerKernels
+from pipeline.engine.kernels.choose import kernel_candidates
+from pipeline.engine.kernels.eager import EagerKernels
 from pipeline.engine.kv_cache import KVCache
 
 WRONG = 1e-2
@@ -302,8 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if on_gpu:
         for shape in ((256, 512, 12, 2), (256, 1500, 12, 2), (256, 1500, 28, 4), (32, 4096, 28, 4), (8, 16384, 12, 2)):
             decode(found, device, *shape)
-    chosen = [EAGER, *([fused] if (fused := pick_kernels("auto", device)) is not EAGER else [])]
-    for each in chosen:
+    for each in reversed([candidate.load() for candidate in kernel_candidates("auto", device)]):
         with torch.inference_mode():
             elementwise(found, device, each, 16384 if on_gpu else 8)
     print(json.dumps({"benchmark": "gpu kernels", **found.values}), flush=True)

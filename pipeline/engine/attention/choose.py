@@ -1,4 +1,4 @@
-"""Which attention backend runs here: the first that works, or the one that was asked for."""
+"""Which attention backends may run here, before any of them is tried."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import importlib.util
 import torch
 
 from pipeline.engine.attention.interface import AttentionBackend
+from pipeline.engine.trial import Candidate
 from pipeline.errors import CheckpointError
 
-INSTALL_FLASH = "pip install 'qwen2-vl-batch[gpu]' (or: pip install flash-attn --no-build-isolation)"
+INSTALL_FLASH = "pip install flash-attn==2.8.3 --no-build-isolation (it compiles with torch below 2.14)"
 
 
 def flash_attn_installed() -> bool:
@@ -23,18 +24,22 @@ def torch_varlen_available() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("torch.nn.attention.varlen", "triton"))
 
 
-def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """The backend that `engine.attention` asks for; `auto` is the first of flash, torch and sdpa that works here.
+def attention_candidates(
+    wanted: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Candidate[AttentionBackend], ...]:
+    """What `engine.attention` allows here, in order of preference, with sdpa as the last one.
 
     Raises CheckpointError, which says what is missing, for one that can't run here.
     """
-    for name in ("flash", "torch") if wanted == "auto" else (wanted,):
-        problem = _problem(name, device, dtype)
-        if problem is None:
-            return _load(name)
-        if wanted != "auto":
-            raise CheckpointError(f"engine.attention is {name!r}, {problem}")
-    return _load("sdpa")
+    names = ("flash", "torch") if wanted == "auto" else tuple({wanted} - {"sdpa"})
+    problems = {name: _problem(name, device, dtype) for name in names}
+    if wanted != "auto" and (problem := problems.get(wanted)) is not None:
+        raise CheckpointError(f"engine.attention is {wanted!r}, {problem}")
+    return tuple(_candidate(name) for name in (*names, "sdpa") if problems.get(name) is None)
+
+
+def _candidate(name: str) -> Candidate[AttentionBackend]:
+    return Candidate(name, lambda: _load(name))
 
 
 def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:

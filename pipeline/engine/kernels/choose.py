@@ -1,4 +1,4 @@
-"""Which kernels run here: the fused ones on a GPU that has Triton, the eager ones elsewhere."""
+"""Which kernels may run here, before any of them is tried: fused ones on a GPU with Triton, eager ones anywhere."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import importlib.util
 import torch
 
 from pipeline.engine.kernels.eager import EAGER, EagerKernels
+from pipeline.engine.trial import Candidate
 
 
-def pick_kernels(wanted: str, device: torch.device) -> EagerKernels:
-    """The kernels that `engine.kernels` asks for; `auto` is the fused ones on CUDA where triton is installed."""
+def kernel_candidates(wanted: str, device: torch.device) -> tuple[Candidate[EagerKernels], ...]:
+    """What `engine.kernels` allows here, in order of preference, with the eager ones as the last."""
+    eager = Candidate("eager", lambda: EAGER)
     if wanted == "eager" or device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return EAGER
-    # Imported when chosen: it needs triton.
+        return (eager,)
+    return Candidate("fused", _load_fused), eager
+
+
+def _load_fused() -> EagerKernels:
+    # Imported when tried: it needs triton.
     from pipeline.engine.kernels.fused import FusedKernels
 
     return FusedKernels()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -186,6 +187,12 @@ class VisionModel:
 def _patch_coordinates(part: Frames) -> npt.NDArray[np.int32]:
     """(row, column) [patches, 2] in merge-block order, the same for every frame."""
     _, h, w = part.medium.grid_thw
+    return np.tile(_frame_coordinates(h, w), (part.stop - part.start, 1))
+
+
+@lru_cache(maxsize=256)
+def _frame_coordinates(h: int, w: int) -> npt.NDArray[np.int32]:
     grid = np.indices((h, w), dtype=np.int32).reshape(2, h // 2, 2, w // 2, 2)
-    one_frame = grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
-    return np.tile(one_frame, (part.stop - part.start, 1))
+    coordinates = np.ascontiguousarray(grid.transpose(1, 3, 2, 4, 0)).reshape(-1, 2)
+    coordinates.setflags(write=False)
+    return coordinates

@@ -151,9 +151,9 @@ def test_defaults_on_a_gpu_take_minutes_not_an_hour() -> None:
 
 def test_engine_settings_are_those_of_a_job(capsys: pytest.CaptureFixture[str]) -> None:
     options = benchmark._options(
-        parse("--engine.cache_fraction", "0.5", "--engine.cuda_graphs", "false", "--engine.kernels", "eager")
+        parse("--engine.gpu_memory_fraction", "0.5", "--engine.cuda_graphs", "false", "--engine.kernels", "eager")
     )
-    assert (options.cache_fraction, options.cuda_graphs, options.kernels) == (0.5, False, "eager")
+    assert (options.gpu_memory_fraction, options.cuda_graphs, options.kernels) == (0.5, False, "eager")
     with pytest.raises(SystemExit):
         parse("--engine.attention", "flsh")
     assert "--engine.attention is 'flsh'; allowed: auto, flash, torch, sdpa" in capsys.readouterr().err

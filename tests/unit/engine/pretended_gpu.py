@@ -270,6 +270,11 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
         "graph": graph,
         "empty_cache": lambda: None,
         "mem_get_info": lambda device: (20_000_000, 40_000_000),
+        "memory_allocated": lambda device: 0,
+        "max_memory_allocated": lambda device: 10_000_000,
+        "reset_peak_memory_stats": lambda device: None,
+        "synchronize": lambda device: None,
+        "get_device_capability": lambda device: (8, 0),
     }
     for name, value in pretended.items():
         monkeypatch.setattr(torch.cuda, name, value)

@@ -16,6 +16,7 @@ from pipeline.engine.attention.interface import AttentionBackend
 from pipeline.engine.attention.sdpa import SdpaAttention
 from pipeline.engine.device import upload
 from pipeline.engine.engine import NativeEngine
+from pipeline.engine.trial import Candidate
 from pipeline.engine.weights import from_model
 from tests.unit.engine.pretended_gpu import GPU, HostWaits, PretendedFlash, PretendedGpu, pretended_gpu, put_model
 from tests.unit.engine.tiny import make_model, mixed_requests, tokens_of
@@ -55,10 +56,16 @@ def every_sampling() -> list[Request]:
 def make_engine(
     monkeypatch: pytest.MonkeyPatch, backend: type[AttentionBackend] = PretendedFlash, **options: Any
 ) -> NativeEngine:
-    monkeypatch.setattr("pipeline.engine.engine.pick_attention", lambda *_: backend())
+    use_backends(monkeypatch, backend)
     checkpoint = from_model(put_model(make_model()))
     assert checkpoint.device == GPU
-    return NativeEngine(checkpoint, EngineOptions("tiny", **{**BUDGETS, **options}))
+    return NativeEngine(checkpoint, EngineOptions("tiny", **{**BUDGETS, "kernels": "eager", **options}))
+
+
+def use_backends(monkeypatch: pytest.MonkeyPatch, *backends: type[AttentionBackend]) -> None:
+    """In place of those that need a GPU."""
+    candidates = [Candidate(backend.name, backend) for backend in backends]
+    monkeypatch.setattr("pipeline.engine.engine.attention_candidates", lambda *_: candidates)
 
 
 def run_watched(engine: NativeEngine, gpu: PretendedGpu, requests: list[Request]) -> list[tuple[int, ...]]:
@@ -106,7 +113,7 @@ def test_no_step_waits_for_the_device_and_tokens_are_those_of_the_cpu(
     monkeypatch: pytest.MonkeyPatch, gpu: PretendedGpu, backend: type[AttentionBackend], graphs: bool
 ) -> None:
     requests, expected = steady(every_sampling())
-    engine = make_engine(monkeypatch, backend, cuda_graphs=graphs)
+    engine = make_engine(monkeypatch, backend, cuda_graphs=None if graphs else False)
     assert engine.max_lag == 1
     assert (engine.runner.graphs is not None) == (graphs and backend is PretendedFlash)
     assert run_watched(engine, gpu, requests) == expected
@@ -141,7 +148,7 @@ def test_warm_up_leaves_no_graph_to_the_run_and_no_trace_in_its_counts(
 ) -> None:
     engine = make_engine(monkeypatch)
     described = engine.describe()
-    assert described["warm_up_graphs"] == [1, 12, 8, 4, 2]  # the first row's own, then the largest first
+    assert described["warm_up_graphs"] == [2, 12, 8, 4, 1]  # the trial's own, then the largest first
     assert described["warm_up_s"] > 0
     stats = engine.stats()
     assert stats["graphs"] == 5
@@ -157,7 +164,7 @@ def test_a_graph_that_warm_up_had_no_time_for_is_captured_when_needed(
     monkeypatch.setattr("pipeline.engine.engine.capture_largest_first", lambda sizes, capture: None)
     requests, expected = steady(mixed_requests(30, seed=9))
     engine = make_engine(monkeypatch)
-    assert engine.describe()["warm_up_graphs"] == [1]
+    assert engine.describe()["warm_up_graphs"] == [2, 1]
     assert tokens_of(engine.generate(requests)) == expected
     assert engine.stats()["graphs"] > 1
 

@@ -41,7 +41,7 @@ def test_the_first_that_agrees_within_rounding_is_used() -> None:
         [Candidate("fused", lambda: close), eager()], use=lambda loaded: used.append(float(loaded[0]))
     )
     assert chosen is close and used == [float(close[0])]
-    assert (trial.chosen, trial.replaced) == ({"kernels": "fused"}, {})
+    assert trial.replaced == {}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_first_that_agrees_within_rounding_is_used() -> None:
 def test_one_that_fails_is_replaced_with_one_warning(load: Any, reason: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         chosen, trial = choose([Candidate("fused", load), eager()])
-    assert chosen is VALUES and trial.chosen == {"kernels": "eager"}
+    assert chosen is VALUES
     (warning,) = caplog.messages
     assert warning.startswith("kernels: fused does not work here, so eager is used: ")
     assert re.search(reason, warning) and re.search(reason, trial.replaced["kernels fused"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.engine import EngineOptions, load_engine
-from pipeline.engine.attention.choose import pick_attention
+from pipeline.engine.attention.choose import attention_candidates
 from pipeline.errors import CheckpointError
 from tests.unit.engine.tiny import mixed_requests, tokens_of
 
@@ -89,11 +89,11 @@ def test_forcing_gpu_attention_on_a_cpu_is_refused(folder: Path, name: str) -> N
 def test_forcing_flash_without_the_package_names_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.engine.attention.choose.flash_attn_installed", lambda: False)
     with pytest.raises(CheckpointError, match=r"flash-attn is missing; install it with pip install"):
-        pick_attention("flash", torch.device("cuda"), torch.bfloat16)
+        attention_candidates("flash", torch.device("cuda"), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("kind", "vllm"), ("dtype", "int8"), ("max_running", 0), ("cache_fraction", 1.5)]
+    ("option", "value"), [("kind", "vllm"), ("dtype", "int8"), ("max_running", 0), ("gpu_memory_fraction", 1.5)]
 )
 def test_a_wrong_option_says_what_is_allowed(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{option} is .*; allowed: "):

@@ -92,8 +92,8 @@ def test_a_gpu_is_found_under_its_many_names(name: str, found: str | None) -> No
 def test_weights_that_do_not_fit_leave_no_cache() -> None:
     h200 = find_gpu("H200")
     assert h200 is not None
-    assert cache_tokens(SHAPES["72b"], h200, gpus=1, cache_fraction=0.85) == 0
-    assert cache_tokens(SHAPES["72b"], h200, gpus=2, cache_fraction=0.85) > 100_000
-    assert cache_tokens(SHAPES["2b"], h200, gpus=1, cache_fraction=0.85) > 4_000_000
-    assert min_gpus(SHAPES["72b"], h200, cache_tokens=32_768, cache_fraction=0.85) == 2
-    assert min_gpus(SHAPES["2b"], h200, cache_tokens=32_768, cache_fraction=0.85) == 1
+    assert cache_tokens(SHAPES["72b"], h200, gpus=1, memory_fraction=0.9) == 0
+    assert cache_tokens(SHAPES["72b"], h200, gpus=2, memory_fraction=0.9) > 100_000
+    assert cache_tokens(SHAPES["2b"], h200, gpus=1, memory_fraction=0.9) > 4_000_000
+    assert min_gpus(SHAPES["72b"], h200, cache_tokens=32_768, memory_fraction=0.9) == 2
+    assert min_gpus(SHAPES["2b"], h200, cache_tokens=32_768, memory_fraction=0.9) == 1

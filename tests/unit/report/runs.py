@@ -41,7 +41,8 @@ RUN: dict[str, Any] = {
     },
     "manifest": {"path": "held_out.parquet", "fingerprint": {"num_rows": 60, "files": [["held_out.parquet", 9, 60]]}},
     "model": {"path": "Qwen/Qwen2-VL-2B-Instruct", "revision": "895c3a4"},
-    "engine": {"kind": "native", "dtype": "bfloat16", "device": "cuda", "attention": "flash", "gpu": "NVIDIA H200"},
+    "engine": {"kind": "native", "dtype": "bfloat16", "device": "cuda", "attention": "flash", "gpu": "NVIDIA H200",
+               "kernels": "eager", "cuda_graphs": True, "replaced": {"kernels fused": "RuntimeError: no C compiler"}},
     "placement": {"engine_actors": 2, "gpus_per_engine": 1.0},
     "versions": {
         "qwen2-vl-batch": "0.1.0",

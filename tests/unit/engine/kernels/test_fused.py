@@ -13,7 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from pipeline.engine.kernels.choose import pick_kernels
+from pipeline.engine.kernels.choose import kernel_candidates
 from pipeline.engine.kernels.eager import EAGER
 from pipeline.engine.kernels.fused import FusedKernels
 from pipeline.engine.kernels.sample import Widths, run_every_operation
@@ -135,6 +135,7 @@ def test_what_is_overwritten_is_the_input_and_nothing_between_its_rows() -> None
 
 
 def test_fused_kernels_are_for_cuda_alone() -> None:
-    assert pick_kernels("auto", CPU) is EAGER
-    assert pick_kernels("eager", torch.device("cuda")) is EAGER
-    assert pick_kernels("auto", torch.device("cuda")).name == "fused"
+    cuda = torch.device("cuda")
+    asked = (("auto", CPU), ("eager", cuda), ("auto", cuda))
+    loaded = [[candidate.load().name for candidate in kernel_candidates(*each)] for each in asked]
+    assert loaded == [["eager"], ["eager"], ["fused", "eager"]]

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.engine import EngineOptions
 from pipeline.engine.attention.sdpa import SdpaAttention
-from pipeline.engine.models.vision import VisionModel, plan_passes
+from pipeline.engine.models.vision import Frames, VisionModel, _frame_coordinates, _patch_coordinates, plan_passes
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sequence import Medium
 from tests.unit.engine.tiny import make_medium
@@ -45,6 +45,17 @@ def test_packed_passes_equal_transformers_medium_by_medium(tiny_model: Any, max_
             grid = torch.tensor([medium.grid_thw])
             theirs = tiny_model.model.visual(values, grid_thw=grid).pooler_output
             torch.testing.assert_close(ours[id(medium)], theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_coordinates_of_a_grid_are_computed_once() -> None:
+    image = make_medium(np.random.default_rng(1), "image")
+    found = [_patch_coordinates(Frames(image, 0, 1)) for _ in range(3)]
+    _, h, w = image.grid_thw
+    blocks = [(2 * y + dy, 2 * x + dx) for y in range(h // 2) for x in range(w // 2) for dy in (0, 1) for dx in (0, 1)]
+    assert [tuple(place) for place in found[0].tolist()] == blocks
+    before = _frame_coordinates.cache_info().misses
+    assert _frame_coordinates(h, w) is _frame_coordinates(h, w)
+    assert _frame_coordinates.cache_info().misses == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
