@@ -1,12 +1,19 @@
-"""What Ray raises, as the job's error: the cause, by its own type where it is ours, without Ray's advice."""
+"""What Ray raises, as the job's error: the cause, by its own type where it is ours, without Ray's advice; and what an
+engine is given of a GPU."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from pipeline.engine import EngineOptions
 from pipeline.errors import CheckpointError, ClusterError, CredentialError
-from pipeline.execution.dataset import _job_error
+from pipeline.execution.dataset import _for_placement, _job_error
+from pipeline.generate import GenerateOptions
 
 ADVICE = (
     "Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).\n"
@@ -61,3 +68,13 @@ def test_what_ends_an_actor_while_it_starts_is_found_in_ray_s_text(
 
 def test_an_exception_without_words_is_named_by_its_type() -> None:
     assert "AssertionError" in str(_job_error(AssertionError()))
+
+
+@pytest.mark.parametrize(("gpus", "devices", "share"), [(0.5, 1, 0.5), (1.0, 1, 1.0), (2.0, 2, 1.0)])
+def test_an_engine_takes_the_share_of_a_gpu_that_the_job_reserves_for_it(
+    gpus: float, devices: int, share: float
+) -> None:
+    stages: Any = SimpleNamespace(generate=GenerateOptions(EngineOptions("a model"), pa.schema([])))
+    placement: Any = SimpleNamespace(gpus_per_engine=gpus)
+    engine = _for_placement(stages, placement).engine
+    assert (engine.num_devices, engine.gpu_share) == (devices, share)
