@@ -62,7 +62,13 @@ def test_its_files_are_there_and_small() -> None:
 def test_the_recipe_starts_from_its_settings(tmp_path: Path) -> None:
     prepare(tmp_path)
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == FILES - {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert written == FILES - {
+        "README.md",
+        "prompts.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
     for name in written - {"tokenizer.json", "tokenizer_config.json"}:
         assert (tmp_path / name).read_text() == (CHECKPOINT / name).read_text()
 
