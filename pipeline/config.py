@@ -31,7 +31,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.engine import Dtype, EngineSettings, SamplingParams
 from pipeline.errors import ConfigError, row_error_types
-from pipeline.schema import MANIFEST_COLUMNS, RESULT_COLUMNS
+from pipeline.schema import MANIFEST_COLUMNS, MEDIUM_SETTING_COLUMNS, RESULT_COLUMNS, SAMPLING_COLUMNS
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -80,6 +80,12 @@ class InputConfig(Section):
     """How CSV files are written."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our column names mapped to the manifest's, as in `image: url`."""
+    settings: list[str] = Field(default_factory=list)
+    """Settings of sampling and media that rows set for themselves in a column of the same name, as in
+    `[max_tokens, fps]`. A column of another name is mapped in `columns`."""
+    allow_missing_media: bool = False
+    """Whether a row with nothing in the manifest's media columns is asked without media. Otherwise it is a
+    `MediaMissing` error."""
     keep: list[str] = Field(default_factory=list)
     """Manifest columns to copy into the results."""
     limit: Positive | None = None
@@ -107,6 +113,14 @@ class InputConfig(Section):
                 f"{', '.join(unknown)} is not a column that rows may have; allowed: {', '.join(MANIFEST_COLUMNS)}"
             )
         return columns
+
+    @field_validator("settings")
+    @classmethod
+    def _settings_are_known(cls, settings: list[str]) -> list[str]:
+        allowed = (*MEDIUM_SETTING_COLUMNS, *SAMPLING_COLUMNS)
+        if unknown := [name for name in settings if name not in allowed]:
+            raise ValueError(f"{', '.join(unknown)} is not a setting that rows may have; allowed: {', '.join(allowed)}")
+        return settings
 
     @field_validator("keep")
     @classmethod

@@ -5,7 +5,7 @@
     |                     ResourceError (exit 2), ClusterError, DeviceLost, RestartNeeded (exit 1),
     |                     TooManyErrors (exit 3)
     `-- RowError          becomes a result row; the job goes on
-        |-- MessageError  stage prompt: ReservedTokenError, SettingError
+        |-- MessageError  stage prompt: MediaMissing, ReservedTokenError, SettingError
         |-- FetchError    stage fetch: MediaNotFound, AccessDenied, FetchTimeout, MediaTooLarge
         |-- MediaError    stage decode: UnsupportedMedia, TruncatedMedia, DecompressionBomb, AspectRatioError,
         |                 NoVideoStream, MediaTimeout, DecoderCrash, MediaMemoryError
@@ -92,6 +92,10 @@ class MessageError(RowError):
     """The row's messages, prompt or media columns can't be turned into a prompt."""
 
     stage = "prompt"
+
+
+class MediaMissing(MessageError):
+    """The manifest has media columns, and this row has nothing in them: the model would answer without its picture."""
 
 
 class ReservedTokenError(MessageError):

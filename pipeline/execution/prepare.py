@@ -24,6 +24,7 @@ from pipeline.execution.stages import (
     build_stages,
     check_settings,
     kept_schema,
+    message_options,
     model_cache,
     number_rows,
     open_input,
@@ -32,6 +33,7 @@ from pipeline.manifest.files import Manifest, WorkUnit
 from pipeline.manifest.find import recorded_manifest
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import Retries, plan_work
+from pipeline.preprocess.columns import unread_settings
 from pipeline.results.finished import FinishedRows, read_finished
 from pipeline.results.lease import Lease
 from pipeline.results.parts import reopen
@@ -190,7 +192,6 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
     if not asked["model.files"]:  # a hub's model that has been downloaded by now
         asked = identity(config, model_path)
     local = model_cache(config).local(model_path, weights=False)
-    note = untrained_prompt(local, config.prompt.template, revision=config.model.revision)
     fresh = new_record(config, asked, manifest)
     fresh["manifest"]["num_rows"] = numbering.num_rows
     fresh["num_runs"] = (record or {}).get("num_runs", 0) + 1
@@ -207,8 +208,19 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
         fresh,
         record or {},
         RunCounts(numbering.num_rows, len(finished.done), len(finished.failed)),
-        () if note is None else (note,),
+        tuple(_notes(config, manifest, local)),
     )
+
+
+def _notes(config: CaptionConfig, manifest: Manifest, local_model: str) -> Iterator[str]:
+    """What may surprise, in a sentence each."""
+    if note := untrained_prompt(local_model, config.prompt.template, revision=config.model.revision):
+        yield note
+    if names := unread_settings(manifest.schema.names, message_options(config)):
+        yield (
+            f"the manifest's columns {', '.join(names)} have the names of settings and are not read as such; "
+            f"input.settings [{', '.join(names)}] lets rows set them"
+        )
 
 
 def _listing_is_finished(

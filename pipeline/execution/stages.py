@@ -173,7 +173,13 @@ def fetch_options(source: InputConfig, media: MediaConfig, base: str) -> FetchOp
 
 
 def message_options(config: CaptionConfig) -> MessageOptions:
-    return MessageOptions(columns=config.input.columns, template=config.prompt.template, system=config.prompt.system)
+    return MessageOptions(
+        columns=config.input.columns,
+        template=config.prompt.template,
+        system=config.prompt.system,
+        settings=frozenset(config.input.settings),
+        allow_missing_media=config.input.allow_missing_media,
+    )
 
 
 def model_cache(config: CaptionConfig) -> ModelCache:

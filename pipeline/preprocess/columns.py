@@ -15,7 +15,7 @@ from uuid import UUID
 from pipeline.conversation import MediumKind
 from pipeline.errors import ConfigError, ManifestError, MessageError
 from pipeline.preprocess.values import as_text, from_json, plain, shown
-from pipeline.schema import CONTENT_COLUMNS, MANIFEST_COLUMNS, MANIFEST_ERROR
+from pipeline.schema import CONTENT_COLUMNS, MANIFEST_COLUMNS, MANIFEST_ERROR, MEDIUM_SETTING_COLUMNS, SAMPLING_COLUMNS
 
 MEDIA_COLUMNS: Mapping[MediumKind, tuple[str, ...]] = {"image": ("image", "images"), "video": ("video", "videos")}
 
@@ -30,10 +30,19 @@ class MessageOptions:
     """The user's text for rows without prompt and messages: a plain format string over the manifest's columns."""
     system: str | None = None
     """System prompt for rows without one."""
+    settings: frozenset[str] = frozenset()
+    """Settings of sampling and media that are taken from the columns of their names; others only where `columns` maps
+    them."""
+    allow_missing_media: bool = False
+    """Whether a row with nothing in the manifest's media columns is a question without media."""
 
     def column(self, name: str) -> str:
         """What the manifest calls one of our columns."""
         return self.columns.get(name, name)
+
+    def reads_setting(self, name: str) -> bool:
+        """Whether a setting is taken from a column."""
+        return name in self.settings or name in self.columns
 
     def value(self, row: Mapping[str, Any], name: str) -> Any:
         """A row's value in one of our columns; None also for blank text."""
@@ -61,10 +70,21 @@ def check_columns(schema_names: Sequence[str], options: MessageOptions) -> None:
 
 def needed_columns(schema_names: Sequence[str], options: MessageOptions) -> list[str]:
     """The manifest's columns that are read to make requests, in the manifest's order."""
-    wanted = {options.column(name) for name in MANIFEST_COLUMNS} | {MANIFEST_ERROR}
+    settings = {*MEDIUM_SETTING_COLUMNS, *SAMPLING_COLUMNS}
+    names = [name for name in MANIFEST_COLUMNS if name not in settings or options.reads_setting(name)]
+    wanted = {options.column(name) for name in names} | {MANIFEST_ERROR}
     if options.template is not None:
         wanted.update(template_columns(options.template))
     return [name for name in schema_names if name in wanted]
+
+
+def unread_settings(schema_names: Sequence[str], options: MessageOptions) -> list[str]:
+    """The manifest's columns that have the name of a setting but are not read as one."""
+    return [
+        name
+        for name in (*MEDIUM_SETTING_COLUMNS, *SAMPLING_COLUMNS)
+        if name in schema_names and not options.reads_setting(name) and name not in options.columns.values()
+    ]
 
 
 def row_id(row: Mapping[str, Any], options: MessageOptions, row_key: tuple[int, int]) -> str:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias, get_args
 
 from pipeline.conversation import Conversation, MediumKind, MediumPart, Message, Text
-from pipeline.errors import MessageError
+from pipeline.errors import MediaMissing, MessageError
 from pipeline.preprocess.chat import NO_SOURCE, read_messages
 from pipeline.preprocess.columns import MEDIA_COLUMNS, MessageOptions, column_media, fill_template
 from pipeline.preprocess.settings import apply_row_settings, medium_settings, parse_setting
@@ -30,8 +30,8 @@ def conversation(row: Mapping[str, Any], options: MessageOptions) -> Conversatio
     unreadable = plain(row.get(MANIFEST_ERROR))
     if unreadable is not None:
         raise MessageError(str(unreadable))
-    settings = medium_settings({name: options.value(row, name) for name in MEDIUM_SETTING_COLUMNS})
-    sampling = {name: value for name in SAMPLING_COLUMNS if (value := options.value(row, name)) is not None}
+    settings = medium_settings({name: _setting(row, options, name) for name in MEDIUM_SETTING_COLUMNS})
+    sampling = {name: value for name in SAMPLING_COLUMNS if (value := _setting(row, options, name)) is not None}
     sampling = {name: parse_setting(name, value) for name, value in sampling.items()}
     media = {kind: column_media(row, options, kind) for kind in get_args(MediumKind)}
     messages = options.value(row, "messages")
@@ -45,8 +45,19 @@ def conversation(row: Mapping[str, Any], options: MessageOptions) -> Conversatio
     return Conversation(apply_row_settings(turns, settings), sampling)
 
 
+def _setting(row: Mapping[str, Any], options: MessageOptions, name: str) -> Any:
+    return options.value(row, name) if options.reads_setting(name) else None
+
+
 def _read_question(row: Mapping[str, Any], options: MessageOptions, media: ColumnMedia) -> Message:
     """A row without messages: images, videos, then the text."""
+    if not any(media.values()) and not options.allow_missing_media:
+        names = [options.column(name) for names in MEDIA_COLUMNS.values() for name in names]
+        if empty := [name for name in names if name in row]:
+            raise MediaMissing(
+                f"{' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty in this row; "
+                "input.allow_missing_media true asks such rows without media"
+            )
     prompt = options.value(row, "prompt")
     if prompt is None and options.template is not None:
         prompt = fill_template(options.template, row)

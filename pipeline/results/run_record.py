@@ -45,6 +45,8 @@ def identity(config: CaptionConfig, model_path: str) -> dict[str, Any]:
         "input.csv.delimiter": config.input.csv.delimiter,
         "input.csv.quote": config.input.csv.quote,
         "input.csv.escape": config.input.csv.escape,
+        "input.settings": sorted(config.input.settings),
+        "input.allow_missing_media": config.input.allow_missing_media,
         "input.keep": config.input.keep,
         "input.limit": config.input.limit,
     }

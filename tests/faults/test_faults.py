@@ -198,6 +198,7 @@ def start(kind: str, manifest: Path, output: Path, head: Head) -> Driver:
     words = {
         "input.path": str(manifest),
         "input.keep": "prompt",
+        "input.allow_missing_media": "true",
         "input.allow_private_hosts": "true",
         "input.fetch_timeout_s": "1.5",
         "input.fetch_retries": "0",

@@ -26,6 +26,7 @@ from pipeline.demo.manifest import write_demo_world
 from pipeline.schema import result_schema
 
 ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = "[max_tokens, seed, temperature, max_pixels, fps, num_frames, start_s, end_s]"
 
 pytestmark = pytest.mark.usefixtures("ray_with_two_cpus")
 
@@ -34,6 +35,7 @@ def caption(source: Path, output: Path, *words: str, max_tokens: int = 8) -> int
     return main(
         [
             *("--input.path", str(source), "--output.path", str(output), "--model.path", "demo"),
+            *("--input.settings", SETTINGS, "--input.allow_missing_media", "true"),
             *("--sampling.max_tokens", str(max_tokens), *words),
         ]
     )
@@ -384,7 +386,7 @@ def test_a_stopped_run_leaves_a_folder_that_the_next_one_finishes(tmp_path: Path
     source, output = jsonl(tmp_path / "m.jsonl", rows), tmp_path / "out"
     command = [sys.executable, "-m", "jobs.caption", "--input.path", str(source), "--output.path", str(output)]
     command += ["--model.path", "demo", "--output.seconds_per_fragment", "0.1", "--sampling.ignore_eos", "true"]
-    command += ["--resources.num_cpus", "2", "--engine.max_running", "4"]
+    command += ["--resources.num_cpus", "2", "--engine.max_running", "4", "--input.settings", "max_tokens"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment["STOPPED_RUN"] = str(tmp_path)  # which all of its processes inherit
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

@@ -43,7 +43,12 @@ Overrides = dict[str, str]
 def overrides_for(manifest: Path, **overrides: Any) -> Overrides:
     """A plan's settings; `section__key=value` sets `section.key`."""
     given = {name.replace("__", "."): str(value) for name, value in overrides.items()}
-    return {"input.path": str(manifest), "output.path": str(manifest.parent / "out"), "model.path": "demo", **given}
+    ours = {
+        "input.settings": "[max_pixels, min_pixels, fps, num_frames, start_s, end_s]",
+        "input.allow_missing_media": "true",
+        "model.path": "demo",
+    }
+    return {"input.path": str(manifest), "output.path": str(manifest.parent / "out"), **ours, **given}
 
 
 def command_line(given: Overrides) -> list[str]:

@@ -20,7 +20,7 @@ from pipeline.errors import CheckpointError, DeviceLost, EngineCrash, InternalEr
 from pipeline.generate import EngineThread, GenerateOptions, GenerateStage
 from pipeline.preprocess.columns import MessageOptions
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
-from pipeline.schema import UnitColumn
+from pipeline.schema import SAMPLING_COLUMNS, UnitColumn
 from tests.options import fetch_options, media_options
 
 
@@ -228,7 +228,7 @@ def stages(kind: Any, *, stop_strings: list[str] | None = None, engine: bool = T
         PreprocessOptions(
             model_path=str(CHECKPOINT),
             revision=None,
-            messages=MessageOptions(),
+            messages=MessageOptions(settings=frozenset(SAMPLING_COLUMNS), allow_missing_media=True),
             add_vision_id=True,
             media=media_options(max_pixels=140 * 140, video_min_pixels=84 * 84, video_max_pixels=112 * 112),
             fetch=fetch_options("."),

@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.conversation import Conversation, MediumPart, MediumSettings, Message, Text
-from pipeline.errors import ConfigError, ManifestError, MessageError, RowError, SettingError
-from pipeline.preprocess.columns import MessageOptions, check_columns, needed_columns, row_id
+from pipeline.errors import ConfigError, ManifestError, MediaMissing, MessageError, RowError, SettingError
+from pipeline.preprocess.columns import MessageOptions, check_columns, needed_columns, row_id, unread_settings
 from pipeline.preprocess.messages import conversation
-from pipeline.schema import MANIFEST_COLUMNS
+from pipeline.schema import MANIFEST_COLUMNS, MEDIUM_SETTING_COLUMNS, SAMPLING_COLUMNS
 
-PLAIN = MessageOptions()
+SETTINGS = frozenset({*MEDIUM_SETTING_COLUMNS, *SAMPLING_COLUMNS})
+PLAIN = MessageOptions(settings=SETTINGS, allow_missing_media=True)
 
 
 def read(options: MessageOptions = PLAIN, **row: Any) -> Conversation:
@@ -554,7 +555,7 @@ def test_mapped_and_template_columns_must_exist() -> None:
 
 
 def test_only_the_columns_that_matter_are_needed() -> None:
-    options = MessageOptions(columns={"image": "url", "prompt": ""}, template="{topic}")
+    options = MessageOptions({"image": "url", "prompt": ""}, "{topic}", settings=SETTINGS)
     names = ["key", "url", "prompt", "topic", "fps", "label", "id", "image", "seed"]
     assert needed_columns(names, options) == ["url", "topic", "fps", "id", "seed"]
 
@@ -685,3 +686,33 @@ def test_both_chat_forms_give_the_same_conversation(parts: list[Text | MediumPar
         row["images"] = [part.source for part in media if part.kind == "image"]
         row["videos"] = [part.source for part in media if part.kind == "video"]
     assert conversation(row, PLAIN).messages == (Message("user", tuple(parts)),)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"image": None}, {"image": ""}, {"image": float("nan")}, {"images": []}, {"image": None, "video": None}],
+)
+def test_a_row_without_its_picture_is_an_error_unless_the_config_means_it(row: dict[str, Any]) -> None:
+    with pytest.raises(MediaMissing, match="allow_missing_media true"):
+        conversation({**row, "prompt": "What is it?"}, MessageOptions())
+    (message,) = conversation({**row, "prompt": "What is it?"}, MessageOptions(allow_missing_media=True)).messages
+    assert message.parts == (Text("What is it?"),)
+
+
+def test_rows_that_need_no_media_column_miss_nothing() -> None:
+    for row in (
+        {"prompt": "Name a colour."},
+        {"image": None, "video": "a.mp4", "prompt": "?"},
+        {"image": None, "messages": [{"role": "user", "content": "Name a colour."}]},
+    ):
+        conversation(row, MessageOptions())
+    conversation({"image": None, "prompt": "?"}, MessageOptions(columns={"image": ""}))
+
+
+def test_a_column_that_happens_to_have_a_setting_s_name_changes_nothing_and_is_named() -> None:
+    row = {"prompt": "x", "n": 4, "max_tokens": 7, "rate": 0.5, "temperature": 1.0}
+    assert conversation(row, MessageOptions()).sampling == {}
+    options = MessageOptions(settings=frozenset({"max_tokens"}), columns={"temperature": "rate"})
+    assert conversation(row, options).sampling == {"max_tokens": 7, "temperature": 0.5}
+    assert unread_settings(list(row), options) == ["n"]
+    assert needed_columns(list(row), options) == ["prompt", "max_tokens", "rate"]

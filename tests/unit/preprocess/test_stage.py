@@ -23,7 +23,7 @@ from pipeline.preprocess.messages import conversation
 from pipeline.preprocess.patches import patchify_image, resize_frames
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
 from pipeline.preprocess.values import ManifestRow
-from pipeline.schema import MediumReceipt, UnitColumn, request_schema
+from pipeline.schema import SAMPLING_COLUMNS, MediumReceipt, UnitColumn, request_schema
 from tests.options import fetch_options, media_options
 
 
@@ -47,7 +47,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PreprocessStage]
     options = PreprocessOptions(
         model_path=str(CHECKPOINT),
         revision=None,
-        messages=MessageOptions(),
+        messages=MessageOptions(settings=frozenset(SAMPLING_COLUMNS), allow_missing_media=True),
         add_vision_id=False,
         media=media_options(min_pixels=28 * 28, max_pixels=112 * 112),
         fetch=fetch_options(str(tmp_path_factory.mktemp("media"))),
