@@ -147,14 +147,15 @@ def _parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ConfigError(
-            f"prompt.template {template!r} is not a format string: {error}; write a literal brace twice"
+            f"prompt.template {template!r} is not a format string: {error}; write braces that are text twice: {{{{ }}}}"
         ) from error
     for _, name, specification, conversion in pieces:
         reaches = name is not None and (not name.strip() or any(mark in name for mark in ".[]{}"))
         if reaches or specification or conversion:
             raise ConfigError(
                 f"prompt.template {template!r} has a field that is not a plain column name; "
-                "allowed: {name}, without dots, brackets, colons or exclamation marks"
+                "allowed: {name}, without dots, brackets, colons or exclamation marks. "
+                "Write braces that are text, as in JSON, twice: {{ }}"
             )
     return tuple((literal, name) for literal, name, _, _ in pieces)
 

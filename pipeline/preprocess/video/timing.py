@@ -47,6 +47,11 @@ def num_sampled_frames(
     step = TEMPORAL_PATCH_SIZE
     if num_frames is not None:
         count = round(num_frames / step) * step
+        if total < step:
+            raise SettingError(
+                f"num_frames is {num_frames}, but the video has {total} frame{'' if total == 1 else 's'}, and at least "
+                f"{step} are needed to choose from: set fps in place of num_frames"
+            )
         if count < step or count > total:
             raise SettingError(
                 f"num_frames {num_frames} (taken as {count}, a multiple of {step}) can't be sampled from the video's "
