@@ -155,7 +155,8 @@ def hold(folder: RunFolder) -> Iterator[None]:
             folder.sweep()
             yield
     except JobError:
-        folder.discard_unused()
+        with contextlib.suppress(JobError, OSError):  # what ended the run may also be in the way of this
+            folder.discard_unused()
         raise
 
 
