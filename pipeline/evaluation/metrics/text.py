@@ -53,26 +53,30 @@ def _token_f1(answer: list[str], reference: list[str]) -> float:
 
 
 def anls(prediction: str, references: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity of one answer: 1 - NL of the nearest reference, 0 if NL is 0.5 or more.
+    """Average normalised Levenshtein similarity of one answer: 1 - NL of the nearest reference, 0 if NL is above 0.5.
 
-    Biten et al. 2019 (ST-VQA), https://arxiv.org/abs/1905.13648, equation 1 with threshold 0.5; as in the DocVQA
-    challenge, case and runs of white space do not count.
+    Biten et al. 2019 (ST-VQA), https://arxiv.org/abs/1905.13648, equation 1 with threshold 0.5, as the DocVQA
+    challenge's scorer computes it: exactly 0.5 counts; case and runs of white space do not count in the distance, but
+    the length that divides it is that of the texts as they are.
     """
     from rapidfuzz.distance import Levenshtein  # of the extra `eval`: other metrics and jobs run without it
 
-    answer = " ".join(prediction.lower().split())
-    expected = (" ".join(reference.lower().split()) for reference in references)
-    # The cutoff only saves time on long, wrong answers: a similarity below it is returned as 0.
-    nearest = max((Levenshtein.normalized_similarity(answer, text, score_cutoff=0.5) for text in expected), default=0.0)
-    return nearest if nearest > 1 - _ANLS_THRESHOLD else 0.0
+    answer, nearest = " ".join(prediction.lower().split()), 0.0
+    for reference in references:
+        length = max(len(prediction.upper()), len(reference.upper()))
+        # The cutoff only saves time on long, wrong answers: beyond it the similarity is below the threshold.
+        distance = Levenshtein.distance(answer, " ".join(reference.lower().split()), score_cutoff=length // 2)
+        nearest = max(nearest, 1 - distance / length if length else 1.0)
+    return nearest if nearest >= _ANLS_THRESHOLD else 0.0
 
 
 def relaxed_accuracy(prediction: str, references: Sequence[str]) -> float:
     """1 if a number is within 5 % of the reference number, or a text equals it in any case.
 
     Masry et al. 2022 (ChartQA), https://arxiv.org/abs/2203.10244, section 5.1, after Methani et al. 2020 (PlotQA).
-    As in the common harnesses "12%" is 0.12, a reference of 0 must be matched exactly, and other text is compared in
-    lower case; a thousands separator, a leading currency sign and a final full stop are accepted here too.
+    As in the common harnesses "12%" is 0.12, a reference of 0 must be matched as text ("0.0" is not "0"), and other
+    text is compared in lower case; a thousands separator, a leading currency sign and a final full stop are accepted
+    here too.
     """
     return float(any(_relaxed_match(prediction.strip(), reference.strip()) for reference in references))
 
@@ -81,9 +85,9 @@ def _relaxed_match(answer: str, reference: str) -> bool:
     if answer.lower() == reference.lower():
         return True
     found, expected = _number(answer), _number(reference)
-    if found is None or expected is None:
+    if found is None or not expected:  # a reference of 0 must be matched as text
         return False
-    return abs(found - expected) <= _RELAXED_TOLERANCE * abs(expected)
+    return abs(found - expected) / abs(expected) <= _RELAXED_TOLERANCE  # divided first, as in the published code
 
 
 _NUMBER = re.compile(r"[$€£]?([+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d+)?)(%?)\.?")
