@@ -1,23 +1,31 @@
 """Multiple choice: which option did a free answer choose, and MMMU's rule for its open questions.
 
-The order of the rules follows MMMU's `parse_multi_choice_response` (Yue et al. 2023, https://arxiv.org/abs/2311.16502,
-eval_utils.py), which lmms-eval and VLMEvalKit use as well. It differs in one respect: an answer that
-names no option is wrong, not guessed, so that a score does not depend on a random number. Knows strings only.
+The rules start from MMMU's `parse_multi_choice_response` (Yue et al. 2023, https://arxiv.org/abs/2311.16502,
+eval_utils.py), and differ: an option's exact text comes before letters, "the answer is B" before other letters, and an
+answer that names no option is wrong, not guessed, so that a score does not depend on a random number. Knows strings
+only.
 """
 
 from __future__ import annotations
 
 import re
 import string
+from collections import Counter
 from collections.abc import Sequence
-
-from pipeline.evaluation.metrics.text import normalise_answer
 
 LETTERS = string.ascii_uppercase
 
-_STATED = re.compile(r"(?i:answer|option|choice)(?i:\s+(?:is|should be|would be))?\s*:?\s*\**\s*\(?([A-Z])\b(?!')")
-_ALONE = re.compile(r"^\W*([A-Za-z])\W*$")
-_LABELLED = re.compile(r"^\W*([A-Z])\s*[.):]\s")
+_MARKUP = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boxed)\s*\{([^{}]*)\}")
+_ALONE = re.compile(r"\W*([A-Za-z])\W*")
+_STATED = re.compile(
+    r"(?i:\banswer\b|\b(?:option|choice)(?=\s+(?:is|should|would)))(?i:\s+(?:is|should be|would be))?\s*:?\s*"
+)
+# A capital, or a small letter that ends its clause: "is a cat" has an article.
+_LETTER = re.compile(r"[\W_]*(?:(?:option|choice)\s+\W*)?(?:([A-Z])\b(?!')|([a-z])(?=[\W_]*(?:$|\n)|[).:]))")
+_LABELLED = re.compile(r"\W*([A-Z])\s*(?:[.):](?:\s|\W*$)|\n)")
+_OPTION = re.compile(
+    r"(?i:option|choice)\s*:?\s*\**\s*\(?([A-Z])\b(?!')(?!\W*\s*(?:is|are|was|can)\s*(?:not\b|n't|wrong|incorrect))"
+)
 _BRACKETED = re.compile(r"\(([A-Z])\)")
 # A capital that stands alone, but not the article or pronoun that opens a sentence ("A dog", "I see").
 _STANDING = re.compile(r"(?<![\w'])([B-HJ-Z]|[AI](?!\s+[a-z]))(?![\w'])")
@@ -26,30 +34,87 @@ _STANDING = re.compile(r"(?<![\w'])([B-HJ-Z]|[AI](?!\s+[a-z]))(?![\w'])")
 def extract_letter(response: str, choices: Sequence[str] = ()) -> str | None:
     """The letter of the chosen option, or None if the response names none.
 
-    Tried in turn: the letter alone; an option's text alone; "the answer is B"; "B. text"; "(B)"; a capital standing
-    alone; an option's text somewhere in a sentence. The last mention wins, as in MMMU.
+    Tried in turn: an option's exact text; the letter alone; the text apart from case, articles and closing signs; the
+    last "the answer is B"; an opening "B."; the last "option B", "(B)" or capital standing alone; an option's text in
+    a sentence, the last and longest.
     """
     allowed = LETTERS[: len(choices) or None]
-    response = response.strip()
-    alone = _ALONE.match(response)
+    response, texts = _unmarked(response), _without_labels([_unmarked(choice) for choice in choices[: len(LETTERS)]])
+    if response and texts.count(response) == 1:
+        return LETTERS[texts.index(response)]
+    alone = _ALONE.fullmatch(response)
     if alone and alone[1].upper() in allowed:
         return alone[1].upper()
-    normal = normalise_answer(response)
-    texts = [normalise_answer(choice) for choice in choices[: len(LETTERS)]]
-    if normal and texts.count(normal) == 1:
-        return LETTERS[texts.index(normal)]
-    for pattern in (_STATED, _LABELLED, _BRACKETED, _STANDING):
-        found: list[str] = [letter for letter in pattern.findall(response) if letter in allowed]
-        if found:
-            return found[-1]
-    starts = [f" {normal} ".rfind(f" {text} ") if text else -1 for text in texts]
-    # Of options that end at the same position take the longest: "dark blue" contains "blue".
-    mentioned = [
-        (start + len(text), len(text), letter)
-        for start, text, letter in zip(starts, texts, LETTERS, strict=False)
-        if start >= 0
+    plain = [_plain(text) for text in texts]
+    if (answer := _plain(response)) and plain.count(answer) == 1:
+        return LETTERS[plain.index(answer)]
+    for statement in reversed(list(_STATED.finditer(response))):
+        rest = response[statement.end() :]
+        if rest[:1].isalpha() and (named := _opening_option(rest, plain)):
+            return named
+        if (letter := _LETTER.match(rest)) and (found := (letter[1] or letter[2]).upper()) in allowed:
+            return found
+    if (label := _LABELLED.match(response)) and label[1] in allowed:
+        return label[1]
+    for pattern in (_OPTION, _BRACKETED, _STANDING):
+        letters = [letter for letter in pattern.findall(response) if letter in allowed]
+        if letters:
+            return str(letters[-1])
+    return _mentioned(_folded(response), plain)
+
+
+def _unmarked(text: str) -> str:
+    """Without LaTeX around it."""
+    while (plain := _MARKUP.sub(r"\1", text)) != text:
+        text = plain
+    return text.strip().strip("$").strip()
+
+
+def _without_labels(texts: list[str]) -> list[str]:
+    """Options as published with their letters ("A. cat") without them."""
+    labels = [re.match(rf"\(?{letter}[.):]\s*", text) for letter, text in zip(LETTERS, texts, strict=False)]
+    if not texts or not all(label or not text for label, text in zip(labels, texts, strict=True)):
+        return texts
+    return [text[label.end() :] if label else "" for label, text in zip(labels, texts, strict=True)]
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _plain(text: str) -> str:
+    """Without case, quotes, a leading article and closing signs. Signs that can be the answer ("-5", "<") stay."""
+    folded = _folded(text).strip("\"'*").rstrip(".,;:\"'* ")
+    return re.sub(r"^(?:a|an|the)\s+(?=.)", "", folded)
+
+
+def _positions(text: str, option: str) -> list[int]:
+    """Where the option stands as whole words: "5" is neither in "-5" nor in "1.5"."""
+    if not re.search(r"\w", option):
+        return []
+    return [found.end() for found in re.finditer(rf"(?<![\w+\-])(?<!\d[.,]){re.escape(option)}(?!\w|[.,]\d)", text)]
+
+
+def _mentioned(text: str, plain: Sequence[str]) -> str | None:
+    """Of options that end at the same position the longest: "dark blue" contains "blue"."""
+    counts = Counter(plain)
+    mentions = [
+        (ends[-1], len(option), letter)
+        for option, letter in zip(plain, LETTERS, strict=False)
+        if counts[option] == 1 and (ends := _positions(text, option))
     ]
-    return max(mentioned, key=lambda mention: mention[:2])[2] if mentioned else None
+    return max(mentions)[2] if mentions else None
+
+
+def _opening_option(text: str, plain: Sequence[str]) -> str | None:
+    """The option whose text, of more than a letter, the text opens with after an article: "A cat."."""
+    opening = _plain(text)
+    fitting = [
+        (len(option), letter)
+        for option, letter in zip(plain, LETTERS, strict=False)
+        if len(option) > 1 and plain.count(option) == 1 and len(option) in _positions(opening, option)
+    ]
+    return max(fitting)[1] if fitting else None
 
 
 def choice_letter(answer: str, choices: Sequence[str]) -> str | None:
@@ -65,7 +130,11 @@ def choice_letter(answer: str, choices: Sequence[str]) -> str | None:
 
 def multiple_choice(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
     """1 if the chosen option is the right one. References are letters, or texts of `choices`."""
-    letter = extract_letter(prediction, choices)
+    return is_right(extract_letter(prediction, choices), references, choices)
+
+
+def is_right(letter: str | None, references: Sequence[str], choices: Sequence[str]) -> float:
+    """1 if the letter is that of a reference."""
     return float(letter is not None and any(letter == choice_letter(right, choices) for right in references))
 
 

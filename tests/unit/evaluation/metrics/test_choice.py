@@ -32,12 +32,40 @@ ANIMALS = ("cat", "dog", "a blue bird", "blue")
         ("", None),
         ("hotdogs are served", None),
         ("B.\nBecause the animal barks", "B"),
-        ("the answer is b", None),
+        ("the answer is b", "B"),
         ("dog or cat", "A"),
     ],
 )
 def test_the_letter_is_read_from_free_answers(response: str, letter: str | None) -> None:
     assert extract_letter(response, ANIMALS) == letter
+
+
+@pytest.mark.parametrize(
+    ("response", "options", "letter"),
+    [
+        ("-5", ["5", "-5"], "B"),
+        ("5", ["-5", "6"], None),
+        ("It is -5 degrees", ["5", "-5"], "B"),
+        ("1.5", ["15", "1.5"], "B"),
+        ("15", ["1.5", "2"], None),
+        ("<", [">", "<"], "B"),
+        ("Aa", ["AA", "Aa", "aa"], "B"),
+        ("dog", ["A. cat", "B. dog"], "B"),
+        ("It is a dog", ["A. cat", "B. dog"], "B"),
+        ("B. The barking fits, option A is wrong", ["cat", "dog"], "B"),
+        ("A) is a cat and B) is a dog. The answer is B", ["cat", "dog"], "B"),
+        ("The answer is A cat.", ["dog", "cat"], "B"),
+        ("The answer is b", ["cat", "dog"], "B"),
+        ("The answer is b.", ["cat", "dog"], "B"),
+        (r"\text{B}", ["cat", "dog"], "B"),
+        (r"The answer is $\boxed{\text{B}}$", ["cat", "dog"], "B"),
+        ("C", ["cat", "", "dog"], "C"),
+    ],
+)
+def test_signs_labels_and_statements_are_read_as_models_write_them(
+    response: str, options: list[str], letter: str | None
+) -> None:
+    assert extract_letter(response, options) == letter
 
 
 def test_an_answer_that_names_no_option_is_wrong_every_time() -> None:
