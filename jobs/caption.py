@@ -19,6 +19,7 @@ from jobs.command_line import EXIT_INTERRUPTED, EXIT_NO_ANSWER, run_job
 from jobs.report import write_report
 from pipeline.config import CaptionConfig
 from pipeline.errors import JobError
+from pipeline.evaluation.columns import answer_texts
 from pipeline.execution.cluster import job_output, stop_on_signals
 from pipeline.execution.prepare import CaptionJob, hold, prepare
 from pipeline.execution.run import finish, run_on_ray
@@ -87,6 +88,7 @@ def _samples(job: CaptionJob) -> list[dict[str, Any]]:
     first = next(RunReader(job.folder.path, job.folder.storage_options).batches(columns), None)
     for row in [] if first is None else readable_rows(first):
         if row["status"] == "ok":
+            row["references"] = answer_texts(row["reference"])
             rows.setdefault(row.get("task", len(rows)), row)
     return list(rows.values())[:_SAMPLE_ROWS]
 

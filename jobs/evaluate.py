@@ -129,6 +129,8 @@ def print_scores(metrics: Mapping[str, Any]) -> None:
         numbers = shown_score(estimate.value, maximum), shown_interval(estimate, maximum), f"{estimate.num_rows:,}"
         table.add_row(Text(label), score.title, *numbers)
     Console().print(table)
+    for note in scores.notes:
+        print(note)
     for name, one in metrics.get("baseline", {}).get("metrics", {}).items():
         print(
             f"{name} against the baseline: {one['difference']:+.4f} "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.preprocess.values import readable
+from pipeline.preprocess.values import as_text, from_json, plain, readable
 
 
 def text_column(batch: pa.RecordBatch, name: str | None) -> pa.Array:
@@ -32,13 +33,55 @@ def _as_texts(column: pa.Array, name: str) -> pa.Array:
     return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
-def text_lists(batch: pa.RecordBatch, name: str) -> list[list[str]]:
-    """Each row's answers or options as texts; empty if the row has none."""
+def reference_lists(batch: pa.RecordBatch, name: str) -> list[list[str]]:
+    """Each row's right answers as texts; empty if the row has none."""
     return [answer_texts(readable(value, f"the column {name}")) for value in batch.column(name)]
 
 
+def option_lists(batch: pa.RecordBatch, name: str) -> list[list[str]]:
+    """Each row's options as texts."""
+    return [option_texts(readable(value, f"the column {name}")) for value in batch.column(name)]
+
+
 def answer_texts(value: Any) -> list[str]:
-    """The texts of one answer, of a list of them, or of a list of structs with `answer` (VQAv2). Nulls are left out."""
-    items = value if isinstance(value, list | tuple) else [value]
-    answers = (item.get("answer", item) if isinstance(item, Mapping) else item for item in items)
-    return [str(answer) for answer in answers if answer is not None]
+    """The texts of one answer, of a list of them, or of a list of structs with `answer` (VQAv2).
+
+    A text that is a list of texts or of structs, in JSON or in Python, counts as that list; a list of numbers in text
+    is one answer (a box). Nulls are left out, and answers that are all empty are none.
+    """
+    items = as_list(value)
+    if isinstance(value, str) and not all(item is None or isinstance(item, str | Mapping) for item in items):
+        items = [value]
+    answers = (plain(item.get("answer", item) if isinstance(item, Mapping) else item) for item in items)
+    texts = [_text(answer) for answer in answers if answer is not None]
+    return texts if any(text.strip() for text in texts) else []
+
+
+def option_texts(value: Any) -> list[str]:
+    """The options' texts. A missing one is empty, so that the others keep their letters; missing ones at the end go."""
+    texts = [_text(item) for item in map(plain, as_list(value))]
+    while texts and not texts[-1].strip():
+        texts.pop()
+    return texts
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list, or the list that a text holds in JSON or in Python (MMMU); another value alone; nothing for a null."""
+    value = plain(value)
+    if value is None:
+        return []
+    if not isinstance(value, str) or not value.strip().startswith("["):
+        return value if isinstance(value, list) else [value]
+    for read in (from_json, ast.literal_eval):
+        try:
+            found = read(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(found, list):
+            return found
+    return [value]
+
+
+def _text(value: Any) -> str:
+    text = as_text(value)
+    return "" if value is None else str(value) if text is None else text

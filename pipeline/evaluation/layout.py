@@ -9,7 +9,6 @@ Knows rows and columns; not media, models or scores.
 
 from __future__ import annotations
 
-import ast
 import itertools
 import json
 import re
@@ -26,7 +25,7 @@ from pydantic import AfterValidator, Field
 from pipeline import storage
 from pipeline.config import InputConfig, Section
 from pipeline.errors import ManifestError
-from pipeline.evaluation.columns import answer_texts
+from pipeline.evaluation.columns import answer_texts, as_list, option_texts
 from pipeline.evaluation.metrics.choice import LETTERS
 from pipeline.manifest.files import Manifest
 from pipeline.manifest.find import open_manifest
@@ -129,6 +128,7 @@ def manifest_row(layout: Layout, row: Mapping[str, Any], base: str | None = None
     lettered = "\n".join(
         layout.choice.replace("{letter}", letter).replace("{text}", text)
         for letter, text in zip(LETTERS, choices, strict=False)
+        if text
     )
     task = _text(row.get(layout.task)) if layout.task else None
     prompt = fill(layout.prompts.get(task or "", layout.prompt), {**row, "choices": lettered})
@@ -151,25 +151,12 @@ def manifest_row(layout: Layout, row: Mapping[str, Any], base: str | None = None
 
 def _choices(layout: Layout, row: Mapping[str, Any]) -> list[str]:
     if len(layout.choices) == 1:
-        choices = [str(choice) for choice in _as_list(row.get(layout.choices[0]))]
+        choices = option_texts(row.get(layout.choices[0]))
     else:
-        choices = [text for text in (_text(row.get(name)) for name in layout.choices) if text]
+        choices = option_texts([_text(row.get(name)) for name in layout.choices])
     if len(choices) > len(LETTERS):
         raise ManifestError(f"a row has {len(choices)} options; expected at most {len(LETTERS)}: one for each letter")
     return choices
-
-
-def _as_list(value: Any) -> Sequence[Any]:
-    """A list, or the text of one: MMMU writes its lists as Python does."""
-    if value is None:
-        return []
-    if not isinstance(value, str):
-        return list(value)
-    try:
-        parsed = ast.literal_eval(value) if value.lstrip().startswith("[") else None
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        parsed = None
-    return parsed if isinstance(parsed, list) else [value]
 
 
 def _references(layout: Layout, row: Mapping[str, Any], choices: Sequence[str]) -> list[str]:
@@ -188,7 +175,7 @@ def _references(layout: Layout, row: Mapping[str, Any], choices: Sequence[str]) 
             return [letter]
         expected = "the letter"
     else:
-        return answer_texts(_as_list(value))
+        return answer_texts(as_list(value))
     raise ManifestError(f"column {layout.answer} holds {value!r}; expected {expected} of one of {len(choices)} options")
 
 

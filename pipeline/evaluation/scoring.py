@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import ConfigError
-from pipeline.evaluation.columns import text_column, text_lists
+from pipeline.evaluation.columns import option_lists, reference_lists, text_column
 from pipeline.evaluation.interval import NUM_BUCKETS, Floats, Tally
-from pipeline.evaluation.metrics.choice import multiple_choice
+from pipeline.evaluation.metrics.choice import extract_letter, is_right
 from pipeline.evaluation.metrics.cider import Cider
 from pipeline.evaluation.metrics.overlap import CorpusScore
 from pipeline.evaluation.metrics.registry import METRICS, Metric, require
@@ -82,6 +82,7 @@ class Scorer:
         names = ["task", *names] if settings.task_column else names
         self._slices: dict[str, dict[str, _Slice]] = {name: {} for name in names}
         self._num_rows = self._num_errors = self._num_without_reference = 0
+        self._num_choices = self._num_parsed = 0
 
     def learn(self, batches: Iterable[pa.RecordBatch]) -> None:
         """Counts the references' n-grams of the rows that CIDEr scores. Reads nothing if it scores none."""
@@ -129,8 +130,8 @@ class Scorer:
 
     def _read(self, batch: pa.RecordBatch) -> list[_Row]:
         settings = self.settings
-        references = text_lists(batch, settings.references)
-        choices = text_lists(batch, settings.choices) if settings.choices else [[]] * len(batch)
+        references = reference_lists(batch, settings.references)
+        choices = option_lists(batch, settings.choices) if settings.choices else [[]] * len(batch)
         answered = pc.equal(batch.column("status"), Status.OK.value).to_pylist()
         texts = [text or "" if ok else "" for text, ok in zip(batch.column("text").to_pylist(), answered, strict=True)]
         tasks = text_column(batch, settings.task_column).to_pylist()
@@ -158,7 +159,10 @@ class Scorer:
             counts = [metric.score.statistics(row.text, row.references) for row in rows]
             scores = [metric.score.row_score(row_counts) for row_counts in counts]
         elif metric.name == "multiple_choice":
-            scores = [multiple_choice(row.text, row.references, row.choices) for row in rows]
+            letters = [extract_letter(row.text, row.choices) for row in rows]
+            self._num_choices += sum(row.answered for row in rows)
+            self._num_parsed += sum(row.answered and bool(letter) for row, letter in zip(rows, letters, strict=True))
+            scores = [is_right(letter, row.references, row.choices) for letter, row in zip(letters, rows, strict=True)]
         else:
             score = metric.score or self._cider.score
             scores = [score(row.text, row.references) for row in rows]
@@ -173,6 +177,7 @@ class Scorer:
             "num_rows": self._num_rows,
             "num_errors": self._num_errors,
             "num_without_reference": self._num_without_reference,
+            "multiple_choice": {"num_answers": self._num_choices, "num_parsed": self._num_parsed},
             "errors_score": 0,
             "interval": {"level": 0.95, "num_samples": settings.num_samples, "seed": settings.seed},
             "columns": {"references": settings.references, "task": settings.task_column, "choices": settings.choices},

@@ -30,7 +30,8 @@ class ScoringSettings(Section):
     """Which columns hold what, and which metrics are computed."""
 
     references: str = "reference"
-    """Column with the right answer or answers: text, number, list of texts, or list of structs with `answer`."""
+    """Column with the right answer or answers: text, number, list of texts, or list of structs with `answer`. A list
+    may also be text, in JSON or as Python writes it; empty text, an empty list and null are no reference."""
     metrics: list[MetricName] = Field(default_factory=lambda: ["exact_match"])
     """Metrics of rows for which `tasks` and `metric_column` name none; a row's first metric is its score."""
     task_column: str | None = None
@@ -40,7 +41,7 @@ class ScoringSettings(Section):
     metric_column: str | None = None
     """Column with the row's own metrics, a list or text separated by commas; overrides `metrics` and `tasks`."""
     choices: str | None = None
-    """Column with the list of options, for multiple choice."""
+    """Column with the list of options, for multiple choice; the list may be text."""
     slices: list[str] = Field(default_factory=lambda: ["media_kind", "resolution_bucket"])
     """Columns for whose values scores are shown separately; also media_kind, num_media and resolution_bucket."""
     num_samples: Positive = 1_000

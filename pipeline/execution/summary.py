@@ -63,13 +63,14 @@ def pace_text(counts: RunCounts) -> str:
 
 
 def print_samples(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A handful of answers beside their references."""
+    """A handful of answers beside their `references`; whether an answer is one of them, if there are any."""
     table = Table(title="a few rows", title_justify="left", show_lines=False)
     for name in ("task", "answer", "reference", ""):
         table.add_column(name, overflow="fold")
     for row in rows:
-        cells = [one_line(row.get(name)) for name in ("task", "text", "reference")]
-        table.add_row(*cells, "✓" if row["text"] == row["reference"] else "✗")
+        references = [text.strip() for text in row["references"]]
+        cells = [one_line(text) for text in (row.get("task"), row["text"], " | ".join(dict.fromkeys(references)))]
+        table.add_row(*cells, "" if not references else "✓" if row["text"].strip() in references else "✗")
     console.print(table)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.evaluation.columns import answer_texts
 from pipeline.preprocess.values import from_json
 from pipeline.report.facts import at, shown_source, text_at, without_secrets
 from pipeline.report.thumbnails import Thumbnail, ThumbnailMaker
@@ -102,9 +103,7 @@ class CardMaker:
 
     def _references(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         value = row[self._reference_column] if self._reference_column else None
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        answers = dict.fromkeys(str(item.get("answer", item) if isinstance(item, Mapping) else item) for item in values)
-        texts = [shorten(text, _MAX_QUESTION) for text in answers]
+        texts = [shorten(text, _MAX_QUESTION) for text in dict.fromkeys(answer_texts(value))]
         more = len(texts) - _MAX_REFERENCES
         return (*texts[:_MAX_REFERENCES], f"and {more} more") if more > 0 else tuple(texts)
 

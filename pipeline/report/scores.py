@@ -43,6 +43,8 @@ class Scores:
     """The scores of each value, by the slice's name."""
     canaries: Mapping[str, Any] | None
     """How rows that were run once more, each alone, compare with themselves."""
+    notes: tuple[str, ...]
+    """What the scores leave out or count as wrong: rows without a reference, failed rows, answers not understood."""
 
 
 def read_scores(metrics: Mapping[str, Any]) -> Scores:
@@ -60,7 +62,19 @@ def read_scores(metrics: Mapping[str, Any]) -> Scores:
         overall=dict(scores(metrics.get("overall", {}))),
         slices={name: values for name, values in slices.items() if values},
         canaries=metrics.get("canaries"),
+        notes=tuple(_notes(metrics)),
     )
+
+
+def _notes(metrics: Mapping[str, Any]) -> Iterator[str]:
+    if count := metrics.get("num_without_reference"):
+        yield f"{count:,} of {metrics['num_rows']:,} rows have no reference and are not scored"
+    if count := metrics.get("num_errors"):
+        yield f"{count:,} rows failed and score 0 where they have a reference"
+    choices = metrics.get("multiple_choice", {})
+    if count := choices.get("num_answers"):
+        share = choices["num_parsed"] / count
+        yield f"parse rate {share:.1%}: {choices['num_parsed']:,} of {count:,} multiple-choice answers name an option"
 
 
 def read_differences(metrics: Mapping[str, Any], comparison: Mapping[str, Any]) -> dict[str, ScoreDifference]:

@@ -20,6 +20,7 @@ from pipeline.evaluation.metrics.cider import Cider
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.settings import ScoringSettings
 from pipeline.evaluation.slices import OTHER
+from pipeline.report.scores import read_scores
 from pipeline.schema import result_schema
 
 
@@ -89,7 +90,7 @@ def test_the_metric_column_overrides_the_config() -> None:
 
 
 def test_a_failed_row_scores_zero_and_a_row_without_reference_is_not_scored() -> None:
-    batch = _batch(["", None, "x", None], {"answer": pa.array(["", "", None, None])})
+    batch = _batch(["y", None, "x", None], {"answer": pa.array(["y", "y", None, ""])})
     scorer = Scorer(ScoringSettings(references="answer", metrics=("exact_match",)))
     assert _scores(scorer, batch).column("score").to_pylist() == [1, 0, None, None]
     metrics = scorer.metrics()
@@ -106,6 +107,17 @@ def test_references_may_be_structs_lists_numbers_or_texts() -> None:
     assert _scores(Scorer(settings), halves).column("score").to_pylist() == [1, None], "slices of batches too"
     numbers = ScoringSettings(references="n", metrics=("exact_match",))
     assert _scores(Scorer(numbers), _batch(["3", "4"], {"n": pa.array([3, 5])})).column("score").to_pylist() == [1, 0]
+
+
+def test_the_parse_rate_counts_answers_that_name_no_option() -> None:
+    kept = {"answer": pa.array(["B"] * 4), "options": pa.array(['["cat", "dog"]'] * 4)}
+    scorer = Scorer(ScoringSettings(references="answer", metrics=("multiple_choice",), choices="options"))
+    rows = _scores(scorer, _batch(["B", "a dog", "no idea", None], kept))
+    assert rows.column("score").to_pylist() == [1, 1, 0, 0], "options may be JSON text"
+    metrics = scorer.metrics()
+    assert metrics["multiple_choice"] == {"num_answers": 3, "num_parsed": 2}
+    notes = " | ".join(read_scores(metrics).notes)
+    assert "1 rows failed and score 0" in notes and "parse rate 66.7%: 2 of 3" in notes and "no reference" not in notes
 
 
 def test_corpus_scores_do_not_depend_on_the_batches() -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from pipeline.execution.progress import RunCounts
-from pipeline.execution.summary import pace_text, print_summary
+from pipeline.execution.summary import pace_text, print_samples, print_summary
 from pipeline.results.run_folder import RunFolder
 from pipeline.schema import result_schema
 
@@ -83,3 +83,17 @@ def test_the_traceback_of_a_fault_that_nobody_foresaw_is_shown_in_full_and_once(
     counts = RunCounts(total=2, done_before=0, rows=2, errors=Counter({"InternalError": 2}))
     counts.examples["InternalError"] = ("a", message)
     assert summary(tmp_path, counts).count(f"InternalError, as row a: {message}") == 1
+
+
+def test_a_right_answer_is_marked_right_among_several_references() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    answers = {"one of two": ["a", "one of two"], "other": ["x"], "free": []}
+    print_samples(console, [{"text": text, "references": references} for text, references in answers.items()])
+    assert isinstance(console.file, io.StringIO)
+    marks = {
+        text: line.split("│")[-2].strip()
+        for line in console.file.getvalue().splitlines()
+        for text in answers
+        if f" {text} " in line.split("|")[0]
+    }
+    assert marks == {"one of two": "✓", "other": "✗", "free": ""}
