@@ -194,7 +194,8 @@ def test_a_driver_that_joins_directly_is_told_of_the_token_that_it_lacks(head: R
     words = ["--input.path", str(manifest), "--output.path", str(tmp_path / "out"), "--model.path", "demo"]
     command = [sys.executable, "-m", "jobs.caption", *words, "--resources.address", head.gcs_address]
     done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
+    joining = f"joining the Ray cluster at {head.gcs_address} (resources.address)\n"
+    assert (done.returncode, done.stdout) == (2, joining)
     assert re.search(rf"can't reach or start Ray \({re.escape(head.gcs_address)}\): Failed to connect .*", done.stderr)
     assert "if the cluster uses tokens, set RAY_AUTH_MODE=token" in done.stderr
     assert "InvalidAuthToken" in (tmp_path / "out" / "__run" / "log.txt").read_text()
