@@ -170,6 +170,7 @@ def test_tools_that_ray_and_kuberay_look_for_are_there() -> None:
     assert "/etc/profile.d/" in installed
 
 
+@pytest.mark.slow
 def test_the_copied_files_make_the_whole_package(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", reason="pip install setuptools")
     image = tmp_path / "app"

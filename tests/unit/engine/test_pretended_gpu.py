@@ -104,6 +104,7 @@ def steady(requests: list[Request]) -> tuple[list[Request], list[tuple[int, ...]
     return kept, [tokens for request in kept for tokens in first[request.request_id]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "graphs"),
     [(PretendedFlash, True), (PretendedFlash, False), (SdpaAttention, True)],
@@ -169,6 +170,7 @@ def test_a_graph_that_warm_up_had_no_time_for_is_captured_when_needed(
     assert engine.stats()["graphs"] > 1
 
 
+@pytest.mark.slow
 def test_an_engine_on_the_second_gpu_works_there_in_whatever_thread_steps_it(
     monkeypatch: pytest.MonkeyPatch, gpu: PretendedGpu
 ) -> None:

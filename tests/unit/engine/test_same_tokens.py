@@ -73,6 +73,7 @@ def test_the_native_engine_gives_the_tokens_of_plain_generate(world: World, over
     assert engine.stats()["cache_use"] == 0
 
 
+@pytest.mark.slow
 @RANDOM
 def test_rows_that_transformers_numbers_otherwise_give_the_tokens_of_trained_positions(world: World) -> None:
     rows = [request for request in world.odd_requests[:80] if smallest_margin(world.model, request) > SMALLEST_MARGIN]

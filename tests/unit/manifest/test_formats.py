@@ -93,6 +93,7 @@ def test_secrets_in_the_storage_options_are_not_shown(tmp_path: Path, load: Call
     assert "hunter2" not in repr(found) + repr(found.spec) + json.dumps(found.fingerprint())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["parquet", "jsonl", "csv", "media"])
 def test_s3_manifests_of_every_format_are_read_through_faults(format: str, tmp_path: Path) -> None:
     pytest.importorskip("s3fs")

@@ -59,6 +59,7 @@ def test_the_first_unit_is_an_actor_s_share_of_the_rows_that_are_left() -> None:
         assert next(works).num_rows == size
 
 
+@pytest.mark.slow
 def test_a_huge_manifest_has_a_bounded_number_of_units() -> None:
     numbering = RowNumbering([100_000_000])
     works = plan_work(manifest_of([100_000_000]), numbering, RowSet(100_000_000), actors=64, min_rows=8, max_rows=2048)

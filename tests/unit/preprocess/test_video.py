@@ -104,6 +104,7 @@ def test_every_container_and_codec_gives_the_pixels_of_a_full_decode(
             assert np.array_equal(pixels, whole[index]), f"frame {index} of {len(whole)}"
 
 
+@pytest.mark.slow
 def test_packets_that_lead_to_no_wanted_frame_are_not_decoded() -> None:
     moving = np.stack([np.roll(picture(640, 480, seed=2), 5 * number, axis=1) for number in range(120)])
     data = encode_video(moving, rate=30, options={"g": "10", "preset": "ultrafast"})

@@ -106,6 +106,7 @@ def launches_of_a_layer(engine: NativeEngine, counter: Counter) -> dict[str, int
     return {name: two - one for name, (one, two) in counts.items()}
 
 
+@pytest.mark.slow
 def test_launches_of_a_layer_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = Counter()
     with pretended_gpu(monkeypatch):
