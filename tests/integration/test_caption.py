@@ -386,7 +386,8 @@ def test_a_stopped_run_leaves_a_folder_that_the_next_one_finishes(tmp_path: Path
     source, output = jsonl(tmp_path / "m.jsonl", rows), tmp_path / "out"
     command = [sys.executable, "-m", "jobs.caption", "--input.path", str(source), "--output.path", str(output)]
     command += ["--model.path", "demo", "--output.seconds_per_fragment", "0.1", "--sampling.ignore_eos", "true"]
-    command += ["--resources.num_cpus", "2", "--engine.max_running", "4", "--input.settings", "max_tokens"]
+    command += ["--resources.num_cpus", "2", "--engine.max_running", "4"]
+    command += ["--input.settings", SETTINGS, "--input.allow_missing_media", "true"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment["STOPPED_RUN"] = str(tmp_path)  # which all of its processes inherit
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

@@ -196,7 +196,9 @@ def test_a_driver_that_joins_directly_is_told_of_the_token_that_it_lacks(head: R
     done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True)
     joining = f"joining the Ray cluster at {head.gcs_address} (resources.address)\n"
     assert (done.returncode, done.stdout) == (2, joining)
-    assert re.search(rf"can't reach or start Ray \({re.escape(head.gcs_address)}\).*: Failed to connect .*", done.stderr)
+    assert re.search(
+        rf"can't reach or start Ray \({re.escape(head.gcs_address)}\).*: Failed to connect .*", done.stderr
+    )
     assert "if the cluster uses tokens, set RAY_AUTH_MODE=token" in done.stderr
     assert "InvalidAuthToken" in (tmp_path / "out" / "__run" / "log.txt").read_text()
     done = subprocess.run(
