@@ -18,6 +18,7 @@ import re
 import shlex
 import socket
 import sys
+import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ _PATHS = ("input.path", "output.path", "model.path", "run.path", "evaluate.basel
 """Keys of all jobs that hold a path: it must mean the same thing on the cluster."""
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _CONNECT_S = 30.0
+_HEAD_LISTED_S = 10.0
 _RECONNECT_S = 5.0
 
 
@@ -150,8 +152,11 @@ def connect(address: str) -> tuple[Any, bool]:
     try:
         requests.get(address, timeout=_CONNECT_S)  # Ray's client would wait for an answer without end
         client: Any = JobSubmissionClient(address)
-        # Ray's client has no method for this path, but knows how to send the token.
-        nodes = client._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
+        raylets = _raylets(client)
+        deadline = time.monotonic() + _HEAD_LISTED_S  # a dashboard that has just started knows no node yet
+        while not any(raylet.get("isHeadNode") for raylet in raylets) and time.monotonic() < deadline:
+            time.sleep(0.5)
+            raylets = _raylets(client)
     except AuthenticationError as error:
         raise ClusterError(
             f"{address} asks for a token: {_first_line(error)}. `ray get-auth-token` on the head node prints it: "
@@ -167,7 +172,13 @@ def connect(address: str) -> tuple[Any, bool]:
             f"no Ray dashboard answers at {address} ({type(error).__name__}): is the cluster up "
             "(`ray start --head`, `ray status`), and the dashboard's port, 8265 by default, open or forwarded to here?"
         ) from error
-    return client, any(_is_head_here(node.get("raylet") or {}) for node in nodes)
+    return client, any(map(_is_head_here, raylets))
+
+
+def _raylets(client: Any) -> list[Mapping[str, Any]]:
+    """What the dashboard says of each node's Ray. Ray's client has no method for this path, but can send the token."""
+    nodes = client._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
+    return [node.get("raylet") or {} for node in nodes]
 
 
 def _is_head_here(raylet: Mapping[str, Any]) -> bool:
