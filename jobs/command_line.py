@@ -14,7 +14,8 @@ from typing import Any, TypeAlias, TypeVar
 from pydantic_core import PydanticUndefined
 from rich.console import Console
 
-from pipeline.config import Section, fields_of, load_config
+from pipeline.config import Section
+from pipeline.config_file import fields_of, load_config
 from pipeline.errors import ConfigError, JobError, RestartNeeded
 from pipeline.storage import StorageError
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from jobs.command_line import default_text, kind_text
 from jobs.evaluate import EvaluateConfig
-from pipeline.config import CaptionConfig, Section, fields_of
+from pipeline.config import CaptionConfig, Section
+from pipeline.config_file import fields_of
 from pipeline.planning.plan import PlanConfig
 
 ROOT = Path(__file__).resolve().parent.parent

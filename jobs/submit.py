@@ -16,9 +16,7 @@ import logging
 import os
 import re
 import shlex
-import socket
 import sys
-import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,8 +25,10 @@ from typing import Any
 from jobs.command_line import EXIT_INTERRUPTED, parse_arguments
 from pipeline import storage
 from pipeline.checkpoint.locate import DEMO
-from pipeline.config import CaptionConfig, load_config
-from pipeline.errors import ClusterError, ConfigError, JobError
+from pipeline.config import CaptionConfig
+from pipeline.config_file import load_config
+from pipeline.errors import ClusterError, ConfigError, JobError, first_line
+from pipeline.execution.dashboard import ADDRESS_VARIABLES, connect, show_logs, use_token
 from pipeline.results.run_record import COMMIT_VARIABLE, code_commit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,10 +37,6 @@ STOP_WAIT_S = 60
 _DEMO_CHECKPOINT = "/pipeline/demo/checkpoint"
 _PATHS = ("input.path", "output.path", "model.path", "run.path", "evaluate.baseline", "evaluate.manifest_path")
 """Keys of all jobs that hold a path: it must mean the same thing on the cluster."""
-_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-_CONNECT_S = 30.0
-_HEAD_LISTED_S = 10.0
-_RECONNECT_S = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    default = next(filter(None, map(os.environ.get, _ADDRESS_VARIABLES)), None)
-    variables = " or ".join(_ADDRESS_VARIABLES)
+    default = next(filter(None, map(os.environ.get, ADDRESS_VARIABLES)), None)
+    variables = " or ".join(ADDRESS_VARIABLES)
     parser.add_argument(
         "--address",
         metavar="URL",
@@ -105,7 +101,7 @@ def submit(options: argparse.Namespace, config_paths: Sequence[str], overrides: 
             runtime_env=runtime_environment(options.env, paths),
         )
     except RuntimeError as error:
-        raise ClusterError(f"the cluster refused the job: {_first_line(error)}") from error
+        raise ClusterError(f"the cluster refused the job: {first_line(error)}") from error
     print(f"submitted {submission_id} to {address}; output {overrides.get('output.path', config.output.path)}")
     for verb, extra in (("logs", " --follow"), ("stop", "")):
         print(f"  {verb}: {mode}ray job {verb} {submission_id} --address {address}{extra}", flush=True)
@@ -125,67 +121,6 @@ def _paths_of(config: CaptionConfig) -> dict[str, str]:
     keys = {name: name.split(".") for name in _PATHS}
     values = {name: getattr(getattr(config, section, None), key, None) for name, (section, key) in keys.items()}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def use_token() -> bool:
-    """Turn Ray's token authentication on where Ray would find a token here; whether it is on.
-
-    To be called before Ray is imported.
-    """
-    variables = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    if any(map(os.environ.get, variables)) or Path("~/.ray/auth_token").expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    return os.environ.get("RAY_AUTH_MODE") == "token"
-
-
-def connect(address: str) -> tuple[Any, bool]:
-    """Ray's client for the cluster at this dashboard, and whether the cluster's head node is this machine.
-
-    Raises ClusterError when nothing answers, something other than a dashboard answers, or the token is refused.
-    """
-    import requests  # as slow to import as Ray
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
-
-    for name in _ADDRESS_VARIABLES:  # to Ray's client they count for more than the address that it is given
-        os.environ.pop(name, None)
-    try:
-        requests.get(address, timeout=_CONNECT_S)  # Ray's client would wait for an answer without end
-        client: Any = JobSubmissionClient(address)
-        raylets = _raylets(client)
-        deadline = time.monotonic() + _HEAD_LISTED_S  # a dashboard that has just started knows no node yet
-        while not any(raylet.get("isHeadNode") for raylet in raylets) and time.monotonic() < deadline:
-            time.sleep(0.5)
-            raylets = _raylets(client)
-    except AuthenticationError as error:
-        raise ClusterError(
-            f"{address} asks for a token: {_first_line(error)}. `ray get-auth-token` on the head node prints it: "
-            "put it into RAY_AUTH_TOKEN or into ~/.ray/auth_token"
-        ) from error
-    except (ValueError, LookupError, TypeError, RuntimeError, requests.HTTPError) as error:
-        raise ClusterError(
-            f"{address} answers, but not as a Ray dashboard does ({_first_line(error)}): "
-            "give the dashboard's address, port 8265 by default"
-        ) from error
-    except (requests.RequestException, ConnectionError) as error:
-        raise ClusterError(
-            f"no Ray dashboard answers at {address} ({type(error).__name__}): is the cluster up "
-            "(`ray start --head`, `ray status`), and the dashboard's port, 8265 by default, open or forwarded to here?"
-        ) from error
-    return client, any(map(_is_head_here, raylets))
-
-
-def _raylets(client: Any) -> list[Mapping[str, Any]]:
-    """What the dashboard says of each node's Ray. Ray's client has no method for this path, but can send the token."""
-    nodes = client._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
-    return [node.get("raylet") or {} for node in nodes]
-
-
-def _is_head_here(raylet: Mapping[str, Any]) -> bool:
-    """By name and socket: with a forwarded port, the address of a distant cluster looks like one of this machine."""
-    if not raylet.get("isHeadNode") or raylet.get("nodeManagerHostname") != socket.gethostname():
-        return False
-    return Path(raylet.get("rayletSocketName") or "/nowhere").is_socket()
 
 
 def absolute_paths(paths: Mapping[str, str], address: str, *, is_here: bool) -> dict[str, str]:
@@ -245,7 +180,7 @@ def _packages(schemes: set[str]) -> list[str]:
 def _follow(client: Any, submission_id: str) -> int:
     """Show the job's logs until it ends; returns its exit code."""
     try:
-        details = asyncio.run(_show_logs(client, submission_id))
+        details = asyncio.run(show_logs(client, submission_id))
     except KeyboardInterrupt:
         print(f"\nno longer following {submission_id}, which keeps running", flush=True)
         return EXIT_INTERRUPTED
@@ -257,30 +192,6 @@ def _follow(client: Any, submission_id: str) -> int:
     if details.driver_exit_code is None:  # it never ran, or its node was lost: its logs don't say why
         raise ClusterError(f"{submission_id} failed: {str(details.message).strip()}")
     return int(details.driver_exit_code)
-
-
-async def _show_logs(client: Any, submission_id: str) -> Any:
-    """Print the logs as they come, through lost connections; returns the job's details once it has ended."""
-    import aiohttp  # comes with Ray's client
-
-    shown = 0
-    while True:
-        position = 0
-        try:
-            async for text in client.tail_job_logs(submission_id):  # always from the beginning
-                print(text[max(0, shown - position) :], end="", flush=True)
-                position += len(text)
-                shown = max(shown, position)
-            details = client.get_job_info(submission_id)
-            if details.status.is_terminal():
-                return details
-        except (RuntimeError, OSError, aiohttp.ClientError) as error:
-            print(f"(the connection was lost: {_first_line(error)}; trying again)", file=sys.stderr)
-        await asyncio.sleep(_RECONNECT_S)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,27 @@
 """The job's config: one frozen object that mirrors the YAML exactly, with a docstring under every field.
 
-`load_config` reads YAML files, lays each over those before it and command-line overrides (`--section.key value`) over
-all, and reports every mistake at once. Knows names, types and limits; not what any of them does.
+Knows names, types and limits; not what any of them does, nor how files and overrides are read (`config_file.py`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     field_validator,
     model_validator,
     with_config,
 )
-from pydantic.fields import FieldInfo
 
 from pipeline.engine import Dtype, EngineSettings, SamplingParams
-from pipeline.errors import ConfigError, row_error_types
+from pipeline.errors import row_error_types
 from pipeline.schema import MANIFEST_COLUMNS, MEDIUM_SETTING_COLUMNS, RESULT_COLUMNS, SAMPLING_COLUMNS
 
 Positive = Annotated[int, Field(gt=0)]
@@ -45,8 +36,8 @@ class Section(BaseModel):
 
 
 # The engine declares its own settings; as sections of the config they refuse unknown keys too.
-_ENGINE_SECTIONS = (EngineSettings, SamplingParams)
-for _section in _ENGINE_SECTIONS:
+ENGINE_SECTIONS = (EngineSettings, SamplingParams)
+for _section in ENGINE_SECTIONS:
     with_config(ConfigDict(extra="forbid"))(_section)
 
 
@@ -374,175 +365,3 @@ class CaptionConfig(Section):
     output: OutputConfig
     resources: ResourcesConfig = ResourcesConfig()
     run: RunConfig = RunConfig()
-
-
-ConfigType = TypeVar("ConfigType", bound=Section)
-
-
-def load_config(model: type[ConfigType], path: str | Sequence[str] | None, overrides: Mapping[str, str]) -> ConfigType:
-    """The config of a YAML file with overrides (`section.key` to text) laid over it.
-
-    Of several files, each is laid over those before it, key by key. Raises ConfigError that lists every unknown key
-    and wrong value with its full name.
-    """
-    paths = [path] if isinstance(path, str) else list(path or ())
-    values: dict[str, Any] = {}
-    for one in paths:
-        _lay_over(values, _read_yaml(one))
-    mistakes: list[tuple[str, str]] = []
-    for name, field in model.model_fields.items():
-        if _section_type(field.annotation) and values.get(name) is None:
-            values[name] = {}  # so that a missing key is reported by its own name, not by its section's
-    keys = dict(fields_of(model))
-    for name, text in overrides.items():
-        if name not in keys and not _inside_mapping(name, keys):
-            mistakes.append((name, _unknown_key(name, keys)))
-            continue
-        _set(values, name, _override_value(text, keys.get(name)))
-    try:
-        config = model.model_validate(values)
-    except ValidationError as error:
-        mistakes += [_mistake(dict(detail), keys) for detail in error.errors()]
-        raise ConfigError(_report(paths, overrides, mistakes)) from error
-    if mistakes:
-        raise ConfigError(_report(paths, overrides, mistakes))
-    return config
-
-
-def fields_of(model: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (full name, pydantic field) of a config, in order of definition."""
-    for name, field in _fields(model).items():
-        section = _section_type(field.annotation)
-        if section:
-            yield from fields_of(section, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field
-
-
-def _fields(section: type) -> Mapping[str, FieldInfo]:
-    if issubclass(section, BaseModel):
-        return section.model_fields
-    assert dataclasses.is_dataclass(section)
-    types = typing.get_type_hints(section)
-    return {
-        each.name: FieldInfo.from_annotated_attribute(types[each.name], each) for each in dataclasses.fields(section)
-    }
-
-
-def _section_type(annotation: Any) -> type | None:
-    candidates = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    for candidate in candidates:
-        if isinstance(candidate, type) and issubclass(candidate, (Section, *_ENGINE_SECTIONS)):
-            return candidate
-    return None
-
-
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"can't read the config {path}: {error.strerror or error}") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}; expected sections such as `input:` and `model:`")
-    return values
-
-
-def _lay_over(values: dict[str, Any], later: Mapping[str, Any]) -> None:
-    """Set what the later file sets. Sections and mappings are joined, everything else is replaced."""
-    for key, value in later.items():
-        earlier = values.get(key)
-        if isinstance(earlier, dict) and isinstance(value, dict):
-            _lay_over(earlier, value)
-        elif not (isinstance(earlier, dict) and value is None):  # an empty section says nothing
-            values[key] = value
-
-
-def _inside_mapping(name: str, keys: Mapping[str, Any]) -> bool:
-    """Whether a name is a key of a field that takes any, as `input.columns.image` is."""
-    parent = name.rpartition(".")[0]
-    return parent in keys and typing.get_origin(keys[parent].annotation) is dict
-
-
-def _set(values: dict[str, Any], name: str, value: Any) -> None:
-    *sections, key = name.split(".")
-    for section in sections:
-        inner = values.get(section)
-        if not isinstance(inner, dict):
-            inner = values[section] = {}
-        values = inner
-    values[key] = value
-
-
-def _override_value(text: str, field: Any) -> Any:
-    """A command-line value for this field: for lists and mappings YAML where it begins like YAML's lists, mappings or
-    quoted texts, else one item as it stands; for every other field the text as it stands."""
-    annotation = field.annotation if field is not None else Any
-    kinds = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    if text in ("null", "none", "None") and type(None) in kinds:
-        return None
-    origins = {typing.get_origin(kind) or kind for kind in kinds}
-    if origins & {list, tuple, dict}:
-        value: Any = text
-        if text[:1] in ("[", "{", '"', "'"):
-            try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError:
-                return text  # the field's own check refuses it
-        return [value] if isinstance(value, str) and dict not in origins else value
-    return text
-
-
-def _mistake(detail: dict[str, Any], keys: Mapping[str, Any]) -> tuple[str, str]:
-    """(full name, what is wrong with it)."""
-    name = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return name, _unknown_key(name, keys)
-    if detail["type"] == "missing":
-        return name, f"{name}: missing; {_describe(keys.get(name))}".rstrip("; ")
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error":
-        return name, f"{name}: {message}"
-    allowed = message.removeprefix("Input should be ").removeprefix("a valid ")
-    return name, f"{name}: found {detail['input']!r}; allowed: {allowed}"
-
-
-def _describe(field: Any) -> str:
-    return " ".join(field.description.split()) if field is not None and field.description else ""
-
-
-def _unknown_key(name: str, keys: Mapping[str, Any]) -> str:
-    section = name.rpartition(".")[0]
-    siblings = [key for key in keys if key.rpartition(".")[0] == section]
-    close = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]}?" if close else ""
-    allowed = ", ".join(key.rpartition(".")[2] for key in siblings) or ", ".join(
-        dict.fromkeys(key.partition(".")[0] for key in keys)
-    )
-    return f"{name}: unknown key; {hint or f'allowed here: {allowed}'}"
-
-
-def _report(paths: Sequence[str], overrides: Mapping[str, str], mistakes: Sequence[tuple[str, str]]) -> str:
-    """The mistakes, each under the place where its key was written; of a section, under both."""
-    places: dict[str, list[str]] = {}
-    for name, mistake in mistakes:
-        sources = [" + ".join(paths)] if paths else []
-        if any(key == name or key.startswith(f"{name}.") for key in overrides) or not paths:
-            sources = [*sources, "the command line"] if name.count(".") == 0 else ["the command line"]
-        places.setdefault(" + ".join(sources), []).append(mistake)
-    lines = []
-    for place, found in places.items():
-        if len(found) == 1:
-            lines.append(f"{place}: {found[0]}")
-        else:
-            lines += [f"{place} has {len(found)} mistakes:", *(f"  {mistake}" for mistake in found)]
-    return "\n".join(lines)

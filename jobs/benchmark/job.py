@@ -12,7 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import CaptionConfig, load_config
+from pipeline.config import CaptionConfig
+from pipeline.config_file import load_config
 from pipeline.execution.stages import Stages, open_stages
 from pipeline.manifest.work import read_work
 from pipeline.results.run_folder import RunFolder

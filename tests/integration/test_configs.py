@@ -17,7 +17,8 @@ from PIL import Image
 from jobs import caption
 from jobs.command_line import parse_arguments
 from jobs.evaluate import EvaluateConfig
-from pipeline.config import CaptionConfig, load_config
+from pipeline.config import CaptionConfig
+from pipeline.config_file import load_config
 from pipeline.demo.scenes import Picture, draw_picture
 from pipeline.demo.tasks import example
 from pipeline.errors import ResourceError

@@ -12,8 +12,8 @@ import pytest
 
 from jobs import caption
 from jobs.evaluate import EvaluateConfig, main
-from pipeline.config import CaptionConfig, load_config
-from pipeline.demo import CHECKPOINT
+from pipeline.config import CaptionConfig
+from pipeline.config_file import load_config
 from pipeline.evaluation.canaries import compare_canaries
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.results.fragments import FragmentWriter
@@ -153,9 +153,6 @@ def test_the_config_extends_the_caption_config() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (CHECKPOINT / "config.json").exists(), reason="pipeline/demo/checkpoint is missing: check it out to run this"
-)
 def test_the_demo_checkpoint_is_evaluated_end_to_end(tmp_path: Path) -> None:
     from pipeline.demo.manifest import write_demo_world
 

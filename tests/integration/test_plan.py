@@ -21,7 +21,8 @@ from PIL import Image
 
 import pipeline.planning.survey as survey_module
 from jobs.plan import main
-from pipeline.config import CaptionConfig, load_config
+from pipeline.config import CaptionConfig
+from pipeline.config_file import load_config
 from pipeline.demo.manifest import write_demo_world
 from pipeline.errors import ConfigError
 from pipeline.execution.stages import Stages, open_stages

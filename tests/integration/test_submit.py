@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from jobs.command_line import parse_arguments
-from jobs.submit import ROOT, absolute_paths, connect, entrypoint, main, runtime_environment, use_token
+from jobs.submit import ROOT, absolute_paths, entrypoint, main, runtime_environment
 from pipeline.errors import ClusterError, ConfigError
+from pipeline.execution.dashboard import connect, use_token
 from tests.integration.ray_head import free_ports
 
 FAR = "http://head:8265"

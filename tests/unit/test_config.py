@@ -11,7 +11,8 @@ import pytest
 
 from jobs.command_line import parse_arguments
 from jobs.evaluate import EvaluateConfig
-from pipeline.config import CaptionConfig, fields_of, load_config
+from pipeline.config import CaptionConfig
+from pipeline.config_file import fields_of, load_config
 from pipeline.errors import ConfigError
 from pipeline.planning.plan import PlanConfig
 

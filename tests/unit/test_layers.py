@@ -19,18 +19,24 @@ FLOORS = (
     {"checkpoint", "engine"},
     {"schema"},
     {"config", "manifest", "preprocess"},
-    {"generate", "results", "demo"},
+    {"config_file", "generate", "results", "demo"},
     {"execution", "evaluation"},
     {"planning"},
     {"report"},
     {"jobs"},
 )
 HOMES = {
-    "ray": ("pipeline/execution/", "jobs/submit.py", "jobs/benchmark/"),
+    "ray": ("pipeline/execution/", "jobs/benchmark/"),
     "PIL": ("pipeline/preprocess/", "pipeline/report/", "pipeline/demo/", "jobs/benchmark/"),
     "av": ("pipeline/preprocess/", "pipeline/demo/", "jobs/benchmark/"),
     "torch": ("pipeline/engine/", "pipeline/preprocess/", "pipeline/demo/", "pipeline/execution/profile.py", "jobs/"),
-    "pydantic": ("pipeline/config.py", "pipeline/planning/", "pipeline/evaluation/", "jobs/"),
+    "pydantic": (
+        "pipeline/config.py",
+        "pipeline/config_file.py",
+        "pipeline/planning/",
+        "pipeline/evaluation/",
+        "jobs/",
+    ),
 }
 ENGINE_MAY_IMPORT = {"torch", "transformers", "numpy", "flash_attn", "flash_attn_interface", "triton"}
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pipeline.engine.attention.vision import seconds_by_events
+
 Call = Callable[[], object]
 SHORT_S = 2e-3
 """A shorter call is replayed as a graph of several, or the host's launches would be what is measured."""
@@ -22,22 +24,13 @@ def device_seconds(call: Call, *, repeats: int = 8) -> float:
         started = time.perf_counter()
         call()
         return time.perf_counter() - started
-    once = _between_events(call)
+    once = seconds_by_events(call)
     calls, run = 1, call
     if once < SHORT_S:
         calls = max(2, min(50, int(SHORT_S / max(once, 1e-5))))
         run = _several(call, calls)
     run()
-    return statistics.median(_between_events(run) for _ in range(repeats)) / calls
-
-
-def _between_events(call: Call) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop)) / 1000
+    return statistics.median(seconds_by_events(run) for _ in range(repeats)) / calls
 
 
 def _several(call: Call, calls: int) -> Call:

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from jobs.command_line import parse_arguments
-from pipeline.config import CaptionConfig, load_config
+from pipeline.config import CaptionConfig
+from pipeline.config_file import load_config
 from pipeline.execution.placement import Node, place
 from tests.unit.configs.kuberay_schema import problems, quantity
 

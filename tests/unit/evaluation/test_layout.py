@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.evaluate import EvaluateConfig, caption_config
-from pipeline.config import InputConfig, load_config
+from pipeline.config import InputConfig
+from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, ManifestError
 from pipeline.evaluation.layout import Layout, fill, manifest_row, prepare_manifest
 from pipeline.evaluation.scoring import Scorer

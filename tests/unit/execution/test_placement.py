@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import CaptionConfig, PoolSize, ResourcesConfig, load_config
+from pipeline.config import CaptionConfig, PoolSize, ResourcesConfig
+from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.execution.placement import READ_CPUS, Node, Placement, place, place_again
 

@@ -7,32 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from rich.console import Console
 
 from pipeline.execution.progress import RunCounts
 from pipeline.execution.summary import pace_text, print_samples, print_summary
 from pipeline.results.run_folder import RunFolder
-from pipeline.schema import result_schema
-
-SCHEMA = result_schema(pa.schema([]))
-
-
-def finished(*error_types: str | None) -> pa.Table:
-    rows: list[dict[str, Any]] = [
-        {
-            **dict.fromkeys(SCHEMA.names),
-            "id": f"row {number}",
-            "status": "error" if kind else "ok",
-            "error_type": kind,
-            "error_message": f"no file {number}.jpg" if kind else None,
-            "attempts": 1,
-            "manifest_file": 0,
-            "manifest_row": number,
-        }
-        for number, kind in enumerate(error_types)
-    ]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+from tests.unit.results.result_rows import outcomes
 
 
 def summary(tmp_path: Path, counts: RunCounts, errors: dict[str, int] | None = None) -> str:
@@ -44,24 +24,24 @@ def summary(tmp_path: Path, counts: RunCounts, errors: dict[str, int] | None = N
 
 def test_each_error_type_is_shown_with_its_count_an_example_and_the_next_command(tmp_path: Path) -> None:
     counts = RunCounts(total=4, done_before=0)
-    counts.add(finished(None, "MediaNotFound", "MediaNotFound", "MediaTimeout"))
+    counts.add(outcomes(None, "MediaNotFound", "MediaNotFound", "MediaTimeout"))
     text = summary(tmp_path, counts)
     assert "4 of 4 (3 errors)" in text
-    assert "2 MediaNotFound, as row row 1: no file 1.jpg" in text
-    assert "1 MediaTimeout, as row row 3: no file 3.jpg" in text
+    assert "2 MediaNotFound, as row row 1: no file für 1" in text
+    assert "1 MediaTimeout, as row row 3: no file für 3" in text
     assert "errors.jsonl lists them" in text and "--retry-failed=MediaNotFound,..." in text
     assert "EVERY ROW FAILED" not in text
 
 
 def test_errors_of_earlier_runs_are_counted_too(tmp_path: Path) -> None:
     counts = RunCounts(total=3, done_before=2, failed_before=1)
-    counts.add(finished(None))
+    counts.add(outcomes(None))
     assert "1 MediaTimeout" in summary(tmp_path, counts, {"MediaTimeout": 1})
 
 
 def test_a_run_without_any_answer_says_so_loudly(tmp_path: Path) -> None:
     counts = RunCounts(total=2, done_before=0)
-    counts.add(finished("MediaNotFound", "MediaNotFound"))
+    counts.add(outcomes("MediaNotFound", "MediaNotFound"))
     assert "EVERY ROW FAILED: none of the 2 rows has an answer" in summary(tmp_path, counts)
     assert "EVERY ROW FAILED" not in summary(tmp_path, RunCounts(total=0, done_before=0))
 

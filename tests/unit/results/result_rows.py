@@ -33,6 +33,26 @@ def rows(row_keys: list[tuple[int, int]], *, status: str = "ok", attempts: int =
     return pa.Table.from_pylist(values, schema=SCHEMA)
 
 
+def outcomes(*error_types: str | None) -> pa.Table:
+    """Finished rows of manifest file 1, one for each: answered where None, else an error of this type."""
+    schema = result_schema(pa.schema([]))
+    values = [
+        {
+            **dict.fromkeys(schema.names),
+            "id": f"row {number}",
+            "status": "error" if kind else "ok",
+            "error_stage": "fetch" if kind else None,
+            "error_type": kind,
+            "error_message": f"no file für {number}" if kind else None,
+            "attempts": 1,
+            "manifest_file": 1,
+            "manifest_row": number,
+        }
+        for number, kind in enumerate(error_types)
+    ]
+    return pa.Table.from_pylist(values, schema=schema)
+
+
 def new_folder(path: Path) -> RunFolder:
     folder = RunFolder(str(path / "run"))
     folder.prepare()

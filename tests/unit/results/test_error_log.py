@@ -6,33 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from pipeline.results import error_log
 from pipeline.results.error_log import ErrorLog
 from pipeline.results.run_folder import RunFolder
-from pipeline.schema import result_schema
-
-SCHEMA = result_schema(pa.schema([]))
-
-
-def finished(*failed: bool) -> pa.Table:
-    rows = [
-        {
-            **dict.fromkeys(SCHEMA.names),
-            "id": f"row {number}",
-            "status": "error" if bad else "ok",
-            "error_stage": "fetch" if bad else None,
-            "error_type": "MediaNotFound" if bad else None,
-            "error_message": f"no file für {number}" if bad else None,
-            "attempts": 1,
-            "manifest_file": 1,
-            "manifest_row": number,
-        }
-        for number, bad in enumerate(failed)
-    ]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+from tests.unit.results.result_rows import outcomes
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -44,7 +23,7 @@ def test_failed_rows_are_written_with_their_row_key_and_later_runs_add_theirs(tm
     (tmp_path / "__run").mkdir()
     for _ in range(2):
         log = ErrorLog(RunFolder(str(tmp_path)), files)
-        log.add(finished(False, True, False, True))
+        log.add(outcomes(None, "MediaNotFound", None, "MediaNotFound"))
         log.flush()
     written = lines(tmp_path)
     assert [(line["manifest_file"], line["manifest_row"]) for line in written] == [
@@ -57,7 +36,7 @@ def test_failed_rows_are_written_with_their_row_key_and_later_runs_add_theirs(tm
 
 def test_without_failed_rows_there_is_no_file(tmp_path: Path) -> None:
     log = ErrorLog(RunFolder(str(tmp_path)), ["a"])
-    log.add(finished(False, False))
+    log.add(outcomes(None, None))
     log.flush()
     assert not list(tmp_path.iterdir())
 
@@ -67,7 +46,7 @@ def test_a_bucket_that_refuses_the_file_does_not_end_the_run(tmp_path: Path, mon
         raise PermissionError("The provided token has expired.")
 
     log = ErrorLog(RunFolder(str(tmp_path)), ["a", "b"])
-    log.add(finished(True))
+    log.add(outcomes("MediaNotFound"))
     monkeypatch.setattr(error_log.storage, "publish", refuse)
     log.flush()
 
@@ -77,7 +56,7 @@ def test_the_file_ends_at_its_limit_and_says_so(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(error_log, "MAX_LINES", 5)
     log = ErrorLog(RunFolder(str(tmp_path)), ["a", "b"])
     for _ in range(3):
-        log.add(finished(True, True, True))
+        log.add(outcomes("MediaNotFound", "MediaNotFound", "MediaNotFound"))
     log.flush()
     written = lines(tmp_path)
     assert len(written) == 5
