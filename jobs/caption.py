@@ -45,7 +45,8 @@ def run(config: CaptionConfig) -> int:
     with hold(folder):
         job = prepare(config, folder)
         if job is None:
-            return 0
+            counts = (folder.read_run() or {})["counts"]
+            return _exit_code(counts["failed"], counts["rows"])
         with job_output(folder, verbose=config.run.verbose) as console:
             for note in job.manifest.notes:
                 console.print(note, markup=False)
@@ -64,7 +65,12 @@ def run(config: CaptionConfig) -> int:
                     job.close("failed")
                 raise
             report(job, console)
-            return EXIT_NO_ANSWER if job.counts.failed == job.counts.total > 0 else 0
+            return _exit_code(job.counts.failed, job.counts.total)
+
+
+def _exit_code(failed: int, total: int) -> int:
+    """Of a complete run."""
+    return EXIT_NO_ANSWER if failed == total > 0 else 0
 
 
 def report(job: CaptionJob, console: Console) -> None:

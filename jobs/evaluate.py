@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from jobs.command_line import run_job
+from jobs.command_line import EXIT_NO_ANSWER, run_job
 from jobs.report import write_report
 from pipeline.config import CaptionConfig, RunConfig
 from pipeline.errors import OutputError
@@ -30,6 +30,9 @@ from pipeline.report.scores import read_scores
 from pipeline.results.reader import RunReader
 from pipeline.results.run_folder import RunFolder
 from pipeline.schema import RESULT_COLUMNS
+
+_COMPLETE = (0, EXIT_NO_ANSWER)
+"""Exit codes of a caption run that has a result for every row."""
 
 
 class EvaluateRunConfig(RunConfig):
@@ -55,10 +58,11 @@ def run(config: EvaluateConfig) -> int:
     """Generate, score, report. Raises JobError; returns the exit code."""
     evaluate, storage_options = config.evaluate, config.output.storage_options
     Scorer(evaluate.scoring)  # fails on a missing package before anything is generated
-    folder, canaries = config.run.path or config.output.path, None
+    folder, canaries, code = config.run.path or config.output.path, None, 0
     if config.run.path is None:
         job = caption_config(config)
-        if code := run_caption(job):
+        code = run_caption(job)
+        if code not in _COMPLETE:
             return code
         canaries = run_canaries(job) if evaluate.canaries else None
     metrics = score_folder(
@@ -75,7 +79,7 @@ def run(config: EvaluateConfig) -> int:
             seed=evaluate.seed,
         )
         print(f"report: {path}")
-    return 0
+    return code
 
 
 def caption_config(config: EvaluateConfig) -> EvaluateConfig:
@@ -113,7 +117,7 @@ def run_canaries(config: EvaluateConfig) -> dict[str, Any]:
             "evaluate": config.evaluate.model_copy(update={"canaries": 0}),
         }
     )
-    if code := run_caption(alone):
+    if (code := run_caption(alone)) not in _COMPLETE:
         raise OutputError(f"the canary rows in {folder} could not be run alone (exit code {code})")
     readers = [RunReader(path, config.output.storage_options) for path in (config.output.path, folder)]
     return compare_canaries(*readers)

@@ -153,10 +153,14 @@ def hold(folder: RunFolder) -> Iterator[None]:
         with Lease(folder.file(".lease"), folder.storage_options) as lease:
             folder.guard = lease.check
             folder.sweep()
-            yield
+            try:
+                yield
+            except JobError:
+                with contextlib.suppress(JobError, OSError):  # what ended the run may also be in the way of this
+                    folder.discard_unused()
+                raise
     except JobError:
-        with contextlib.suppress(JobError, OSError):  # what ended the run may also be in the way of this
-            folder.discard_unused()
+        folder.delete_if_empty()
         raise
 
 

@@ -18,6 +18,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pipeline.errors import RestartNeeded
+from pipeline.execution.cluster import live_nodes
 from pipeline.execution.placement import Placement
 
 _PATIENCE_S = 5.0
@@ -71,7 +73,8 @@ def bundles(placement: Placement) -> list[dict[str, float]]:
 
 @contextlib.contextmanager
 def reserve(placement: Placement, say: Callable[[str], None]) -> Iterator[Reservation]:
-    """Hold the fewest actors' share of the cluster, once all of it is free. `say` prints a line while that takes."""
+    """Hold the fewest actors' share of the cluster, once all of it is free. `say` prints a line while that takes.
+    Raises RestartNeeded where a node is lost meanwhile: the share may no longer fit what is left."""
     if not placement.fits:
         yield Reservation(placement)
         return
@@ -79,13 +82,22 @@ def reserve(placement: Placement, say: Callable[[str], None]) -> Iterator[Reserv
     strategy = "PACK" if placement.gpus_per_engine else "SPREAD"
     group = placement_group(bundles(placement), strategy=strategy)
     try:
-        patience = _PATIENCE_S
+        nodes, patience = _nodes(), _PATIENCE_S
         while not group.wait(patience):
+            if left := len(nodes - _nodes()):
+                raise RestartNeeded(
+                    f"{left} of the cluster's {len(nodes)} nodes left while the job waited for its share; the same "
+                    "command resumes"
+                )
             say(waiting_line(placement, ray.cluster_resources(), ray.available_resources()))
             patience = _REMIND_S
         yield Reservation(placement, group)
     finally:
         remove_placement_group(group)
+
+
+def _nodes() -> set[str]:
+    return {node.node_id for node in live_nodes()}
 
 
 def waiting_line(placement: Placement, total: Mapping[str, float], free: Mapping[str, float]) -> str:

@@ -27,6 +27,7 @@ from pipeline.execution.progress import ProgressLine, ProgressLog, starting_text
 from pipeline.execution.reservation import Reservation, reserve
 from pipeline.execution.supervision import Supervision
 from pipeline.execution.telemetry import Meter
+from pipeline.manifest.files import WorkUnit
 from pipeline.preprocess.proxy import proxy_notes
 from pipeline.results.error_log import ErrorLog
 from pipeline.results.fragments import FragmentWriter, take_new
@@ -57,8 +58,9 @@ def run_on_ray(job: CaptionJob, console: Console) -> None:
             job.start(placement)
             supervision = Supervision(job.config.run.stall_timeout_s)
             try:
-                with reserve(placement, say) as reservation:
-                    _run_rows(job, reservation, writer, supervision, console)
+                if work := job.plan(placement):
+                    with reserve(placement, say) as reservation:
+                        _run_rows(job, work, reservation, writer, supervision, console)
             except KeyboardInterrupt:
                 writer.flush()  # before the actors are asked for their stats, which may take a while
                 _read_stats(job, supervision)
@@ -108,12 +110,14 @@ def _place(job: CaptionJob) -> Placement:
 
 
 def _run_rows(
-    job: CaptionJob, reservation: Reservation, writer: FragmentWriter, supervision: Supervision, console: Console
+    job: CaptionJob,
+    work: list[WorkUnit],
+    reservation: Reservation,
+    writer: FragmentWriter,
+    supervision: Supervision,
+    console: Console,
 ) -> None:
     """Run the stages over what is left, and publish rows as they finish."""
-    work = job.plan(reservation.placement)
-    if not work:
-        return
     config, folder = job.config, job.folder
     flow = Flow(
         job.stages,

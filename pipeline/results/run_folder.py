@@ -48,7 +48,7 @@ class RunFolder:
             self._is_new = not storage.exists(self.path, self.storage_options)
             if not self._is_new and self.read_run() is None:
                 found = storage.list_files(self.path, self.storage_options, recursive=False)
-                foreign = [storage.name(info.path) for info in found]
+                foreign = [storage.name(path) for path in (*(info.path for info in found), *self.fragments())]
                 if "run.json" in foreign:
                     raise OutputError(
                         f"{self.path} holds a run of an earlier version, with run.json beside the part files: "
@@ -64,11 +64,17 @@ class RunFolder:
             raise OutputError(f"can't write to output.path {self.path}: {error}") from error
 
     def discard_unused(self) -> None:
-        """Remove what `prepare` made, if the run was refused before it began. A log stays: it may say why."""
+        """Remove what a run that was refused before it began has written. A log stays: it may say why. Only for the
+        holder of the folder."""
         if self.read_run() is None and not storage.exists(self.file("log.txt"), self.storage_options):
-            storage.delete(self.file(), self.storage_options, recursive=True)
-            if self._is_new:
-                storage.delete_empty(self.path)
+            self.delete(self.file("manifest.parquet"))
+            storage.delete_empty(self.file("fragments"))
+
+    def delete_if_empty(self) -> None:
+        """Remove the folders that `prepare` made, if nothing is in them: another run may have begun there."""
+        storage.delete_empty(self.file())
+        if self._is_new:
+            storage.delete_empty(self.path)
 
     def read_run(self) -> dict[str, Any] | None:
         """The content of run.json; None when there is none."""

@@ -328,6 +328,7 @@ def test_a_run_without_an_answer_has_its_own_exit_code_and_a_larger_limit_goes_o
     printed = capfd.readouterr().out
     assert "EVERY ROW FAILED" in printed and "none.png" in printed and "--retry-failed" in printed
     assert len(results(tmp_path / "out")) == 1
+    assert caption(source, tmp_path / "out", "--input.limit", "1") == 4, "also where there is nothing left to do"
     assert caption(source, tmp_path / "out") == 0
     assert [row["status"] for row in results(tmp_path / "out")] == ["error", "ok"]
 

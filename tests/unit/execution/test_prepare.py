@@ -1,15 +1,17 @@
-"""When a run's errors stop it."""
+"""What a run that is refused leaves behind, and when a run's errors stop it."""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from pipeline.errors import TooManyErrors
-from pipeline.execution.prepare import CaptionJob
+from pipeline.errors import ConfigError, OutputError, TooManyErrors
+from pipeline.execution.prepare import CaptionJob, hold
 from pipeline.execution.progress import RunCounts
+from pipeline.results.run_folder import RunFolder
 
 
 def check(rows: int, failed: int, allowed: float | None, *, done_before: int = 0, at_end: bool = False) -> None:
@@ -38,3 +40,21 @@ def test_a_setting_is_judged_after_a_hundred_rows_and_at_the_end() -> None:
         with pytest.raises(TooManyErrors):
             check(rows, rows, 0.1, at_end=at_end)
     check(10_000, 10_000, 1.0, at_end=True)
+
+
+def test_a_refused_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with pytest.raises(ConfigError), hold(RunFolder(str(path))):
+        raise ConfigError("no such column")
+    assert not path.exists()
+
+
+def test_a_run_that_is_kept_out_takes_nothing_from_the_one_that_has_begun(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "out"))
+    with hold(folder):
+        folder.publish(folder.file("manifest.parquet"), b"listing")
+        with pytest.raises(OutputError), hold(RunFolder(folder.path)):
+            raise AssertionError("two runs in one folder")
+        folder.guard()
+        folder.write_run({"state": "running"})
+        assert Path(folder.file("manifest.parquet")).exists() and Path(folder.file("fragments")).is_dir()

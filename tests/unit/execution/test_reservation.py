@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import PoolSize, ResourcesConfig
+from pipeline.errors import RestartNeeded
 from pipeline.execution import reservation
 from pipeline.execution.placement import Node, place
 from pipeline.execution.reservation import Reservation, bundles, reserve, waiting_line
@@ -39,6 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(reservation, "remove_placement_group", lambda group: made.append("removed"))
     monkeypatch.setattr(reservation.ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 2.0})
     monkeypatch.setattr(reservation.ray, "available_resources", lambda: {"CPU": 3.5})
+    monkeypatch.setattr(reservation, "live_nodes", lambda: [GPU_NODE, CPU_NODE])
     return made
 
 
@@ -84,3 +86,14 @@ def test_a_job_that_the_cluster_is_too_small_for_reserves_nothing(calls: list[An
     with reserve(placement, print) as held:
         assert held == Reservation(placement) and held.engines().options() == {}
     assert calls == []
+
+
+def test_a_node_that_leaves_while_the_job_waits_ends_the_wait(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [[GPU_NODE, CPU_NODE], [GPU_NODE, CPU_NODE], [GPU_NODE]]
+    monkeypatch.setattr(reservation, "live_nodes", lambda: nodes.pop(0))
+    placement = place(ResourcesConfig(preprocess_actors=PoolSize(3, 3)), [GPU_NODE, CPU_NODE])
+    with pytest.raises(RestartNeeded, match="1 of the cluster's 2 nodes left"), reserve(placement, print):
+        raise AssertionError("the share is not there")
+    assert calls[-1] == "removed"

@@ -43,12 +43,25 @@ def test_what_a_refused_run_made_is_removed_and_nothing_else(tmp_path: Path, exi
     folder.prepare()
     Path(folder.file("manifest.parquet")).write_bytes(b"listing")
     folder.discard_unused()
+    folder.delete_if_empty()
     assert path.exists() == existed
     assert not any(tmp_path.rglob("*.parquet"))
     folder.prepare()
     folder.write_run({"state": "running"})
     folder.discard_unused()
+    folder.delete_if_empty()
     assert folder.read_run() is not None
+
+
+def test_finished_rows_outlive_a_refusal_even_where_run_json_is_lost(tmp_path: Path) -> None:
+    folder = new_folder(tmp_path)
+    out = writer(folder, RowNumbering([1]), 1)
+    out.add(rows([(0, 0)]))
+    folder.discard_unused()
+    folder.delete_if_empty()
+    assert len(folder.fragments()) == 1
+    with pytest.raises(OutputError, match=r"no __run/run\.json"):
+        folder.prepare()
 
 
 def test_a_disk_without_room_is_an_output_error_and_nothing_half_written_stays(

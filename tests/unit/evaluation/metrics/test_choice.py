@@ -53,6 +53,8 @@ def test_the_letter_is_read_from_free_answers(response: str, letter: str | None)
         ("dog", ["A. cat", "B. dog"], "B"),
         ("It is a dog", ["A. cat", "B. dog"], "B"),
         ("B. The barking fits, option A is wrong", ["cat", "dog"], "B"),
+        ("Option B. dog because option A shows a cat", ["cat", "dog"], "B"),
+        ("Option B: the dog. Option A shows a cat.", ["cat", "dog"], "B"),
         ("A) is a cat and B) is a dog. The answer is B", ["cat", "dog"], "B"),
         ("The answer is A cat.", ["dog", "cat"], "B"),
         ("The answer is b", ["cat", "dog"], "B"),
