@@ -6,7 +6,7 @@ Plain data that the steps hand to each other. Knows no tokens, pixels or files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
 MediumKind: TypeAlias = Literal["image", "video"]
@@ -23,24 +23,28 @@ class MediumSettings:
     """Least area in pixels after resizing (for a video: of each frame)."""
     max_pixels: int | None = field(default=None, metadata={"ge": 1})
     """Largest area in pixels after resizing (for a video: of each frame)."""
-    fps: float | None = field(default=None, metadata={"gt": 0})
+    fps: float | None = field(default=None, metadata={"videos_only": True, "gt": 0})
     """Frames a second to sample; videos only."""
-    num_frames: int | None = field(default=None, metadata={"ge": 1})
+    num_frames: int | None = field(default=None, metadata={"videos_only": True, "ge": 1})
     """Frames to sample in all; videos only, excludes `fps`."""
-    start_s: float | None = field(default=None, metadata={"ge": 0})
+    start_s: float | None = field(default=None, metadata={"videos_only": True, "ge": 0})
     """Second at which the segment begins; videos only."""
-    end_s: float | None = field(default=None, metadata={"gt": 0})
+    end_s: float | None = field(default=None, metadata={"videos_only": True, "gt": 0})
     """Second at which the segment ends; videos only."""
     resized_height: int | None = field(default=None, metadata={"ge": 1, "part_only": True})
     """Height in pixels after resizing, with `resized_width` in place of the bounds. Columns can't set this or these:"""
     resized_width: int | None = field(default=None, metadata={"ge": 1, "part_only": True})
     """Width in pixels after resizing."""
-    total_pixels: int | None = field(default=None, metadata={"ge": 1, "part_only": True})
+    total_pixels: int | None = field(default=None, metadata={"videos_only": True, "ge": 1, "part_only": True})
     """Largest area of all frames together, counted as `media.video_total_pixels`; videos only."""
-    min_frames: int | None = field(default=None, metadata={"ge": 1, "part_only": True})
+    min_frames: int | None = field(default=None, metadata={"videos_only": True, "ge": 1, "part_only": True})
     """Fewest frames to sample by `fps`; videos only."""
-    max_frames: int | None = field(default=None, metadata={"ge": 2, "part_only": True})
+    max_frames: int | None = field(default=None, metadata={"videos_only": True, "ge": 2, "part_only": True})
     """Most frames to sample by `fps`; videos only."""
+
+
+VIDEO_SETTINGS = tuple(each.name for each in fields(MediumSettings) if each.metadata.get("videos_only"))
+"""Names of the settings that only videos have."""
 
 
 @dataclass(frozen=True)

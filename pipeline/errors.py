@@ -202,7 +202,8 @@ def as_row_error(error: BaseException) -> RowError:
     if text not in _logged and len(_logged) < 1000:
         _logged.add(text)
         log.error("a row failed in a way that was not foreseen\n%s", text)
-    summary = traceback.format_exception_only(error)[-1].strip().splitlines()[0][:300]
+    name, message = type(error).__name__, first_line(error)[:300]
+    summary = name if message == name else f"{name}: {message}"
     return InternalError(f"{summary}; not foreseen, please report it with this traceback:\n{text[-_MAX_TRACEBACK:]}")
 
 

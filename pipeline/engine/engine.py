@@ -36,7 +36,7 @@ from pipeline.engine.models.text_model import TextModel
 from pipeline.engine.models.vision import VisionModel
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sampler import SampleRow, sample
-from pipeline.engine.scheduler import DEFAULT_RUNNING, Scheduler, pick_max_running
+from pipeline.engine.scheduler import DEFAULT_RUNNING, MOST_RUNNING, Scheduler, pick_max_running
 from pipeline.engine.sequence import Request
 from pipeline.engine.settings import EngineOptions, SamplingParams
 from pipeline.engine.shard import ShardedAttention
@@ -47,6 +47,8 @@ from pipeline.engine.weights import Checkpoint
 from pipeline.errors import CheckpointError, EngineOutOfMemory, first_line
 
 log = logging.getLogger(__name__)
+
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, EngineOutOfMemory)
 
 MAX_KEPT_VISUAL_TOKENS = 2**17
 """Visual tokens kept for waiting sequences that share media; above it the oldest are encoded again."""
@@ -202,21 +204,21 @@ class NativeEngine(EngineLoop):
                 results=lambda one: run_every_shape(one, widths, device, dtype),
                 use=self._use_attention,
                 forced=options.attention != "auto",
+                not_its_fault=_OUT_OF_MEMORY,
             )
             self.trial.choose(
                 "kernels",
                 kernel_candidates(options.kernels, device),
                 results=lambda one: list(run_every_operation(one, widths, device, dtype).values()),
                 use=lambda one: self._use_kernels(one, attention),
+                not_its_fault=_OUT_OF_MEMORY,
             )
-        except (torch.OutOfMemoryError, EngineOutOfMemory) as error:
+        except _OUT_OF_MEMORY as error:
             raise CheckpointError(
                 f"{device} has too little memory for the weights and one pass of {self.max_batch_tokens} tokens and "
                 f"{self.max_batch_patches} patches; lower engine.max_batch_tokens or use more GPUs: {first_line(error)}"
             ) from error
-        del self.cache, self.runner
-        gc.collect()
-        torch.cuda.empty_cache()
+        self._free_cache()
         self._assemble(attention, {each: self._bytes_for_cache(each) for each in self._devices})
         self._choose_graphs()
         self.runner.reset_counts()
@@ -266,6 +268,7 @@ class NativeEngine(EngineLoop):
             # Admission keeps a block for each sequence besides its prompt.
             block_size = attention.block_size
             room = sum(-(-len(request.input_ids) // block_size) + 1 for request in requests)
+            self._free_cache()
             self._assemble(attention, None, num_tokens=max(room * block_size, MAX_VISUAL_TOKENS + 3))
             for device in self._devices:
                 torch.cuda.reset_peak_memory_stats(device)
@@ -284,6 +287,13 @@ class NativeEngine(EngineLoop):
             )
             self.max_batch_tokens, self.max_batch_patches = budgets
 
+    def _free_cache(self) -> None:
+        """Give back the memory of an earlier trial, which would count into what a pass takes."""
+        for name in ("cache", "runner"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+        torch.cuda.empty_cache()
+
     def _first_request(self) -> Request:
         max_length = min(self.max_context, self.cache.num_tokens)
         return first_request(self.checkpoint.image_token_id, max_length=max_length)
@@ -300,7 +310,7 @@ class NativeEngine(EngineLoop):
     @torch.inference_mode()
     def _sample_widest(self) -> None:
         """Sample a full decode batch in the way that takes the most memory."""
-        num_rows = self.options.max_running or DEFAULT_RUNNING
+        num_rows = self.options.max_running or MOST_RUNNING
         weight = self.text.lm_head.weight
         logits = torch.zeros(num_rows, weight.shape[0], dtype=self.text.dtype, device=weight.device)
         row = SampleRow(SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, logprobs=True), draw=0.5)
@@ -346,15 +356,19 @@ class NativeEngine(EngineLoop):
 
     @torch.inference_mode()
     def _decode_results(self, graphs: DecodeGraphs | None) -> list[torch.Tensor]:
-        """Logits of two decode passes over the empty cache, which a second replay must tell apart."""
+        """Logits of two decode passes in which every row and pass is different, so that none can stand for another.
+        Three rows: a graph has more, and fills them up."""
         self.runner.graphs = graphs
-        num_rows = min(2, self.scheduler.max_running, self.cache.num_blocks)
+        num_rows = min(3, self.scheduler.max_running, self.cache.num_blocks)
         rows = np.arange(num_rows)
         results = []
         for length in (2, 5):
-            slots, lengths = rows * self.cache.block_size + length - 1, np.full(num_rows, length, dtype=np.int32)
-            tables = rows.astype(np.int32)[:, None]
-            results.append(self.runner.decode_rows(rows, rows + length, slots, lengths, tables).clone())
+            tokens = torch.arange(num_rows, device=self.runner.last_tokens.device) * 37 + length
+            self.runner.last_tokens[:num_rows] = tokens % self.text.lm_head.weight.shape[0]
+            lengths, blocks = rows % 2 + length - 1, rows[::-1].copy()
+            slots, tables = blocks * self.cache.block_size + lengths - 1, blocks.astype(np.int32)[:, None]
+            logits = self.runner.decode_rows(rows, lengths - 1, slots, lengths.astype(np.int32), tables)
+            results.append(logits.clone())
         return results
 
     def _use_graphs(self, graphs: DecodeGraphs | None) -> None:

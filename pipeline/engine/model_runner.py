@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +71,6 @@ class ModelRunner:
         device: torch.device,
         max_running: int,
         max_context: int,
-        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.text = text
         self.vision = vision
@@ -80,14 +79,14 @@ class ModelRunner:
         self.media = media
         self.rules = rules
         self.device = device
-        self.graphs = graphs
+        self.graphs: DecodeGraphs | None = None
         self.visual_tokens: dict[bytes, torch.Tensor] = {}
         self.last_tokens = torch.zeros(max_running, dtype=torch.int64, device=device)
         self._max_context = max_context
         self._seen: SeenTokens | None = None
         """Made when the first sequence with a repetition penalty begins to decode."""
-        self.timed: Callable[[str], AbstractContextManager[None]] = self._count_seconds
-        """Entered for each part of a pass: vision, prefill, decode. A benchmark puts its own around it."""
+        self.also_timed: Callable[[str], AbstractContextManager[None]] | None = None
+        """Entered for each part of a pass too: vision, prefill, decode. For benchmarks."""
         self.reset_counts()
 
     def reset_counts(self) -> None:
@@ -100,15 +99,15 @@ class ModelRunner:
         if isinstance(plan, DecodePlan):
             # Sorted, because backends that pad do so among neighbours.
             sequences = sorted(plan.sequences, key=lambda sequence: sequence.num_computed)
-            with self.timed("decode"):
+            with self._timed("decode"):
                 logits = self._decode(sequences)
                 result = self._sample(logits, sequences)
             self.counts["decode_tokens"] += len(sequences)
         else:
             if plan.media:
-                with self.timed("vision"):
+                with self._timed("vision"):
                     self._encode(plan, max_batch_patches)
-            with self.timed("prefill"):
+            with self._timed("prefill"):
                 result = self._prefill(plan)
             self.counts["prefill_tokens"] += sum(chunk.num_tokens for chunk in plan.chunks)
         self.counts["passes"] += 1
@@ -119,9 +118,10 @@ class ModelRunner:
             del self.visual_tokens[key]
 
     @contextmanager
-    def _count_seconds(self, phase: str) -> Iterator[None]:
+    def _timed(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        with self.also_timed(phase) if self.also_timed else nullcontext():
+            yield
         self.seconds[phase] += time.perf_counter() - started
 
     def _upload(self, array: npt.NDArray[Any]) -> torch.Tensor:

@@ -134,7 +134,7 @@ class EngineSettings:
     max_context: int | None = setting(
         None,
         "Longest prompt plus answer in tokens; longer rows are error rows. Default: what the checkpoint allows.",
-        ge=1,
+        ge=4,
     )
     batch_size: int = setting(16, "Rows in a static batch; `transformers` only.", ge=1)
     max_running: int | None = setting(

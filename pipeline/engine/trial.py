@@ -49,6 +49,7 @@ class Trial:
         results: Callable[[T], Sequence[torch.Tensor]],
         use: Callable[[T], None],
         forced: bool = False,
+        not_its_fault: tuple[type[Exception], ...] = (),
         tolerance: float = 1.0,
     ) -> T:
         """The first candidate that works, already in use.
@@ -56,21 +57,23 @@ class Trial:
         `results` runs a candidate on small inputs, for the comparison; `use` puts it into the engine and runs whole
         passes. If one that is `forced` fails either, that is a CheckpointError; otherwise the next is tried, with one
         warning. The last candidate is not compared with anything, and what it raises is not caught. `tolerance` is a
-        factor on TOLERANCE, for results of many operations.
+        factor on TOLERANCE, for results of many operations. Errors of the types `not_its_fault` are raised: another
+        candidate would not help.
         """
         *faster, simplest = candidates
         expected: Sequence[torch.Tensor] | None = None
         for candidate, following in zip(faster, candidates[1:], strict=True):
+            if expected is None:
+                expected = results(simplest.load())
             try:
                 loaded = candidate.load()
                 found = results(loaded)
-                expected = results(simplest.load()) if expected is None else expected
                 if (difference := _difference(found, expected, tolerance)) is not None:
                     raise ArithmeticError(f"it computes other numbers than {simplest.name}: {difference}")
                 use(loaded)
-            except JobError:
-                raise
             except Exception as error:
+                if isinstance(error, (JobError, *not_its_fault)):
+                    raise
                 reason = f"{type(error).__name__}: {first_line(error)}"
             else:
                 return loaded

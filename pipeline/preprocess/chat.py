@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args
 
-from pipeline.conversation import MediumKind, MediumPart, MediumSettings, Message, Role, Source, Text
+from pipeline.conversation import VIDEO_SETTINGS, MediumKind, MediumPart, MediumSettings, Message, Role, Source, Text
 from pipeline.errors import MessageError, SettingError
-from pipeline.preprocess.settings import VIDEO_SETTINGS, medium_settings
+from pipeline.preprocess.settings import medium_settings
 from pipeline.preprocess.values import from_json, is_empty, is_null, plain, shown
 
 _ROLES: tuple[str, ...] = get_args(Role)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import av
 import numpy as np
@@ -18,6 +18,8 @@ from PIL import Image
 
 from pipeline.errors import UnsupportedMedia
 
+Values: TypeAlias = npt.NDArray[np.integer[Any]]
+"""As the file has them: 16 bits, or more."""
 _BITS_PER_SAMPLE, _ORIENTATION, _MAX_SAMPLE_VALUE = 258, 274, 281
 # A file of 16 bits whose values all fit into so many may hold pixels of less depth.
 _DARK_BITS = 14
@@ -33,7 +35,7 @@ def deep_pixels(image: Image.Image, data: _Sliceable) -> tuple[Image.Image, str 
     Raises UnsupportedMedia for integers that are neither 8 nor 16 bits.
     """
     if image.mode.startswith("I"):
-        values, transparent = np.asarray(image).astype(np.int64), image.info.get("transparency")
+        values, transparent = np.asarray(image), image.info.get("transparency")
         low, high = int(values.min()), int(values.max())
         bits = _stated_bits(image, data, values)
         if low < 0 or (high > 65535 and bits is None):
@@ -64,9 +66,15 @@ def _turned_as(image: Image.Image, deep: Image.Image) -> Image.Image:
     return deep
 
 
-def _scaled(values: npt.NDArray[np.int64], bits: int | None) -> npt.NDArray[np.uint8]:
+def _scaled(values: Values, bits: int | None) -> npt.NDArray[np.uint8]:
     if bits is None or bits == 16:
         return (values >> 8).astype(np.uint8)
+    if bits > 16:
+        return _rounded(values.astype(np.int64), bits)
+    return _rounded(np.arange(1 << 16), bits)[values]  # a table: large images have room for little more than themselves
+
+
+def _rounded(values: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.uint8]:
     return np.minimum((values * 255 + ((1 << bits) - 1) // 2) // ((1 << bits) - 1), 255).astype(np.uint8)
 
 
@@ -78,7 +86,7 @@ def _note(bits: int | None, high: int) -> str | None:
     return None
 
 
-def _stated_bits(image: Image.Image, data: _Sliceable, values: npt.NDArray[np.int64]) -> int | None:
+def _stated_bits(image: Image.Image, data: _Sliceable, values: Values) -> int | None:
     """The depth by the file, if all values fit into it."""
     bits: int | None = None
     if image.format == "TIFF":
@@ -97,7 +105,7 @@ def _stated_bits(image: Image.Image, data: _Sliceable, values: npt.NDArray[np.in
     return bits if bits is not None and int(values.max()) < 1 << bits else None
 
 
-def _fills_16_bits(values: npt.NDArray[np.int64], bits: int) -> bool:
+def _fills_16_bits(values: Values, bits: int) -> bool:
     low = values & ((1 << (16 - bits)) - 1)
     top = values >> bits if bits >= 8 else low
     return int(values.max()) >= 1 << bits or not low.any() or bool((low == top).all())
@@ -124,14 +132,14 @@ def _png_chunks(data: _Sliceable) -> Iterator[tuple[bytes, bytes]]:
         at += size + 12
 
 
-def _all_bits(image: Image.Image, data: _Sliceable) -> npt.NDArray[np.int64] | None:
+def _all_bits(image: Image.Image, data: _Sliceable) -> Values | None:
     """Values [H, W, 3 or 4] of a 16-bit colour image by FFmpeg, or None where it can't decode the file."""
     try:
         decoder = av.VideoCodecContext.create("png" if image.format == "PNG" else "tiff", "r")
         decoder.thread_count = 1
         (frame,) = decoder.decode(av.Packet(bytes(data[:])))
         bands = {"rgb48": 3, "rgba64": 4, "ya16": 4}[frame.format.name[:-2]]
-        values = frame.to_ndarray(format="rgb48le" if bands == 3 else "rgba64le").astype(np.int64)
+        values = frame.to_ndarray(format="rgb48le" if bands == 3 else "rgba64le")
     except (av.error.FFmpegError, ValueError, KeyError):
         return None
     return values if values.shape[:2] == (image.height, image.width) else None

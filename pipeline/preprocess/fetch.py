@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -80,7 +80,7 @@ class Fetcher:
         CredentialError when a bucket refuses the job's credentials altogether.
         """
         if isinstance(source, tuple):
-            return self._limited(pack_frames([self.fetch(frame) for frame in source]), "the list of frames")
+            return pack_frames(self._fetch_frames(source))
         if isinstance(source, bytes):
             return self._limited(source, "the medium in the row")
         source = self._resolved(source)
@@ -92,6 +92,18 @@ class Fetcher:
         if scheme in WEB_SCHEMES:
             return self._retrying(lambda: self._http.get(source)[2])
         return self._retrying(lambda: self._read_object(source))
+
+    def _fetch_frames(self, sources: Sequence[str | bytes]) -> list[bytes]:
+        """Each frame; refuses the list as soon as its frames together are too large."""
+        frames: list[bytes] = []
+        num_bytes = 0
+        for source in sources:
+            frames.append(self.fetch(source))
+            num_bytes += len(frames[-1])
+            if num_bytes > self._options.max_bytes:
+                what = f"the list of {len(sources)} frames"
+                raise self._too_large(what, f"{num_bytes:,} bytes in its first {len(frames)}")
+        return frames
 
     def open(self, source: str | bytes) -> RangedSource:
         """The same medium, of which parts are read as they are asked for; what `fetch` refuses is refused here too.

@@ -18,6 +18,9 @@ from pipeline.conversation import Source
 _MAX_BYTES = 512 << 20
 """Media that are fetched, or being fetched, ahead of their turn take about this much memory at most."""
 
+_SLOW_S = 0.5
+"""Seconds after which fetches count as slow, where nobody waits for finished rows."""
+
 
 class FetchPool:
     """The fetching threads of one actor, and how many media they have ahead of decoding. Its units share it."""
@@ -37,8 +40,6 @@ class FetchPool:
 
     def submit(self, source: Source) -> Future[bytes]:
         """Fetch a medium, in a thread unless it is here."""
-        with self._lock:
-            self._num_ahead += 1
         if isinstance(source, bytes):
             fetched: Future[bytes] = Future()
             try:
@@ -47,6 +48,8 @@ class FetchPool:
                 fetched.set_exception(error)
         else:
             fetched = self._threads.submit(self._fetch, source)
+        with self._lock:
+            self._num_ahead += 1
         fetched.add_done_callback(self._measure)
         return fetched
 
@@ -108,22 +111,26 @@ class FetchAhead(Generic[Row]):
     def take(self, most: int, *, patience_s: float | None = None) -> list[tuple[int, Row]] | None:
         """Up to so many rows whose media are here, with their places, the earliest first; empty after the last.
 
-        Waits for a row. If all have begun and none gets ready for `patience_s`, it returns None.
+        Waits for a row. If none gets ready for `patience_s` and no further row may begin, it returns None.
         """
         self._begin()
         while self._under_way:
+            # In this order: a fetch that ends between the two lists wakes the wait at once.
+            pending = [one for row in self._under_way.values() for one in row.fetches if not one.done()]
             ready = [place for place, row in self._under_way.items() if all(one.done() for one in row.fetches)]
             if ready:
                 taken = [(place, self._under_way.pop(place)) for place in sorted(ready)[:most]]
                 self._passed = max(self._passed, taken[-1][0])
                 return taken
-            pending = [one for row in self._under_way.values() for one in row.fetches if not one.done()]
             self._pool.count(waiting=1)
-            done, _ = wait(pending, patience_s if self._all_begun else None, FIRST_COMPLETED)
+            done, _ = wait(pending, _SLOW_S if patience_s is None else patience_s, FIRST_COMPLETED)
             self._pool.count(waiting=-1)
+            num_begun = self._num_begun
             if not done:
-                return None
+                self._passed = num_begun - 1  # all that are under way are slow: others need not wait behind them
             self._begin()
+            if not done and patience_s is not None and self._num_begun == num_begun:
+                return None
         return []
 
     def _begin(self) -> None:

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
 import urllib3
+from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
 
 from pipeline.preprocess.allow import AllowList
@@ -45,11 +46,16 @@ class Proxies:
         host = (parts.host or "").strip("[]")
         if not entry or proxy_bypass_environment(f"{host}:{parts.port}" if parts.port else host, self._environment):
             return None
-        proxy = parse_url(entry if "://" in entry else f"http://{entry}")
+        try:
+            proxy = parse_url(entry if "://" in entry else f"http://{entry}")
+        except LocationParseError:
+            return Url(host=entry.rpartition("@")[2])  # without its password
         return proxy._replace(port=proxy.port or _PORT)
 
     def _fault(self, proxy: Url) -> str | None:
         host, port = (proxy.host or "").strip("[]"), proxy.port or _PORT
+        if proxy.scheme is None:
+            return f"the environment's proxy {host} is not used: it is not a URL; expected http://HOST:PORT"
         if proxy.scheme != "http":
             return f"the environment's proxy {proxy.scheme}://{host}:{port} is not used: only http:// proxies are"
         if not self._may_use(host, port):

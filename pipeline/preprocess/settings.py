@@ -13,12 +13,10 @@ from dataclasses import fields, replace
 from decimal import Decimal, InvalidOperation
 from typing import Any, get_args
 
-from pipeline.conversation import MediumPart, MediumSettings, Message, Text
+from pipeline.conversation import VIDEO_SETTINGS, MediumPart, MediumSettings, Message, Text
 from pipeline.engine.settings import SamplingParams, allowed, setting_types, within
 from pipeline.errors import SettingError
 from pipeline.preprocess.values import from_json, plain, shown
-
-VIDEO_SETTINGS = ("fps", "num_frames", "start_s", "end_s", "total_pixels", "min_frames", "max_frames")
 
 _DECLARED = {
     each.name: (setting_types(declared)[each.name], each.metadata)

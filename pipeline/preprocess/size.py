@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pipeline.checkpoint.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
-from pipeline.conversation import MediumKind, MediumSettings
+from pipeline.conversation import VIDEO_SETTINGS, MediumKind, MediumSettings
 from pipeline.errors import AspectRatioError, DecompressionBomb, SettingError, UnsupportedMedia
 from pipeline.preprocess.limits import MediaOptions
 
 FACTOR = PATCH_SIZE * MERGE_SIZE
 """Sides of a resized medium are multiples of this many pixels."""
 MAX_ASPECT_RATIO = 200
-_VIDEO_SETTINGS = ("fps", "num_frames", "start_s", "end_s", "total_pixels", "min_frames", "max_frames")
 # transformers never caps a video's frames below this multiple of their least area.
 _CAP_SLACK = 1.05
 
@@ -95,7 +94,7 @@ def pixel_bounds(kind: MediumKind, settings: MediumSettings, options: MediaOptio
     """(least, largest) area in pixels after resizing, of an image or a video's frame. Raises SettingError."""
     if kind == "video":
         return _bounds(settings, options.video_min_pixels, options.video_max_pixels, slack=_CAP_SLACK)
-    for name in _VIDEO_SETTINGS:
+    for name in VIDEO_SETTINGS:
         if getattr(settings, name) is not None:
             raise SettingError(f"{name} can't be applied to an image: remove it or give a video")
     return _bounds(settings, options.min_pixels, options.max_pixels)

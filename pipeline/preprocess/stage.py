@@ -252,7 +252,8 @@ class PreprocessStage:
         with row.errors():
             row.conversation = conversation(values, self._options.messages)
             row.sampling = json.dumps({**self._options.sampling, **row.conversation.sampling}, sort_keys=True)
-            row.fetches = [self._pool.submit(part.source) for part in row.conversation.media]
+            for part in row.conversation.media:
+                row.fetches.append(self._pool.submit(part.source))
         row.seconds = time.perf_counter() - started
         return row
 

@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline import generate as generate_module
 from pipeline.demo import CHECKPOINT
 from pipeline.engine import Completion, EngineOptions
-from pipeline.errors import row_error_types
+from pipeline.errors import as_row_error, row_error_types
 from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.planning.survey import Survey
 from pipeline.preprocess.columns import MessageOptions
@@ -295,3 +295,10 @@ def tables(draw: st.DrawFn) -> tuple[pa.Table, list[str]]:
 def test_any_manifest_gives_rows_and_nothing_else(stages: Stages, drawn: tuple[pa.Table, list[str]]) -> None:
     table, kept = drawn
     assert len(stages.run(table, kept)) == table.num_rows
+
+
+def test_an_unforeseen_error_is_named_by_its_type_and_text_whatever_its_notes() -> None:
+    error = ValueError("boom")
+    error.add_note("")
+    assert str(as_row_error(error)).startswith("ValueError: boom; not foreseen")
+    assert str(as_row_error(KeyError())).startswith("KeyError; not foreseen")

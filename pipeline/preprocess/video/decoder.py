@@ -74,6 +74,7 @@ class ForwardDecoder:
         """A frame whose packet can be decoded alone, or None if that fails."""
         packet = self._index.packet_of[frame_index]
         self._restart(packet)
+        self._decoder.skip_frame = "DEFAULT"  # nothing may refer to it
         self._decode(self._index.packets[packet])
         self._decode(None)  # nothing that follows is of use, so the decoder need not wait for it
         if self._ready and self._is_keyframe:

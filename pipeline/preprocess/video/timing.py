@@ -132,7 +132,7 @@ class Timeline:
         min_frames = settings.min_frames or options.min_frames
         if is_qwen:  # by number, whatever the rate
             notes.append("frames sampled by the rule of qwen-vl-utils")
-            segment_s = total / (self.rate or len(self.seconds) / self.duration_s)
+            segment_s = total / self.rate if self.rate else total * self.duration_s / len(self.seconds)
             min_frames = math.ceil(min_frames / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE
         num_frames, fps = settings.num_frames, settings.fps
         max_frames = settings.max_frames or options.max_frames

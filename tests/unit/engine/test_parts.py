@@ -110,6 +110,12 @@ def test_graphs_that_can_not_be_captured_or_replay_the_wrong_pass_are_left_out_u
         make_engine(monkeypatch, SdpaAttention, cuda_graphs=True)
 
 
+def test_graphs_that_exchange_rows_are_left_out(monkeypatch: pytest.MonkeyPatch, gpu: PretendedGpu) -> None:
+    replay = DecodeGraphs.replay
+    monkeypatch.setattr(DecodeGraphs, "replay", lambda graphs, *arrays: replay(graphs, *arrays).flip(0))
+    assert "other numbers than false" in make_engine(monkeypatch).describe()["replaced"]["cuda_graphs true"]
+
+
 class Fused(EagerKernels):
     name = "fused"
 
@@ -162,7 +168,7 @@ def test_the_trial_runs_a_full_pass_and_the_cache_gets_what_it_leaves(
     )
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 8_000_000)
     engine = make_engine(monkeypatch, max_running=60, max_context=1024, gpu_memory_fraction=0.5, gpu_share=0.8)
-    assert calls == ["empty", "reset", "peak", "empty", "free"]
+    assert calls == ["empty", "empty", "reset", "peak", "empty", "free"]
     assert 48 in sizes
     # 0.4 of 40 MB, less the 15 MB of the largest pass, of which the trial's own small cache was a part.
     per_block = engine.cache.num_bytes // (engine.cache.num_blocks + 1)

@@ -149,7 +149,7 @@ def test_warm_up_leaves_no_graph_to_the_run_and_no_trace_in_its_counts(
 ) -> None:
     engine = make_engine(monkeypatch)
     described = engine.describe()
-    assert described["warm_up_graphs"] == [2, 12, 8, 4, 1]  # the trial's own, then the largest first
+    assert described["warm_up_graphs"] == [4, 12, 8, 2, 1]  # the trial's own, then the largest first
     assert described["warm_up_s"] > 0
     stats = engine.stats()
     assert stats["graphs"] == 5
@@ -165,7 +165,7 @@ def test_a_graph_that_warm_up_had_no_time_for_is_captured_when_needed(
     monkeypatch.setattr("pipeline.engine.engine.capture_largest_first", lambda sizes, capture: None)
     requests, expected = steady(mixed_requests(30, seed=9))
     engine = make_engine(monkeypatch)
-    assert engine.describe()["warm_up_graphs"] == [2, 1]
+    assert engine.describe()["warm_up_graphs"] == [4, 1]
     assert tokens_of(engine.generate(requests)) == expected
     assert engine.stats()["graphs"] > 1
 

@@ -102,3 +102,22 @@ def test_a_trial_that_kills_the_device_ends_with_advice(monkeypatch: pytest.Monk
         CheckpointError, match=r"left the GPU unusable for this process.*set engine.kernels so that eager"
     ):
         trial.choose("kernels", candidates, results=lambda loaded: [loaded], use=lambda loaded: None)
+
+
+def test_a_lack_of_memory_is_no_candidate_s_fault() -> None:
+    trial = Trial([torch.device("cpu")])
+    candidates = [Candidate("fused", raises(MemoryError("full"))), eager()]
+    with pytest.raises(MemoryError):
+        trial.choose(
+            "kernels",
+            candidates,
+            results=lambda loaded: [loaded],
+            use=lambda loaded: None,
+            not_its_fault=(MemoryError,),
+        )
+    assert trial.replaced == {}
+
+
+def test_a_reference_that_fails_is_not_blamed_on_the_candidate() -> None:
+    with pytest.raises(ImportError, match="no eager"):
+        choose([Candidate("fused", lambda: VALUES), Candidate("eager", raises(ImportError("no eager")))])

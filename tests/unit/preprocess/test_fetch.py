@@ -941,3 +941,18 @@ def test_parts_are_refused_where_the_whole_is(tree: Path, server: Server) -> Non
     with pytest.raises(MediaTooLarge):
         fetcher(tree, max_bytes=3).open("sub/a b.jpg")
     assert patient.open(f"{server.url}/empty.jpg").size == 0
+
+
+def test_a_proxy_that_is_no_url_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "http_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", "http://me:secret@proxy:abc")
+    (note,) = proxy_notes(fetch_options("/nowhere"))
+    assert "proxy:abc is not used: it is not a URL; expected http://HOST:PORT" in note and "secret" not in note
+
+
+def test_a_list_of_frames_is_refused_as_soon_as_it_is_too_large(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.jpg").write_bytes(b"x" * 1000)
+    with pytest.raises(MediaTooLarge, match="2,000 bytes in its first 2"):
+        fetcher(tmp_path, max_bytes=1500).fetch(tuple(f"{number}.jpg" for number in range(5)))

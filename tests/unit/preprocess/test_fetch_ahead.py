@@ -1,0 +1,77 @@
+"""Rows pass those whose fetches are slow, however many of these there are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from pipeline.preprocess.fetch_ahead import FetchAhead, FetchPool
+
+
+@dataclass
+class Row:
+    fetches: list[Future[bytes]] = field(default_factory=list)
+
+
+def rows_of(pool: FetchPool, sources: list[str]) -> Iterator[Row]:
+    return (Row([pool.submit(source)]) for source in sources)
+
+
+def test_rows_behind_as_many_slow_ones_as_run_ahead_are_begun_and_taken() -> None:
+    released = threading.Event()
+
+    def fetch(source: Any) -> bytes:
+        if source == "slow":
+            released.wait(60)
+        return b"x"
+
+    pool = FetchPool(fetch, ahead=4, at_most=16)
+    rows = FetchAhead(pool, rows_of(pool, ["slow"] * 4 + ["fast"] * 3), lambda: None)
+    taken: list[int] = []
+    while len(taken) < 3:
+        taken += [place for place, _ in rows.take(3, patience_s=0.05) or []]
+    assert sorted(taken) == [4, 5, 6]
+    assert rows.take(3, patience_s=0.05) is None, "finished rows need not wait for the slow ones"
+    released.set()
+    assert {place for place, _ in rows.take(4) or []} <= {0, 1, 2, 3}
+    rows.close()
+    pool.close()
+
+
+def test_a_fetch_that_ends_while_the_rows_are_looked_at_is_not_waited_for() -> None:
+    class EndsWhenLookedAt(Future[bytes]):
+        """Ends after it was first asked whether it has ended."""
+
+        def done(self) -> bool:
+            ended = super().done()
+            if not ended:
+                self.set_result(b"x")
+            return ended
+
+    hung: Future[bytes] = Future()
+    pool = FetchPool(lambda source: b"", ahead=4, at_most=4)
+    rows = FetchAhead(pool, iter([Row([EndsWhenLookedAt()]), Row([hung])]), lambda: None)
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(rows.take(2)), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert [place for place, _ in found[0]] == [0]
+    pool.close()
+
+
+def test_a_fetch_that_cannot_be_begun_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = FetchPool(lambda source: b"x", ahead=1, at_most=1)
+
+    def no_thread(*args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(pool._threads, "submit", no_thread)
+    with pytest.raises(RuntimeError):
+        pool.submit("a.jpg")
+    assert pool.has_room
+    pool.close()
