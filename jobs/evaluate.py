@@ -135,7 +135,10 @@ def print_scores(metrics: Mapping[str, Any]) -> None:
     Console().print(table)
     for note in scores.notes:
         print(note)
-    for name, one in metrics.get("baseline", {}).get("metrics", {}).items():
+    baseline = metrics.get("baseline", {})
+    if count := baseline.get("ambiguous_candidate", 0) + baseline.get("ambiguous_baseline", 0):
+        print(f"{count:,} rows of both runs are not compared: they pair by id, and theirs is null or not unique")
+    for name, one in baseline.get("metrics", {}).items():
         print(
             f"{name} against the baseline: {one['difference']:+.4f} "
             f"(p = {one['p_permutation']:.4g}), {one['won']:,} won, {one['lost']:,} lost: {one['verdict']}"

@@ -56,10 +56,13 @@ def compare_runs(
 ) -> dict[str, Any]:
     """Compares two runs' score rows: by metric, and by task over each row's own score; plain values for JSON.
 
-    `won` and `lost` are the row keys of the rows that gained and lost most. Raises ConfigError if scipy is missing.
+    `won` and `lost` are the row keys of the rows that gained and lost most; `ambiguous_candidate` and
+    `ambiguous_baseline` count the rows left out because their id is null or not unique.
+    Raises ConfigError if scipy is missing.
     """
     require("scipy", "the comparison with a baseline")
-    mine, theirs = _score_table(candidate, by_id), _score_table(baseline, by_id)
+    mine, num_ambiguous = _score_table(candidate, by_id)
+    theirs, num_ambiguous_baseline = _score_table(baseline, by_id)
     both = mine.join(theirs, how="inner", rsuffix=_BASELINE).sort_index()
     pairs = {name: both[[name, name + _BASELINE]] for name in mine.columns if name in METRICS and name in theirs}
     scores = both[["score", f"score{_BASELINE}"]]
@@ -70,6 +73,8 @@ def compare_runs(
         "tasks": _compared(scores.groupby(both["task"], observed=True), num_samples, seed),
         "only_candidate": len(mine) - len(both),
         "only_baseline": len(theirs) - len(both),
+        "ambiguous_candidate": num_ambiguous,
+        "ambiguous_baseline": num_ambiguous_baseline,
         **{
             name: both.loc[rows.index[:num_examples], [MANIFEST_FILE, MANIFEST_ROW]].to_numpy().tolist()
             for name, rows in extremes.items()
@@ -88,16 +93,23 @@ def _compared(pairs: Iterable[tuple[Any, pd.DataFrame]], num_samples: int, seed:
     return found
 
 
-def _score_table(batches: Iterable[pa.RecordBatch], by_id: bool) -> pd.DataFrame:
-    """Score rows indexed by what pairs them, as one number; a row that occurs twice counts once."""
-    parts, keys = [], []
+def _score_table(batches: Iterable[pa.RecordBatch], by_id: bool) -> tuple[pd.DataFrame, int]:
+    """Score rows indexed by what pairs them, as one number; and how many rows no id pairs: null, or not unique.
+
+    A row that occurs twice, as in the fragments of an unfinished run, counts once.
+    """
+    parts, keys, hashes = [], [], []
     for batch in batches:
-        names = [name for name in batch.schema.names if name not in ("id", "metric")]
-        parts.append(batch.select(names))
-        ids = batch.column("id").to_numpy(zero_copy_only=False) if by_id else None
-        keys.append(row_keys(batch) if ids is None else pd.util.hash_array(ids).astype(np.int64))
+        parts.append(batch.select([name for name in batch.schema.names if name not in ("id", "metric")]))
+        keys.append(row_keys(batch))
+        if by_id:
+            ids = batch.column("id").to_numpy(zero_copy_only=False)
+            hashes.append(np.where(pd.isna(ids), 0, pd.util.hash_array(ids).astype(np.int64)))
     if not parts:
-        return pd.DataFrame({name: [] for name in (MANIFEST_FILE, MANIFEST_ROW, "task", "score")})
+        return pd.DataFrame({name: [] for name in (MANIFEST_FILE, MANIFEST_ROW, "task", "score")}), 0
     table: pd.DataFrame = pa.Table.from_batches(parts).to_pandas(categories=["task"])
-    table.index = pd.Index(np.concatenate(keys))
-    return table[~table.index.duplicated()]
+    places = pd.Index(np.concatenate(keys))
+    table.index = pd.Index(np.concatenate(hashes)) if by_id else places
+    table = table[~places.duplicated()]
+    unique = ~table.index.duplicated(keep=False) & (table.index != 0) if by_id else np.ones(len(table), bool)
+    return table[unique], int((~unique).sum())

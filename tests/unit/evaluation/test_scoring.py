@@ -216,7 +216,7 @@ def test_importing_the_scorer_loads_no_package_of_the_extra() -> None:
     assert printed.stdout.strip() == "set()"
 
 
-def _run(texts: Sequence[str | None], tasks: list[str], ids: list[str] | None = None) -> pa.RecordBatch:
+def _run(texts: Sequence[str | None], tasks: list[str], ids: Sequence[str | None] | None = None) -> pa.RecordBatch:
     batch = _batch(texts, {"answer": pa.array(["1"] * len(texts)), "task": pa.array(tasks)})
     if ids:
         batch = batch.set_column(0, "id", pa.array(ids))
@@ -245,6 +245,16 @@ def test_runs_over_different_manifests_are_paired_by_id() -> None:
     result = compare_runs([candidate], [baseline], by_id=True)
     assert result["metrics"]["exact_match"]["num_rows"] == 2
     assert result["metrics"]["exact_match"]["verdict"] == "identical"
+
+
+def test_rows_whose_id_is_null_or_not_unique_are_counted_and_never_paired() -> None:
+    baseline = _run(["1"] * 6, ["t"] * 6, ["a", "b", "b", None, None, "c"])
+    candidate = _run(["0"] * 4, ["t"] * 4, ["a", "b", None, "c"])
+    overlapping = [candidate, candidate.slice(0, 1)]  # fragments of an unfinished run
+    result = compare_runs(overlapping, [baseline], by_id=True)
+    assert result["metrics"]["exact_match"]["num_rows"] == 2
+    assert (result["ambiguous_candidate"], result["ambiguous_baseline"]) == (1, 4)
+    assert (result["only_candidate"], result["only_baseline"]) == (1, 0), "b, which the baseline has twice"
 
 
 def test_comparing_with_an_empty_run_finds_no_rows() -> None:
