@@ -24,7 +24,7 @@ from pipeline.execution.cluster import job_output, stop_on_signals
 from pipeline.execution.prepare import CaptionJob, hold, prepare
 from pipeline.execution.run import finish, run_on_ray
 from pipeline.execution.summary import print_samples, print_summary
-from pipeline.preprocess.values import readable_rows
+from pipeline.preprocess.messages.values import readable_rows
 from pipeline.results.reader import RunReader
 from pipeline.results.run_folder import RunFolder
 

@@ -5,14 +5,14 @@ transformers and numpy only. Importing this package loads neither torch nor tran
 
 The life of a request
 ---------------------
-1. `Engine.add` checks the request (admission.py): ids within the vocabulary, placeholders that match the media, a
-   length that fits the context and the cache. A request that can't be answered becomes an error completion.
+1. `Engine.add` checks the request (scheduling/admission.py): ids within the vocabulary, placeholders that match the
+   media, a length that fits the context and the cache. A request that can't be answered becomes an error completion.
 2. Its tokens get positions on three axes (models/mrope.py), and each of its n samples becomes a waiting `Sequence`
    (sequence.py).
-3. The scheduler admits it (scheduler.py): its prompt joins the next prefill pass if the pass has tokens and patches to
-   spare and the cache has free blocks (block_manager.py).
+3. The scheduler admits it (scheduling/scheduler.py): its prompt joins the next prefill pass if the pass has tokens and
+   patches to spare and the cache has free blocks (scheduling/block_manager.py).
 4. Its media are encoded, packed with those of other requests (models/vision.py). A medium that is already encoded for
-   another request and still needed by a waiting one is not encoded again (encoded_media.py).
+   another request and still needed by a waiting one is not encoded again (scheduling/encoded_media.py).
 5. Its prompt runs through the text model, packed with other prompts (models/text_model.py); keys and values are written
    to its blocks (kv_cache.py). A prompt above the token budget takes several passes.
 6. The logits of the last position give its first token (sampler.py). Further samples of the request start from the same
@@ -20,8 +20,8 @@ The life of a request
 7. Each decode pass feeds the newest token of every running sequence and produces one more for each. If the cache runs
    out, the youngest sequence is preempted: it releases its blocks and waits at the front of the queue, and its prompt
    and output are computed again.
-8. An end token, a stop string, repetition or the length ends it (stopping.py). Its blocks are free immediately, and the
-   step returns its `Completion`.
+8. An end token, a stop string, repetition or the length ends it (scheduling/stopping.py). Its blocks are free
+   immediately, and the step returns its `Completion`.
 
 The cache
 ---------
@@ -63,9 +63,9 @@ Two engines, one interface
 tests compare `native` with it, and the benchmarks measure both.
 """
 
-from pipeline.engine.admission import check_length
 from pipeline.engine.interface import Detokenize, Engine
 from pipeline.engine.load import load_engine
+from pipeline.engine.scheduling.admission import check_length
 from pipeline.engine.sequence import (
     PATCH_BYTES,
     Completion,

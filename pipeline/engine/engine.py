@@ -16,15 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.engine.admission import AdmissionRules
 from pipeline.engine.attention.choose import attention_candidates
 from pipeline.engine.attention.interface import AttentionBackend
 from pipeline.engine.attention.sample import run_every_shape
 from pipeline.engine.attention.vision import choose_vision
-from pipeline.engine.block_manager import BlockManager
 from pipeline.engine.cuda_graph import DecodeGraphs
 from pipeline.engine.device import current, gpu_name
-from pipeline.engine.encoded_media import EncodedMedia
 from pipeline.engine.interface import Detokenize
 from pipeline.engine.kernels.choose import kernel_candidates
 from pipeline.engine.kernels.eager import EagerKernels
@@ -36,11 +33,14 @@ from pipeline.engine.models.text_model import TextModel
 from pipeline.engine.models.vision import VisionModel
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sampler import SampleRow, sample
-from pipeline.engine.scheduler import DEFAULT_RUNNING, MOST_RUNNING, Scheduler, pick_max_running
+from pipeline.engine.scheduling.admission import AdmissionRules
+from pipeline.engine.scheduling.block_manager import BlockManager
+from pipeline.engine.scheduling.encoded_media import EncodedMedia
+from pipeline.engine.scheduling.scheduler import DEFAULT_RUNNING, MOST_RUNNING, Scheduler, pick_max_running
+from pipeline.engine.scheduling.stopping import StopRules
 from pipeline.engine.sequence import Request
 from pipeline.engine.settings import EngineOptions, SamplingParams
 from pipeline.engine.shard import ShardedAttention
-from pipeline.engine.stopping import StopRules
 from pipeline.engine.trial import Candidate, Trial
 from pipeline.engine.warm_up import MAX_VISUAL_TOKENS, capture_largest_first, first_request, full_pass
 from pipeline.engine.weights import Checkpoint

@@ -10,14 +10,14 @@ from collections import deque
 
 import torch
 
-from pipeline.engine.admission import AdmissionRules
 from pipeline.engine.device import current, is_alive
-from pipeline.engine.encoded_media import EncodedMedia
 from pipeline.engine.interface import Engine
 from pipeline.engine.model_runner import ModelRunner, PassResult
-from pipeline.engine.scheduler import Plan, Scheduler
+from pipeline.engine.scheduling.admission import AdmissionRules
+from pipeline.engine.scheduling.encoded_media import EncodedMedia
+from pipeline.engine.scheduling.scheduler import Plan, Scheduler
+from pipeline.engine.scheduling.stopping import StopRules
 from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, error_completions
-from pipeline.engine.stopping import StopRules
 from pipeline.engine.weights import Checkpoint
 from pipeline.errors import EngineOutOfMemory, RowError
 

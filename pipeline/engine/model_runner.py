@@ -20,14 +20,14 @@ import torch
 from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo, PrefillInfo
 from pipeline.engine.cuda_graph import DecodeGraphs
 from pipeline.engine.device import upload
-from pipeline.engine.encoded_media import EncodedMedia
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.models.text_model import TextModel
 from pipeline.engine.models.vision import VisionModel
 from pipeline.engine.sampler import SeenTokens, sample, sample_row
-from pipeline.engine.scheduler import DecodePlan, Plan, PrefillChunk, PrefillPlan
+from pipeline.engine.scheduling.encoded_media import EncodedMedia
+from pipeline.engine.scheduling.scheduler import DecodePlan, Plan, PrefillChunk, PrefillPlan
+from pipeline.engine.scheduling.stopping import StopRules
 from pipeline.engine.sequence import Sequence
-from pipeline.engine.stopping import StopRules
 
 
 @dataclass

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from pipeline.engine.admission import AdmissionRules
 from pipeline.engine.attention.choose import flash_attn_installed
 from pipeline.engine.device import current, gpu_name, is_alive
 from pipeline.engine.interface import Detokenize, Engine
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sampler import SeenTokens, sample, sample_row
+from pipeline.engine.scheduling.admission import AdmissionRules
+from pipeline.engine.scheduling.stopping import StopRules
 from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, SequenceStatus, error_completions
 from pipeline.engine.settings import EngineOptions
-from pipeline.engine.stopping import StopRules
 from pipeline.engine.weights import Checkpoint
 from pipeline.errors import EngineOutOfMemory, RowError
 

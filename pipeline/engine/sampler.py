@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 
 from pipeline.engine.device import upload
+from pipeline.engine.scheduling.stopping import StopRules
 from pipeline.engine.sequence import Sequence
 from pipeline.engine.settings import SamplingParams
-from pipeline.engine.stopping import StopRules
 
 MAX_BEST = 1024
 """Top-p looks at this many most likely tokens first; mostly they have the share that is wanted."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.preprocess.values import as_text, from_json, plain, readable
+from pipeline.preprocess.messages.values import as_text, from_json, plain, readable
 
 
 def text_column(batch: pa.RecordBatch, name: str | None) -> pa.Array:

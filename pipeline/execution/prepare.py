@@ -33,7 +33,7 @@ from pipeline.manifest.files import Manifest, WorkUnit
 from pipeline.manifest.find import recorded_manifest
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import Retries, plan_work
-from pipeline.preprocess.columns import unread_settings
+from pipeline.preprocess.messages.columns import unread_settings
 from pipeline.results.finished import FinishedRows, read_finished
 from pipeline.results.lease import Lease
 from pipeline.results.parts import reopen

@@ -28,7 +28,7 @@ from pipeline.execution.reservation import Reservation, reserve
 from pipeline.execution.supervision import Supervision
 from pipeline.execution.telemetry import Meter
 from pipeline.manifest.files import WorkUnit
-from pipeline.preprocess.proxy import proxy_notes
+from pipeline.preprocess.fetch.proxy import proxy_notes
 from pipeline.results.error_log import ErrorLog
 from pipeline.results.fragments import FragmentWriter, take_new
 from pipeline.results.parts import finalise

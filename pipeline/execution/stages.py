@@ -20,8 +20,8 @@ from pipeline.manifest.files import CsvDialect, Manifest, WorkUnit
 from pipeline.manifest.find import open_manifest
 from pipeline.manifest.row_set import RowNumbering, RowSet
 from pipeline.manifest.work import plan_work
-from pipeline.preprocess.columns import MessageOptions, check_columns, needed_columns
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
+from pipeline.preprocess.messages.columns import MessageOptions, check_columns, needed_columns
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.preprocess.stage import PreprocessOptions
 from pipeline.results.parts import check_partition

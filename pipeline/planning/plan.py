@@ -21,7 +21,7 @@ from pydantic import Field
 
 from pipeline.checkpoint.locate import read_config, resolve_model
 from pipeline.config import CaptionConfig, Fraction, NotNegative, Positive, Section
-from pipeline.engine.scheduler import pick_max_running
+from pipeline.engine.scheduling.scheduler import pick_max_running
 from pipeline.errors import ConfigError
 from pipeline.execution.placement import default_blocks_in_flight
 from pipeline.execution.stages import OpenedStages, open_stages

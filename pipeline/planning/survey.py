@@ -24,15 +24,15 @@ from pipeline.conversation import MediumPart
 from pipeline.engine import check_length, parse_sampling
 from pipeline.errors import MediaTimeout, SettingError, as_row_error
 from pipeline.planning.sample import SampledRow, kind_of
-from pipeline.preprocess.columns import row_id
-from pipeline.preprocess.fetch import Fetcher
+from pipeline.preprocess.fetch.ranged import RangedFile
+from pipeline.preprocess.fetch.source import Fetcher
 from pipeline.preprocess.header import MediumHeader, read_header, read_listed_header
-from pipeline.preprocess.messages import conversation
+from pipeline.preprocess.messages.columns import row_id
+from pipeline.preprocess.messages.row import conversation
+from pipeline.preprocess.messages.values import ManifestRow, manifest_rows
 from pipeline.preprocess.prompt import ChatTokenizer
-from pipeline.preprocess.ranged import RangedFile
 from pipeline.preprocess.size import fit_row
 from pipeline.preprocess.stage import PreprocessOptions
-from pipeline.preprocess.values import ManifestRow, manifest_rows
 
 # Seconds of one core for preprocessing, fitted to measurements on 2 cores of an AMD EPYC with AVX2: JPEG decoding goes
 # by the file's pixels, resizing and patchifying by those shown. Videos: H.264, decoded frames and shown ones.

@@ -21,9 +21,9 @@ import numpy as np
 
 from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.errors import TruncatedMedia
+from pipeline.preprocess.fetch.ranged import RangedFile
 from pipeline.preprocess.image import OpenImage
 from pipeline.preprocess.limits import MIB, MediaOptions
-from pipeline.preprocess.ranged import RangedFile
 from pipeline.preprocess.size import ShownSize, pixel_bounds
 from pipeline.preprocess.video.container import (
     check_duration,

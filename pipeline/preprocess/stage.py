@@ -25,16 +25,16 @@ import pyarrow as pa
 from pipeline.checkpoint.cache import ModelCache
 from pipeline.conversation import Conversation
 from pipeline.errors import RowError, as_row_error
-from pipeline.preprocess.columns import MessageOptions, row_id
-from pipeline.preprocess.fetch import Fetcher
-from pipeline.preprocess.fetch_ahead import FetchAhead, FetchPool
+from pipeline.preprocess.fetch.ahead import FetchAhead, FetchPool
+from pipeline.preprocess.fetch.source import Fetcher
 from pipeline.preprocess.limits import MAX_FETCHES, FetchOptions, MediaOptions
-from pipeline.preprocess.messages import conversation
+from pipeline.preprocess.messages.columns import MessageOptions, row_id
+from pipeline.preprocess.messages.row import conversation
+from pipeline.preprocess.messages.values import ManifestRow, manifest_rows
 from pipeline.preprocess.prompt import ChatTokenizer, Prompt, prompt_hash
 from pipeline.preprocess.receipt import SeenMedium, source_name
 from pipeline.preprocess.sandbox.client import MediaWorker, MediumFile
 from pipeline.preprocess.size import num_visual_tokens
-from pipeline.preprocess.values import ManifestRow, manifest_rows
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status, UnitColumn, error_values, request_schema
 
 _ROWS_PER_HANDOVER = 8

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.evaluation.columns import answer_texts
-from pipeline.preprocess.values import from_json
+from pipeline.preprocess.messages.values import from_json
 from pipeline.report.facts import at, shown_source, text_at, without_secrets
 from pipeline.report.thumbnails import Thumbnail, ThumbnailMaker
 from pipeline.schema import RESULT_COLUMNS, Status

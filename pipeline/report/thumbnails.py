@@ -25,7 +25,7 @@ from pipeline.errors import FetchError, JobError, RowError
 from pipeline.execution.stages import fetch_options, media_options
 from pipeline.manifest.files import ManifestSpec, WorkUnit
 from pipeline.manifest.formats import read_units
-from pipeline.preprocess.fetch import Fetcher
+from pipeline.preprocess.fetch.source import Fetcher
 from pipeline.preprocess.limits import MIB
 from pipeline.preprocess.sandbox.client import MediaWorker
 from pipeline.report.facts import at, items_at, text_at

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import OutputError
-from pipeline.preprocess.values import readable_rows
+from pipeline.preprocess.messages.values import readable_rows
 from pipeline.results.result_files import (
     count_values,
     is_answered,

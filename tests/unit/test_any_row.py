@@ -21,8 +21,8 @@ from pipeline.engine import Completion, EngineOptions
 from pipeline.errors import as_row_error, row_error_types
 from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.planning.survey import Survey
-from pipeline.preprocess.columns import MessageOptions
-from pipeline.preprocess.messages import conversation
+from pipeline.preprocess.messages.columns import MessageOptions
+from pipeline.preprocess.messages.row import conversation
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
 from pipeline.schema import MANIFEST_COLUMNS, UnitColumn, request_schema, result_schema
 from tests.options import fetch_options, media_options

@@ -18,7 +18,7 @@ from pipeline.demo import CHECKPOINT
 from pipeline.engine import Completion, EngineOptions, Request, SamplingParams
 from pipeline.errors import CheckpointError, DeviceLost, EngineCrash, InternalError
 from pipeline.generate import EngineThread, GenerateOptions, GenerateStage
-from pipeline.preprocess.columns import MessageOptions
+from pipeline.preprocess.messages.columns import MessageOptions
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
 from pipeline.schema import SAMPLING_COLUMNS, UnitColumn
 from tests.options import fetch_options, media_options

@@ -15,7 +15,7 @@ from jobs.benchmark.workload import (
     measure_ceilings,
     row_work,
 )
-from pipeline.engine.admission import AdmissionRules
+from pipeline.engine.scheduling.admission import AdmissionRules
 from pipeline.planning.roofline import row_flops
 
 RULES = AdmissionRules(4096, 4, 7, max_context=32768)

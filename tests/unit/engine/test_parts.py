@@ -18,7 +18,7 @@ from pipeline.engine.kernels.eager import EAGER, EagerKernels
 from pipeline.engine.kernels.sample import Widths
 from pipeline.engine.kv_cache import KVCache, bytes_for_cache
 from pipeline.engine.model_runner import ModelRunner
-from pipeline.engine.scheduler import pick_max_running
+from pipeline.engine.scheduling.scheduler import pick_max_running
 from pipeline.engine.sequence import MERGE_SIZE
 from pipeline.engine.trial import Candidate, _difference
 from pipeline.engine.warm_up import full_pass

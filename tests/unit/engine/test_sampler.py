@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pipeline.engine.sampler import SampleRow, SeenTokens, _search_smallest_kept, _smallest_kept, sample
+from pipeline.engine.scheduling.stopping import repeats_endlessly
 from pipeline.engine.sequence import uniform_draw
 from pipeline.engine.settings import SamplingParams
-from pipeline.engine.stopping import repeats_endlessly
 
 
 def distribution(logits: list[float], **params: Any) -> dict[int, float]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.engine.admission import AdmissionRules
 from pipeline.engine.cuda_graph import graph_sizes
+from pipeline.engine.scheduling.admission import AdmissionRules
 from pipeline.engine.warm_up import MAX_SECONDS, capture_largest_first, first_request
 
 

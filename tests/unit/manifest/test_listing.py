@@ -19,7 +19,7 @@ from pipeline.manifest.files import Manifest
 from pipeline.manifest.find import open_manifest
 from pipeline.manifest.formats import IMAGE_SUFFIXES, REFUSED_SUFFIXES, VIDEO_SUFFIXES
 from pipeline.preprocess import image
-from pipeline.preprocess.fetch import Fetcher
+from pipeline.preprocess.fetch.source import Fetcher
 from pipeline.preprocess.limits import FetchOptions
 from pipeline.preprocess.video import container
 from tests.unit.manifest.manifests import (

@@ -12,12 +12,12 @@ from PIL import Image
 from pipeline.conversation import MediumSettings
 from pipeline.errors import SettingError, TruncatedMedia
 from pipeline.preprocess.decode import OpenMedium, see_medium
-from pipeline.preprocess.fetch import Fetcher, RangedSource
+from pipeline.preprocess.fetch.ranged import RangedFile
+from pipeline.preprocess.fetch.source import Fetcher, RangedSource
 from pipeline.preprocess.frame_list import pack_frames
 from pipeline.preprocess.header import read_listed_header
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.patches import patchify_video, resize_frames
-from pipeline.preprocess.ranged import RangedFile
 from pipeline.preprocess.receipt import SeenMedium, source_name
 from pipeline.preprocess.size import fit_row, smart_resize
 from tests.options import fetch_options, media_options

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import ConfigError, SettingError
-from pipeline.preprocess.columns import template_columns
-from pipeline.preprocess.uri import missing_hint
+from pipeline.preprocess.fetch.uri import missing_hint
+from pipeline.preprocess.messages.columns import template_columns
 from pipeline.preprocess.video.timing import num_sampled_frames
 
 

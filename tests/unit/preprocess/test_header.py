@@ -27,10 +27,10 @@ from pipeline.errors import (
     UnsupportedMedia,
 )
 from pipeline.preprocess.decode import see_medium
-from pipeline.preprocess.fetch import RangedSource
+from pipeline.preprocess.fetch.ranged import RangedFile
+from pipeline.preprocess.fetch.source import RangedSource
 from pipeline.preprocess.header import MediumHeader, read_header
 from pipeline.preprocess.limits import MediaOptions
-from pipeline.preprocess.ranged import RangedFile
 from tests.options import media_options
 from tests.unit.preprocess.conftest import decode_image, decode_video, encode_image, encode_video, picture
 
@@ -221,7 +221,7 @@ def of_several_blocks(name: str) -> tuple[MediumKind, bytes]:
 def test_the_error_of_a_read_is_raised_through_the_parser(
     name: str, num_answered: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.preprocess.ranged.FIRST_BYTES", 1024)
+    monkeypatch.setattr("pipeline.preprocess.fetch.ranged.FIRST_BYTES", 1024)
     kind, data = of_several_blocks(name)
     reads: list[int] = []
 
@@ -249,7 +249,7 @@ def test_a_slow_source_raises_fetch_timeout(name: str) -> None:
 
 
 def test_a_header_that_is_too_large_or_ends_early_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.preprocess.ranged._MAX_HEADER_BYTES", 128 * 1024)
+    monkeypatch.setattr("pipeline.preprocess.fetch.ranged._MAX_HEADER_BYTES", 128 * 1024)
     with pytest.raises(UnsupportedMedia, match="takes more than"):
         RangedFile(RangedSource(900_000, lambda start, stop: bytes(stop - start)), seconds=9).read()
     with pytest.raises(FetchError, match="ends at byte 100 of 9,000"):

@@ -17,12 +17,12 @@ from PIL import Image
 
 from pipeline.demo import CHECKPOINT
 from pipeline.errors import CredentialError, MessageError
-from pipeline.preprocess import fetch_ahead
-from pipeline.preprocess.columns import MessageOptions
-from pipeline.preprocess.messages import conversation
+from pipeline.preprocess.fetch import ahead as fetch_ahead
+from pipeline.preprocess.messages.columns import MessageOptions
+from pipeline.preprocess.messages.row import conversation
+from pipeline.preprocess.messages.values import ManifestRow
 from pipeline.preprocess.patches import patchify_image, resize_frames
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
-from pipeline.preprocess.values import ManifestRow
 from pipeline.schema import SAMPLING_COLUMNS, MediumReceipt, UnitColumn, request_schema
 from tests.options import fetch_options, media_options
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.manifest.find import open_manifest
-from pipeline.preprocess.fetch import Fetcher
+from pipeline.preprocess.fetch.source import Fetcher
 from pipeline.preprocess.limits import FetchOptions
 from tests.unit.manifest.manifests import rows_of
 

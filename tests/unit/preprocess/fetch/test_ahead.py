@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.preprocess.fetch_ahead import FetchAhead, FetchPool
+from pipeline.preprocess.fetch.ahead import FetchAhead, FetchPool
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.engine.scheduling.stopping import StopRules
 from pipeline.engine.sequence import PromptLayout, Request, Sequence
 from pipeline.engine.settings import SamplingParams
-from pipeline.engine.stopping import StopRules
 
 END, STOP = 1, 2
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from pipeline.errors import AccessDenied, ConfigError
-from pipeline.preprocess.uri import WEB_SCHEMES, bucket_of, local_path, normal_bucket_uri, scheme_of, shown
+from pipeline.preprocess.fetch.uri import WEB_SCHEMES, bucket_of, local_path, normal_bucket_uri, scheme_of, shown
 
 _ANYTHING = "*"
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")

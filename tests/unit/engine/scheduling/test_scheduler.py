@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.engine.block_manager import BlockManager
-from pipeline.engine.encoded_media import EncodedMedia
-from pipeline.engine.limit import Limit
-from pipeline.engine.scheduler import DecodePlan, PrefillPlan, Scheduler
+from pipeline.engine.scheduling.block_manager import BlockManager
+from pipeline.engine.scheduling.encoded_media import EncodedMedia
+from pipeline.engine.scheduling.limit import Limit
+from pipeline.engine.scheduling.scheduler import DecodePlan, PrefillPlan, Scheduler
 from pipeline.engine.sequence import Medium, PromptLayout, Request, Sequence
 from pipeline.engine.settings import SamplingParams
 
@@ -402,7 +402,8 @@ def test_blocks_can_not_be_released_twice_nor_shared_when_free() -> None:
 
 def test_the_policy_loads_no_torch() -> None:
     code = (
-        "import sys, pipeline.engine.scheduler, pipeline.engine.models.mrope, pipeline.engine.stopping; "
+        "import sys, pipeline.engine.scheduling.scheduler, pipeline.engine.scheduling.stopping; "
+        "import pipeline.engine.models.mrope; "
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

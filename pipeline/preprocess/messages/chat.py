@@ -18,8 +18,8 @@ from typing import Any, get_args
 
 from pipeline.conversation import VIDEO_SETTINGS, MediumKind, MediumPart, MediumSettings, Message, Role, Source, Text
 from pipeline.errors import MessageError, SettingError
-from pipeline.preprocess.settings import medium_settings
-from pipeline.preprocess.values import from_json, is_empty, is_null, plain, shown
+from pipeline.preprocess.messages.settings import medium_settings
+from pipeline.preprocess.messages.values import from_json, is_empty, is_null, plain, shown
 
 _ROLES: tuple[str, ...] = get_args(Role)
 _TEXT_TYPES = {"text", "input_text", "output_text"}

@@ -31,12 +31,12 @@ from pipeline.errors import (
     MediaNotFound,
     MediaTooLarge,
 )
-from pipeline.preprocess import allow
-from pipeline.preprocess import http as http_module
-from pipeline.preprocess.allow import is_public
-from pipeline.preprocess.fetch import Fetcher
-from pipeline.preprocess.proxy import proxy_notes
-from pipeline.preprocess.uri import base64_header
+from pipeline.preprocess.fetch import allow
+from pipeline.preprocess.fetch import http as http_module
+from pipeline.preprocess.fetch.allow import is_public
+from pipeline.preprocess.fetch.proxy import proxy_notes
+from pipeline.preprocess.fetch.source import Fetcher
+from pipeline.preprocess.fetch.uri import base64_header
 from pipeline.storage import retry
 from tests.options import fetch_options
 
@@ -269,7 +269,7 @@ def test_an_object_that_is_too_large_is_refused(bucket: Any) -> None:
 
 
 def test_the_whole_bucket_of_the_manifest_is_allowed_but_no_other() -> None:
-    from pipeline.preprocess.uri import bucket_of
+    from pipeline.preprocess.fetch.uri import bucket_of
 
     assert bucket_of("s3://bucket/deep/prefix") == "s3://bucket"
     assert bucket_of("gcs://bucket/deep") == "gs://bucket"

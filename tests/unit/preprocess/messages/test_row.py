@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from pipeline.conversation import Conversation, MediumPart, MediumSettings, Message, Text
 from pipeline.errors import ConfigError, ManifestError, MediaMissing, MessageError, RowError, SettingError
-from pipeline.preprocess.columns import MessageOptions, check_columns, needed_columns, row_id, unread_settings
-from pipeline.preprocess.messages import conversation
+from pipeline.preprocess.messages.columns import MessageOptions, check_columns, needed_columns, row_id, unread_settings
+from pipeline.preprocess.messages.row import conversation
 from pipeline.schema import MANIFEST_COLUMNS, MEDIUM_SETTING_COLUMNS, SAMPLING_COLUMNS
 
 SETTINGS = frozenset({*MEDIUM_SETTING_COLUMNS, *SAMPLING_COLUMNS})

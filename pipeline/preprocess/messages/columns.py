@@ -14,7 +14,7 @@ from uuid import UUID
 
 from pipeline.conversation import MediumKind
 from pipeline.errors import ConfigError, ManifestError, MessageError
-from pipeline.preprocess.values import as_text, from_json, plain, shown
+from pipeline.preprocess.messages.values import as_text, from_json, plain, shown
 from pipeline.schema import CONTENT_COLUMNS, MANIFEST_COLUMNS, MANIFEST_ERROR, MEDIUM_SETTING_COLUMNS, SAMPLING_COLUMNS
 
 MEDIA_COLUMNS: Mapping[MediumKind, tuple[str, ...]] = {"image": ("image", "images"), "video": ("video", "videos")}

@@ -17,9 +17,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from itertools import islice
 
-from pipeline.engine.block_manager import BlockManager
-from pipeline.engine.encoded_media import EncodedMedia
-from pipeline.engine.limit import Limit
+from pipeline.engine.scheduling.block_manager import BlockManager
+from pipeline.engine.scheduling.encoded_media import EncodedMedia
+from pipeline.engine.scheduling.limit import Limit
 from pipeline.engine.sequence import Medium, RequestId, Sequence, SequenceStatus
 
 MIN_BATCH_TOKENS = 32

@@ -16,9 +16,9 @@ import urllib3
 from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
 
-from pipeline.preprocess.allow import AllowList
+from pipeline.preprocess.fetch.allow import AllowList
+from pipeline.preprocess.fetch.uri import WEB_SCHEMES
 from pipeline.preprocess.limits import FetchOptions
-from pipeline.preprocess.uri import WEB_SCHEMES
 
 _PORT = 80
 

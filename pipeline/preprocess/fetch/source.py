@@ -29,12 +29,12 @@ from pipeline.errors import (
     MediaTooLarge,
     first_line,
 )
-from pipeline.preprocess.allow import AllowList
+from pipeline.preprocess.fetch.allow import AllowList
+from pipeline.preprocess.fetch.http import HttpClient
+from pipeline.preprocess.fetch.proxy import Proxies
+from pipeline.preprocess.fetch.uri import WEB_SCHEMES, base64_header, data_uri_content, missing_hint, scheme_of, shown
 from pipeline.preprocess.frame_list import pack_frames
-from pipeline.preprocess.http import HttpClient
 from pipeline.preprocess.limits import MAX_FETCHES, FetchOptions
-from pipeline.preprocess.proxy import Proxies
-from pipeline.preprocess.uri import WEB_SCHEMES, base64_header, data_uri_content, missing_hint, scheme_of, shown
 from pipeline.storage.credentials import credential_fault
 from pipeline.storage.retry import TransientError, is_transient, with_retries
 

@@ -1,6 +1,6 @@
 """A medium as a file of which only the parts that are asked for are read: for headers of large files.
 
-Positions and the cache of blocks are fsspec's. Knows a time limit and a byte limit; not where a medium lies (fetch.py)
+Positions and the cache of blocks are fsspec's. Knows a time limit and a byte limit; not where a medium lies (source.py)
 or what its format is.
 """
 
@@ -11,7 +11,7 @@ import time
 from fsspec.spec import AbstractBufferedFile
 
 from pipeline.errors import FetchError, FetchTimeout, MediaTimeout, UnsupportedMedia
-from pipeline.preprocess.fetch import FIRST_BYTES, RangedSource
+from pipeline.preprocess.fetch.source import FIRST_BYTES, RangedSource
 from pipeline.preprocess.limits import MIB
 
 _MAX_HEADER_BYTES = 64 * MIB

@@ -16,10 +16,10 @@ from typing import Any, TypeAlias, get_args
 
 from pipeline.conversation import Conversation, MediumKind, MediumPart, Message, Text
 from pipeline.errors import MediaMissing, MessageError
-from pipeline.preprocess.chat import NO_SOURCE, read_messages
-from pipeline.preprocess.columns import MEDIA_COLUMNS, MessageOptions, column_media, fill_template
-from pipeline.preprocess.settings import apply_row_settings, medium_settings, parse_setting
-from pipeline.preprocess.values import plain, shown
+from pipeline.preprocess.messages.chat import NO_SOURCE, read_messages
+from pipeline.preprocess.messages.columns import MEDIA_COLUMNS, MessageOptions, column_media, fill_template
+from pipeline.preprocess.messages.settings import apply_row_settings, medium_settings, parse_setting
+from pipeline.preprocess.messages.values import plain, shown
 from pipeline.schema import CONTENT_COLUMNS, MANIFEST_ERROR, MEDIUM_SETTING_COLUMNS, SAMPLING_COLUMNS
 
 ColumnMedia: TypeAlias = Mapping[MediumKind, list[str | bytes]]

@@ -16,7 +16,7 @@ from typing import Any, get_args
 from pipeline.conversation import VIDEO_SETTINGS, MediumPart, MediumSettings, Message, Text
 from pipeline.engine.settings import SamplingParams, allowed, setting_types, within
 from pipeline.errors import SettingError
-from pipeline.preprocess.values import from_json, plain, shown
+from pipeline.preprocess.messages.values import from_json, plain, shown
 
 _DECLARED = {
     each.name: (setting_types(declared)[each.name], each.metadata)

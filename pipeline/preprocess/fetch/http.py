@@ -26,8 +26,8 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from pipeline.errors import AccessDenied, FetchError, FetchTimeout, MediaNotFound, MediaTooLarge, first_line
-from pipeline.preprocess.proxy import Proxies, credentials, literal_address
-from pipeline.preprocess.uri import WEB_SCHEMES, scheme_of, shown
+from pipeline.preprocess.fetch.proxy import Proxies, credentials, literal_address
+from pipeline.preprocess.fetch.uri import WEB_SCHEMES, scheme_of, shown
 from pipeline.storage.retry import TRANSIENT_STATUS, TransientError
 
 MAX_REDIRECTS = 5
