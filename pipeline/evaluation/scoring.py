@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from pipeline.errors import ConfigError
 from pipeline.evaluation.columns import option_lists, reference_lists, text_column
 from pipeline.evaluation.interval import NUM_BUCKETS, Floats, Tally
-from pipeline.evaluation.metrics.choice import extract_letter, is_right
+from pipeline.evaluation.metrics.choice import extract_letter, is_right, open_answer
 from pipeline.evaluation.metrics.cider import Cider
 from pipeline.evaluation.metrics.overlap import CorpusScore
 from pipeline.evaluation.metrics.registry import METRICS, Metric, require
@@ -158,16 +158,22 @@ class Scorer:
         if isinstance(metric.score, CorpusScore):
             counts = [metric.score.statistics(row.text, row.references) for row in rows]
             scores = [metric.score.row_score(row_counts) for row_counts in counts]
-        elif metric.name == "multiple_choice":
-            letters = [extract_letter(row.text, row.choices) for row in rows]
-            self._num_choices += sum(row.answered for row in rows)
-            self._num_parsed += sum(row.answered and bool(letter) for row, letter in zip(rows, letters, strict=True))
-            scores = [is_right(letter, row.references, row.choices) for letter, row in zip(letters, rows, strict=True)]
+        elif metric.name in ("multiple_choice", "mmmu"):
+            scores = [self._choice_score(row, may_be_open=metric.name == "mmmu") for row in rows]
         else:
             score = metric.score or self._cider.score
             scores = [score(row.text, row.references) for row in rows]
         values: Floats = np.where([row.answered for row in rows], scores, 0.0)
         return values, values if counts is None else np.asarray(counts, np.float64)
+
+    def _choice_score(self, row: _Row, *, may_be_open: bool) -> float:
+        """1 if the answer chose the right option. Counts the answers in which one is found."""
+        if may_be_open and not row.choices:
+            return open_answer(row.text, row.references)
+        letter = extract_letter(row.text, row.choices)
+        self._num_choices += row.answered
+        self._num_parsed += row.answered and letter is not None
+        return is_right(letter, row.references, row.choices)
 
     def metrics(self) -> dict[str, Any]:
         """The run's scores: overall and by slice, each with its interval; plain values for JSON."""

@@ -138,6 +138,11 @@ def is_right(letter: str | None, references: Sequence[str], choices: Sequence[st
     return float(letter is not None and any(letter == choice_letter(right, choices) for right in references))
 
 
+def mmmu(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """MMMU's accuracy, one for both kinds of question: by option where there are options, else as an open answer."""
+    return multiple_choice(prediction, references, choices) if choices else open_answer(prediction, references)
+
+
 _COMMA_NUMBER = re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b")
 _SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+")
 _SIMPLE_NUMBER = re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")

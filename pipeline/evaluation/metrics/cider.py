@@ -8,32 +8,13 @@ tokenizes with a Java program and holds the corpus in memory. An n-gram's weight
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-_MAX_ORDER = 4
+from pipeline.evaluation.metrics.coco import MAX_ORDER, caption_tokens, count_ngrams
+
 _SIGMA = 6.0
-_CLITICS = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")
-_WORDS = re.compile(r"n't|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-./]\w+)*")
-
-_NgramCounts = list[Counter[str]]
-"""One counter for each order 1 to 4; n-grams are words joined by single spaces."""
 _log = lru_cache(maxsize=65_536)(math.log)
-
-
-def caption_tokens(text: str) -> list[str]:
-    """Lower-case words without punctuation, clitics split off.
-
-    Replaces the Penn Treebank tokenizer (Java) of coco-caption: equal on ordinary captions, not on every string.
-    """
-    return _WORDS.findall(_CLITICS.sub(r" \1", text.lower().replace("’", "'")))
-
-
-def _count_ngrams(tokens: Sequence[str]) -> _NgramCounts:
-    longer = (zip(*(tokens[start:] for start in range(order)), strict=False) for order in range(2, _MAX_ORDER + 1))
-    return [Counter(tokens), *(Counter(map(" ".join, ngrams)) for ngrams in longer)]
 
 
 class Cider:
@@ -54,7 +35,7 @@ class Cider:
         """Counts one row's references."""
         self.num_rows += 1
         counts = self.frequencies
-        ngrams = (_count_ngrams(self._tokenize(reference)) for reference in references)
+        ngrams = (count_ngrams(self._tokenize(reference)) for reference in references)
         for ngram in {ngram for orders in ngrams for order in orders for ngram in order}:
             counts[ngram] = counts.get(ngram, 0) + 1
         if len(counts) > self._max_ngrams:
@@ -70,7 +51,7 @@ class Cider:
             return 0.0
         candidate = self._vector(prediction)
         total = sum(_similarity(candidate, self._vector(reference)) for reference in references)
-        return 10 * total / (_MAX_ORDER * len(references))
+        return 10 * total / (MAX_ORDER * len(references))
 
     def _vector(self, text: str) -> _Vector:
         return _Vector(self._tokenize(text), self.frequencies, math.log(max(self.num_rows, 1)))
@@ -83,7 +64,7 @@ class _Vector:
         # Inverse document frequency: log of all rows over the rows that have the n-gram (at least one).
         self.weights = [
             {ngram: count * (log_rows - _log(frequencies.get(ngram) or 1)) for ngram, count in counts.items()}
-            for counts in _count_ngrams(tokens)
+            for counts in count_ngrams(tokens)
         ]
         self.norms = [math.sqrt(sum(weight * weight for weight in order.values())) for order in self.weights]
         # coco-caption measures length in bigrams; with two or more words the differences are the same as in words.
@@ -92,7 +73,7 @@ class _Vector:
 
 def _similarity(candidate: _Vector, reference: _Vector) -> float:
     total = 0.0
-    for order in range(_MAX_ORDER):
+    for order in range(MAX_ORDER):
         expected = reference.weights[order]
         pairs = ((weight, expected.get(ngram)) for ngram, weight in candidate.weights[order].items())
         dot = sum(min(weight, other) * other for weight, other in pairs if other is not None)

@@ -12,10 +12,11 @@ from functools import cache
 from importlib.util import find_spec
 
 from pipeline.errors import ConfigError
-from pipeline.evaluation.metrics.choice import multiple_choice, open_answer
+from pipeline.evaluation.metrics.choice import mmmu, multiple_choice, open_answer
+from pipeline.evaluation.metrics.coco import coco_bleu, coco_rouge_l
 from pipeline.evaluation.metrics.overlap import bleu, chrf, rouge_l
 from pipeline.evaluation.metrics.text import anls, exact_match, normalised_match, relaxed_accuracy, token_f1
-from pipeline.evaluation.metrics.vqa import vqa_accuracy
+from pipeline.evaluation.metrics.vqa import textvqa_accuracy, vqa_accuracy
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,24 @@ _ALL = (
     Metric("normalised_match", "Normalised match", "Equal but for case, punctuation and articles.", normalised_match),
     Metric("token_f1", "Token F1", "Words shared with the best reference (SQuAD's F1).", token_f1),
     Metric("vqa_accuracy", "VQA accuracy", "Agreement with ten people: three who agree make it right.", vqa_accuracy),
+    Metric("textvqa_accuracy", "TextVQA accuracy", "The same, with mmf's normal form.", textvqa_accuracy),
     Metric("anls", "ANLS", "Edit similarity to the nearest reference, 0 below one half.", anls, "rapidfuzz"),
     Metric("relaxed_accuracy", "Relaxed accuracy", "Numbers within 5 %, other answers equal.", relaxed_accuracy),
     Metric("multiple_choice", "Multiple choice", "The chosen option is the right one.", multiple_choice),
     Metric("open_answer", "Open answer", "The answer contains the reference (MMMU's rule).", open_answer),
-    Metric("rouge_l", "ROUGE-L", "Longest common subsequence of words, F1.", rouge_l, "rouge_score"),
-    Metric("bleu", "BLEU-4", "Shared n-grams of one to four words over the whole corpus.", bleu, "sacrebleu"),
+    Metric("mmmu", "MMMU accuracy", "Multiple choice where a row has options, else MMMU's open answer.", mmmu),
+    Metric("rouge_l", "ROUGE-L (rouge-score)", "Longest common subsequence of words, F1.", rouge_l, "rouge_score"),
+    Metric("bleu", "BLEU (sacrebleu)", "Shared n-grams of one to four words over the whole corpus.", bleu, "sacrebleu"),
     Metric("chrf", "chrF", "Shared n-grams of one to six characters over the whole corpus.", chrf, "sacrebleu"),
-    Metric("cider", "CIDEr-D", "Shared n-grams, rare ones weigh more; 10 at most.", None, maximum=10.0),
+    Metric("coco_bleu", "BLEU-4 (COCO)", "Shared n-grams of one to four PTB tokens over the whole corpus.", coco_bleu),
+    Metric("coco_rouge_l", "ROUGE-L (COCO)", "Longest common subsequence of PTB tokens.", coco_rouge_l),
+    Metric(
+        "cider",
+        "CIDEr-D",
+        "Shared n-grams, rare ones weigh more; 10 at most. The interval is about other rows, with these rows' weights.",
+        None,
+        maximum=10.0,
+    ),
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}

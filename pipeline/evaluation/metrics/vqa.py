@@ -1,14 +1,14 @@
-"""VQA accuracy: the answer of a crowd of ten, after the official normalisation.
+"""VQA accuracy: the answer of a crowd of ten, after the normalisation of VQA or of TextVQA.
 
 Antol et al. 2015, https://arxiv.org/abs/1505.00468, section 3; Goyal et al. 2017 (VQA v2). The normalisation is that
 of the evaluation code at https://github.com/GT-Vision-Lab/VQA: punctuation, number words, articles, contractions.
+TextVQA (Singh et al. 2019, https://arxiv.org/abs/1904.08920) is scored by mmf's `TextVQAAccuracyEvaluator`.
 Knows strings only.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -52,16 +52,25 @@ _CONTRACTIONS |= {
 }
 
 
+def _on_one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
 @lru_cache(maxsize=65_536)  # a few thousand answers make up most of every VQA set
 def normalise_vqa(text: str) -> str:
-    """The official normal form of an answer."""
-    text = text.replace("\n", " ").replace("\t", " ").strip()
+    """The normal form of the VQA code."""
+    text = _on_one_line(text)
     words = []
     for word in (_without_punctuation(text) if _AFFECTED.search(text) else text).lower().split():
         word = _NUMBER_WORDS.get(word, word)
         if word not in _ARTICLES:
             words.append(_CONTRACTIONS.get(word, word))
     return " ".join(words)
+
+
+def normalise_textvqa(text: str) -> str:
+    """The normal form of mmf's `EvalAIAnswerProcessor`: commas and question marks vanish, "'s" is a word."""
+    return normalise_vqa(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
 
 
 def _without_punctuation(text: str) -> str:
@@ -72,20 +81,31 @@ def _without_punctuation(text: str) -> str:
         if sign in text:
             beside_space = has_thousands or f"{sign} " in text or f" {sign}" in text
             cleaned = cleaned.replace(sign, "" if beside_space else " ")
-    return _FULL_STOP.sub("", cleaned)
+    return _FULL_STOP.sub("", cleaned, count=32)  # the published code passes a flag, 32, in the place of the count
 
 
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
-    """Mean over every choice of nine of the ten people of min(1, people who agree / 3).
+    """The VQA code's accuracy: both sides are normalised, but compared as they are if all references are one text.
 
-    Both sides are normalised, as in the TextVQA challenge's evaluator; the VQA code normalises references only in
-    part, which is the same for its published answers. A single reference counts as if all ten people had given it.
+    The published answers are all but normal already; "Yes" is wrong where all ten people wrote "yes". A single
+    reference, which VQA does not have, is normalised and counts as if all ten people had given it.
     """
-    answer = normalise_vqa(prediction)
-    if len(references) == 1:
-        return float(normalise_vqa(references[0]) == answer)
-    people = len(references)
-    agree = Counter(map(normalise_vqa, references))[answer]
+    if len(references) > 1:
+        answers = [_on_one_line(reference) for reference in references]
+        if len(set(answers)) == 1:
+            return _agreement(_on_one_line(prediction), answers)
+    return _agreement(normalise_vqa(prediction), [normalise_vqa(reference) for reference in references])
+
+
+def textvqa_accuracy(prediction: str, references: Sequence[str]) -> float:
+    """The same rule as mmf applies it to TextVQA: its own normal form, on both sides always."""
+    return _agreement(normalise_textvqa(prediction), [normalise_textvqa(reference) for reference in references])
+
+
+def _agreement(answer: str, references: Sequence[str]) -> float:
+    """Mean over every choice of nine of the ten people of min(1, people who agree / 3)."""
+    people, agree = len(references), references.count(answer)
+    if people < 2:
+        return float(agree)
     # Leaving out one who agrees leaves agree - 1, leaving out another leaves all of them.
-    total = agree * min(1.0, (agree - 1) / 3) + (people - agree) * min(1.0, agree / 3)
-    return total / people if people else 0.0
+    return (agree * min(1.0, (agree - 1) / 3) + (people - agree) * min(1.0, agree / 3)) / people

@@ -52,7 +52,7 @@ SETS: dict[str, tuple[dict[str, Any], dict[str, Any], str, list[str], str]] = {
         },
         f"What colour?\n{WORD}",
         ["red"] * 10,
-        "Red.",
+        "red",
     ),
     "textvqa": (
         {"question_id": pa.int32(), "image": IMAGE, "question": pa.string(), "answers": STRINGS, "ocr_tokens": STRINGS},

@@ -120,6 +120,15 @@ def test_the_parse_rate_counts_answers_that_name_no_option() -> None:
     assert "1 rows failed and score 0" in notes and "parse rate 66.7%: 2 of 3" in notes and "no reference" not in notes
 
 
+def test_mmmu_is_one_mean_over_both_kinds_of_question() -> None:
+    kept = {"answer": pa.array(["B", "12.5", "A"]), "options": pa.array(['["cat", "dog"]', "[]", '["cat", "dog"]'])}
+    scorer = Scorer(ScoringSettings(references="answer", metrics=("mmmu",), choices="options"))
+    assert _scores(scorer, _batch(["dog", "It is 12.5", "no idea"], kept)).column("score").to_pylist() == [1, 1, 0]
+    metrics = scorer.metrics()
+    assert metrics["overall"]["mmmu"]["value"] == pytest.approx(2 / 3)
+    assert metrics["multiple_choice"] == {"num_answers": 2, "num_parsed": 1}, "an open answer names no option"
+
+
 def test_corpus_scores_do_not_depend_on_the_batches() -> None:
     texts = ["a red cat sits on the mat", "two dogs run over a green lawn", "a bird", None]
     references = [["a red cat is on the mat"], ["two dogs run on a lawn", "dogs on grass"], ["a blue bird"], ["a fish"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.evaluation.metrics.choice import choice_letter, extract_letter, multiple_choice, open_answer
+from pipeline.evaluation.metrics.choice import choice_letter, extract_letter, mmmu, multiple_choice, open_answer
 
 ANIMALS = ("cat", "dog", "a blue bird", "blue")
 
@@ -101,6 +101,12 @@ def test_multiple_choice_compares_letters_whatever_form_either_side_has() -> Non
     assert multiple_choice("dog", ["B"], ANIMALS) == 1
     assert multiple_choice("cat", ["B"], ANIMALS) == 0
     assert multiple_choice("C", ["C"]) == 1, "letters need no texts"
+
+
+def test_mmmu_scores_a_row_by_its_options_or_as_an_open_answer() -> None:
+    assert mmmu("It is the dog", ["B"], ANIMALS) == 1
+    assert mmmu("B", ["bird"]) == 0, "without options it is an open answer"
+    assert mmmu("So the result is 12.5.", ["12.5"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 import sacrebleu
 from pycocoevalcap.cider.cider import Cider as CocoCider
 
-from pipeline.evaluation.metrics.cider import Cider, caption_tokens
+from pipeline.evaluation.metrics.cider import Cider
+from pipeline.evaluation.metrics.coco import caption_tokens, coco_bleu, coco_rouge_l
 from pipeline.evaluation.metrics.overlap import CorpusScore, bleu, chrf, rouge_l
 
 NUM_PAIRS = 300
@@ -57,7 +58,7 @@ def test_bleu_of_papinenis_example_is_clipped() -> None:
     assert counts == [7, 7, 2, 0, 0, 0, 7, 6, 5, 4]
 
 
-@pytest.mark.parametrize("score", [bleu, chrf, rouge_l])
+@pytest.mark.parametrize("score", [bleu, chrf, rouge_l, coco_rouge_l])
 def test_overlap_is_one_for_equal_texts_and_zero_without_text_or_references(score: CorpusScore) -> None:
     assert score("a red cat sits", ["a dog", "a red cat sits"]) == pytest.approx(1)
     assert score("red cat", ["red cat"]) == pytest.approx(1), "shorter than the longest n-gram"
@@ -98,10 +99,35 @@ def test_cider_rewards_rare_words_and_full_length() -> None:
     assert Cider().score("red cat", []) == 0
 
 
-def test_captions_are_tokenised_like_the_penn_treebank_on_ordinary_text() -> None:
-    assert caption_tokens("A man's dog isn't here, (it’s) at a well-known 5 p.m. show!") == [
-        *["a", "man", "'s", "dog", "is", "n't", "here", "it", "'s", "at", "a", "well-known", "5", "p.m", "show"],
-    ]
+# Tokens of stanford-corenlp 3.4.1 with coco-caption's options, without the punctuation that it removes.
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("A man's dog isn't at a well-known 5 p.m. show!", "a man 's dog is n't at a well-known 5 p.m. show"),
+        ("(it’s) [a] “sign”: ‘STOP’...", "-lrb- it 's -rrb- -lsb- a -rsb- sign stop"),
+        ("$5.00, 50% off #1 & more @ home", "$ 5.00 50 % off # 1 & more @ home"),
+        ("Mr. Smith of the U.S. vs. St. Louis etc.", "mr. smith of the u.s. vs. st. louis etc."),
+        ("He said no. No. 5 came on Jan. 3", "he said no no. 5 came on jan. 3"),
+        ("It cannot be; I'm gonna go", "it can not be i 'm gon na go"),
+        ("12:30pm, 1,000 people, 3-D, 1/2", "12:30 pm 1,000 people 3-d 1/2"),
+        ("AT&T and black&white", "at&t and black & white"),
+        ("rock 'n' roll in the '90s o'clock", "rock 'n' roll in the '90s o'clock"),
+        ("wow!! what?! a -- b - c", "wow !! what ?! a b c"),
+        ("me@example.com www.example.com t-shirt w/ logo", "me@example.com www.example.com t-shirt w / logo"),
+    ],
+)
+def test_captions_are_tokenised_like_the_penn_treebank(text: str, tokens: str) -> None:
+    assert caption_tokens(text) == tokens.split()
+
+
+def test_coco_scores_of_worked_examples() -> None:
+    # The recall of one reference and the precision of the other: 2 of 2 and 2 of 3; beta is 1.2.
+    assert coco_rouge_l("a red cat", ["a cat", "blue"]) == pytest.approx((1 + 1.44) * 2 / 3 / (1 + 1.44 * 2 / 3))
+    # Lengths of the prediction and the closer reference, shared n-grams, all n-grams; brevity exp(1 - 5/4).
+    statistics = coco_bleu.statistics("a red cat sits.", ["a red cat sits here", "a"])
+    assert statistics == [4, 5, 4, 3, 2, 1, 4, 3, 2, 1]
+    assert coco_bleu.row_score(statistics) == pytest.approx(np.exp(1 - 5 / 4))
+    assert coco_bleu("cat", ["dog"]) == pytest.approx(0, abs=1e-6)
 
 
 def test_document_frequencies_stay_bounded_and_keep_what_is_frequent() -> None:
