@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pipeline.checkpoint.processor import ProcessorFacts
+from pipeline.checkpoint.families import DEFAULT_FAMILY
 from pipeline.config import InputConfig, MediaConfig
 from pipeline.execution import stages
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
 
-_PUBLISHED = ProcessorFacts(max_pixels=16384 * 28 * 28)
+_PUBLISHED = replace(DEFAULT_FAMILY, max_pixels=16384 * 28 * 28)
 
 
 def media_options(**changes: Any) -> MediaOptions:

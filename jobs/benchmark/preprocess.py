@@ -27,7 +27,7 @@ from PIL import Image
 
 from jobs.benchmark.measure import command_line, print_result, time_in_turns
 from jobs.benchmark.media import bare_loop, make_clip, make_photo
-from pipeline.checkpoint.processor import ProcessorFacts
+from pipeline.checkpoint.families import DEFAULT_FAMILY
 from pipeline.config import MediaConfig
 from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.errors import RowError
@@ -40,7 +40,7 @@ from pipeline.preprocess.video.frames import OpenVideo
 SIZES = ((640, 480), (1024, 1024), (1920, 1080), (4000, 3000))
 # transformers' own default bound, at which a large photograph is mostly decoding; the checkpoints' bound is 12.8 Mpx.
 ONE_MEGAPIXEL = 28 * 28 * 1280
-_OPTIONS = media_options(MediaConfig(), ProcessorFacts(max_pixels=28 * 28 * 16384))
+_OPTIONS = media_options(MediaConfig(), replace(DEFAULT_FAMILY, max_pixels=28 * 28 * 16384))
 KEYFRAME_DISTANCES = (30, 250)
 
 Processors: TypeAlias = Mapping[str, Any]

@@ -129,7 +129,7 @@ def _medium(rng: np.random.Generator, kind: str, side: int | None, longest: int,
     if kind == "video":
         steps = int(rng.integers(10, 61))  # two frames make a step
         max_pixels = min(max_pixels, MAX_CLIP_TOKENS // steps * 28 * 28)
-    height, width = smart_resize(height, width, min_pixels=56 * 56, max_pixels=max_pixels)
+    height, width = smart_resize(height, width, factor=28, min_pixels=56 * 56, max_pixels=max_pixels)
     grid = (steps, height // 14, width // 14)
     name: Literal["image", "video"] = "video" if kind == "video" else "image"
     patches = rng.integers(0, 256, (grid[0] * grid[1] * grid[2], PATCH_BYTES[name]), dtype=np.uint8)

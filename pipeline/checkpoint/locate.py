@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.families import FAMILIES
+from pipeline.checkpoint.families.family import Family
 from pipeline.errors import CheckpointError
 
 DEMO = "demo"
@@ -25,19 +27,28 @@ def resolve_model(path: str) -> str:
 
 
 def check_model(model_path: str, *, revision: str | None = None, weights: bool = True) -> None:
-    """Raise CheckpointError unless the folder or hub name holds a Qwen2-VL checkpoint, with its weights if asked."""
+    """Raise CheckpointError unless the folder or hub name holds a checkpoint that this pipeline runs, with its weights
+    if asked."""
+    read_family(model_path, revision=revision)
+    if weights and Path(model_path).is_dir() and not any(Path(model_path).glob("*.safetensors")):
+        raise CheckpointError(f"{model_path!r} has a config.json but no *.safetensors: the weights are missing")
+
+
+def read_family(model_path: str, *, revision: str | None = None) -> Family:
+    """The published facts of the checkpoint's family. Raises CheckpointError where this pipeline does not run it."""
     config = read_config(model_path, revision=revision)
     if config is None:
         raise CheckpointError(
             f"can't find config.json in {model_path!r}: "
-            "set model.path to a folder with a Qwen2-VL checkpoint or to a hub name that this machine can reach"
+            "set model.path to a folder with a Qwen-VL checkpoint or to a hub name that this machine can reach"
         )
-    if config.get("model_type") != "qwen2_vl":
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
         raise CheckpointError(
-            f"{model_path!r} is a checkpoint of model type {config.get('model_type')!r}; this pipeline runs qwen2_vl"
+            f"{model_path!r} is a checkpoint of model type {config.get('model_type')!r}; this pipeline runs "
+            f"{', '.join(FAMILIES)}"
         )
-    if weights and Path(model_path).is_dir() and not any(Path(model_path).glob("*.safetensors")):
-        raise CheckpointError(f"{model_path!r} has a config.json but no *.safetensors: the weights are missing")
+    return family
 
 
 def read_config(model_path: str, *, revision: str | None = None) -> dict[str, Any] | None:
@@ -68,7 +79,7 @@ def find_file(model_path: str, name: str, *, revision: str | None = None) -> Pat
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         raise CheckpointError(
             f"the hub has no {model_path!r}{f' at revision {revision!r}' if revision else ''}: set model.path to a "
-            "folder with a Qwen2-VL checkpoint or to a hub name, and HF_TOKEN if it is private"
+            "folder with a Qwen-VL checkpoint or to a hub name, and HF_TOKEN if it is private"
         ) from error
 
 

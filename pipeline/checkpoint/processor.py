@@ -1,66 +1,49 @@
-"""What an image and a video are to the model: the size of a patch, and the pixel bounds of a checkpoint's processor.
+"""What a checkpoint's processor files say: which family it is of, its pixel bounds, its normalization.
 
-Knows `preprocessor_config.json`; not arrays. The engine stands alone and has a `PATCH_BYTES` and a `MERGE_SIZE` of its
-own; a test compares them with these.
+Knows `config.json`, `preprocessor_config.json` and `video_preprocessor_config.json`; not arrays.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from pipeline.checkpoint.locate import read_json
-from pipeline.conversation import MediumKind
+from pipeline.checkpoint.families.family import MERGE_SIZE, TEMPORAL_PATCH_SIZE, Family
+from pipeline.checkpoint.locate import read_family, read_json
 from pipeline.errors import CheckpointError
 
-PATCH_SIZE = 14
-"""Pixels of a patch's side."""
-TEMPORAL_PATCH_SIZE = 2
-"""Frames that make one temporal step."""
-MERGE_SIZE = 2
-"""Patches on each side of the block that becomes one visual token."""
-PATCH_BYTES: dict[MediumKind, int] = {
-    "image": 3 * PATCH_SIZE * PATCH_SIZE,
-    "video": 3 * PATCH_SIZE * PATCH_SIZE * TEMPORAL_PATCH_SIZE,
-}
-"""Bytes of one patch. An image's two temporal halves are equal, so it has only one."""
 
+def read_processor(model_path: str, *, revision: str | None = None) -> Family:
+    """The checkpoint's family, with the bounds and the normalization that the checkpoint states.
 
-@dataclass(frozen=True)
-class ProcessorFacts:
-    """Bounds on the area after resizing, in pixels, and the normalization. The defaults are the published values."""
-
-    min_pixels: int = 56 * 56
-    max_pixels: int = 28 * 28 * 1280
-    video_min_pixels: int = 128 * 28 * 28
-    video_max_pixels: int = 768 * 28 * 28
-    image_mean: tuple[float, ...] | None = None
-    """Of each channel; None where the checkpoint does not say: CLIP's, which are the engine's default."""
-    image_std: tuple[float, ...] | None = None
-
-
-def read_processor_facts(model_path: str, *, revision: str | None = None) -> ProcessorFacts:
-    """Facts from `preprocessor_config.json` (images) and, if there is one, `video_preprocessor_config.json` (videos).
-
-    Raises CheckpointError when the first is missing, or describes another family's patches.
+    Raises CheckpointError when preprocessor_config.json is missing, or describes other patches than the family's.
     """
+    family = read_family(model_path, revision=revision)
     image = read_json(model_path, "preprocessor_config.json", revision)
     if image is None:
         raise CheckpointError(
             f"can't find preprocessor_config.json in {model_path!r}: "
-            "set model.path to a folder with a Qwen2-VL checkpoint or to a hub name"
+            f"set model.path to a folder with a {family.title} checkpoint or to a hub name"
         )
-    geometry = {"patch_size": PATCH_SIZE, "temporal_patch_size": TEMPORAL_PATCH_SIZE, "merge_size": MERGE_SIZE}
+    geometry = {
+        "patch_size": family.patch_size,
+        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+        "merge_size": MERGE_SIZE,
+    }
     for name, expected in geometry.items():
         if image.get(name, expected) != expected:
-            raise CheckpointError(f"{model_path!r} has {name} {image[name]}; Qwen2-VL has {expected}")
+            raise CheckpointError(f"{model_path!r} has {name} {image[name]}; {family.title} has {expected}")
     video = read_json(model_path, "video_preprocessor_config.json", revision) or {}
-    default = ProcessorFacts()
-    return ProcessorFacts(
-        *_bounds(image, default.min_pixels, default.max_pixels),
-        *_bounds(video, default.video_min_pixels, default.video_max_pixels),
-        image_mean=tuple(image["image_mean"]) if "image_mean" in image else None,
-        image_std=tuple(image["image_std"]) if "image_std" in image else None,
+    min_pixels, max_pixels = _bounds(image, family.min_pixels, family.max_pixels)
+    video_min_pixels, video_max_pixels = _bounds(video, family.video_min_pixels, family.video_max_pixels)
+    return replace(
+        family,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        video_min_pixels=video_min_pixels,
+        video_max_pixels=video_max_pixels,
+        image_mean=tuple(image.get("image_mean") or family.image_mean),
+        image_std=tuple(image.get("image_std") or family.image_std),
     )
 
 

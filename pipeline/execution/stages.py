@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 
 from pipeline.checkpoint.cache import DEFAULT_FOLDER, ModelCache
+from pipeline.checkpoint.families.family import Family
 from pipeline.checkpoint.locate import check_model, resolve_model
-from pipeline.checkpoint.processor import ProcessorFacts, read_processor_facts
+from pipeline.checkpoint.processor import read_processor
 from pipeline.config import CaptionConfig, InputConfig, MediaConfig
 from pipeline.engine import EngineOptions
 from pipeline.errors import ConfigError
@@ -82,21 +83,21 @@ def check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -
         check_columns(manifest.schema.names, message_options(config))
     local = model_cache(config).local(model_path, weights=False)  # looks at a bucket's listing for the weights
     check_model(local, revision=config.model.revision, weights=local == model_path)
-    media_options(config.media, read_processor_facts(local, revision=config.model.revision))
+    media_options(config.media, read_processor(local, revision=config.model.revision))
     ChatTokenizer(local, revision=config.model.revision)
 
 
 def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> Stages:
     """The stages' options. `model_path` is what `resolve_model` made of the config's."""
     cache = model_cache(config)
-    facts = read_processor_facts(cache.local(model_path, weights=False), revision=config.model.revision)
+    family = read_processor(cache.local(model_path, weights=False), revision=config.model.revision)
     messages, kept = message_options(config), kept_schema(config, manifest)
     preprocess = PreprocessOptions(
         model_path=model_path,
         revision=config.model.revision,
         messages=messages,
         add_vision_id=config.prompt.add_vision_id,
-        media=media_options(config.media, facts),
+        media=media_options(config.media, family),
         fetch=fetch_options(config.input, config.media, manifest.base),
         sampling=asdict(config.sampling),
         kept=kept,
@@ -107,8 +108,8 @@ def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> 
         revision=config.model.revision,
         dtype=config.model.dtype,
         device=config.model.device,
-        image_mean=facts.image_mean,
-        image_std=facts.image_std,
+        image_mean=family.image_mean,
+        image_std=family.image_std,
         image_processor=config.media.resize,
         **asdict(config.engine),
     )
@@ -145,18 +146,18 @@ def kept_schema(config: CaptionConfig, manifest: Manifest) -> pa.Schema:
     return pa.schema([manifest.schema.field(name) for name in config.input.keep if name in manifest.schema.names])
 
 
-def media_options(media: MediaConfig, facts: ProcessorFacts) -> MediaOptions:
+def media_options(media: MediaConfig, family: Family) -> MediaOptions:
     """The config's, with the checkpoint's bounds where it has none. Raises ConfigError when they exclude each other."""
     values = media.model_dump()
     for name in ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"):
-        values[name] = values[name] or getattr(facts, name)
+        values[name] = values[name] or getattr(family, name)
     for low, high in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):
         if values[low] > values[high]:
             raise ConfigError(
                 f"media.{low} is {values[low]} and media.{high} {values[high]}; the first must not be larger "
                 "(where the config says nothing, the checkpoint's bound holds)"
             )
-    return MediaOptions(**values)
+    return MediaOptions(family=family, **values)
 
 
 def fetch_options(source: InputConfig, media: MediaConfig, base: str) -> FetchOptions:

@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipeline.checkpoint.processor import MERGE_SIZE, PATCH_BYTES
+from pipeline.checkpoint.families import DEFAULT_FAMILY
+from pipeline.checkpoint.families.family import MERGE_SIZE
 
 BYTES_PER_VALUE = 2
 """Of a weight, key or value in bfloat16 or float16."""
 VISION_MLP_RATIO = 4
-PATCH_VALUES = PATCH_BYTES["video"]
+PATCH_VALUES = DEFAULT_FAMILY.patch_bytes("video")
 PATCHES_PER_TOKEN = MERGE_SIZE**2
 
 

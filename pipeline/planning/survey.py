@@ -19,7 +19,6 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from pipeline.checkpoint.processor import PATCH_BYTES
 from pipeline.conversation import MediumPart
 from pipeline.engine import check_length, parse_sampling
 from pipeline.errors import MediaTimeout, SettingError, as_row_error
@@ -145,7 +144,7 @@ def add_costs(row: SampledRow, headers: Sequence[MediumHeader]) -> None:
     row.grids = tuple(header.size.grid_thw for header in headers)
     for header in headers:
         source_pixels = header.width * header.height
-        patch_bytes = math.prod(header.size.grid_thw) * PATCH_BYTES[header.kind]
+        patch_bytes = math.prod(header.size.grid_thw) * header.size.patch_bytes
         seconds = _SHOW_S_PER_PIXEL * patch_bytes / 3
         if header.kind == "video":
             seconds += source_pixels * _VIDEO_DECODE_S_PER_PIXEL * header.num_decoded

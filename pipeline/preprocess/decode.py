@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from pipeline.checkpoint.processor import PATCH_BYTES, TEMPORAL_PATCH_SIZE
+from pipeline.checkpoint.families.family import TEMPORAL_PATCH_SIZE
 from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.errors import MediaMemoryError
 from pipeline.preprocess.frame_list import unpack_frames
@@ -28,7 +28,7 @@ from pipeline.preprocess.patches import (
     resize_frames,
 )
 from pipeline.preprocess.receipt import SeenMedium, shown_source
-from pipeline.preprocess.size import ShownSize, fit_row, grid_thw, pixel_bounds
+from pipeline.preprocess.size import ShownSize, fit_row, pixel_bounds
 from pipeline.preprocess.video.frames import OpenVideo
 from pipeline.preprocess.video.listed import ListedVideo
 from pipeline.schema import MediumReceipt
@@ -65,6 +65,7 @@ class OpenMedium:
         self, kind: MediumKind, data: bytes | memoryview, settings: MediumSettings, options: MediaOptions
     ) -> None:
         self._resize = options.resize
+        self._family = options.family
         pixel_bounds(kind, settings, options)  # refused before anything is opened
         self._medium: OpenImage | _Video
         if kind == "image":
@@ -92,9 +93,10 @@ class OpenMedium:
         pixels = image.decode()
         source_height, source_width, _ = pixels.shape
         height, width = self.size.resize(source_height, source_width)
-        grid = grid_thw(1, height, width)
-        patches = allocate(math.prod(grid) * PATCH_BYTES["image"]).reshape(-1, PATCH_BYTES["image"])
-        patchify_image(resize_frames(pixels[None], height, width, resize=self._resize)[0], patches)
+        grid = self.size.grid_of(1, height, width)
+        patches = self._patches(allocate, "image", grid)
+        resized = resize_frames(pixels[None], height, width, resize=self._resize)[0]
+        patchify_image(resized, patches, patch_size=self._family.patch_size)
         sizes = (source_width, source_height, width, height)
         note = _joined(image.note, self.size.note)
         return SeenMedium(patches, MediumReceipt("image", shown_source(source), *sizes, grid, note=note))
@@ -107,24 +109,29 @@ class OpenMedium:
             if not timestamps:
                 source_height, source_width, _ = pixels.shape
                 height, width = self.size.resize(source_height, source_width)
-                steps, *grid_hw = grid_thw(self.size.num_frames, height, width)
-                patches = allocate(steps * math.prod(grid_hw) * PATCH_BYTES["video"]).reshape(-1, PATCH_BYTES["video"])
-                rest = patches
+                grid = self.size.grid_of(self.size.num_frames, height, width)
+                rest = patches = self._patches(allocate, "video", grid)
+                step_patches = math.prod(grid[1:])
             if pixels is not last_pixels:  # a frame that stays on screen for long comes repeatedly
                 last_pixels = pixels
                 resized = resize_frames(pixels[None], height, width, resize=self._resize)[0]
             timestamps.append(second)
             step.append(resized)
             if len(step) == TEMPORAL_PATCH_SIZE:
-                patchify_video(np.stack(step), rest[: math.prod(grid_hw)])
-                rest, step = rest[math.prod(grid_hw) :], []
+                patchify_video(np.stack(step), rest[:step_patches], patch_size=self._family.patch_size)
+                rest, step = rest[step_patches:], []
         if step:
-            patchify_video(np.stack(step), rest[: math.prod(grid_hw)])
-        grid = grid_thw(len(timestamps), height, width)  # fewer frames than planned where the file is damaged
+            patchify_video(np.stack(step), rest[:step_patches], patch_size=self._family.patch_size)
+        grid = self.size.grid_of(len(timestamps), height, width)  # fewer frames than planned where the file is damaged
         note = _joined(video.note, self.size.note)
         sizes = (source_width, source_height, width, height)
         receipt = MediumReceipt("video", shown_source(source), *sizes, grid, tuple(timestamps), note)
         return SeenMedium(patches[: math.prod(grid)], receipt)
+
+    def _patches(self, allocate: Allocate, kind: MediumKind, grid: tuple[int, int, int]) -> Uint8Array:
+        """Room for the patches of a grid, [patches, bytes]."""
+        patch_bytes = self._family.patch_bytes(kind)
+        return allocate(math.prod(grid) * patch_bytes).reshape(-1, patch_bytes)
 
 
 def _joined(*notes: str | None) -> str | None:

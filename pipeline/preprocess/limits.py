@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipeline.checkpoint.families.family import Family
+
 MIB = 1024 * 1024
 MAX_FETCHES = 256
 """Media of an actor that may be under way at once, slow ones included."""
@@ -19,6 +21,8 @@ MAX_FETCHES = 256
 class MediaOptions:
     """How media are seen where their row does not say otherwise, and the limits that hold for every row."""
 
+    family: Family
+    """Of the checkpoint."""
     resize: Literal["torch", "pil"]
     min_pixels: int
     max_pixels: int

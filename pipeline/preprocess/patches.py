@@ -1,9 +1,10 @@
-"""RGB uint8 frames to Qwen2-VL patches: resize and patchify.
+"""RGB uint8 frames to patches: resize and patchify.
 
 Knows arrays; not files, codecs, sizes to choose or engines. Values stay uint8 all the way to the model's device, where
 a table lookup normalizes them.
 
-Shapes: H, W resized height and width in pixels; gh, gw = H / 14, W / 14; t temporal steps; N = t * gh * gw patches.
+Shapes: H, W resized height and width in pixels; P pixels of a patch's side; gh, gw = H / P, W / P; t temporal steps;
+N = t * gh * gw patches.
 
 The patch order is what everybody gets wrong. Patches that the model merges into one visual token stand next to
 each other (merge_size 2), so a row of the grid is not a run of patches:
@@ -25,7 +26,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.checkpoint.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from pipeline.checkpoint.families.family import MERGE_SIZE, TEMPORAL_PATCH_SIZE
 
 Uint8Array: TypeAlias = npt.NDArray[np.uint8]
 Resize: TypeAlias = Literal["torch", "pil"]
@@ -81,31 +82,31 @@ def _resize_pil(frames: Uint8Array, height: int, width: int) -> Uint8Array:
     return resized
 
 
-def patchify_image(image: Uint8Array, out: Uint8Array | None = None) -> Uint8Array:
-    """Patches [gh * gw, 588] of one resized image [H, W, 3]; in each patch channel, row, column.
+def patchify_image(image: Uint8Array, out: Uint8Array | None = None, *, patch_size: int) -> Uint8Array:
+    """Patches [gh * gw, 3 * P * P] of one resized image [H, W, 3]; in each patch channel, row, column.
 
-    The two temporal halves of a still image's patch are equal, so only one is kept: 588 bytes a patch.
+    The two temporal halves of a still image's patch are equal, so only one is kept: 588 bytes a patch of 14 pixels.
     """
-    return _patchify(image[None], 1, out)
+    return _patchify(image[None], 1, out, patch_size)
 
 
-def patchify_video(frames: Uint8Array, out: Uint8Array | None = None) -> Uint8Array:
-    """Patches [t * gh * gw, 1176] of resized frames [T, H, W, 3]; in each patch channel, time, row, column.
+def patchify_video(frames: Uint8Array, out: Uint8Array | None = None, *, patch_size: int) -> Uint8Array:
+    """Patches [t * gh * gw, 6 * P * P] of resized frames [T, H, W, 3]; in each patch channel, time, row, column.
 
     An odd frame at the end is repeated, as transformers does; a single frame makes one temporal step.
     """
     if len(frames) % TEMPORAL_PATCH_SIZE:
         frames = np.concatenate([frames, frames[-1:]])
-    return _patchify(frames, TEMPORAL_PATCH_SIZE, out)
+    return _patchify(frames, TEMPORAL_PATCH_SIZE, out, patch_size)
 
 
-def _patchify(frames: Uint8Array, frames_per_step: int, out: Uint8Array | None) -> Uint8Array:
+def _patchify(frames: Uint8Array, frames_per_step: int, out: Uint8Array | None, patch_size: int) -> Uint8Array:
     num_frames, height, width, channels = frames.shape
-    block = MERGE_SIZE * PATCH_SIZE
+    block = MERGE_SIZE * patch_size
     steps, blocks_h, blocks_w = num_frames // frames_per_step, height // block, width // block
     # t, tp, bh, mh, ph, bw, mw, pw, c -> t, bh, bw, mh, mw, c, tp, ph, pw
     view = frames.reshape(
-        steps, frames_per_step, blocks_h, MERGE_SIZE, PATCH_SIZE, blocks_w, MERGE_SIZE, PATCH_SIZE, channels
+        steps, frames_per_step, blocks_h, MERGE_SIZE, patch_size, blocks_w, MERGE_SIZE, patch_size, channels
     ).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
     shape = (math.prod(view.shape[:5]), math.prod(view.shape[5:]))
     if out is None:

@@ -21,7 +21,8 @@ class SeenMedium:
     """What the model gets of one medium."""
 
     patches: npt.NDArray[np.uint8]
-    """[patches, 588] for an image, whose two temporal halves are equal; [patches, 1176] for a video."""
+    """[patches, bytes]: 588 bytes for an image of patches of 14 pixels, whose two temporal halves are equal, and 1,176
+    for a video."""
     receipt: MediumReceipt
 
 

@@ -11,13 +11,11 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from pipeline.checkpoint.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from pipeline.checkpoint.families.family import MERGE_SIZE, TEMPORAL_PATCH_SIZE
 from pipeline.conversation import VIDEO_SETTINGS, MediumKind, MediumSettings
 from pipeline.errors import AspectRatioError, DecompressionBomb, SettingError, UnsupportedMedia
 from pipeline.preprocess.limits import MediaOptions
 
-FACTOR = PATCH_SIZE * MERGE_SIZE
-"""Sides of a resized medium are multiples of this many pixels."""
 MAX_ASPECT_RATIO = 200
 # transformers never caps a video's frames below this multiple of their least area.
 _CAP_SLACK = 1.05
@@ -42,8 +40,8 @@ def _check_aspect_ratio(width: int, height: int) -> None:
         )
 
 
-def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size (height, width) in pixels at which the model sees a medium: multiples of 28, area within bounds.
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size (height, width) in pixels at which the model sees a medium: multiples of `factor`, area within bounds.
 
     Equal to transformers' function of the same name, banker's rounding and all, except that a side which it
     rounds to 0 (possible only where `min_pixels` is 0) is an error here.
@@ -52,20 +50,20 @@ def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -
     if height < 1 or width < 1:
         raise UnsupportedMedia(f"the medium is {width}x{height} pixels; both sides must be at least 1")
     _check_aspect_ratio(width, height)
-    resized_height = round(height / FACTOR) * FACTOR
-    resized_width = round(width / FACTOR) * FACTOR
+    resized_height = round(height / factor) * factor
+    resized_width = round(width / factor) * factor
     if resized_height * resized_width > max_pixels:
         beta = math.sqrt((height * width) / max_pixels)
-        resized_height = max(FACTOR, math.floor(height / beta / FACTOR) * FACTOR)
-        resized_width = max(FACTOR, math.floor(width / beta / FACTOR) * FACTOR)
+        resized_height = max(factor, math.floor(height / beta / factor) * factor)
+        resized_width = max(factor, math.floor(width / beta / factor) * factor)
     elif resized_height * resized_width < min_pixels:
         beta = math.sqrt(min_pixels / (height * width))
-        resized_height = math.ceil(height * beta / FACTOR) * FACTOR
-        resized_width = math.ceil(width * beta / FACTOR) * FACTOR
+        resized_height = math.ceil(height * beta / factor) * factor
+        resized_width = math.ceil(width * beta / factor) * factor
     if not resized_height or not resized_width:
         raise UnsupportedMedia(
             f"{width}x{height} pixels rounds to {resized_width}x{resized_height} at min_pixels {min_pixels}; "
-            f"set min_pixels to at least {FACTOR * FACTOR}"
+            f"set min_pixels to at least {factor * factor}"
         )
     return resized_height, resized_width
 
@@ -79,9 +77,9 @@ def video_max_pixels(*, num_frames: int, min_pixels: int, max_pixels: int, total
     return max(min(max_pixels, total_pixels * TEMPORAL_PATCH_SIZE // num_frames), int(min_pixels * _CAP_SLACK))
 
 
-def grid_thw(num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+def grid_thw(num_frames: int, height: int, width: int, *, patch_size: int) -> tuple[int, int, int]:
     """(t, gh, gw) of `num_frames` frames (1 for an image) at a resized height and width in pixels."""
-    return math.ceil(num_frames / TEMPORAL_PATCH_SIZE), height // PATCH_SIZE, width // PATCH_SIZE
+    return math.ceil(num_frames / TEMPORAL_PATCH_SIZE), height // patch_size, width // patch_size
 
 
 def num_visual_tokens(grid: Sequence[int]) -> int:
@@ -93,11 +91,12 @@ def num_visual_tokens(grid: Sequence[int]) -> int:
 def pixel_bounds(kind: MediumKind, settings: MediumSettings, options: MediaOptions) -> tuple[int, int]:
     """(least, largest) area in pixels after resizing, of an image or a video's frame. Raises SettingError."""
     if kind == "video":
-        return _bounds(settings, options.video_min_pixels, options.video_max_pixels, slack=_CAP_SLACK)
+        low, high = options.video_min_pixels, options.video_max_pixels
+        return _bounds(settings, low, high, options.family.factor, slack=_CAP_SLACK)
     for name in VIDEO_SETTINGS:
         if getattr(settings, name) is not None:
             raise SettingError(f"{name} can't be applied to an image: remove it or give a video")
-    return _bounds(settings, options.min_pixels, options.max_pixels)
+    return _bounds(settings, options.min_pixels, options.max_pixels, options.family.factor)
 
 
 class ShownSize:
@@ -113,6 +112,9 @@ class ShownSize:
         options: MediaOptions,
     ) -> None:
         self.num_frames = num_frames
+        self._family = options.family
+        self.patch_bytes = options.family.patch_bytes(kind)
+        """Bytes of one patch."""
         self._source = (height, width)
         self._min_pixels, self._max_pixels = pixel_bounds(kind, settings, options)
         self._fixed: tuple[int, int] | None = None
@@ -141,12 +143,17 @@ class ShownSize:
         A size that its row sets is that of the upright picture, whatever was stored.
         """
         height, width = self._fixed or (height, width)
-        return smart_resize(height, width, min_pixels=self._min_pixels, max_pixels=self._max_pixels)
+        bounds = {"min_pixels": self._min_pixels, "max_pixels": self._max_pixels}
+        return smart_resize(height, width, factor=self._family.factor, **bounds)
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
         """Patches in time, height and width, if all frames can be decoded."""
-        return grid_thw(self.num_frames, *self.resized)
+        return self.grid_of(self.num_frames, *self.resized)
+
+    def grid_of(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Patches in time, height and width of so many frames of this resized size in pixels."""
+        return grid_thw(num_frames, height, width, patch_size=self._family.patch_size)
 
     @property
     def num_visual_tokens(self) -> int:
@@ -156,7 +163,7 @@ class ShownSize:
     def shrink(self, factor: float) -> None:
         """Lower the largest area to `factor` times the present one."""
         height, width = self.resized
-        self._max_pixels = max(FACTOR * FACTOR, int(height * width * factor))
+        self._max_pixels = max(self._family.factor**2, int(height * width * factor))
         self._min_pixels = min(self._min_pixels, self._max_pixels)
 
 
@@ -179,7 +186,7 @@ def fit_row(media: Sequence[_Sized], max_visual_tokens: int | None) -> None:
         for size in sizes:
             size.shrink(max_visual_tokens / total)
         shrunk = sum(size.num_visual_tokens for size in sizes)
-        if shrunk >= total:  # sides are multiples of 28 pixels: there is a smallest size
+        if shrunk >= total:  # sides are multiples of some pixels: there is a smallest size
             raise SettingError(
                 f"the row's {len(media)} media need at least {shrunk} visual tokens; max_visual_tokens is "
                 f"{max_visual_tokens}: raise it, or show fewer media or frames"
@@ -193,12 +200,12 @@ def fit_row(media: Sequence[_Sized], max_visual_tokens: int | None) -> None:
             )
 
 
-def _bounds(settings: MediumSettings, low: int, high: int, *, slack: float = 1.0) -> tuple[int, int]:
+def _bounds(settings: MediumSettings, low: int, high: int, factor: int, *, slack: float = 1.0) -> tuple[int, int]:
     """(min_pixels, max_pixels) of a medium; where its row sets one bound, the job's other bound gives way."""
     for name in ("min_pixels", "max_pixels"):
         value = getattr(settings, name)
-        if value is not None and value < FACTOR * FACTOR:
-            raise SettingError(f"{name} is {value}; expected at least {FACTOR * FACTOR}, one visual token")
+        if value is not None and value < factor**2:
+            raise SettingError(f"{name} is {value}; expected at least {factor**2}, one visual token")
     if (
         settings.min_pixels is not None
         and settings.max_pixels is not None

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.checkpoint.processor import ProcessorFacts
+from pipeline.checkpoint.families import DEFAULT_FAMILY
 from pipeline.config import InputConfig, MediaConfig
 from pipeline.conversation import MediumKind
 from pipeline.errors import FetchError, JobError, RowError
@@ -70,7 +70,7 @@ class ThumbnailMaker:
 
     @cached_property
     def _worker(self) -> MediaWorker:
-        return MediaWorker(media_options(self._media, ProcessorFacts()))
+        return MediaWorker(media_options(self._media, DEFAULT_FAMILY))
 
     def thumbnails(self, row: Mapping[str, Any], max_media: int = 4) -> list[Thumbnail]:
         """One for each of the first media of a result row."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoint.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from pipeline.checkpoint.families.family import MERGE_SIZE, TEMPORAL_PATCH_SIZE
+from pipeline.checkpoint.families.qwen2_vl import QWEN2_VL
 from pipeline.demo import CHECKPOINT
 from pipeline.preprocess.prompt import END_OF_TEXT, IMAGE_PAD, TURN_END, VIDEO_PAD, VISION_END, VISION_START
 
@@ -55,7 +56,7 @@ def model_config(vocab_size: int, token_ids: dict[str, int]) -> Qwen2VLConfig:
             "num_heads": 4,
             "mlp_ratio": 4,
             "hidden_size": 192,
-            "patch_size": PATCH_SIZE,
+            "patch_size": QWEN2_VL.patch_size,
             "temporal_patch_size": TEMPORAL_PATCH_SIZE,
             "spatial_merge_size": MERGE_SIZE,
             "initializer_range": 0.04,

@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.checkpoint.families.qwen2_vl import QWEN2_VL
 from pipeline.conversation import MediumKind, MediumPart, Message, Text
 from pipeline.demo.clips import decode_clip, encode_clip, halve_chroma, sampled_frames
 from pipeline.demo.scenes import Clip, Picture, draw_clip, draw_picture
@@ -69,9 +70,10 @@ def see_media(scenes: Sequence[Scene], *, codec: bool = True) -> tuple[Medium, .
 
 def _see_picture(picture: Picture) -> Medium:
     limits = {"min_pixels": recipe.IMAGE_MIN_PIXELS, "max_pixels": recipe.IMAGE_MAX_PIXELS}
-    height, width = smart_resize(picture.height, picture.width, **limits)
+    height, width = smart_resize(picture.height, picture.width, factor=QWEN2_VL.factor, **limits)
     pixels = resize_frames(draw_picture(picture)[None], height, width)[0]
-    return Medium("image", grid_thw(1, height, width), patchify_image(pixels))
+    patches = patchify_image(pixels, patch_size=QWEN2_VL.patch_size)
+    return Medium("image", grid_thw(1, height, width, patch_size=QWEN2_VL.patch_size), patches)
 
 
 def _see_clip(clip: Clip, *, codec: bool) -> Medium:
@@ -81,8 +83,9 @@ def _see_clip(clip: Clip, *, codec: bool) -> Medium:
     else:
         frames = halve_chroma(draw_clip(clip, chosen))
     limits = {"min_pixels": recipe.VIDEO_MIN_PIXELS, "max_pixels": recipe.VIDEO_MAX_PIXELS}
-    height, width = smart_resize(clip.height, clip.width, **limits)
-    return Medium("video", grid_thw(len(frames), height, width), patchify_video(resize_frames(frames, height, width)))
+    height, width = smart_resize(clip.height, clip.width, factor=QWEN2_VL.factor, **limits)
+    patches = patchify_video(resize_frames(frames, height, width), patch_size=QWEN2_VL.patch_size)
+    return Medium("video", grid_thw(len(frames), height, width, patch_size=QWEN2_VL.patch_size), patches)
 
 
 @lru_cache(maxsize=20_000)

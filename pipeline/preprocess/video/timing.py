@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.checkpoint.processor import TEMPORAL_PATCH_SIZE
+from pipeline.checkpoint.families.family import TEMPORAL_PATCH_SIZE
 from pipeline.conversation import MediumSettings
 from pipeline.errors import SettingError
 from pipeline.preprocess.limits import MediaOptions

@@ -168,9 +168,9 @@ class Scenes:
     def _see_picture(self, picture: Picture) -> Medium:
         frame = draw_picture(picture)
         limits = (recipe.IMAGE_MIN_PIXELS, recipe.IMAGE_MAX_PIXELS)
-        height, width = smart_resize(*frame.shape[:2], min_pixels=limits[0], max_pixels=limits[1])
-        patches = patchify_image(resize_frames(frame[None], height, width, resize="pil")[0])
-        medium = Medium("image", grid_thw(1, height, width), patches)
+        height, width = smart_resize(*frame.shape[:2], factor=28, min_pixels=limits[0], max_pixels=limits[1])
+        patches = patchify_image(resize_frames(frame[None], height, width, resize="pil")[0], patch_size=14)
+        medium = Medium("image", grid_thw(1, height, width, patch_size=14), patches)
         self._pixels[id(medium)] = self._process(frame, medium, limits)
         return medium
 
@@ -180,9 +180,9 @@ class Scenes:
         )
         frames = draw_clip(clip, chosen)
         limits = (recipe.VIDEO_MIN_PIXELS, recipe.VIDEO_MAX_PIXELS)
-        height, width = smart_resize(*frames.shape[1:3], min_pixels=limits[0], max_pixels=limits[1])
-        patches = patchify_video(resize_frames(frames, height, width, resize="pil"))
-        medium = Medium("video", grid_thw(len(frames), height, width), patches)
+        height, width = smart_resize(*frames.shape[1:3], factor=28, min_pixels=limits[0], max_pixels=limits[1])
+        patches = patchify_video(resize_frames(frames, height, width, resize="pil"), patch_size=14)
+        medium = Medium("video", grid_thw(len(frames), height, width, patch_size=14), patches)
         # A still is a frame twice, so two stills give the two halves of a step.
         halves = [self._process(frame, medium, limits).reshape(-1, 3, 2, 196)[:, :, 0] for frame in frames]
         steps = [np.stack(pair, axis=2) for pair in zip(halves[::2], halves[1::2], strict=True)]

@@ -55,8 +55,10 @@ def test_a_videos_patches_are_those_of_its_frames_resized_together() -> None:
     for options in (media_options(), media_options(resize="pil")):
         seen = see("video", data, options, num_frames=7)
         frames = decode_video(data, MediumSettings(num_frames=7), options)
-        height, width = smart_resize(64, 96, min_pixels=options.video_min_pixels, max_pixels=options.video_max_pixels)
-        expected = patchify_video(resize_frames(frames.frames, height, width, resize=options.resize))
+        height, width = smart_resize(
+            64, 96, factor=28, min_pixels=options.video_min_pixels, max_pixels=options.video_max_pixels
+        )
+        expected = patchify_video(resize_frames(frames.frames, height, width, resize=options.resize), patch_size=14)
         assert np.array_equal(seen.patches, expected)
         assert seen.receipt.timestamps == frames.timestamps and seen.receipt.grid_thw[0] == 4
 
@@ -103,7 +105,9 @@ def test_a_list_of_frames_is_a_video_of_these_frames(tmp_path: Path) -> None:
     seen = see("video", data, fps=4.0)
     receipt = seen.receipt
     assert receipt.timestamps == (0.0, 0.25, 0.5, 0.75, 1.0) and receipt.grid_thw[0] == 3 and receipt.note is None
-    expected = patchify_video(resize_frames(np.stack(pictures), receipt.resized_height, receipt.resized_width))
+    expected = patchify_video(
+        resize_frames(np.stack(pictures), receipt.resized_height, receipt.resized_width), patch_size=14
+    )
     assert np.array_equal(seen.patches, expected)
     assert source_name(source) == "5 frames: 0.png"
     first = RangedFile(RangedSource(len(source[4]), lambda start, stop: bytes(source[4][start:stop])), seconds=9.0)

@@ -6,6 +6,7 @@ The torchvision processors' values are in golden/; this file compares with trans
 from __future__ import annotations
 
 import io
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,15 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as refere
 
 from pipeline.conversation import MediumSettings
 from pipeline.engine.pixels import pixel_table
+from pipeline.preprocess import patches as patches_module
 from pipeline.preprocess.decode import see_medium
-from pipeline.preprocess.patches import _interpolate, patchify_image, patchify_video, resize_frames
+from pipeline.preprocess.patches import _interpolate, resize_frames
 from pipeline.preprocess.size import grid_thw, num_visual_tokens
 from tests.options import media_options
 from tests.unit.preprocess.golden import cases
+
+patchify_image = partial(patches_module.patchify_image, patch_size=14)
+patchify_video = partial(patches_module.patchify_video, patch_size=14)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,7 +55,7 @@ def test_an_odd_frame_at_the_end_is_repeated_and_one_frame_makes_one_step() -> N
     frames = np.random.default_rng(4).integers(0, 256, (3, 28, 28, 3), dtype=np.uint8)
     assert np.array_equal(patchify_video(frames), patchify_video(frames[[0, 1, 2, 2]]))
     assert np.array_equal(patchify_video(frames[:1]), patchify_video(frames[[0, 0]]))
-    assert grid_thw(3, 28, 28) == (2, 2, 2) and grid_thw(1, 28, 28) == (1, 2, 2)
+    assert grid_thw(3, 28, 28, patch_size=14) == (2, 2, 2) and grid_thw(1, 28, 28, patch_size=14) == (1, 2, 2)
     assert num_visual_tokens((2, 2, 2)) == 2
 
 

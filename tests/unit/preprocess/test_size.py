@@ -19,15 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as reference
 
-from pipeline.checkpoint import processor
+from pipeline.checkpoint.families import DEFAULT_FAMILY, family
 from pipeline.conversation import MediumSettings
 from pipeline.engine import PATCH_BYTES
 from pipeline.engine.sequence import MERGE_SIZE
 from pipeline.errors import AspectRatioError, DecompressionBomb, UnsupportedMedia
-from pipeline.preprocess.size import FACTOR, ShownSize, check_source_size, pixel_bounds, smart_resize, video_max_pixels
+from pipeline.preprocess.size import ShownSize, check_source_size, pixel_bounds, smart_resize, video_max_pixels
 from tests.options import media_options
 
 MAX_PIXELS = 12_845_056
+FACTOR = 28
 
 
 def test_smart_resize_equals_transformers_for_a_hundred_thousand_sizes() -> None:
@@ -41,7 +42,7 @@ def test_smart_resize_equals_transformers_for_a_hundred_thousand_sizes() -> None
             "max_pixels": rng.choice([28 * 28 * 1280, 602_112, MAX_PIXELS]),
         }
         expected = reference.smart_resize(height, width, **bounds)
-        assert smart_resize(height, width, **bounds) == expected, (height, width, bounds)
+        assert smart_resize(height, width, factor=FACTOR, **bounds) == expected, (height, width, bounds)
 
 
 @pytest.mark.parametrize(
@@ -59,17 +60,17 @@ def test_smart_resize_equals_transformers_for_a_hundred_thousand_sizes() -> None
     ],
 )
 def test_smart_resize_of_tiny_and_long_sizes_is_pinned(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert smart_resize(*size, min_pixels=3136, max_pixels=MAX_PIXELS) == expected
-    assert smart_resize(*size[::-1], min_pixels=3136, max_pixels=MAX_PIXELS) == expected[::-1]
+    assert smart_resize(*size, factor=FACTOR, min_pixels=3136, max_pixels=MAX_PIXELS) == expected
+    assert smart_resize(*size[::-1], factor=FACTOR, min_pixels=3136, max_pixels=MAX_PIXELS) == expected[::-1]
 
 
 def test_smart_resize_refuses_what_the_model_cannot_see() -> None:
     with pytest.raises(AspectRatioError, match=r"2613x13 pixels is 201:1; the model takes at most 200:1"):
-        smart_resize(13, 2613, min_pixels=3136, max_pixels=MAX_PIXELS)
+        smart_resize(13, 2613, factor=FACTOR, min_pixels=3136, max_pixels=MAX_PIXELS)
     with pytest.raises(UnsupportedMedia, match="at least 1"):
-        smart_resize(0, 5, min_pixels=3136, max_pixels=MAX_PIXELS)
+        smart_resize(0, 5, factor=FACTOR, min_pixels=3136, max_pixels=MAX_PIXELS)
     with pytest.raises(UnsupportedMedia, match="set min_pixels to at least 784"):
-        smart_resize(5, 5, min_pixels=0, max_pixels=MAX_PIXELS)
+        smart_resize(5, 5, factor=FACTOR, min_pixels=0, max_pixels=MAX_PIXELS)
 
 
 def test_a_source_is_refused_by_its_pixels_and_its_shape_before_it_is_decoded() -> None:
@@ -89,7 +90,7 @@ def test_resized_sides_are_multiples_of_28_within_the_bounds(height: int, width:
     if max(height, width) > 200 * min(height, width):
         return
     least, most = low * FACTOR * FACTOR, high * FACTOR * FACTOR
-    resized_height, resized_width = smart_resize(height, width, min_pixels=least, max_pixels=most)
+    resized_height, resized_width = smart_resize(height, width, factor=FACTOR, min_pixels=least, max_pixels=most)
     assert resized_height % FACTOR == resized_width % FACTOR == 0 and resized_height and resized_width
     if height * width > 2 * most and min(resized_height, resized_width) > FACTOR:
         assert resized_height * resized_width <= most
@@ -131,7 +132,8 @@ def test_a_row_bound_within_the_jobs_leaves_the_other_bound_alone() -> None:
 
 
 def test_the_engine_and_preprocessing_agree_on_the_size_of_a_patch() -> None:
-    assert processor.PATCH_BYTES == PATCH_BYTES and processor.MERGE_SIZE == MERGE_SIZE
+    assert MERGE_SIZE == family.MERGE_SIZE
+    assert {kind: DEFAULT_FAMILY.patch_bytes(kind) for kind in PATCH_BYTES} == PATCH_BYTES
 
 
 @pytest.mark.parametrize(
@@ -147,5 +149,5 @@ def test_where_the_two_references_differ_ours_is_that_of_transformers(
     size: tuple[int, int], bounds: tuple[int, int], ours: tuple[int, int], qwen_vl_utils: tuple[int, int]
 ) -> None:
     least, most = bounds
-    assert smart_resize(*size, min_pixels=least, max_pixels=most) == ours != qwen_vl_utils
+    assert smart_resize(*size, factor=FACTOR, min_pixels=least, max_pixels=most) == ours != qwen_vl_utils
     assert reference.smart_resize(*size, min_pixels=least, max_pixels=most) == ours

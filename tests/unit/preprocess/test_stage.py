@@ -63,7 +63,7 @@ def test_patches_and_ids_are_those_of_the_steps_by_hand(stage: PreprocessStage) 
     data = png(100, 60)
     (row,) = stage(unit([{"image": data, "prompt": "What?"}])).to_pylist()
     pixels = np.asarray(Image.open(io.BytesIO(data)))
-    expected = patchify_image(resize_frames(pixels[None], 56, 112)[0])
+    expected = patchify_image(resize_frames(pixels[None], 56, 112)[0], patch_size=14)
     assert row["media"][0]["grid_thw"] == [1, 4, 8]
     assert np.array_equal(np.frombuffer(row["patches"], np.uint8).reshape(-1, 588), expected)
     assert row["num_visual_tokens"] == 8

@@ -65,9 +65,9 @@ def test_videos_are_bit_equal_to_the_torchvision_processor_with_its_total_pixel_
             max_pixels=case.max_pixels,
             total_pixels=int(case.max_video_tokens * 28 * 28 * 0.9),
         )
-        height, width = smart_resize(case.height, case.width, min_pixels=case.min_pixels, max_pixels=most)
-        patches = patchify_video(resize_frames(cases.make_video(case), height, width))
-        ours = [*grid_thw(case.num_frames, height, width), digest(pixel_values(patches, 2))]
+        height, width = smart_resize(case.height, case.width, factor=28, min_pixels=case.min_pixels, max_pixels=most)
+        patches = patchify_video(resize_frames(cases.make_video(case), height, width), patch_size=14)
+        ours = [*grid_thw(case.num_frames, height, width, patch_size=14), digest(pixel_values(patches, 2))]
         if ours != GOLDEN["videos"][cases.key(case)]:
             wrong.append((cases.key(case), ours, GOLDEN["videos"][cases.key(case)]))
     assert not wrong, f"{len(wrong)} of {len(GOLDEN['videos'])} differ, first {wrong[:3]}"

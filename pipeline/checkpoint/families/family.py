@@ -1,0 +1,55 @@
+"""What differs between model families outside the forward pass.
+
+A rule is named here and written where its subject is: sizes in preprocess/size.py, frame sampling in
+preprocess/video/timing.py, prompts in preprocess/prompt.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.conversation import MediumKind
+
+MERGE_SIZE = 2
+"""Patches on each side of the block that becomes one visual token, in every family."""
+TEMPORAL_PATCH_SIZE = 2
+"""Frames that make one temporal step, in every family."""
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family, or one of its checkpoints where the checkpoint's own processor config says otherwise."""
+
+    model_type: str
+    """As in config.json."""
+    title: str
+    """As people write it."""
+    patch_size: int
+    """Pixels of a patch's side."""
+    min_pixels: int
+    """Least area of an image after resizing."""
+    max_pixels: int
+    video_min_pixels: int
+    video_max_pixels: int
+    video_area: Literal["frame", "video"]
+    """Whether a video's bounds are those of a frame, which is then also capped by an even share of a total, or of all
+    its frames together."""
+    frame_sampling: Literal["steps", "ends"]
+    """Frames at equal steps from the first and an even number of them, or spread from the first to the last."""
+    video_prompt: Literal["one run", "timed steps"]
+    """A video's tokens stand in one run, or each temporal step by itself after its time in seconds."""
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    """Of each channel, for normalization."""
+    image_std: tuple[float, ...] = CLIP_STD
+
+    @property
+    def factor(self) -> int:
+        """Sides of a resized medium are multiples of this many pixels."""
+        return self.patch_size * MERGE_SIZE
+
+    def patch_bytes(self, kind: MediumKind) -> int:
+        """Bytes of one patch. An image's two temporal halves are equal, so it has only one."""
+        return 3 * self.patch_size**2 * (TEMPORAL_PATCH_SIZE if kind == "video" else 1)
