@@ -21,7 +21,7 @@ from jobs.report import write_report
 from pipeline.config import CaptionConfig, RunConfig
 from pipeline.errors import OutputError
 from pipeline.evaluation.canaries import compare_canaries
-from pipeline.evaluation.layout import prepare_manifest
+from pipeline.evaluation.published_set import prepare_manifest
 from pipeline.evaluation.run_folder import score_folder
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.settings import EvaluateSection

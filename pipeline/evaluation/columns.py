@@ -53,13 +53,13 @@ def answer_texts(value: Any) -> list[str]:
     if isinstance(value, str) and not all(item is None or isinstance(item, str | Mapping) for item in items):
         items = [value]
     answers = (plain(item.get("answer", item) if isinstance(item, Mapping) else item) for item in items)
-    texts = [_text(answer) for answer in answers if answer is not None]
+    texts = [plain_text(answer) for answer in answers if answer is not None]
     return texts if any(text.strip() for text in texts) else []
 
 
 def option_texts(value: Any) -> list[str]:
     """The options' texts. A missing one is empty, so that the others keep their letters; missing ones at the end go."""
-    texts = [_text(item) for item in map(plain, as_list(value))]
+    texts = list(map(plain_text, as_list(value)))
     while texts and not texts[-1].strip():
         texts.pop()
     return texts
@@ -82,6 +82,8 @@ def as_list(value: Any) -> list[Any]:
     return [value]
 
 
-def _text(value: Any) -> str:
+def plain_text(value: Any) -> str:
+    """A value as text, empty for null; a whole number has no point."""
+    value = plain(value)
     text = as_text(value)
     return "" if value is None else str(value) if text is None else text

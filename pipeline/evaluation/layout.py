@@ -2,43 +2,31 @@
 
     {question, options, answer: 1, image}  -->  {prompt: "...\nA. cat\nB. dog", choices, reference: ["B"], images}
 
-The result is a manifest in our own column names, written as Parquet files, so that a run over it resumes like any
-other. Templates are plain format strings over columns, and a line whose columns are all empty is left out.
-Knows rows and columns; not media, models or scores.
+The result is a row of a manifest in our own column names. Templates are plain format strings over columns, and a line
+whose columns are all empty is left out. Knows rows and columns; not files, media, models or scores.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import string
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline import storage
-from pipeline.config import InputConfig, Section
+from pipeline.config import Section
 from pipeline.errors import ManifestError
-from pipeline.evaluation.columns import answer_texts, as_list, option_texts
+from pipeline.evaluation.columns import answer_texts, option_texts, plain_text
 from pipeline.evaluation.metrics.choice import LETTERS
-from pipeline.manifest.files import Manifest
-from pipeline.manifest.find import open_manifest
-from pipeline.manifest.formats import read_units
+from pipeline.schema import RESULT_COLUMNS
 
-_ROWS_PER_BATCH = 64
-_ROWS_PER_FILE = 20_000
-_ROWS_PER_GROUP = 200  # small, because rows hold images and readers take a few rows at a time
 _IMAGE_MARK = re.compile(r"<image (\d+)>")
 # MMBench's files went through pandas, which writes nan where a row has no hint or only two options.
 _EMPTY_TEXTS = ("", "nan")
-
-MEDIUM = pa.struct([("bytes", pa.large_binary()), ("path", pa.string())])
+_MADE_COLUMNS = ("prompt", "messages", "images", "video", "choices", "reference", "task")
 
 
 def _columns_of(template: str) -> list[str]:
@@ -58,12 +46,24 @@ def _template(text: str) -> str:
     return text
 
 
+def _row_template(text: str) -> str:
+    if not _columns_of(text):
+        raise ValueError(f"{text!r} is the same for every row; write columns in braces, as in {{{text}}}")
+    return text
+
+
 Template = Annotated[str, AfterValidator(_template)]
+RowTemplate = Annotated[str, AfterValidator(_row_template)]
 
 
 class Layout(Section):
     """How one published dataset names its columns."""
 
+    split: str | None = None
+    """The split whose rows are asked: a name, or a pattern such as `test*`. A file's name begins with its split, as in
+    `validation-00000-of-00001.parquet`, or a folder has the split's name. Required where there are several splits."""
+    split_column: str | None = None
+    """Column that holds each row's split, where file names do not tell it."""
     prompt: Template
     """The question: a format string over the dataset's columns; `{choices}` stands for the lettered options."""
     prompts: dict[str, Template] = Field(default_factory=dict)
@@ -73,7 +73,8 @@ class Layout(Section):
     image_marks: bool = False
     """Whether `<image 1>` in the prompt marks the position of an image in the text (MMMU)."""
     video: Template | None = None
-    """The video's path: a format string over the dataset's columns, as in `videos/{videoID}.mp4`."""
+    """The video's path: a format string over the dataset's columns, as in `videos/{videoID}`. The extension is that of
+    the file that is there: `.mp4`, `.MP4`, `.mkv` or another."""
     choices: list[str] = Field(default_factory=list)
     """One column with a list of options (or the text of one), or several columns with an option each."""
     choice: str = "{letter}. {text}"
@@ -82,21 +83,39 @@ class Layout(Section):
     """Column with the right answer or answers."""
     answer_is: Literal["text", "letter", "index"] = "text"
     """What the answer column holds; a letter or an index (from 0) of an option becomes a letter as the reference."""
+    no_answer: list[str] = Field(default_factory=lambda: ["?", "nan"])
+    """What the answer column holds, besides null and empty values, in rows whose answer is not published. Rows without
+    an answer are left out."""
     task: str | None = None
     """Column that names the row's task."""
-    id: str | None = None
-    """Column with the row's id."""
+    id: RowTemplate | None = None
+    """The row's id, unique in the dataset: a format string over columns, as in `{video}-{qid}`. Runs over different
+    selections of the dataset are compared by it."""
     keep: list[str] = Field(default_factory=list)
     """Further columns for slices."""
+
+    @field_validator("keep")
+    @classmethod
+    def _kept_names_are_free(cls, keep: list[str]) -> list[str]:
+        if taken := sorted(set(keep) & {*_MADE_COLUMNS, *RESULT_COLUMNS}):
+            raise ValueError(f"{', '.join(taken)} would collide with the column of that name that the layout makes")
+        return keep
+
+    @model_validator(mode="after")
+    def _names_a_split(self) -> Layout:
+        if self.split_column and not self.split:
+            raise ValueError("split_column needs split: the value of the rows to ask")
+        return self
 
     @property
     def columns(self) -> list[str]:
         """The dataset's columns that are read."""
-        templates = (self.prompt, *self.prompts.values(), self.video or "")
+        templates = (self.prompt, *self.prompts.values(), self.video or "", self.id or "")
         named = [name for template in templates for name in _columns_of(template)]
         if "choices" not in self.choices:  # in a template it is the lettered options, not a column
             named = [name for name in named if name != "choices"]
-        named += [*self.images, *self.choices, self.answer, *self.keep, self.task or "", self.id or ""]
+        named += [*self.images, *self.choices, self.answer, *self.keep]
+        named += [self.task or "", self.split_column or ""]
         return [name for name in dict.fromkeys(named) if name]
 
 
@@ -115,7 +134,7 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
 
 def _text(value: Any) -> str:
     """The value as prompt text; empty for null and for the texts by which published datasets mean it."""
-    text = "" if value is None else str(value)
+    text = plain_text(value)
     return "" if text.strip().lower() in _EMPTY_TEXTS else text
 
 
@@ -131,22 +150,30 @@ def manifest_row(layout: Layout, row: Mapping[str, Any], base: str | None = None
         if text
     )
     task = _text(row.get(layout.task)) if layout.task else None
-    prompt = fill(layout.prompts.get(task or "", layout.prompt), {**row, "choices": lettered})
+    values = {name: row.get(name) for name in layout.columns if name not in layout.images}
+    prompt = fill(layout.prompts.get(task or "", layout.prompt), {**values, "choices": lettered})
     images = [_medium(row.get(name), base) for name in layout.images]
     messages = None
     if layout.image_marks:
         messages, images = _interleave(prompt, images)
     return {
-        "id": _text(row.get(layout.id)) or None if layout.id else None,
+        "id": _row_id(layout, row),
         "prompt": prompt,
         "messages": messages,
         "images": [image for image in images if image is not None],
-        "video": _absolute(fill(layout.video, row), base) if layout.video else None,
+        "video": _absolute(fill(layout.video, row), base) or None if layout.video else None,
         "choices": choices,
         "reference": _references(layout, row, choices),
         "task": task,
         **{name: _text(row.get(name)) for name in layout.keep},
     }
+
+
+def _row_id(layout: Layout, row: Mapping[str, Any]) -> str | None:
+    """None if the layout has no id, or one of its columns is empty."""
+    if not layout.id or not all(_text(row.get(name)) for name in _columns_of(layout.id)):
+        return None
+    return fill(layout.id, row)
 
 
 def _choices(layout: Layout, row: Mapping[str, Any]) -> list[str]:
@@ -160,23 +187,27 @@ def _choices(layout: Layout, row: Mapping[str, Any]) -> list[str]:
 
 
 def _references(layout: Layout, row: Mapping[str, Any], choices: Sequence[str]) -> list[str]:
+    """The right answers as letters or texts; empty if the row has none."""
     value = row.get(layout.answer)
-    if value is None:
+    text = plain_text(value).strip()
+    if text in ("", *layout.no_answer):
         return []
-    text = str(value).strip()
-    letters = list(LETTERS[: len(choices)])
+    if layout.answer_is == "text" or (layout.answer_is == "letter" and not choices):
+        return answer_texts(value)
+    letters = dict(zip(LETTERS, choices, strict=False))
     if layout.answer_is == "index":
-        if text.isdecimal() and int(text) < len(letters):
-            return [letters[int(text)]]
-        expected = "a number from 0 on"
-    elif layout.answer_is == "letter" and choices:
-        letter = text.strip("().").upper()
-        if letter in letters:
-            return [letter]
-        expected = "the letter"
+        letter, expected = (
+            LETTERS[int(text)] if text.isdecimal() and int(text) < len(letters) else "",
+            "number, from 0,",
+        )
     else:
-        return answer_texts(as_list(value))
-    raise ManifestError(f"column {layout.answer} holds {value!r}; expected {expected} of one of {len(choices)} options")
+        letter, expected = text.strip("().").upper(), "letter"
+    if not letters.get(letter, "").strip():
+        raise ManifestError(
+            f"column {layout.answer} holds {value!r}; expected the {expected} of one of {len(choices)} options; "
+            "a value that stands for no answer belongs in evaluate.layout.no_answer"
+        )
+    return [letter]
 
 
 def _medium(value: Any, base: str | None) -> dict[str, Any] | None:
@@ -216,78 +247,3 @@ def _interleave(prompt: str, images: Sequence[Any]) -> tuple[str, list[Any]]:
     unmarked = [index for index, image in enumerate(images) if image is not None and index not in marked]
     parts = [{"type": "image"} for _ in unmarked] + [part for part in parts if part.get("text") != ""]
     return json.dumps([{"role": "user", "content": parts}]), [images[index] for index in unmarked + marked]
-
-
-def _schema(layout: Layout) -> pa.Schema:
-    strings = pa.list_(pa.string())
-    columns = {
-        "id": pa.string(),
-        "prompt": pa.string(),
-        "messages": pa.string() if layout.image_marks else None,
-        "images": pa.list_(MEDIUM) if layout.images else None,
-        "video": pa.string() if layout.video else None,
-        "choices": strings if layout.choices else None,
-        "reference": strings,
-        "task": pa.string() if layout.task else None,
-        **dict.fromkeys(layout.keep, pa.string()),
-    }
-    return pa.schema([(name, kind) for name, kind in columns.items() if kind is not None])
-
-
-def prepare_manifest(
-    layout: Layout, source: InputConfig, target: str, storage_options: storage.StorageOptions = None
-) -> InputConfig:
-    """Writes the dataset's rows as a manifest folder, unless it is there already, and returns the input that reads it.
-
-    The source is a Parquet file, or a folder or glob of them. A video's path is relative to the source's folder.
-    Raises ManifestError.
-    """
-    options = source.storage_options
-    dataset = open_manifest(source.path, format="parquet", storage_options=options, listing_path=target)
-    made_of = {"layout": layout.model_dump(mode="json"), "source": dataset.fingerprint(), "limit": source.limit}
-    marker = storage.join(target, "_layout.json")
-    try:
-        found = json.loads(storage.read_bytes(marker, storage_options))
-    except (FileNotFoundError, ValueError):
-        _write(itertools.islice(_rows(layout, dataset), source.limit), _schema(layout), target, storage_options)
-        storage.publish(marker, json.dumps(made_of, indent=2).encode(), storage_options)
-    else:
-        if found != made_of:
-            raise ManifestError(
-                f"{target} holds a manifest of another layout or source; delete it, or set evaluate.manifest_path"
-            )
-    update: dict[str, Any] = {"path": target, "format": "parquet", "columns": {}, "keep": [], "limit": None}
-    return source.model_copy(update={**update, "allow": [*source.allow, dataset.base]})
-
-
-def _write(
-    rows: Iterator[dict[str, Any]], schema: pa.Schema, target: str, storage_options: storage.StorageOptions
-) -> None:
-    """Writes the rows as Parquet files, one after the other through this machine's disk."""
-    storage.make_dir(target, storage_options)
-    for number in itertools.count():
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / "rows.parquet"
-            num_rows = _write_file(local, schema, itertools.islice(rows, _ROWS_PER_FILE))
-            if num_rows or number == 0:  # a dataset without rows becomes a manifest without rows
-                storage.publish_file(local, storage.join(target, f"rows-{number:05d}.parquet"), storage_options)
-        if num_rows < _ROWS_PER_FILE:
-            break
-
-
-def _write_file(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> int:
-    num_rows = 0
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        while group := list(itertools.islice(rows, _ROWS_PER_GROUP)):
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-            num_rows += len(group)
-    return num_rows
-
-
-def _rows(layout: Layout, dataset: Manifest) -> Iterator[dict[str, Any]]:
-    for number, file in enumerate(dataset.files):
-        starts = range(0, file.num_rows, _ROWS_PER_BATCH)
-        units = [dataset.unit(number, start, min(start + _ROWS_PER_BATCH, file.num_rows)) for start in starts]
-        for table in read_units(dataset.spec, units, columns=layout.columns):
-            for row in table.to_pylist():
-                yield manifest_row(layout, row, dataset.base)

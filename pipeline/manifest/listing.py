@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -20,13 +19,12 @@ from pipeline import storage
 from pipeline.errors import ManifestError
 from pipeline.manifest.files import MEDIA, Manifest, ManifestFile, relative
 from pipeline.manifest.formats import FORMATS, VIDEO_SUFFIXES, format_of
-from pipeline.manifest.parquet import read_footer
+from pipeline.manifest.parquet import notes_metadata, notes_of, read_footer
 from pipeline.storage import FileInfo, StorageOptions
 
 LISTING_SCHEMA = pa.schema([("id", pa.string()), ("image", pa.string()), ("video", pa.string())])
 _SOURCE_KEY = b"listed_path"
 _BASE_KEY = b"listed_base"
-_NOTES_KEY = b"listed_notes"
 _LOOKS_LIKE_URI = re.compile(r"(data|file):|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _ROWS_PER_GROUP = 10_000
 
@@ -42,7 +40,7 @@ def write_listing(
     """List the media, by their names below `base`; `notes` are kept for later runs."""
     names = [_media_name(info.path, base) for info in media]
     is_video = [info.path.lower().endswith(VIDEO_SUFFIXES) for info in media]
-    metadata = {_SOURCE_KEY: path.encode(), _BASE_KEY: base.encode(), _NOTES_KEY: json.dumps(notes).encode()}
+    metadata = {_SOURCE_KEY: path.encode(), _BASE_KEY: base.encode(), **notes_metadata(notes)}
     columns = {
         "id": [_row_id(info.path, base) for info in media],
         "image": [None if video else name for name, video in zip(names, is_video, strict=True)],
@@ -84,7 +82,7 @@ def open_listing(path: str, listing_path: str, options: StorageOptions) -> Manif
                 "choose another output.path, or set input.path back"
             )
         files.append(ManifestFile(one, footer.num_rows, info.size, info.version))
-        base, notes = metadata[_BASE_KEY].decode(), tuple(json.loads(metadata.get(_NOTES_KEY, b"[]")))
+        base, notes = metadata[_BASE_KEY].decode(), notes_of(metadata)
     return Manifest(path, MEDIA, tuple(files), LISTING_SCHEMA, base, options, notes=notes)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,7 @@ from pipeline.manifest.files import (
 )
 from pipeline.storage import FileInfo, StorageOptions
 
+_NOTES_KEY = b"manifest_notes"
 _FOOTER_THREADS_LOCAL = 8
 _FOOTER_THREADS_REMOTE = 32
 _BUFFER_WHOLE_BYTES = 128 << 20
@@ -48,16 +50,19 @@ class ParquetFormat(ManifestFormat):
     ) -> Manifest:
         threads = min(len(infos), _FOOTER_THREADS_REMOTE if storage.is_remote(path) else _FOOTER_THREADS_LOCAL)
         files = []
+        notes: dict[str, None] = {}
         types: dict[str, pa.DataType] = {}
         last = pa.schema([])
         with ThreadPoolExecutor(threads) as pool:
             for info, footer in zip(infos, pool.map(lambda info: read_footer(info, options), infos), strict=True):
                 files.append(ManifestFile(info.path, footer.num_rows, info.size, info.version, _large_groups(footer)))
                 schema = footer.schema.to_arrow_schema()
+                notes |= dict.fromkeys(notes_of(schema.metadata))
                 if not schema.equals(last):  # nearly always all files agree, and there is nothing to merge
                     _merge(types, schema, info.path)
                     last = schema
-        return Manifest(path, self.name, tuple(files), pa.schema(list(types.items())), base, options)
+        schema = pa.schema(list(types.items()))
+        return Manifest(path, self.name, tuple(files), schema, base, options, notes=tuple(notes))
 
     def read(self, spec: ManifestSpec, units: Sequence[WorkUnit], columns: Sequence[str]) -> Iterator[pa.Table]:
         with _open_file(units[0].path, spec.storage_options) as file:
@@ -72,6 +77,16 @@ class ParquetFormat(ManifestFormat):
                 pieces = list(group)
                 table = pa.Table.from_batches([batch for _, batch in pieces])
                 yield _conform(table, spec.schema, columns, pieces[0][0])
+
+
+def notes_metadata(notes: Sequence[str]) -> dict[bytes, bytes]:
+    """The notes of a manifest that this package writes, as metadata of its schema."""
+    return {_NOTES_KEY: json.dumps(notes).encode()}
+
+
+def notes_of(metadata: Mapping[bytes, bytes] | None) -> tuple[str, ...]:
+    """The notes in a schema's metadata."""
+    return tuple(json.loads((metadata or {}).get(_NOTES_KEY, b"[]")))
 
 
 def read_footer(info: FileInfo, options: StorageOptions) -> pq.FileMetaData:
