@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.preprocess.messages.values import as_text, from_json, plain, readable
+from pipeline.schema import Status
 
 
 def text_column(batch: pa.RecordBatch, name: str | None) -> pa.Array:
@@ -31,6 +33,12 @@ def text_column(batch: pa.RecordBatch, name: str | None) -> pa.Array:
 def _as_texts(column: pa.Array, name: str) -> pa.Array:
     values = (readable(value, f"the column {name}") for value in column)
     return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
+def answered_texts(batch: pa.RecordBatch) -> list[str | None]:
+    """Each row's answer; None if the row failed."""
+    answered = pc.equal(batch.column("status"), Status.OK.value).to_pylist()
+    return [text or "" if ok else None for text, ok in zip(batch.column("text").to_pylist(), answered, strict=True)]
 
 
 def reference_lists(batch: pa.RecordBatch, name: str) -> list[list[str]]:

@@ -48,6 +48,7 @@ def score_folder(
         metrics = scorer.metrics()
         if canaries is not None:
             metrics["canaries"] = canaries
+        storage.publish(records.file("metrics.json"), _as_json(metrics), storage_options)
         if baseline is not None:
             metrics["baseline"] = compare_folders(
                 folder, baseline, storage_options=storage_options, num_samples=settings.num_samples, seed=settings.seed
@@ -57,11 +58,14 @@ def score_folder(
                     f"{baseline} has no scores.parquet: score it first, "
                     f"as in `python -m jobs.evaluate --config CONFIG --run.path {baseline}`"
                 )
-        content = to_json(metrics, indent=2, inf_nan_mode="null")
-        storage.publish(records.file("metrics.json"), content, storage_options)
+            storage.publish(records.file("metrics.json"), _as_json(metrics), storage_options)
     except OSError as error:
         raise OutputError(f"can't write the scores into {folder}: {error}") from error
     return metrics
+
+
+def _as_json(metrics: Mapping[str, Any]) -> bytes:
+    return to_json(metrics, indent=2, inf_nan_mode="null")
 
 
 def _write_scores(

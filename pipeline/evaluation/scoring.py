@@ -10,6 +10,7 @@ Knows record batches and their columns; opens no file and knows no run folder.
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,19 +18,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.errors import ConfigError
-from pipeline.evaluation.columns import option_lists, reference_lists, text_column
-from pipeline.evaluation.interval import NUM_BUCKETS, Floats, Tally
+from pipeline.evaluation.columns import answered_texts, option_lists, reference_lists, text_column
+from pipeline.evaluation.interval import NUM_BUCKETS, Floats, Ints, Tally
 from pipeline.evaluation.metrics.choice import extract_letter, is_right, open_answer
 from pipeline.evaluation.metrics.cider import Cider
 from pipeline.evaluation.metrics.overlap import CorpusScore
-from pipeline.evaluation.metrics.registry import METRICS, Metric, require
+from pipeline.evaluation.metrics.registry import METRICS, Metric, corpus_score, counts_column, require
 from pipeline.evaluation.settings import ScoringSettings, known_metric
 from pipeline.evaluation.slices import OTHER, slice_order, slice_values
-from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status
+from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW
 
+METRICS_VERSION = 2
+"""Of metrics.json and scores.parquet; 2: with groups and with the counts behind corpus scores."""
 _SLICE_BUCKETS = 1_021
 _MAX_SLICE_VALUES = 50
 
@@ -52,9 +54,16 @@ class _Row(NamedTuple):
     """Empty for a row without references."""
     references: list[str]
     choices: list[str]
-    text: str
-    """Empty for a row that failed."""
-    answered: bool
+    answer: str | None
+    """None for a row that failed."""
+
+    @property
+    def answered(self) -> bool:
+        return self.answer is not None
+
+    @property
+    def text(self) -> str:
+        return self.answer or ""
 
 
 class Scorer:
@@ -64,15 +73,18 @@ class Scorer:
         for name in settings.named_metrics:
             _require_package(METRICS[name])
         self.settings = settings
+        self._corpus_metrics = [name for name in settings.possible_metrics if corpus_score(name)]
         self.schema = pa.schema(
             [
                 (MANIFEST_FILE, pa.int32()),
                 (MANIFEST_ROW, pa.int64()),
                 ("id", pa.string()),
                 ("task", pa.string()),
+                ("cluster", pa.string()),
                 ("metric", pa.string()),
                 ("score", pa.float64()),
                 *((name, pa.float64()) for name in settings.possible_metrics),
+                *((counts_column(name), pa.list_(pa.int32())) for name in self._corpus_metrics),
             ]
         )
         self._cider = Cider()
@@ -99,22 +111,20 @@ class Scorer:
         self._num_rows += len(rows)
         self._num_errors += sum(not row.answered for row in rows)
         self._num_without_reference += sum(not row.references for row in rows)
+        clusters = text_column(batch, self.settings.cluster)
+        groups = _group_numbers(clusters, self._num_rows) if self.settings.cluster else None
         slices = {name: self._slice_values(batch, name) for name in self._slices}
         indices: dict[str, list[int]] = defaultdict(list)
         for index, row in enumerate(rows):
             for name in row.metrics:
                 indices[name].append(index)
         columns = {name: np.full(len(rows), np.nan) for name in self.settings.possible_metrics}
+        counts: dict[str, list[Ints | None]] = {name: [None] * len(rows) for name in self._corpus_metrics}
         for name, chosen in indices.items():
             columns[name][chosen], statistics = self._row_scores(METRICS[name], [rows[index] for index in chosen])
-            _add(self._overall, METRICS[name], statistics)
-            for slice_name, values in slices.items():
-                members: dict[str, list[int]] = defaultdict(list)
-                for number, index in enumerate(chosen):
-                    members[values[index]].append(number)
-                for value, numbers in members.items():
-                    tallies = self._slices[slice_name][value].tallies
-                    _add(tallies, METRICS[name], statistics[numbers], _SLICE_BUCKETS)
+            for number, index in enumerate(chosen if name in counts else ()):
+                counts[name][index] = statistics[number].astype(np.int64)
+            self._add(name, chosen, statistics, None if groups is None else groups[chosen], slices)
         firsts = [row.metrics[0] if row.metrics else None for row in rows]
         scores = [columns[name][index] if name else None for index, name in enumerate(firsts)]
         arrays = [
@@ -122,25 +132,45 @@ class Scorer:
             batch.column(MANIFEST_ROW),
             batch.column("id"),
             text_column(batch, self.settings.task_column),
+            clusters,
             pa.array(firsts, pa.string()),
             pa.array(scores, pa.float64()),
             *(pa.array(column, from_pandas=True) for column in columns.values()),
+            *(pa.array(column, pa.list_(pa.int32())) for column in counts.values()),
         ]
         return pa.record_batch(arrays, schema=self.schema)
+
+    def _add(
+        self,
+        name: str,
+        chosen: Sequence[int],
+        statistics: Floats,
+        groups: Ints | None,
+        slices: Mapping[str, Sequence[str]],
+    ) -> None:
+        """Adds a metric's rows, those at `chosen` in the batch, to the tallies of all rows and of their slices."""
+        _add(self._overall, METRICS[name], statistics, groups)
+        for slice_name, values in slices.items():
+            members: dict[str, list[int]] = defaultdict(list)
+            for number, index in enumerate(chosen):
+                members[values[index]].append(number)
+            for value, numbers in members.items():
+                tallies = self._slices[slice_name][value].tallies
+                of_members = None if groups is None else groups[numbers]
+                _add(tallies, METRICS[name], statistics[numbers], of_members, _SLICE_BUCKETS)
 
     def _read(self, batch: pa.RecordBatch) -> list[_Row]:
         settings = self.settings
         references = reference_lists(batch, settings.references)
         choices = option_lists(batch, settings.choices) if settings.choices else [[]] * len(batch)
-        answered = pc.equal(batch.column("status"), Status.OK.value).to_pylist()
-        texts = [text or "" if ok else "" for text, ok in zip(batch.column("text").to_pylist(), answered, strict=True)]
+        texts = answered_texts(batch)
         tasks = text_column(batch, settings.task_column).to_pylist()
         metrics = [tuple(settings.tasks.get(task, settings.metrics)) for task in tasks]
         if settings.metric_column:
             own = batch.column(settings.metric_column).to_pylist()
             metrics = [_own_metrics(value) if value else names for value, names in zip(own, metrics, strict=True)]
         metrics = [names if known else () for names, known in zip(metrics, references, strict=True)]
-        return list(map(_Row, metrics, references, choices, texts, answered))
+        return list(map(_Row, metrics, references, choices, texts))
 
     def _slice_values(self, batch: pa.RecordBatch, name: str) -> list[str]:
         """Each row's value, `(other)` for those beyond the first fifty. Counts the rows of each."""
@@ -179,14 +209,19 @@ class Scorer:
         """The run's scores: overall and by slice, each with its interval; plain values for JSON."""
         settings = self.settings
         return {
-            "version": 1,
+            "version": METRICS_VERSION,
             "num_rows": self._num_rows,
             "num_errors": self._num_errors,
             "num_without_reference": self._num_without_reference,
             "multiple_choice": {"num_answers": self._num_choices, "num_parsed": self._num_parsed},
             "errors_score": 0,
             "interval": {"level": 0.95, "num_samples": settings.num_samples, "seed": settings.seed},
-            "columns": {"references": settings.references, "task": settings.task_column, "choices": settings.choices},
+            "columns": {
+                "references": settings.references,
+                "task": settings.task_column,
+                "choices": settings.choices,
+                "cluster": settings.cluster,
+            },
             "definitions": {
                 name: {key: getattr(METRICS[name], key) for key in ("title", "what", "maximum")}
                 for name in self._overall
@@ -210,11 +245,20 @@ class Scorer:
         }
 
 
-def _add(tallies: Tallies, metric: Metric, statistics: Floats, num_buckets: int = NUM_BUCKETS) -> None:
+def _add(
+    tallies: Tallies, metric: Metric, statistics: Floats, groups: Ints | None, num_buckets: int = NUM_BUCKETS
+) -> None:
     if metric.name not in tallies:
-        combine = metric.score.combine if isinstance(metric.score, CorpusScore) else None
-        tallies[metric.name] = Tally(combine, num_buckets)
-    tallies[metric.name].add(statistics)
+        found = corpus_score(metric.name)
+        tallies[metric.name] = Tally(found.combine if found else None, num_buckets, maximum=metric.maximum)
+    tallies[metric.name].add(statistics, groups)
+
+
+def _group_numbers(groups: pa.Array, first: int) -> Ints:
+    """A number for each row, equal for rows of one group; a row without a group is one by itself."""
+    texts = groups.to_pylist()
+    numbers = (first + row if text is None else zlib.crc32(text.encode()) for row, text in enumerate(texts))
+    return np.fromiter(numbers, np.int64, len(texts))
 
 
 def _own_metrics(value: str | Sequence[str]) -> tuple[str, ...]:

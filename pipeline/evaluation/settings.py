@@ -42,10 +42,13 @@ class ScoringSettings(Section):
     """Column with the row's own metrics, a list or text separated by commas; overrides `metrics` and `tasks`."""
     choices: str | None = None
     """Column with the list of options, for multiple choice; the list may be text."""
+    cluster: str | None = None
+    """Column whose equal values mark rows that belong together, such as the video of several questions: intervals and
+    tests resample these groups in place of rows. The layouts of video sets name it."""
     slices: list[str] = Field(default_factory=lambda: ["media_kind", "resolution_bucket"])
     """Columns for whose values scores are shown separately; also media_kind, num_media and resolution_bucket."""
     num_samples: Positive = 1_000
-    """Bootstrap samples for each interval."""
+    """Bootstrap samples for each interval that needs them."""
     seed: NotNegative = 0
     """Seed of bootstrap, permutation test and the choice of rows in the report."""
 
@@ -69,7 +72,7 @@ class ScoringSettings(Section):
     @property
     def columns(self) -> list[str]:
         """The user's columns that the result rows must have."""
-        named = [self.references, self.task_column, self.metric_column, self.choices]
+        named = [self.references, self.task_column, self.metric_column, self.choices, self.cluster]
         named += [name for name in self.slices if name not in DERIVED_SLICES]
         return list(dict.fromkeys(name for name in named if name))
 

@@ -5,11 +5,12 @@ Holds 16 bytes a row of each run. Knows two run folders; not pages.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.evaluation.comparison import same_manifest
 from pipeline.report.facts import Speed, at, setting_differences, speed
 from pipeline.results.reader import Ints, RunReader, row_keys
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW
@@ -21,36 +22,40 @@ class Baseline:
 
     name: str
     num_rows: int
-    num_shared: int
-    """Rows that both runs have."""
+    num_shared: int | None
+    """Rows that both runs have; None where their manifests differ."""
     num_same: int
     """Those of them with the same text and status."""
     speed: Speed
     settings: tuple[tuple[str, str, str], ...]
     """(name, baseline, this run) of the settings that differ."""
     texts: dict[int, str]
-    """Its answers to the rows that were asked for, by row key."""
+    """Its answers to the rows that were asked for, by this run's row keys."""
 
 
 def read_baseline(
-    reader: RunReader, other: RunReader, keys: Collection[int], *, price_per_gpu_hour: float | None
+    reader: RunReader, other: RunReader, keys: Mapping[int, int], *, price_per_gpu_hour: float | None
 ) -> Baseline:
-    """Reads what the page shows of the other run."""
-    own_keys, own_answers = _answers(reader)
-    other_keys, other_answers = _answers(other)
-    _, mine, theirs = np.intersect1d(own_keys, other_keys, return_indices=True)
-    numbers = other.find(keys)
+    """Reads what the page shows of the other run. `keys` are those of its rows by this run's."""
+    num_shared, num_same = None, 0
+    if same_manifest(reader.run, other.run):
+        own_keys, own_answers = _answers(reader)
+        other_keys, other_answers = _answers(other)
+        _, mine, theirs = np.intersect1d(own_keys, other_keys, return_indices=True)
+        num_shared, num_same = len(mine), int((own_answers[mine] == other_answers[theirs]).sum())
+    numbers = other.find(set(keys.values()))
     rows = other.fetch(numbers.values())
     return Baseline(
         name=other.name,
         num_rows=other.num_rows,
-        num_shared=len(mine),
-        num_same=int((own_answers[mine] == other_answers[theirs]).sum()),
+        num_shared=num_shared,
+        num_same=num_same,
         speed=speed(other.run, price_per_gpu_hour=price_per_gpu_hour),
         settings=tuple(setting_differences(at(reader.run, "config") or {}, at(other.run, "config") or {})),
         texts={
-            key: str(rows[number].get("text") or rows[number].get("error_message") or "")
-            for key, number in numbers.items()
+            key: str(rows[numbers[theirs]].get("text") or rows[numbers[theirs]].get("error_message") or "")
+            for key, theirs in keys.items()
+            if theirs in numbers
         },
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pipeline import storage
 from pipeline.evaluation.comparison import compare_folders
+from pipeline.evaluation.scoring import METRICS_VERSION
 from pipeline.report.baseline import Baseline, read_baseline
 from pipeline.report.collect import Collected, ErrorKind, collect, separate_best_from_worst
 from pipeline.report.facts import Speed, headline, number_at, rates_over_time, settings_lines, speed, text_at
@@ -119,11 +120,16 @@ def gather(
     options = options or ReportOptions()
     reader = RunReader(path, storage_options)
     metrics = reader.metrics or {}
-    comparison = metrics.get("baseline") or {}
+    comparison = (metrics.get("baseline") or {}) if metrics.get("version") == METRICS_VERSION else {}
     if baseline:
         comparison = compare_folders(path, baseline, storage_options=storage_options) or {}
-    compared = {name: [row_key(*key) for key in comparison.get(name, ())] for name in _COMPARING}
-    numbers = reader.find({key for keys in compared.values() for key in keys})
+
+    def places(name: str) -> list[int]:
+        return [row_key(*place) for place in comparison.get(name, ())]
+
+    compared = {name: dict(zip(places(name), places(f"{name}_baseline"), strict=True)) for name in _COMPARING}
+    other_keys = {mine: theirs for keys in compared.values() for mine, theirs in keys.items()}
+    numbers = reader.find(set(other_keys))
     found = collect(reader, size=options.cards, seed=options.seed)
     errors = sorted(found.errors.values(), key=lambda kind: -kind.num_rows)
     for name, keys in compared.items():
@@ -132,7 +138,7 @@ def gather(
     other_path = baseline or comparison.get("run")
     if other_path and (baseline or storage.exists(other_path, storage_options)):
         other_reader = RunReader(other_path, storage_options)
-        other = read_baseline(reader, other_reader, numbers, price_per_gpu_hour=options.price_per_gpu_hour)
+        other = read_baseline(reader, other_reader, other_keys, price_per_gpu_hour=options.price_per_gpu_hour)
     sections, summaries = _cards(reader, found, errors, other.texts if other else {}, options)
     return Report(
         name=reader.name,

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.evaluation.interval import Comparison, Estimate
+from pipeline.evaluation.interval import Estimate
+from pipeline.evaluation.paired import Comparison
 from pipeline.report.contents import Report
 from pipeline.report.facts import shown_source
 

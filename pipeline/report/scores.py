@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.evaluation.interval import Comparison, Estimate
+from pipeline.evaluation.interval import Estimate
+from pipeline.evaluation.paired import Comparison
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Score:
 
 @dataclass(frozen=True)
 class ScoreDifference:
-    """A metric over the rows that two runs share, or all metrics of one task."""
+    """A metric over the rows that two runs share, or over those of one task."""
 
     title: str
     maximum: float
@@ -78,13 +79,15 @@ def _notes(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def read_differences(metrics: Mapping[str, Any], comparison: Mapping[str, Any]) -> dict[str, ScoreDifference]:
-    """The differences by metric, and after them by task as `task NAME`."""
+    """The differences by metric, and after them by task as `task NAME: METRIC`."""
     found = {}
     for name, numbers in comparison.get("metrics", {}).items():
         known = _definition(metrics, name)
         found[name] = ScoreDifference(known["title"], known["maximum"], _comparison(numbers))
     for task, numbers in comparison.get("tasks", {}).items():
-        found[f"task {task}"] = ScoreDifference(f"task {task}", 1.0, _comparison(numbers))
+        known = _definition(metrics, numbers["metric"])
+        title = f"task {task.removesuffix(': ' + numbers['metric'])}: {known['title']}"
+        found[title] = ScoreDifference(title, known["maximum"], _comparison(numbers))
     return found
 
 
@@ -93,4 +96,4 @@ def _definition(metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _comparison(numbers: Mapping[str, Any]) -> Comparison:
-    return Comparison(**{key: value for key, value in numbers.items() if key != "verdict"})
+    return Comparison(**{key: value for key, value in numbers.items() if key not in ("metric", "verdict")})

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pipeline.errors import ConfigError
 from pipeline.evaluation.metrics.choice import mmmu, multiple_choice, open_answer
 from pipeline.evaluation.metrics.coco import coco_bleu, coco_rouge_l
-from pipeline.evaluation.metrics.overlap import bleu, chrf, rouge_l
+from pipeline.evaluation.metrics.overlap import CorpusScore, bleu, chrf, rouge_l
 from pipeline.evaluation.metrics.text import anls, exact_match, normalised_match, relaxed_accuracy, token_f1
 from pipeline.evaluation.metrics.vqa import textvqa_accuracy, vqa_accuracy
 
@@ -60,6 +60,17 @@ _ALL = (
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+
+
+def corpus_score(name: str) -> CorpusScore | None:
+    """The metric's way from summed counts to a score; None for a metric that is a mean over rows."""
+    score = METRICS[name].score
+    return score if isinstance(score, CorpusScore) else None
+
+
+def counts_column(name: str) -> str:
+    """The column of the score rows with the counts behind a corpus score; the metric's own is of the single row."""
+    return f"{name}_counts"
 
 
 @cache
