@@ -283,7 +283,8 @@ class ResourcesConfig(Section):
     engine_actors: Pool = None
     """Engine actors: a number, or fewest and most as in `1,8`. Default: one for each GPU, or one."""
     engine_cpus: Annotated[float, Field(gt=0)] | None = None
-    """CPUs left to each engine actor. One on a GPU does not reserve them, so that no CPU actor can keep it waiting."""
+    """CPUs reserved for each engine actor. Default: one beside a GPU, or half of the node's for an engine on the CPU;
+    less where a node has few."""
     gpus_per_engine: Annotated[float, Field(ge=0)] | None = None
     """GPUs that each engine actor reserves, all on one node. Default: one where the cluster has any."""
     block_mb: Annotated[float, Field(gt=0)] = 128.0

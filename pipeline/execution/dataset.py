@@ -126,7 +126,7 @@ def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], superv
             enable_true_multi_threading=True,
         ),
         num_cpus=placement.preprocess_cpus,
-        ray_remote_args_fn=flow.reservation.preprocessing().options,
+        ray_remote_args_fn=flow.reservation.for_preprocessing,
         runtime_env={"env_vars": _ONE_THREAD},
     )
     in_flight = placement.blocks_in_flight
@@ -146,7 +146,7 @@ def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], superv
         ),
         num_cpus=placement.engine_reserved_cpus,
         num_gpus=placement.gpus_per_engine or None,
-        ray_remote_args_fn=flow.reservation.engines().options,
+        ray_remote_args_fn=flow.reservation.for_engine,
     )
     try:
         yield from map(unpack, dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=4))

@@ -1,11 +1,10 @@
-"""How many actors of which size a job starts on a cluster, so that no reservation can starve another.
+"""How many actors of which size a job starts on a cluster.
 
-Ray Data runs read tasks beside the actors, and Ray starts actors wherever there is room, in no order that can be relied
-on. Sizes are therefore chosen such that every order works: a share of each node is left to reads; an engine on a GPU
-reserves only its GPU (the cores that it needs are left out of the count of preprocessing actors), so that no CPU actor
-can keep it waiting; and on a cluster of GPU nodes and CPU nodes no GPU node can take more preprocessing actors than
-were counted for it. What cannot fit is refused with the numbers. Ray's own autoscaling covers pools with a range
-(`resources.preprocess_actors: 2,16`). Plain arithmetic: knows no Ray.
+The fewest actors are reserved together (`reservation.py`), so that no order in which Ray starts them can starve one.
+What is decided here: an engine gets a GPU and a core to drive it, or half of its node's CPUs where it computes on them;
+preprocessing gets the rest, less a tenth that is left to reads and to Ray, which reserve nothing. What cannot fit is
+refused with the numbers. Ray's own autoscaling covers pools with a range (`resources.preprocess_actors: 2,16`). Plain
+arithmetic: knows no Ray.
 """
 
 from __future__ import annotations
@@ -18,11 +17,8 @@ from typing import Any
 from pipeline.config import PoolSize, ResourcesConfig
 from pipeline.errors import ResourceError
 
-READ_CPUS = 0.1
-"""CPUs left to each node's read tasks, which mostly wait for a disk or a bucket. They reserve none: on a cluster that
-other jobs fill they would wait for ever."""
-_MAX_GROWTH = 1.5
-"""Preprocessing actors reserve up to this much more than one core, to keep their number on GPU nodes down."""
+_FOR_ACTORS = 0.9
+"""Share of a node's CPUs for actors whose size is chosen here."""
 _ENGINE_CORES = 1.0
 """Cores that are left to drive an engine on a GPU, where the node has enough."""
 _STORE_FRACTION = 0.25
@@ -40,16 +36,6 @@ class Node:
     store_bytes: float = 0.0
     """Its object store."""
 
-    @property
-    def for_actors(self) -> float:
-        """CPUs for actors whose size is chosen here; the rest is for reads."""
-        return max(0.0, self.cpus - max(2 * READ_CPUS, 0.1 * self.cpus))
-
-    @property
-    def at_most(self) -> float:
-        """CPUs for actors whose size the config sets."""
-        return max(0.0, self.cpus - READ_CPUS)
-
 
 @dataclass(frozen=True)
 class Placement:
@@ -61,7 +47,8 @@ class Placement:
     engine_actors: int
     """Actors to start with."""
     engine_cpus: float
-    """CPUs left to each engine; on a CPU it reserves them, on a GPU it reserves only the GPU."""
+    """CPUs left to each engine. One on a GPU does not reserve them itself, so that an engine that starts later needs no
+    more than its GPU."""
     gpus_per_engine: float
     engine_threads: int
     """Threads that an engine on the CPU computes with."""
@@ -83,11 +70,6 @@ class Placement:
         """CPUs that Ray reserves for an engine."""
         return 0.0 if self.gpus_per_engine else self.engine_cpus
 
-    @property
-    def reserved_cpus(self) -> float:
-        """CPUs that the actors hold for the whole job."""
-        return self.preprocess_actors * self.preprocess_cpus + self.engine_actors * self.engine_reserved_cpus
-
 
 def place(resources: ResourcesConfig, nodes: Sequence[Node], *, may_wait: bool = False) -> Placement:
     """Actors for a cluster of these nodes; what the config leaves open is chosen here.
@@ -96,16 +78,45 @@ def place(resources: ResourcesConfig, nodes: Sequence[Node], *, may_wait: bool =
     `may_wait`) that is only noted: the cluster may be about to grow.
     """
     nodes = [node for node in nodes if node.cpus > 0 or node.gpus > 0]
-    gpus_per_engine = resources.gpus_per_engine
-    if gpus_per_engine is None:
-        gpus_per_engine = 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
-    if gpus_per_engine:
-        placement = _on_gpus(resources, nodes, gpus_per_engine, may_wait)
-    else:
-        placement = _on_cpus(resources, nodes, may_wait)
+    gpus = resources.gpus_per_engine
+    if gpus is None:
+        gpus = 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
+    engine_actors, engines, notes = _count_engines(resources.engine_actors, nodes, gpus, may_wait)
+    engine_cpus, free = _share_cpus(resources, nodes, engines, gpus)
+    pool = resources.preprocess_actors
+    least = pool.min_size if pool else 1
+    preprocess_cpus = resources.preprocess_cpus or _largest_size(least, free)
+    fit = _fit(free, preprocess_cpus)
+    if fit < least or min(free, default=0.0) < 0:
+        total = sum(node.cpus for node in nodes)
+        if not may_wait and (pool is None or pool.min_size == pool.max_size or min(free, default=0.0) < 0):
+            raise ResourceError(
+                f"{least} preprocessing actors with {preprocess_cpus:g} CPUs and {engine_actors} engine actors with "
+                f"{engine_cpus:g} need {least * preprocess_cpus + engine_actors * engine_cpus:g} of the cluster's "
+                f"{total:g} CPUs, each actor's on one node: lower resources.preprocess_actors, preprocess_cpus, "
+                "engine_actors or engine_cpus"
+            )
+        notes += (
+            f"{fit} of at least {least} preprocessing actors fit the cluster's {total:g} CPUs now: "
+            "the others start when nodes come",
+        )
+    pool, engine_pool = pool or PoolSize(fit, fit), resources.engine_actors or PoolSize(engine_actors, engine_actors)
+    is_mixed = gpus > 0 and not all(engines)
+    placement = Placement(
+        preprocess_actors=min(max(fit, pool.min_size), pool.max_size),
+        preprocess_cpus=preprocess_cpus,
+        engine_actors=engine_actors,
+        engine_cpus=engine_cpus,
+        gpus_per_engine=gpus,
+        engine_threads=1 if gpus else max([1, *(int(node.cpus) // max(engines) for node in nodes)]),
+        preprocess_pool=(pool.min_size, pool.max_size),
+        engine_pool=(engine_pool.min_size, engine_pool.max_size),
+        first_nodes=tuple(node.node_id for node, count in zip(nodes, engines, strict=True) if is_mixed and count),
+        notes=notes,
+        fits=not notes,
+    )
     store = store_share(nodes, placement)
-    blocks_in_flight = _blocks_in_flight(resources, placement, store)
-    placement = replace(placement, blocks_in_flight=blocks_in_flight, fits=not placement.notes)
+    placement = replace(placement, blocks_in_flight=_blocks_in_flight(resources, placement, store))
     return replace(placement, notes=(*placement.notes, *_store_notes(resources, placement, store)))
 
 
@@ -125,174 +136,83 @@ def place_again(resources: ResourcesConfig, before: Mapping[str, Any], nodes: Se
         return place(resources.model_copy(update=changes), nodes, may_wait=True)
 
 
-def _on_gpus(resources: ResourcesConfig, nodes: Sequence[Node], gpus_per_engine: float, may_wait: bool) -> Placement:
-    engine_pool, preprocess_pool = resources.engine_actors, resources.preprocess_actors
-    engines = [_engines_that_fit(node, gpus_per_engine) for node in nodes]
-    engine_actors, notes = _count_engines(nodes, sum(engines), gpus_per_engine, engine_pool, may_wait)
-    engines = [min(fits, engine_actors) for fits in engines]
-    engine_cpus = resources.engine_cpus
-    if engine_cpus is None:
-        shares = [node.for_actors / 2 / count for node, count in zip(nodes, engines, strict=True) if count]
-        engine_cpus = _round_down(min([_ENGINE_CORES, *shares]))
-    free = [
-        (node.for_actors if resources.engine_cpus is None else node.at_most) - count * engine_cpus
-        for node, count in zip(nodes, engines, strict=True)
-    ]
-    preprocess_cpus, counts = _slots(resources.preprocess_cpus, preprocess_pool, free)
-    notes += _check_cpus(nodes, preprocess_pool, preprocess_cpus, sum(counts), engine_actors, engine_cpus, may_wait)
-    if len(nodes) > 1 and resources.preprocess_cpus is None:
-        grown = max(
-            [
-                # The smallest size of which one more than was counted does not fit a GPU node.
-                min(_round_up(node.cpus / (count + 1)), _MAX_GROWTH * preprocess_cpus)
-                for node, engines_here, count in zip(nodes, engines, counts, strict=True)
-                if engines_here
-            ],
-            default=preprocess_cpus,
-        )
-        fewer = [min(count, math.floor(node.at_most / grown)) for node, count in zip(nodes, counts, strict=True)]
-        if grown > preprocess_cpus and sum(fewer) >= _min_size(preprocess_pool):
-            preprocess_cpus, counts = grown, fewer
-    pool, actors = _pool(preprocess_pool, sum(counts))
-    mixed = any(engines) and not all(engines)
-    return Placement(
-        preprocess_actors=actors,
-        preprocess_cpus=preprocess_cpus,
-        engine_actors=engine_actors,
-        engine_cpus=engine_cpus,
-        gpus_per_engine=gpus_per_engine,
-        engine_threads=1,
-        preprocess_pool=(pool.min_size, pool.max_size),
-        engine_pool=(engine_pool.min_size, engine_pool.max_size) if engine_pool else (engine_actors, engine_actors),
-        first_nodes=tuple(node.node_id for node, count in zip(nodes, engines, strict=True) if count) if mixed else (),
-        notes=notes,
-    )
-
-
-def _engines_that_fit(node: Node, gpus_per_engine: float) -> int:
-    """An engine's GPUs are on one node, and a share of a GPU on one GPU."""
-    if not gpus_per_engine:
-        return 1
-    if gpus_per_engine >= 1:
-        return int(node.gpus // gpus_per_engine)
-    return int(node.gpus) * int(1 / gpus_per_engine + 1e-9)
-
-
 def _count_engines(
-    nodes: Sequence[Node], fit: int, gpus_per_engine: float, pool: PoolSize | None, may_wait: bool
-) -> tuple[int, tuple[str, ...]]:
-    """Engines to start with, and a note on those that must wait for new nodes."""
+    pool: PoolSize | None, nodes: Sequence[Node], gpus: float, may_wait: bool
+) -> tuple[int, list[int], tuple[str, ...]]:
+    """Engines to start with, the most of them on each node, and a note on those that must wait for new nodes."""
+    if not gpus:
+        pool = pool or PoolSize(1, 1)
+        count = min(max(pool.min_size, len(nodes)), pool.max_size)
+        engines = [0] * len(nodes)
+        for _ in range(count if nodes else 0):  # where each gets most CPUs
+            engines[max(range(len(nodes)), key=lambda node: nodes[node].cpus / (engines[node] + 1))] += 1
+        return count, engines, ()
+    engines = [_engines_that_fit(node, gpus) for node in nodes]
+    fit, total = sum(engines), sum(node.gpus for node in nodes)
     largest = max((node.gpus for node in nodes), default=0.0)
-    total = sum(node.gpus for node in nodes)
-    if pool is None:
-        if not fit:
-            raise ResourceError(
-                f"an engine with {gpus_per_engine:g} GPUs needs them on one node; the largest node has {largest:g}: "
-                "lower resources.gpus_per_engine"
-            )
-        return fit, ()
-    if fit >= pool.min_size:
-        return min(fit, pool.max_size), ()
+    if pool is None and not fit:
+        raise ResourceError(
+            f"an engine with {gpus:g} GPUs needs them on one node; the largest node has {largest:g}: "
+            "lower resources.gpus_per_engine"
+        )
+    if pool is None or fit >= pool.min_size:
+        count = min(fit, pool.max_size) if pool else fit
+        return count, [min(here, count) for here in engines], ()
     if pool.min_size == pool.max_size and not may_wait:
-        if pool.min_size * gpus_per_engine > total:
+        need = f"{pool.min_size} engine actors with {gpus:g} GPUs each"
+        if pool.min_size * gpus > total:
             raise ResourceError(
-                f"{pool.min_size} engine actors with {gpus_per_engine:g} GPUs each need "
-                f"{pool.min_size * gpus_per_engine:g} GPUs; the cluster has {total:g}: lower resources.engine_actors "
+                f"{need} need {pool.min_size * gpus:g} GPUs; the cluster has {total:g}: lower resources.engine_actors "
                 f'or resources.gpus_per_engine, or write "1,{pool.max_size}" if the cluster will grow'
             )
         raise ResourceError(
-            f"{pool.min_size} engine actors with {gpus_per_engine:g} GPUs each do not fit: an engine's GPUs are on one "
-            f"node, and of this cluster's nodes (the largest has {largest:g}) only {fit} can hold one: "
-            "lower resources.engine_actors or resources.gpus_per_engine"
+            f"{need} do not fit: an engine's GPUs are on one node, and of this cluster's nodes (the largest has "
+            f"{largest:g}) only {fit} can hold one: lower resources.engine_actors or resources.gpus_per_engine"
         )
     note = (
         f"{fit} of at least {pool.min_size} engines fit the cluster's {total:g} GPUs now: "
-        f"the others start when nodes with {gpus_per_engine:g} free GPUs come"
+        f"the others start when nodes with {gpus:g} free GPUs come"
     )
-    return pool.min_size, (note,)
+    return pool.min_size, engines, (note,)
 
 
-def _on_cpus(resources: ResourcesConfig, nodes: Sequence[Node], may_wait: bool) -> Placement:
-    engine_pool, preprocess_pool = resources.engine_actors, resources.preprocess_actors
-    engine_pool = engine_pool or PoolSize(1, 1)
-    engine_actors = min(max(engine_pool.min_size, len(nodes)), engine_pool.max_size)
-    largest = max((node.cpus for node in nodes), default=1.0)
-    engine_cpus, preprocess_cpus = resources.engine_cpus, resources.preprocess_cpus
-    ours = engine_cpus is None and preprocess_cpus is None
-    free = [node.for_actors if ours else node.at_most for node in nodes]
-    if len(nodes) == 1:
-        engine_cpus = engine_cpus or _round_down(nodes[0].for_actors / 2 / engine_actors)
-        preprocess_cpus, counts = _slots(preprocess_cpus, preprocess_pool, [free[0] - engine_actors * engine_cpus])
-        fit = sum(counts)
+def _engines_that_fit(node: Node, gpus: float) -> int:
+    """An engine's GPUs are on one node, and a share of a GPU on one GPU."""
+    if not gpus:
+        return 1
+    if gpus >= 1:
+        return int(node.gpus // gpus)
+    return int(node.gpus) * int(1 / gpus + 1e-9)
+
+
+def _share_cpus(
+    resources: ResourcesConfig, nodes: Sequence[Node], engines: Sequence[int], gpus: float
+) -> tuple[float, list[float]]:
+    """CPUs of an engine, and those that the engines leave to preprocessing on each node."""
+    chosen = resources.engine_cpus is None and resources.preprocess_cpus is None
+    cpus = [node.cpus * (_FOR_ACTORS if chosen else 1) for node in nodes]
+    if resources.engine_cpus is not None:
+        kept = [count * resources.engine_cpus for count in engines]
+        engine_cpus = resources.engine_cpus
     else:
-        # One size for all actors: wherever Ray puts the first ones, the others still fit.
-        wanted = engine_actors + _min_size(preprocess_pool)
-        given = max(engine_cpus or 0, preprocess_cpus or 0) or None
-        size, counts = _slots(given, PoolSize(wanted, wanted), free)
-        engine_cpus, preprocess_cpus = engine_cpus or size, preprocess_cpus or size
-        spare = sum(counts) - engine_actors
-        fit = min(spare, max(_min_size(preprocess_pool), sum(counts) // 2))
-    notes = _check_cpus(nodes, preprocess_pool, preprocess_cpus, fit, engine_actors, engine_cpus, may_wait)
-    pool, actors = _pool(preprocess_pool, fit)
-    return Placement(
-        preprocess_actors=actors,
-        preprocess_cpus=preprocess_cpus,
-        engine_actors=engine_actors,
-        engine_cpus=engine_cpus,
-        gpus_per_engine=0.0,
-        engine_threads=max(1, int(largest) // math.ceil(engine_actors / max(1, len(nodes)))),
-        preprocess_pool=(pool.min_size, pool.max_size),
-        engine_pool=(engine_pool.min_size, engine_pool.max_size),
-        notes=notes,
-    )
+        most = _ENGINE_CORES if gpus else math.inf
+        kept = [
+            min(node.cpus * _FOR_ACTORS / 2, count * most) if count else 0.0
+            for node, count in zip(nodes, engines, strict=True)
+        ]
+        shares = [held / count for held, count in zip(kept, engines, strict=True) if count]
+        engine_cpus = math.floor(100 * min(shares, default=_ENGINE_CORES)) / 100  # so that the sums stay below
+    return engine_cpus, [here - held for here, held in zip(cpus, kept, strict=True)]
 
 
-def _slots(size: float | None, pool: PoolSize | None, free: Sequence[float]) -> tuple[float, list[int]]:
-    """CPUs of an actor and how many fit each node: one CPU, or the largest size of which as many as wanted fit."""
-    if size is None:
-        choices = (hundredths / 100 for hundredths in range(100, 0, -1))
-        size = next((choice for choice in choices if sum(_fit(free, choice)) >= _min_size(pool)), 1.0)
-    return size, _fit(free, size)
+def _largest_size(count: int, free: Sequence[float]) -> float:
+    """CPUs of an actor: one, or the most with which so many fit."""
+    return next((size / 100 for size in range(100, 0, -1) if _fit(free, size / 100) >= count), 1.0)
 
 
-def _fit(free: Sequence[float], size: float) -> list[int]:
-    return [max(0, math.floor(cpus / size + 1e-9)) for cpus in free]
-
-
-def _min_size(pool: PoolSize | None) -> int:
-    return pool.min_size if pool else 1
-
-
-def _pool(asked: PoolSize | None, fit: int) -> tuple[PoolSize, int]:
-    """The pool, and the actors to start with."""
-    if asked is None:
-        return PoolSize(fit, fit), fit
-    return asked, min(max(fit, asked.min_size), asked.max_size)
-
-
-def _check_cpus(
-    nodes: Sequence[Node],
-    pool: PoolSize | None,
-    size: float,
-    fit: int,
-    engine_actors: int,
-    engine_cpus: float,
-    may_wait: bool,
-) -> tuple[str, ...]:
-    """Refuse a fixed number of preprocessing actors that does not fit; only note it for a range."""
-    min_size, total = _min_size(pool), sum(node.cpus for node in nodes)
-    if fit >= min_size and size > 0:
-        return ()
-    if may_wait or (pool is not None and pool.min_size < pool.max_size and size > 0):
-        return (
-            f"{fit} of at least {min_size} preprocessing actors fit the cluster's {total:g} CPUs now: "
-            "the others start when nodes come",
-        )
-    raise ResourceError(
-        f"{min_size} preprocessing actors with {size:g} CPUs and {engine_actors} engine actors with {engine_cpus:g} "
-        f"need {min_size * size + engine_actors * engine_cpus:g} of the cluster's {total:g} CPUs and leave none for "
-        "reads: lower resources.preprocess_actors, preprocess_cpus, engine_actors or engine_cpus"
-    )
+def _fit(free: Sequence[float], size: float) -> int:
+    """How many actors of a size fit the nodes."""
+    return sum(max(0, math.floor(cpus / size + 1e-9)) for cpus in free)
 
 
 def _blocks_in_flight(resources: ResourcesConfig, placement: Placement, store: float) -> int:
@@ -330,13 +250,3 @@ def store_share(nodes: Sequence[Node], placement: Placement) -> float:
 def default_blocks_in_flight(gpus_per_engine: float) -> int:
     """Tables inside an engine at once, where the config leaves it open."""
     return 64 if gpus_per_engine else 16
-
-
-def _round_down(cpus: float) -> float:
-    """Ray counts CPUs in ten-thousandths; two digits keep the sums exact enough to stay below the whole."""
-    return math.floor(cpus * 100) / 100
-
-
-def _round_up(cpus: float) -> float:
-    """To just above, in the digits that Ray counts."""
-    return math.floor(cpus * 10_000 + 1) / 10_000

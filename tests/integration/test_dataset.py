@@ -162,6 +162,14 @@ def test_pools_that_may_grow_answer_every_row(tmp_path: Path, monkeypatch: pytes
     assert (placement["preprocess_pool"], placement["engine_pool"]) == ([1, 2], [1, 2])
 
 
+def test_actors_that_reserve_every_cpu_leave_reads_none_and_need_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [f"row {number}" for number in range(40)]
+    rows = run(tmp_path, ids, monkeypatch, "--resources.preprocess_cpus", "1", "--resources.engine_cpus", "1")
+    assert all(row["status"] == "ok" for row in rows.values())
+
+
 class CountingActor(EngineActor):
     """The real actor around the counting stage."""
 
