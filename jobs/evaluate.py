@@ -25,8 +25,8 @@ from pipeline.evaluation.published_set import prepare_manifest
 from pipeline.evaluation.run_folder import score_folder
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.settings import EvaluateSection
-from pipeline.report.render import shown_interval, shown_score
-from pipeline.report.scores import read_scores
+from pipeline.report.render import shown_difference, shown_interval, shown_note, shown_p, shown_score
+from pipeline.report.scores import read_differences, read_scores
 from pipeline.results.reader import RunReader
 from pipeline.results.run_folder import RunFolder
 from pipeline.schema import RESULT_COLUMNS
@@ -132,16 +132,20 @@ def print_scores(metrics: Mapping[str, Any]) -> None:
         estimate, maximum = score.estimate, score.maximum
         numbers = shown_score(estimate.value, maximum), shown_interval(estimate, maximum), f"{estimate.num_rows:,}"
         table.add_row(Text(label), score.title, *numbers)
-    Console().print(table)
     for note in scores.notes:
-        print(note)
-    baseline = metrics.get("baseline", {})
-    if count := baseline.get("ambiguous_candidate", 0) + baseline.get("ambiguous_baseline", 0):
-        print(f"{count:,} rows of both runs are not compared: they pair by id, and theirs is null or not unique")
-    for name, one in baseline.get("metrics", {}).items():
-        print(
-            f"{name} against the baseline: {one['difference']:+.4f} "
-            f"(p = {one['p_permutation']:.4g}), {one['won']:,} won, {one['lost']:,} lost: {one['verdict']}"
+        share = shown_note(note) if note.share is not None else ""
+        table.add_row("all rows", Text(note.title), share, "", "" if note.num_rows is None else f"{note.num_rows:,}")
+    console = Console()
+    console.print(table)
+    for one in read_differences(metrics, metrics.get("baseline") or {}).values():
+        found = one.numbers
+        console.print(
+            f"{one.title} against the baseline, on the {found.num_rows:,} rows of both: "
+            f"{shown_difference(found, one.maximum)}, {shown_p(numbers.p_permutation)}, "
+            f"{found.won:,} won, {found.lost:,} lost: {found.verdict}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
     if "canaries" in metrics:
         print(f"canaries: {metrics['canaries']['sentence']}")

@@ -93,7 +93,7 @@ class Scorer:
         names = [name for name in settings.slices if name != settings.task_column]
         names = ["task", *names] if settings.task_column else names
         self._slices: dict[str, dict[str, _Slice]] = {name: {} for name in names}
-        self._num_rows = self._num_errors = self._num_without_reference = 0
+        self._num_rows = self._num_errors = self._num_errors_scored = self._num_without_reference = 0
         self._num_choices = self._num_parsed = 0
 
     def learn(self, batches: Iterable[pa.RecordBatch]) -> None:
@@ -110,6 +110,7 @@ class Scorer:
         rows = self._read(batch)
         self._num_rows += len(rows)
         self._num_errors += sum(not row.answered for row in rows)
+        self._num_errors_scored += sum(not row.answered and bool(row.references) for row in rows)
         self._num_without_reference += sum(not row.references for row in rows)
         clusters = text_column(batch, self.settings.cluster)
         groups = _group_numbers(clusters, self._num_rows) if self.settings.cluster else None
@@ -212,6 +213,7 @@ class Scorer:
             "version": METRICS_VERSION,
             "num_rows": self._num_rows,
             "num_errors": self._num_errors,
+            "num_errors_scored": self._num_errors_scored,
             "num_without_reference": self._num_without_reference,
             "multiple_choice": {"num_answers": self._num_choices, "num_parsed": self._num_parsed},
             "errors_score": 0,

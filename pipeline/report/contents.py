@@ -150,7 +150,7 @@ def gather(
         rows=found,
         speed=speed(reader.run, price_per_gpu_hour=options.price_per_gpu_hour),
         rates=rates_over_time(reader.progress()),
-        scores=read_scores(metrics),
+        scores=read_scores(metrics, comparison),
         differences=read_differences(metrics, comparison),
         baseline=other,
         sections=sections,

@@ -17,6 +17,7 @@ from pipeline.evaluation.interval import Estimate
 from pipeline.evaluation.paired import Comparison
 from pipeline.report.contents import Report
 from pipeline.report.facts import shown_source
+from pipeline.report.scores import Note
 
 _MAX_HTML_BYTES = 5_000_000
 _MARKDOWN_MARKS = re.compile(r"([\\`*_{}\[\]()<>#+!|~@-])")
@@ -64,6 +65,7 @@ def _environment(*, autoescape: bool) -> Environment:
         "duration": shown_duration,
         "escaped": escaped,
         "interval": shown_interval,
+        "note": shown_note,
         "number": shown_number,
         "p": shown_p,
         "percent": lambda share, digits=1: "–" if share is None else f"{share:.{digits}%}",
@@ -111,6 +113,13 @@ def shown_interval(estimate: Estimate, maximum: float = 1.0) -> str:
     if maximum == 1.0:
         return f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f} %"
     return f"{estimate.low:.2f} to {estimate.high:.2f}"
+
+
+def shown_note(note: Note) -> str:
+    """A note's number: rows, or a share of them."""
+    if note.share is not None:
+        return shown_score(note.share)
+    return "" if note.num_rows is None else f"{note.num_rows:,}"
 
 
 def shown_difference(numbers: Comparison, maximum: float = 1.0) -> str:

@@ -35,6 +35,25 @@ class ScoreDifference:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What one has to know to read the scores: rows that they leave out or count as wrong."""
+
+    title: str
+    what: str
+    """Which rows, or of what the share is."""
+    num_rows: int | None
+    share: float | None = None
+
+
+_NOT_COMPARED = (
+    ("only_candidate", "Only in this run, not compared", "rows that the baseline lacks"),
+    ("only_baseline", "Only in the baseline, not compared", "rows that this run lacks"),
+    ("ambiguous_candidate", "No id of their own, not compared", "rows of this run: null or not unique"),
+    ("ambiguous_baseline", "No id of their own in the baseline, not compared", "of its rows: null or not unique"),
+)
+
+
+@dataclass(frozen=True)
 class Scores:
     """What metrics.json holds of one run; empty if the run was not scored."""
 
@@ -44,12 +63,12 @@ class Scores:
     """The scores of each value, by the slice's name."""
     canaries: Mapping[str, Any] | None
     """How rows that were run once more, each alone, compare with themselves."""
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     """What the scores leave out or count as wrong: rows without a reference, failed rows, answers not understood."""
 
 
-def read_scores(metrics: Mapping[str, Any]) -> Scores:
-    """The scores of a run's metrics.json."""
+def read_scores(metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None = None) -> Scores:
+    """The scores of a run's metrics.json; `comparison` takes the place of the one in it."""
 
     def scores(estimates: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
         for name, estimate in estimates.items():
@@ -63,19 +82,24 @@ def read_scores(metrics: Mapping[str, Any]) -> Scores:
         overall=dict(scores(metrics.get("overall", {}))),
         slices={name: values for name, values in slices.items() if values},
         canaries=metrics.get("canaries"),
-        notes=tuple(_notes(metrics)),
+        notes=tuple(_notes(metrics, (metrics.get("baseline") or {}) if comparison is None else comparison)),
     )
 
 
-def _notes(metrics: Mapping[str, Any]) -> Iterator[str]:
+def _notes(metrics: Mapping[str, Any], comparison: Mapping[str, Any]) -> Iterator[Note]:
     if count := metrics.get("num_without_reference"):
-        yield f"{count:,} of {metrics['num_rows']:,} rows have no reference and are not scored"
-    if count := metrics.get("num_errors"):
-        yield f"{count:,} rows failed and score 0 where they have a reference"
+        yield Note("No reference, not scored", f"of {metrics['num_rows']:,} rows", count)
+    if count := metrics.get("num_errors_scored"):
+        yield Note("Failed, counted as 0", "rows that have a reference", count)
     choices = metrics.get("multiple_choice", {})
     if count := choices.get("num_answers"):
-        share = choices["num_parsed"] / count
-        yield f"parse rate {share:.1%}: {choices['num_parsed']:,} of {count:,} multiple-choice answers name an option"
+        what = f"of {count:,} multiple-choice answers name an option; others count as wrong"
+        yield Note("Parse rate", what, choices["num_parsed"], share=choices["num_parsed"] / count)
+    if column := metrics.get("columns", {}).get("cluster"):
+        yield Note(f"Resampled by {column}", "in intervals and tests, in place of single rows", None)
+    for key, title, what in _NOT_COMPARED:
+        if count := comparison.get(key):
+            yield Note(title, what, count)
 
 
 def read_differences(metrics: Mapping[str, Any], comparison: Mapping[str, Any]) -> dict[str, ScoreDifference]:

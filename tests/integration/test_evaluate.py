@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def test_a_finished_run_is_scored_in_its_folder(tmp_path: Path, capsys: pytest.C
     assert scores.num_rows == 31 and scores.column("score").to_pylist()[:4] == [0, 0, 0, 1]
     page = (folder / "_report.html").read_text()
     assert "87.1 %" in page and "Exact match" in page
-    assert "87.1 %" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "87.1 %" in out and re.search(r"all rows +Failed, counted as 0 +1\n", out)
 
 
 def test_a_partitioned_run_is_scored_and_reported_like_any_other(tmp_path: Path) -> None:
@@ -86,7 +88,8 @@ def test_a_run_is_compared_with_its_baseline(tmp_path: Path, capsys: pytest.Capt
     assert _evaluate("--run.path", str(worse), "--evaluate.baseline", str(baseline)) == 0
     found = json.loads((worse / "__run" / "metrics.json").read_text())["baseline"]["metrics"]["exact_match"]
     assert found["verdict"] == "worse" and found["p_permutation"] < 0.01 and found["difference"] == pytest.approx(-0.4)
-    assert "12 lost: worse" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "on the 30 rows of both: -40.0 points" in out and "12 lost: worse" in out
     assert "Worse than the baseline" in (worse / "_report.html").read_text()
 
 

@@ -237,3 +237,26 @@ def test_the_same_folder_gives_the_same_gallery(rich: Path, report: Report) -> N
     again = gather(str(rich), options=_QUICK)
     ids = [[card.id for card in section.cards] for section in again.sections]
     assert ids == [[card.id for card in section.cards] for section in report.sections]
+
+
+def test_what_scores_leave_out_is_said_on_the_page_and_in_markdown(tmp_path: Path) -> None:
+    rows = [result_row(row, text="B", reference="B" if row < 8 else None) for row in range(10)]
+    rows[0] = {**error_row(0, "FetchTimeout", "fetch", "late"), "reference": "B"}
+    rows[1]["text"] = "no idea"
+    candidate, baseline = write_run(tmp_path / "a", rows), write_run(tmp_path / "b", rows[:7])
+    for folder in (candidate, baseline):
+        write_scores(folder, metrics=("multiple_choice",), cluster="source")
+    report = gather(str(candidate), baseline=str(baseline), options=_QUICK)
+    found = {note.title: (note.num_rows, note.share) for note in report.scores.notes}
+    assert found == {
+        "No reference, not scored": (2, None),
+        "Failed, counted as 0": (1, None),
+        "Parse rate": (6, pytest.approx(6 / 7)),
+        "Resampled by source": (None, None),
+        "Only in this run, not compared": (3, None),
+    }
+    page, markdown = " ".join(_Tags(render_html(report)).text.split()), render_markdown(report)
+    for title in found:
+        assert title in page and title in markdown.replace("\\", "")
+    assert "85.7 %" in page and "85.7 % of 7 multiple" in markdown
+    assert "| 7 |" in markdown, "the rows that both runs have"
