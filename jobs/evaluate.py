@@ -93,7 +93,9 @@ def caption_config(config: EvaluateConfig) -> EvaluateConfig:
         path = evaluate.manifest_path or f"{output.path.rstrip('/')}-manifest"
         source = prepare_manifest(evaluate.layout, source, path, output.storage_options)
         keep += ["prompt", *evaluate.layout.keep]
-    source = source.model_copy(update={"keep": list(dict.fromkeys([*source.keep, *keep]))})
+    source = source.model_copy(
+        update={"keep": {**source.keep, **{name: name for name in keep if name not in source.keep}}}
+    )
     output = output.model_copy(update={"report": False})  # it is written once the rows are scored
     return config.model_copy(update={"input": source, "output": output})
 

@@ -22,7 +22,7 @@ from pydantic import (
 
 from pipeline.engine import Dtype, EngineSettings, SamplingParams
 from pipeline.errors import row_error_types
-from pipeline.schema import MANIFEST_COLUMNS, MEDIUM_SETTING_COLUMNS, RESULT_COLUMNS, SAMPLING_COLUMNS
+from pipeline.schema import MANIFEST_COLUMNS, MEDIUM_SETTING_COLUMNS, ROW_COLUMNS, SAMPLING_COLUMNS
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -60,6 +60,18 @@ class CsvConfig(Section):
         return self
 
 
+def _kept_columns(value: Any) -> Any:
+    """The mapping that `input.keep` stands for: names in the results to the manifest's."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list):
+        return value
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"found {odd[0]!r}; allowed: names of columns as text, in quotes where they are numbers")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(twice)} is named twice")
+    return {name: name for name in names}
+
+
 class InputConfig(Section):
     """The manifest, and what its rows may reach."""
 
@@ -77,8 +89,9 @@ class InputConfig(Section):
     allow_missing_media: bool = False
     """Whether a row with nothing in the manifest's media columns is asked without media. Otherwise it is a
     `MediaMissing` error."""
-    keep: list[str] = Field(default_factory=list)
-    """Manifest columns to copy into the results."""
+    keep: Annotated[dict[str, str], BeforeValidator(_kept_columns)] = Field(default_factory=dict)
+    """Manifest columns to copy into the results: a list as in `[source, license]`, or names in the results mapped to
+    the manifest's, as in `{caption_old: text}`."""
     limit: Positive | None = None
     """Take only this many rows from the start of the manifest."""
     allow: list[str] = Field(default_factory=list)
@@ -115,13 +128,12 @@ class InputConfig(Section):
 
     @field_validator("keep")
     @classmethod
-    def _kept_names_are_free(cls, keep: list[str]) -> list[str]:
-        taken = sorted(set(keep) & set(RESULT_COLUMNS))
-        if taken:
-            raise ValueError(f"{', '.join(taken)} would collide with the result column of that name")
-        twice = sorted({name for name in keep if keep.count(name) > 1})
-        if twice:
-            raise ValueError(f"{', '.join(twice)} is named twice")
+    def _kept_names_are_free(cls, keep: dict[str, str]) -> dict[str, str]:
+        if taken := sorted(set(keep) & set(ROW_COLUMNS)):
+            raise ValueError(
+                f"{', '.join(taken)} would collide with the pipeline's own column of that name; "
+                f"keep it under another name, as in {{{taken[0]}_old: {keep[taken[0]]}}}"
+            )
         return keep
 
 

@@ -121,6 +121,8 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
     *sections, key = name.split(".")
     for section in sections:
         inner = values.get(section)
+        if isinstance(inner, list):  # of names that stand for themselves, as in `input.keep`
+            inner = values[section] = {name: name for name in inner if isinstance(name, str)}
         if not isinstance(inner, dict):
             inner = values[section] = {}
         values = inner

@@ -150,3 +150,5 @@ def result_schema(kept: pa.Schema) -> pa.Schema:
 
 
 RESULT_COLUMNS = tuple(result_schema(pa.schema([])).names)
+ROW_COLUMNS = tuple(dict.fromkeys([*RESULT_COLUMNS, *request_schema(pa.schema([])).names]))
+"""Names that no kept column can have."""

@@ -21,7 +21,7 @@ from pipeline.config import Section
 from pipeline.errors import ManifestError
 from pipeline.evaluation.columns import answer_texts, option_texts, plain_text
 from pipeline.evaluation.metrics.choice import LETTERS
-from pipeline.schema import RESULT_COLUMNS
+from pipeline.schema import ROW_COLUMNS
 
 _IMAGE_MARK = re.compile(r"<image (\d+)>")
 # MMBench's files went through pandas, which writes nan where a row has no hint or only two options.
@@ -97,7 +97,7 @@ class Layout(Section):
     @field_validator("keep")
     @classmethod
     def _kept_names_are_free(cls, keep: list[str]) -> list[str]:
-        if taken := sorted(set(keep) & {*_MADE_COLUMNS, *RESULT_COLUMNS}):
+        if taken := sorted(set(keep) & {*_MADE_COLUMNS, *ROW_COLUMNS}):
             raise ValueError(f"{', '.join(taken)} would collide with the column of that name that the layout makes")
         return keep
 

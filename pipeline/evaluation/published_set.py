@@ -73,7 +73,7 @@ def prepare_manifest(
         _write(rows, schema, target, storage_options)
         content = json.dumps(made_of | {"missing_videos": chosen.num_missing_videos}, indent=2)
         storage.publish(marker, content.encode(), storage_options)
-    update: dict[str, Any] = {"path": target, "format": "parquet", "columns": {}, "keep": [], "limit": None}
+    update: dict[str, Any] = {"path": target, "format": "parquet", "columns": {}, "keep": {}, "limit": None}
     return source.model_copy(update={**update, "allow": [*source.allow, dataset.base]})
 
 

@@ -68,17 +68,19 @@ def open_stages(config: CaptionConfig) -> OpenedStages:
 
 def check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -> None:
     """Refuse now what every actor would refuse later: columns, model, settings. Raises JobError."""
-    missing = [name for name in config.input.keep if name not in manifest.schema.names]
+    missing = [name for name in config.input.keep.values() if name not in manifest.schema.names]
     if missing and manifest.format != "media":  # a bare folder has no columns to keep, whatever the config says
         raise ConfigError(
             f"input.keep: the manifest has no column {', '.join(map(repr, missing))}; found: "
             f"{', '.join(manifest.schema.names)}. Several are written as a list: [a, b]"
         )
-    by = config.output.partition_by
-    if by is not None and by not in config.input.keep:
-        raise ConfigError(f"output.partition_by: {by} is not a kept column; input.keep: {', '.join(config.input.keep)}")
-    if by in manifest.schema.names:
-        check_partition(manifest.schema.field(by))
+    by, kept = config.output.partition_by, kept_schema(config, manifest)
+    if by is not None and by not in kept.names:
+        raise ConfigError(
+            f"output.partition_by: {by} is not a kept column; input.keep: {', '.join(kept.names) or 'none'}"
+        )
+    if by is not None:
+        check_partition(kept.field(by))
     if manifest.num_rows:  # an empty JSONL file has no columns to look at, and no rows that would need any
         check_columns(manifest.schema.names, message_options(config))
     local = model_cache(config).local(model_path, weights=False)  # looks at a bucket's listing for the weights
@@ -101,6 +103,7 @@ def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> 
         fetch=fetch_options(config.input, config.media, manifest.base),
         sampling=asdict(config.sampling),
         kept=kept,
+        kept_from=config.input.keep,
         model_cache=cache,
     )
     engine = EngineOptions(
@@ -114,7 +117,8 @@ def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> 
         **asdict(config.engine),
     )
     generate = GenerateOptions(engine, kept, cache)
-    columns = tuple(dict.fromkeys([*needed_columns(manifest.schema.names, messages), *kept.names]))
+    kept_from = [config.input.keep[name] for name in kept.names]
+    columns = tuple(dict.fromkeys([*needed_columns(manifest.schema.names, messages), *kept_from]))
     return Stages(preprocess, generate, columns)
 
 
@@ -142,8 +146,9 @@ def number_rows(manifest: Manifest, limit: int | None) -> RowNumbering:
 
 
 def kept_schema(config: CaptionConfig, manifest: Manifest) -> pa.Schema:
-    """The manifest columns that go into the results."""
-    return pa.schema([manifest.schema.field(name) for name in config.input.keep if name in manifest.schema.names])
+    """The manifest columns that go into the results, under their names there."""
+    schema, keep = manifest.schema, config.input.keep
+    return pa.schema([schema.field(theirs).with_name(name) for name, theirs in keep.items() if theirs in schema.names])
 
 
 def media_options(media: MediaConfig, family: Family) -> MediaOptions:

@@ -55,7 +55,9 @@ class PreprocessOptions:
     sampling: Mapping[str, Any]
     """The job's sampling parameters; a row's own win."""
     kept: pa.Schema
-    """The user's columns that go through to the results."""
+    """The user's columns that go through to the results, under their names there."""
+    kept_from: Mapping[str, str] = field(default_factory=dict)
+    """Their names in the manifest, where these are others."""
     model_cache: ModelCache = field(default_factory=ModelCache)
     """Where this machine keeps a checkpoint that lies in a bucket."""
     read_ahead: int = 16
@@ -309,7 +311,8 @@ class PreprocessStage:
 
     def _build_table(self, rows: Sequence[_Row], table: pa.Table) -> pa.Table:
         requests = [row.request() for row in rows]
-        columns = {name: table.column(name) for name in self._options.kept.names}
+        kept_from = self._options.kept_from
+        columns = {name: table.column(kept_from.get(name, name)) for name in self._options.kept.names}
         columns["patches"] = _binaries(
             [
                 None if row.error is not None or row.input_ids is None else [medium.patches for medium in row.media]

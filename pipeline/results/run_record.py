@@ -47,7 +47,8 @@ def identity(config: CaptionConfig, model_path: str) -> dict[str, Any]:
         "input.csv.escape": config.input.csv.escape,
         "input.settings": sorted(config.input.settings),
         "input.allow_missing_media": config.input.allow_missing_media,
-        "input.keep": config.input.keep,
+        # A list, since the results' columns have this order.
+        "input.keep": [name if name == theirs else {name: theirs} for name, theirs in config.input.keep.items()],
         "input.limit": config.input.limit,
     }
     for section, settings in config.model_dump(mode="json", include=set(_IDENTITY_SECTIONS)).items():

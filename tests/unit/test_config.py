@@ -41,7 +41,7 @@ def test_each_config_is_laid_over_those_before_it(tmp_path: Path) -> None:
     config = load_config(CaptionConfig, paths, overrides)
     assert (config.sampling.max_tokens, config.sampling.top_k) == (7, 3)
     assert config.input.columns == {"image": "url", "video": "clip"}
-    assert (config.input.path, config.input.keep) == ("a", ["y"])
+    assert (config.input.path, config.input.keep) == ("a", {"y": "y"})
     assert (config.model.path, config.output.path) == ("demo", "p")
 
 
@@ -119,9 +119,32 @@ def test_text_fields_take_the_word_as_it_stands() -> None:
     assert config.input.path == "123"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"input__keep": "[a, b]"}, {"a": "a", "b": "b"}),
+        ({"input__keep": "a"}, {"a": "a"}),
+        ({"input__keep": "{caption_old: text}"}, {"caption_old": "text"}),
+        ({"input__keep": "[a]", "input__keep.caption_old": "text"}, {"a": "a", "caption_old": "text"}),
+        ({"input__keep": "[a, a]"}, "a is named twice"),
+        ({"input__keep": "[2024]"}, "found 2024; allowed: names of columns as text, in quotes"),
+        ({"input__keep": "patches"}, "patches would collide .* as in {patches_old: patches}"),
+        ({"input__keep.text": "caption"}, "text would collide"),
+    ],
+)
+def test_kept_columns_are_one_mapping_however_they_are_written(
+    overrides: dict[str, str], expected: dict[str, str] | str
+) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            load(**overrides)
+    else:
+        assert load(**overrides).input.keep == expected
+
+
 def test_lists_mappings_and_null_are_understood() -> None:
-    config = load(input__keep="[a, b]", input__columns='{"image": "url"}', media__max_visual_tokens="null")
-    assert config.input.keep == ["a", "b"]
+    config = load(input__settings="[fps, n]", input__columns='{"image": "url"}', media__max_visual_tokens="null")
+    assert config.input.settings == ["fps", "n"]
     assert config.input.columns == {"image": "url"}
     assert config.media.max_visual_tokens is None
 

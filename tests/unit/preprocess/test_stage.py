@@ -26,6 +26,8 @@ from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
 from pipeline.schema import SAMPLING_COLUMNS, MediumReceipt, UnitColumn, request_schema
 from tests.options import fetch_options, media_options
 
+KEPT = pa.schema([("asked", pa.string())])
+
 
 def png(width: int, height: int, seed: int = 0) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -52,7 +54,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PreprocessStage]
         media=media_options(min_pixels=28 * 28, max_pixels=112 * 112),
         fetch=fetch_options(str(tmp_path_factory.mktemp("media"))),
         sampling={"max_tokens": 5, "temperature": 0.0},
-        kept=pa.schema([]),
+        kept=KEPT,
+        kept_from={"asked": "prompt"},
     )
     made = PreprocessStage(options)
     yield made
@@ -67,6 +70,7 @@ def test_patches_and_ids_are_those_of_the_steps_by_hand(stage: PreprocessStage) 
     assert row["media"][0]["grid_thw"] == [1, 4, 8]
     assert np.array_equal(np.frombuffer(row["patches"], np.uint8).reshape(-1, 588), expected)
     assert row["num_visual_tokens"] == 8
+    assert row["asked"] == "What?", "a kept column has its name in the results"
     assert row["num_prompt_tokens"] == len(row["input_ids"])
     assert json.loads(row["sampling"])["max_tokens"] == 5
 
@@ -89,7 +93,7 @@ def test_rows_keep_their_order_and_bad_ones_their_place(
     rows = [{"image": png(56, 56, n) if n % 3 else b"junk", "prompt": f"{n}"} for n in range(20)] + [{"prompt": "text"}]
     tables = list(stage.tables(unit(rows), block_bytes, block_rows))
     table = pa.concat_tables(tables)
-    assert table.schema.equals(request_schema(pa.schema([])))
+    assert table.schema.equals(request_schema(KEPT))
     assert table.column("manifest_row").to_pylist() == list(range(100, 121))
     expected = ["error" if n % 3 == 0 else "ok" for n in range(20)] + ["ok"]
     assert table.column("status").to_pylist() == expected

@@ -1,0 +1,68 @@
+"""From the config to the stages: kept columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import CaptionConfig
+from pipeline.config_file import load_config
+from pipeline.errors import ConfigError, OutputError
+from pipeline.execution.stages import kept_schema, open_stages
+from pipeline.results.run_record import check_unchanged, identity
+
+
+def config_of(folder: Path, **overrides: str) -> CaptionConfig:
+    values = {"input.path": str(folder), "model.path": "demo", "output.path": str(folder / "out")}
+    return load_config(CaptionConfig, None, values | {key.replace("__", "."): text for key, text in overrides.items()})
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    pq.write_table(pa.table({"prompt": ["a?", "b?"], "text": ["A", "B"]}), tmp_path / "rows.parquet")
+    return tmp_path
+
+
+def test_a_manifest_s_column_text_is_kept_under_another_name(captions: Path) -> None:
+    config = config_of(captions, input__keep="{caption_old: text, prompt: prompt}", output__partition_by="caption_old")
+    opened = open_stages(config)
+    assert kept_schema(config, opened.manifest).names == ["caption_old", "prompt"]
+    assert opened.stages.columns == ("prompt", "text")
+    assert opened.stages.preprocess.kept_from == {"caption_old": "text", "prompt": "prompt"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"input__keep": "{caption_old: txet}"}, "no column 'txet'; found: prompt, text"),
+        ({"input__keep": "{caption_old: text}", "output__partition_by": "text"}, "text is not a kept column"),
+    ],
+)
+def test_columns_that_can_not_be_kept_are_refused(captions: Path, overrides: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_stages(config_of(captions, **overrides))
+
+
+def test_a_folder_of_photos_without_the_column_that_names_its_folders_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"year is not a kept column; input\.keep: none"):
+        open_stages(config_of(tmp_path, input__keep="[year]", output__partition_by="year"))
+
+
+def test_a_run_goes_on_with_the_columns_that_it_kept_and_no_others(captions: Path) -> None:
+    def record(keep: Any) -> dict[str, Any]:
+        return {
+            "identity": {**identity(config, "demo-model"), "input.keep": keep},
+            "manifest": {"fingerprint": manifest.fingerprint()},
+        }
+
+    config = config_of(captions, input__keep="[prompt]")
+    manifest = open_stages(config).manifest
+    asked = identity(config, "demo-model")
+    assert check_unchanged(record(["prompt"]), config, asked, manifest, folder="out").num_rows == 2
+    with pytest.raises(OutputError, match=r"input\.keep: was \[{'prompt': 'text'}\], is \['prompt'\]"):
+        check_unchanged(record([{"prompt": "text"}]), config, asked, manifest, folder="out")
