@@ -143,7 +143,7 @@ def print_scores(metrics: Mapping[str, Any]) -> None:
         found = one.numbers
         console.print(
             f"{one.title} against the baseline, on the {found.num_rows:,} rows of both: "
-            f"{shown_difference(found, one.maximum)}, {shown_p(numbers.p_permutation)}, "
+            f"{shown_difference(found, one.maximum)}, {shown_p(found.p_permutation)}, "
             f"{found.won:,} won, {found.lost:,} lost: {found.verdict}",
             markup=False,
             highlight=False,
