@@ -243,14 +243,14 @@ class ModelRunner:
 
     def _restart_seen(self, sequences: SequenceOf[Sequence], logits: torch.Tensor) -> None:
         """Note the tokens of sequences whose decoding begins; the host knows all of them."""
-        penalised = [sequence for sequence in sequences if _is_penalised(sequence)]
-        if not penalised:
+        penalized = [sequence for sequence in sequences if sequence.sampling.is_penalized]
+        if not penalized:
             return
         if self._seen is None:
             self._seen = SeenTokens(len(self.last_tokens), self._max_context + 1, logits.device)
         self._seen.restart(
-            [sequence.row for sequence in penalised],
-            [sequence.known_ids(0, sequence.num_tokens) for sequence in penalised],
+            [sequence.row for sequence in penalized],
+            [sequence.known_ids(0, sequence.num_tokens) for sequence in penalized],
         )
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> PassResult:
@@ -260,7 +260,7 @@ class ModelRunner:
         index = self._upload(np.asarray([sequence.row for sequence in sequences], dtype=np.int64))
         # The head may lie on another device than the embedding, where the next pass begins.
         there = index.to(logits.device)
-        if self._seen is None or not any(map(_is_penalised, sequences)):
+        if self._seen is None or not any(sequence.sampling.is_penalized for sequence in sequences):
             tokens, logprobs = sample(logits, rows)
         else:
             lengths = [s.num_prompt_tokens + step for s, step in zip(sequences, steps, strict=True)]
@@ -277,10 +277,6 @@ class ModelRunner:
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
         return PassResult(sequences, tokens, logprobs, copied, epochs)
-
-
-def _is_penalised(sequence: Sequence) -> bool:
-    return sequence.sampling.repetition_penalty != 1.0
 
 
 def _copy_out(tensor: torch.Tensor) -> torch.Tensor:

@@ -160,9 +160,7 @@ class ReferenceEngine(Engine):
 
 def _needs_sampler(sequence: Sequence) -> bool:
     sampling = sequence.sampling
-    return bool(
-        sampling.temperature > 0 or sampling.logprobs or sampling.min_tokens or sampling.repetition_penalty != 1.0
-    )
+    return bool(sampling.temperature > 0 or sampling.logprobs or sampling.min_tokens or sampling.is_penalized)
 
 
 def plain_generation_config(**settings: Any) -> Any:
@@ -206,7 +204,7 @@ class _Choose(LogitsProcessor):  # type: ignore[misc]
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
     def _seen(self, sequences: list[Sequence], scores: torch.Tensor) -> torch.Tensor | None:
-        if all(sequence.sampling.repetition_penalty == 1.0 for sequence in sequences):
+        if not any(sequence.sampling.is_penalized for sequence in sequences):
             return None
         longest = max(sequence.num_tokens for sequence in sequences)
         seen = SeenTokens(len(sequences), longest, scores.device)

@@ -1,9 +1,9 @@
 """Logits in, one token per row out: per-row sampling parameters, without synchronizing with the host.
 
-The order is transformers': repetition penalty, forbidden tokens, temperature, top-k, top-p, min-p. Filters are
-thresholds on values, so equal logits are kept or dropped together and the result does not depend on how a sort breaks
-ties. A row is sampled with one number in [0, 1) that the host derives from the row's seed, so a row's token does not
-depend on the other rows.
+The order is transformers', with vLLM's penalties: repetition, frequency and presence penalty, forbidden tokens,
+temperature, top-k, top-p, min-p. Filters are thresholds on values, so equal logits are kept or dropped together and the
+result does not depend on how a sort breaks ties. A row is sampled with one number in [0, 1) that the host derives from
+the row's seed, so a row's token does not depend on the other rows.
 
     R rows   V vocabulary
 """
@@ -36,18 +36,21 @@ class SampleRow:
     draw: float
     """In [0, 1); unused where greedy."""
     forbidden: tuple[int, ...] = ()
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    """In its row of `seen`, the answer follows the prompt."""
 
 
 def sample_row(sequence: Sequence, rules: StopRules, step: int) -> SampleRow:
     """What the sampler needs for the sequence's output token number `step`."""
     sampling = sequence.sampling
     draw = sequence.draw(step) if sampling.temperature > 0 else 0.0
-    return SampleRow(sampling, draw, rules.forbidden_ids(sampling, step))
+    return SampleRow(sampling, draw, rules.forbidden_ids(sampling, step), sequence.num_prompt_tokens, step)
 
 
 class SeenTokens:
-    """The tokens of each row's prompt and answer, for the repetition penalty. They lie on the device, so that a token
-    counts before the host has read it."""
+    """The tokens of each row's prompt and answer, for the penalties. They lie on the device, so that a token counts
+    before the host has read it."""
 
     def __init__(self, num_rows: int, max_tokens: int, device: torch.device) -> None:
         # Behind its last token a row repeats its first one: a token that occurs twice is penalised once.
@@ -76,7 +79,7 @@ class SeenTokens:
 def sample(
     logits: torch.Tensor,  # [R, V] in the model's dtype
     rows: SequenceOf[SampleRow],
-    seen: torch.Tensor | None = None,  # [R, tokens] of SeenTokens; needed where a row has a repetition penalty
+    seen: torch.Tensor | None = None,  # [R, tokens] of SeenTokens; needed where a row is penalized
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # tokens [R] int64, log-probabilities [R] or None
     """Choose a token for each row."""
     if all(_is_plain(row) for row in rows):
@@ -84,12 +87,9 @@ def sample(
         return logits.argmax(dim=-1), None
     raw = logits.float()
     scores = raw
-    penalties = [row.sampling.repetition_penalty for row in rows]
-    if any(penalty != 1.0 for penalty in penalties):
-        assert seen is not None, "a repetition penalty needs the tokens seen so far"
-        ids, penalty = seen.long(), _column(penalties, raw.device)
-        found = raw.gather(1, ids)
-        scores = raw.scatter(1, ids, torch.where(found < 0, found * penalty, found / penalty))
+    if any(row.sampling.is_penalized for row in rows):
+        assert seen is not None, "penalties need the tokens seen so far"
+        scores = penalize(raw, rows, seen)
     if any(row.forbidden for row in rows):
         scores = _forbid(scores, rows)
     tokens = scores.argmax(dim=-1)
@@ -105,9 +105,23 @@ def sample(
 
 def _is_plain(row: SampleRow) -> bool:
     sampling = row.sampling
-    return (
-        sampling.temperature == 0 and not sampling.logprobs and sampling.repetition_penalty == 1.0 and not row.forbidden
-    )
+    return sampling.temperature == 0 and not (sampling.logprobs or sampling.is_penalized or row.forbidden)
+
+
+def penalize(logits: torch.Tensor, rows: SequenceOf[SampleRow], ids: torch.Tensor) -> torch.Tensor:
+    """Scores [R, V] after the penalties, for the tokens [R, tokens] of prompts and answers."""
+    device, sampling, scores, ids = logits.device, [row.sampling for row in rows], logits, ids.long()
+    if any(s.repetition_penalty != 1.0 for s in sampling):
+        found, penalty = scores.gather(1, ids), _column([s.repetition_penalty for s in sampling], device)
+        scores = scores.scatter(1, ids, torch.where(found < 0, found * penalty, found / penalty))
+    if any(s.presence_penalty or s.frequency_penalty for s in sampling):
+        start = _column([row.num_prompt_tokens for row in rows], device)
+        stop = start + _column([row.num_output_tokens for row in rows], device)
+        place = torch.arange(ids.shape[1], device=device)
+        counts = torch.zeros_like(scores).scatter_add_(1, ids, ((place >= start) & (place < stop)).float())
+        scores = scores - _column([s.frequency_penalty for s in sampling], device) * counts
+        scores = scores - _column([s.presence_penalty for s in sampling], device) * (counts > 0)
+    return scores
 
 
 def _column(values: SequenceOf[float], device: torch.device) -> torch.Tensor:

@@ -77,6 +77,12 @@ class SamplingParams:
     repetition_penalty: float = setting(
         1.0, "Above 1, tokens that the prompt or the answer already contains become less likely; 1: off.", gt=0
     )
+    presence_penalty: float = setting(
+        0.0, "Subtracted from the logit of every token that the answer already contains; 0: off.", ge=-2, le=2
+    )
+    frequency_penalty: float = setting(
+        0.0, "The same, once for each time that the answer contains the token; 0: off.", ge=-2, le=2
+    )
     n: int = setting(1, "Answers for each row; with more than one, `texts` holds them all.", ge=1, le=16384)
     seed: int | None = setting(
         None,
@@ -100,6 +106,11 @@ class SamplingParams:
             raise ValueError(f"stop_strings is {self.stop_strings!r}; allowed: a tuple of strings, none empty")
         if any(token < 0 for token in self.stop_token_ids):
             raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}; allowed: 0 or more")
+
+    @property
+    def is_penalized(self) -> bool:
+        """Whether earlier tokens change the scores of the next one."""
+        return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
 
 
 def parse_sampling(text: str) -> SamplingParams:

@@ -282,10 +282,12 @@ def _sampling(sampling: Any) -> str | None:
     if not isinstance(sampling, Mapping) or not sampling:
         return None
     temperature = number_at(sampling, "temperature")
-    defaults = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "n": 1}
+    filters = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} if temperature else {}
+    penalties = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    defaults = {**filters, **penalties, "n": 1}
     return _joined(
         f"temperature {temperature:g}" if temperature else "greedy",
-        *(f"{n} {sampling[n]}" for n, off in defaults.items() if temperature and sampling.get(n, off) != off),
+        *(f"{n} {sampling[n]}" for n, off in defaults.items() if sampling.get(n, off) != off),
         f"at most {sampling.get('max_tokens')} tokens",
         None if sampling.get("seed") is None else f"seed {sampling['seed']}",
     )

@@ -190,7 +190,7 @@ def test_no_pass_waits_for_the_device_whatever_the_sampling(
         {},
         {"temperature": 0.8, "top_k": 5, "top_p": 0.7, "min_p": 0.05, "n": 2},
         {"min_tokens": 4, "stop_token_ids": (17,), "logprobs": True},
-        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 1.3, "presence_penalty": 1.5, "frequency_penalty": 0.5},
     ]
     requests = [
         replace(request, sampling=SamplingParams(max_tokens=8, seed=1, **samplings[i % 4]))

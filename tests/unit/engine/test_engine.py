@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,36 @@ def test_repetition_penalty_equals_transformers(tiny_model: Any, overlap: bool) 
             repetition_penalty=1.6,
         )
         assert completion.token_ids == tuple(out[0, ids.shape[1] :].tolist())
+
+
+def test_presence_and_frequency_penalties_count_the_tokens_of_the_answer_alone(tiny_model: Any, build: Build) -> None:
+    from transformers import LogitsProcessor
+
+    class Plain(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            answer = input_ids[0, num_prompt_tokens:].tolist()
+            for token in set(answer):
+                scores[0, token] -= 0.8 + 0.5 * answer.count(token)
+            return scores
+
+    requests = [row(i, presence_penalty=0.8, frequency_penalty=0.5, picture=False, max_tokens=30) for i in range(3)]
+    unpenalized = [
+        replace(r, request_id=f"plain {r.request_id}", sampling=SamplingParams(max_tokens=30)) for r in requests
+    ]
+    expected = []
+    for request in requests:
+        ids = torch.tensor(request.input_ids.astype(np.int64))[None]
+        num_prompt_tokens = ids.shape[1]
+        out = tiny_model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=30,
+            do_sample=False,
+            logits_processor=[Plain()],
+        )
+        expected.append(tuple(out[0, num_prompt_tokens:].tolist()))
+    assert tokens_of(build().generate([*requests, *unpenalized]))[:3] == expected
+    assert tokens_of(build().generate(unpenalized)) != expected
 
 
 def test_logprobs_come_on_request_one_for_each_token(build: Build) -> None:

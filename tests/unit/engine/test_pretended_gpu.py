@@ -33,6 +33,7 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.2, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "logprobs": True},
     {"min_tokens": 6, "stop_token_ids": (17, 18)},
     {"repetition_penalty": 1.3},
+    {"presence_penalty": 1.5, "frequency_penalty": -0.4, "n": 2},
     {"repetition_penalty": 0.8, "temperature": 0.5, "min_tokens": 3, "logprobs": True},
     {"logprobs": True, "ignore_eos": True},
     {"stop_on_repetition": True},
@@ -134,11 +135,12 @@ def test_top_p_over_more_tokens_than_it_looks_at_first_waits_for_nothing(
     assert run_watched(make_engine(monkeypatch), gpu, requests) == expected
 
 
-def test_rows_with_a_repetition_penalty_are_read_one_pass_late_as_others_are(
+def test_rows_with_a_penalty_are_read_one_pass_late_as_others_are(
     monkeypatch: pytest.MonkeyPatch, gpu: PretendedGpu
 ) -> None:
     engine = make_engine(monkeypatch)
-    engine.add(replace(mixed_requests(1)[0], sampling=SamplingParams(max_tokens=6, repetition_penalty=1.3)))
+    sampling = SamplingParams(max_tokens=6, repetition_penalty=1.3, presence_penalty=1.5)
+    engine.add(replace(mixed_requests(1)[0], sampling=sampling))
     for _ in range(4):
         engine.step()
         assert len(engine._in_flight) == 1

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipeline.engine.sampler import SampleRow, SeenTokens, _search_smallest_kept, _smallest_kept, sample
+from pipeline.engine.sampler import SampleRow, SeenTokens, _search_smallest_kept, _smallest_kept, penalize, sample
 from pipeline.engine.scheduling.stopping import repeats_endlessly
 from pipeline.engine.sequence import uniform_draw
 from pipeline.engine.settings import SamplingParams
@@ -161,6 +163,44 @@ def test_a_row_s_tokens_grow_by_each_one_chosen_and_are_forgotten_when_it_starts
     assert [set(row) for row in seen.of(torch.tensor([2, 0]), 4).tolist()] == [{9}, {3, 7}]
 
 
+_penalties = st.sampled_from([0.0, 0.7, -1.5, 2.0])
+_rows = st.tuples(
+    st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    st.lists(st.integers(0, 9), max_size=6),
+    _penalties,
+    _penalties,
+    st.sampled_from([1.0, 1.3]),
+)
+
+
+@given(rows=st.lists(_rows, min_size=1, max_size=5), seed=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_penalties_equal_a_plain_definition(rows: list[Any], seed: int) -> None:
+    """Of rows with drawn prompts, answers and penalties, side by side."""
+    logits = 3 * torch.randn(len(rows), 10, generator=torch.Generator().manual_seed(seed))
+    wanted = logits.tolist()
+    for scores, (prompt, answer, presence, frequency, repetition) in zip(wanted, rows, strict=True):
+        for token in {*prompt, *answer}:
+            scores[token] = scores[token] * repetition if scores[token] < 0 else scores[token] / repetition
+        for token in set(answer):
+            scores[token] -= presence + frequency * answer.count(token)
+    seen = seen_tokens(*[prompt + answer for prompt, answer, *_ in rows])
+    found = penalize(
+        logits,
+        [
+            SampleRow(
+                SamplingParams(presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition),
+                0.0,
+                num_prompt_tokens=len(prompt),
+                num_output_tokens=len(answer),
+            )
+            for prompt, answer, presence, frequency, repetition in rows
+        ],
+        seen,
+    )
+    torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-5, atol=1e-5)
+
+
 def test_forbidden_tokens_are_never_chosen() -> None:
     rows = [SampleRow(SamplingParams(), 0.0, forbidden=(1,)), SampleRow(SamplingParams(), 0.0)]
     assert sample(torch.tensor([LOGITS, LOGITS]), rows)[0].tolist() == [2, 1]
@@ -240,6 +280,7 @@ def test_repetition_is_one_phrase_many_times_at_the_end(tokens: list[int], expec
         ("min_p", 2.0),
         ("top_k", -1),
         ("repetition_penalty", 0.0),
+        ("presence_penalty", 2.5),
         ("n", 0),
         ("seed", -1),
         ("stop_strings", ("",)),

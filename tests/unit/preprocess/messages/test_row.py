@@ -413,6 +413,7 @@ def test_settings_inside_parts_are_checked_too(part: dict[str, Any], words: str)
         ("top_p", 1, 1.0),
         ("min_p", 0.05, 0.05),
         ("repetition_penalty", 1.1, 1.1),
+        ("presence_penalty", Decimal("-0.5"), -0.5),
         ("n", 3, 3),
         ("seed", 2**62, 2**62),
         ("stop_strings", "END", ("END",)),
@@ -455,6 +456,7 @@ def test_sampling_columns_become_sampling_parameters(name: str, value: Any, expe
         ("top_p", 1.5, "a number, above 0, up to 1"),
         ("min_p", 2, "a number, 0 to 1"),
         ("repetition_penalty", 0, "a number, above 0"),
+        ("presence_penalty", -2.5, "a number, -2 to 2"),
         ("n", 10**9, "a whole number, 1 to 16384"),  # the engine has a sequence for each
         ("seed", -1, "a whole number, 0 to"),
         ("seed", 2**63, "a whole number, 0 to"),
