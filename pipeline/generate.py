@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -23,7 +24,6 @@ import pyarrow as pa
 
 from pipeline.checkpoint.cache import ModelCache
 from pipeline.engine import (
-    PATCH_BYTES,
     Completion,
     Engine,
     EngineOptions,
@@ -340,12 +340,10 @@ def _sampling(row: dict[str, Any]) -> SamplingParams:
 def _media(row: dict[str, Any]) -> tuple[Medium, ...]:
     """The row's media. Their patches lie one after another, and the share of each follows from its kind and grid."""
     media: list[Medium] = []
-    start = 0
-    for receipt in row["media"]:
+    # A patch of a video has two frames, that of an image one.
+    shares = [math.prod(receipt["grid_thw"]) * (2 if receipt["kind"] == "video" else 1) for receipt in row["media"]]
+    ends = np.cumsum(shares) * (len(row["patches"]) // max(1, sum(shares)))
+    for receipt, patches in zip(row["media"], np.split(row["patches"], ends)[:-1], strict=True):
         t, h, w = receipt["grid_thw"]
-        stop = start + t * h * w * PATCH_BYTES[receipt["kind"]]
-        patches = row["patches"][start:stop].reshape(t * h * w, -1)
-        media.append(Medium(receipt["kind"], (t, h, w), patches))
-        start = stop
-    assert start == len(row["patches"]), (start, len(row["patches"]))
+        media.append(Medium(receipt["kind"], (t, h, w), patches.reshape(t * h * w, -1)))
     return tuple(media)

@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from pipeline.engine import PATCH_BYTES, Medium, Request, SamplingParams
+from pipeline.engine import Medium, Request, SamplingParams
+from pipeline.engine.sequence import patch_bytes
 from pipeline.planning.roofline import SHAPES as PUBLISHED
 from pipeline.planning.roofline import ModelShape, RowWork, decode_bytes, row_flops
 from pipeline.preprocess.size import smart_resize
@@ -132,7 +133,7 @@ def _medium(rng: np.random.Generator, kind: str, side: int | None, longest: int,
     height, width = smart_resize(height, width, factor=28, min_pixels=56 * 56, max_pixels=max_pixels)
     grid = (steps, height // 14, width // 14)
     name: Literal["image", "video"] = "video" if kind == "video" else "image"
-    patches = rng.integers(0, 256, (grid[0] * grid[1] * grid[2], PATCH_BYTES[name]), dtype=np.uint8)
+    patches = rng.integers(0, 256, (grid[0] * grid[1] * grid[2], patch_bytes(name, 14)), dtype=np.uint8)
     return Medium(name, grid, patches)
 
 

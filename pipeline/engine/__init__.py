@@ -67,7 +67,6 @@ from pipeline.engine.interface import Detokenize, Engine
 from pipeline.engine.load import load_engine
 from pipeline.engine.scheduling.admission import check_length
 from pipeline.engine.sequence import (
-    PATCH_BYTES,
     Completion,
     FinishReason,
     Medium,
@@ -78,7 +77,6 @@ from pipeline.engine.sequence import (
 from pipeline.engine.settings import Dtype, EngineOptions, EngineSettings, SamplingParams, parse_sampling
 
 __all__ = [
-    "PATCH_BYTES",
     "Completion",
     "Detokenize",
     "Dtype",

@@ -78,7 +78,8 @@ class NativeEngine(EngineLoop):
         with torch.no_grad():
             self.text = TextModel(checkpoint.model)
             pixels = PixelTable(options, device=device, dtype=dtype)
-            self.vision = VisionModel(checkpoint.model, candidates[-1].load(), pixels)
+            make_vision = checkpoint.architecture.vision
+            self.vision: VisionModel = make_vision(checkpoint.model, candidates[-1].load(), pixels)
         self._devices = tuple(dict.fromkeys((device, *checkpoint.layer_devices)))
         self.trial = Trial(self._devices)
         self.warm_up_s = 0.0
@@ -135,7 +136,7 @@ class NativeEngine(EngineLoop):
         )
         num_blocks = min(num_blocks, max_running * -(-self.max_context // attention.block_size))
         self.cache = KVCache(checkpoint.layer_devices, num_blocks=num_blocks, **sizes)
-        media = EncodedMedia(MAX_KEPT_VISUAL_TOKENS)
+        media = EncodedMedia(MAX_KEPT_VISUAL_TOKENS // (1 + self.vision.num_deep))
         scheduler = Scheduler(
             BlockManager(self.cache.num_blocks, self.cache.block_size),
             media,
@@ -161,6 +162,8 @@ class NativeEngine(EngineLoop):
             self.max_context,
             cache_tokens=self.cache.num_tokens,
             can_detokenize=self.rules.detokenize is not None,
+            positions=checkpoint.architecture.positions(checkpoint.model.config),
+            patch_size=checkpoint.architecture.patch_size,
         )
         self.begin(scheduler, runner, media, admission)
 
@@ -233,7 +236,7 @@ class NativeEngine(EngineLoop):
             mlp=text.layers[0].down.weight.shape[1],
             vision_heads=vision.num_heads,
             vision_head_dim=vision.head_dim,
-            vision_mlp=vision.blocks[0].fc1.weight.shape[0],
+            vision_mlp=vision.mlp_width,
         )
 
     def _use_attention(self, attention: AttentionBackend) -> None:
@@ -261,6 +264,7 @@ class NativeEngine(EngineLoop):
         while True:
             requests = full_pass(
                 self.checkpoint.image_token_id,
+                self.checkpoint.architecture.patch_size,
                 max_tokens=self.max_batch_tokens,
                 max_patches=self.max_batch_patches,
                 max_length=self.max_context,
@@ -296,7 +300,9 @@ class NativeEngine(EngineLoop):
 
     def _first_request(self) -> Request:
         max_length = min(self.max_context, self.cache.num_tokens)
-        return first_request(self.checkpoint.image_token_id, max_length=max_length)
+        return first_request(
+            self.checkpoint.image_token_id, self.checkpoint.architecture.patch_size, max_length=max_length
+        )
 
     def _answer(self, requests: Sequence[Request]) -> None:
         try:

@@ -21,7 +21,7 @@ from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo, Pr
 from pipeline.engine.cuda_graph import DecodeGraphs
 from pipeline.engine.device import upload
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.models.text_model import TextModel
+from pipeline.engine.models.text_model import DeepFeatures, TextModel
 from pipeline.engine.models.vision import VisionModel
 from pipeline.engine.sampler import SeenTokens, sample, sample_row
 from pipeline.engine.scheduling.encoded_media import EncodedMedia
@@ -147,14 +147,14 @@ class ModelRunner:
             slots=self._upload(slots),
         )
         hidden = self.text.embed(self._upload(ids))
-        self._place_visual_tokens(hidden, chunks)
+        deep = self._place_visual_tokens(hidden, chunks)
         self.attention.begin_prefill(info, self.cache)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return self.attention.prefill(q, k, v, self.cache, layer)
 
         rotation = self.text.rotation(self._upload(positions))
-        hidden = self.text.forward(hidden, rotation, self.cache, info.slots, attend)
+        hidden = self.text.forward(hidden, rotation, self.cache, info.slots, attend, deep)
         self.cache.copy_blocks(plan.copies)
         ends = np.cumsum(info.lengths) - 1
         last = [end for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last]
@@ -174,18 +174,28 @@ class ModelRunner:
         index = np.arange(start, stop)
         return np.asarray(sequence.block_table, dtype=np.int64)[index // size] * size + index % size
 
-    def _place_visual_tokens(self, hidden: torch.Tensor, chunks: SequenceOf[PrefillChunk]) -> None:
-        """Overwrite the placeholder rows of hidden [N, C] with the visual tokens of the media."""
+    def _place_visual_tokens(self, hidden: torch.Tensor, chunks: SequenceOf[PrefillChunk]) -> DeepFeatures | None:
+        """Overwrite the placeholder rows of hidden [N, C] with visual tokens. Returns what later layers get of them."""
+        width = hidden.shape[1]
+        rows: list[npt.NDArray[np.int64]] = []
+        features: list[torch.Tensor] = []
         offset = 0
         for chunk in chunks:
-            media = zip(chunk.sequence.request.media, chunk.sequence.layout.spans, strict=True)
-            for medium, (first, end) in media:
-                start, stop = max(first, chunk.start), min(end, chunk.stop)
+            for run in chunk.sequence.layout.runs:
+                start, stop = max(run.start, chunk.start), min(run.stop, chunk.stop)
                 if start < stop:
-                    tokens = self.visual_tokens[medium.content_key]
+                    tokens = self.visual_tokens[chunk.sequence.request.media[run.medium].content_key]
+                    tokens = tokens[run.first + start - run.start : run.first + stop - run.start]
                     row = offset + start - chunk.start
-                    hidden[row : row + stop - start] = tokens[start - first : stop - first]
+                    hidden[row : row + stop - start] = tokens[:, :width]
+                    if self.vision.num_deep:
+                        rows.append(np.arange(row, row + stop - start))
+                        features.append(tokens[:, width:])
             offset += chunk.num_tokens
+        if not rows:
+            return None
+        deep = torch.cat(features).view(-1, self.vision.num_deep, width)
+        return DeepFeatures(self._upload(np.concatenate(rows)), deep)
 
     # ---- decode
 

@@ -13,12 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.engine.sequence import PATCH_BYTES
 from pipeline.engine.settings import EngineOptions
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_PIXELS = 14 * 14
 
 
 def pixel_table(
@@ -49,14 +47,14 @@ class PixelTable:
     def __init__(self, options: EngineOptions, *, device: torch.device, dtype: torch.dtype) -> None:
         table = pixel_table(options.image_mean, options.image_std, processor=options.image_processor)
         self.values = torch.tensor(table, dtype=torch.float32).to(device=device, dtype=dtype).reshape(-1)
-        self.offsets = (torch.arange(3, dtype=torch.int32) * 256).repeat_interleave(_PIXELS).to(device)
+        self.offsets = (torch.arange(3, dtype=torch.int32) * 256).view(3, 1).to(device)
 
-    def __call__(self, patches: torch.Tensor) -> torch.Tensor:  # [N, 588 or 1176] uint8 -> [N, 1176]
-        num_patches, width = patches.shape
-        if width == PATCH_BYTES["image"]:
-            index = patches.to(torch.int32) + self.offsets
-            pixels = self.values.index_select(0, index.reshape(-1)).view(num_patches, 3, 1, _PIXELS)
+    def __call__(self, patches: torch.Tensor, kind: str) -> torch.Tensor:
+        """uint8 [N, 3 * P * P] of images, or [N, 6 * P * P] of videos -> [N, 6 * P * P], for P pixels a side."""
+        num_patches = len(patches)
+        index = patches.to(torch.int32).view(num_patches, 3, -1) + self.offsets
+        pixels = self.values.index_select(0, index.reshape(-1))
+        if kind == "image":
             # The two temporal halves of a still image are equal, so only one was sent.
-            return pixels.expand(-1, -1, 2, -1).reshape(num_patches, -1)
-        index = patches.to(torch.int32).view(num_patches, 3, 2, _PIXELS) + self.offsets.view(3, 1, _PIXELS)
-        return self.values.index_select(0, index.reshape(-1)).view(num_patches, width)
+            pixels = pixels.view(num_patches, 3, 1, -1).expand(-1, -1, 2, -1)
+        return pixels.reshape(num_patches, -1)

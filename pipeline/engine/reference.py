@@ -48,6 +48,8 @@ class ReferenceEngine(Engine):
             checkpoint.video_token_id,
             min(options.max_context or checkpoint.max_context, checkpoint.max_context),
             can_detokenize=detokenize is not None,
+            positions=checkpoint.architecture.positions(checkpoint.model.config),
+            patch_size=checkpoint.architecture.patch_size,
         )
         self.attention = _pick_attention(checkpoint, options)
         checkpoint.model.set_attn_implementation(self.attention)
@@ -153,7 +155,7 @@ class ReferenceEngine(Engine):
             media = [medium for sequence in batch for medium in sequence.request.media if medium.kind == kind]
             if media:
                 patches = np.concatenate([medium.patches for medium in media])
-                tensors[values] = self.pixels(torch.from_numpy(patches).to(device))
+                tensors[values] = self.pixels(torch.from_numpy(patches).to(device), kind)
                 tensors[grid] = torch.tensor([medium.grid_thw for medium in media], device=device)
         return tensors
 

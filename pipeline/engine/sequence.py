@@ -9,10 +9,11 @@ milliseconds.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +22,15 @@ from pipeline.engine.settings import SamplingParams
 from pipeline.errors import RowError
 
 MERGE_SIZE = 2
-"""2 x 2 patches are merged into one visual token; no Qwen2-VL checkpoint has another value."""
+"""2 x 2 patches are merged into one visual token, in every family."""
 
-PATCH_BYTES = {"image": 588, "video": 1176}
-"""Bytes of one patch: (3 channels, 14, 14), and for a video (3 channels, 2 frames, 14, 14)."""
+_CHANNELS = 3
+
+
+def patch_bytes(kind: str, patch_size: int) -> int:
+    """Bytes of one patch: (3 channels, side, side), and for a video (3 channels, 2 frames, side, side)."""
+    return _CHANNELS * patch_size**2 * (1 if kind == "image" else 2)
+
 
 FinishReason = Literal["stop", "length", "repetition", "error"]
 RequestId = int | str
@@ -35,25 +41,37 @@ class Medium:
     """One image or video, as uint8 patches in transformers' order.
 
     `patches` is [t*h*w, bytes]: merge block after merge block, so four neighbouring rows make one visual token.
-    The two temporal halves of a still image are equal, so only one is sent (588 bytes per patch).
+    The two temporal halves of a still image are equal, so only one is sent: 588 bytes for a patch of 14 x 14 pixels,
+    and 1,176 of a video.
     """
 
     kind: Literal["image", "video"]
     grid_thw: tuple[int, int, int]
     patches: npt.NDArray[np.uint8]
+    seconds_per_step: float = 1.0
+    """Of a video: from one temporal step to the next."""
 
     def __post_init__(self) -> None:
         t, h, w = self.grid_thw
-        if self.kind not in PATCH_BYTES:
+        if self.kind not in ("image", "video"):
             raise ValueError(f"medium kind is {self.kind!r}; allowed: image, video")
         if t < 1 or h < 1 or w < 1 or h % MERGE_SIZE or w % MERGE_SIZE or (self.kind == "image" and t > 1):
             raise ValueError(
                 f"grid_thw of the {self.kind} is {self.grid_thw}; expected an even height and width, and one temporal "
                 "step for an image or at least one for a video"
             )
-        expected = (t * h * w, PATCH_BYTES[self.kind])
-        if self.patches.dtype != np.uint8 or self.patches.shape != expected:
-            raise ValueError(f"patches are {self.patches.dtype} {self.patches.shape}; expected uint8 {expected}")
+        found = self.patches
+        if found.dtype != np.uint8 or found.ndim != 2 or len(found) != t * h * w or not self.patch_size:
+            raise ValueError(
+                f"patches are {found.dtype} {found.shape}; expected uint8 ({t * h * w}, the bytes of a square patch)"
+            )
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels of a patch's side; 0 where a patch's bytes make no square."""
+        num_bytes = self.patches.shape[1]
+        side = math.isqrt(num_bytes // (_CHANNELS * (1 if self.kind == "image" else 2)))
+        return side if num_bytes == patch_bytes(self.kind, side) else 0
 
     @property
     def num_patches(self) -> int:
@@ -108,6 +126,18 @@ def error_completions(request: Request, error: RowError) -> list[Completion]:
     return [Completion(request.request_id, index, (), "error", logprobs, error) for index in range(request.sampling.n)]
 
 
+class VisualRun(NamedTuple):
+    """Neighbouring visual tokens of one medium in a prompt."""
+
+    medium: int
+    """Its number among the request's media."""
+    first: int
+    """The medium's visual tokens before this run."""
+    start: int
+    """Token range [start, stop) in the prompt."""
+    stop: int
+
+
 @dataclass(frozen=True, eq=False)
 class PromptLayout:
     """Where the media of a prompt lie, and the positions of its tokens (see models/mrope.py)."""
@@ -116,8 +146,8 @@ class PromptLayout:
     """[3, tokens]: temporal, height, width."""
     delta: int
     """The position of an output token is its index plus this, on all three axes."""
-    spans: tuple[tuple[int, int], ...]
-    """Token range [start, stop) of each medium, in order."""
+    runs: tuple[VisualRun, ...]
+    """Where the visual tokens lie, in order."""
 
 
 class SequenceStatus(Enum):

@@ -1,4 +1,4 @@
-"""Load a Qwen2-VL checkpoint through transformers; whatever goes wrong is a CheckpointError.
+"""Load a checkpoint through transformers; whatever goes wrong is a CheckpointError.
 
 Knows transformers' classes, devices and dtypes; not requests. The checkpoint's own sampling defaults are not read: the
 caller decides how tokens are chosen.
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from pipeline.engine.models.architecture import Architecture
+from pipeline.engine.models.registry import ARCHITECTURES
 from pipeline.engine.models.supported import check_supported
 from pipeline.engine.settings import EngineOptions
 from pipeline.engine.shard import device_map
@@ -24,7 +26,8 @@ class Checkpoint:
     """A model on its device, and what both engines need to know about it."""
 
     model: Any
-    """transformers' Qwen2VLForConditionalGeneration."""
+    """transformers' own, of the family's class."""
+    architecture: Architecture
     device: torch.device
     """Of the vision tower and the embedding, where a pass begins."""
     dtype: torch.dtype
@@ -77,6 +80,7 @@ def from_model(model: Any, *, name: str = "random weights") -> Checkpoint:
     model.eval().requires_grad_(False)
     return Checkpoint(
         model=model,
+        architecture=ARCHITECTURES[model.config.model_type],
         device=parameter.device,
         dtype=parameter.dtype,
         eos_token_ids=end_token_ids(model),
@@ -91,15 +95,16 @@ def from_model(model: Any, *, name: str = "random weights") -> Checkpoint:
 
 def load_checkpoint(options: EngineOptions) -> Checkpoint:
     """Read config and weights, check them, and put the model on its device."""
-    from transformers import Qwen2VLForConditionalGeneration
+    import transformers
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     path, device = options.model_path, pick_device(options.device)
     config = _read_config(options)
     devices = _devices(options, device)
+    model_class = getattr(transformers, ARCHITECTURES[config.model_type].model_class)
     try:
-        model, info = Qwen2VLForConditionalGeneration.from_pretrained(
+        model, info = model_class.from_pretrained(
             path,
             config=config,
             revision=options.revision,
@@ -131,8 +136,8 @@ def _read_config(options: EngineOptions) -> Any:
         config = AutoConfig.from_pretrained(path, revision=options.revision)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: can't read the checkpoint's config: {_one_line(error)}") from error
-    if config.model_type != "qwen2_vl":
-        raise CheckpointError(f"{path}: model_type is {config.model_type!r}; only 'qwen2_vl' is supported")
+    if config.model_type not in ARCHITECTURES:
+        raise CheckpointError(f"{path}: model_type is {config.model_type!r}; supported: {', '.join(ARCHITECTURES)}")
     check_supported(config, path=path, native=options.kind == "native")
     return config
 

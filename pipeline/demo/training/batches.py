@@ -220,6 +220,6 @@ def media_inputs(media: Sequence[Medium]) -> dict[str, torch.Tensor]:
     ):
         mine = [medium for medium in media if medium.kind == kind]
         if mine:
-            inputs[values] = _TO_PIXELS(torch.from_numpy(np.concatenate([medium.patches for medium in mine])))
+            inputs[values] = _TO_PIXELS(torch.from_numpy(np.concatenate([medium.patches for medium in mine])), kind)
             inputs[grids] = torch.tensor([medium.grid_thw for medium in mine])
     return inputs

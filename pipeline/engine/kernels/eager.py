@@ -41,6 +41,14 @@ class EagerKernels:
         rotated = rotate(qkv[:, :2].float(), cos, sin).to(qkv.dtype)
         return rotated[:, 0], rotated[:, 1], qkv[:, 2]
 
+    def norm_heads(self, qkv: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """qkv [N, H + 2K, D] with an RMSNorm over each of the first heads, as many as `weight` [H + K, D] has."""
+        heads = qkv[:, : len(weight)]
+        wide = heads.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        heads.copy_(weight * normed.to(qkv.dtype))
+        return qkv
+
     def rotate_and_cache(
         self,
         qkv: torch.Tensor,  # [N, H + 2K, D]

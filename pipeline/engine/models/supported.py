@@ -1,4 +1,4 @@
-"""Which Qwen2-VL configs this code computes as transformers does; all others are refused before weights are read.
+"""Which configs this code computes as transformers does; all others are refused before weights are read.
 
 A field of the config that is named here has a fixed value in our code. Every other field is either read by the engine
 or without effect on inference; the tests go through all of them.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.engine.models.architecture import Architecture
+from pipeline.engine.models.registry import ARCHITECTURES
 from pipeline.engine.sequence import MERGE_SIZE
 from pipeline.errors import CheckpointError
 
@@ -17,31 +19,38 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
 def check_supported(config: Any, *, path: str, native: bool) -> None:
-    """Raise CheckpointError for a config (transformers' Qwen2VLConfig) that would give other tokens than the model's.
+    """Raise CheckpointError for a config (transformers') that would give other tokens than the model's.
 
     `native`: for the native engine; transformers' own forward pass honours more.
     """
-    problems = list(_everywhere(config))
+    architecture = ARCHITECTURES[config.model_type]
+    problems = list(_everywhere(config, architecture))
     remedy = "use a checkpoint without that change"
     if not problems and native:
-        problems = list(_native(config))
+        problems = [*_native(config), *architecture.problems(config)]
         remedy += ", or set engine.kind to transformers"
     if problems:
         raise CheckpointError(f"{path}: config.json is not supported: {'; '.join(problems)}; {remedy}")
 
 
-def _everywhere(config: Any) -> Iterator[str]:
+def _everywhere(config: Any, architecture: Architecture) -> Iterator[str]:
     """What the prompt, the patches and the positions of either engine take for granted."""
     text, vision = config.text_config, config.vision_config
-    fixed = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": MERGE_SIZE, "in_channels": 3}
+    fixed = {
+        "patch_size": architecture.patch_size,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": MERGE_SIZE,
+        "in_channels": 3,
+    }
     for name, expected in fixed.items():
         found = getattr(vision, name)
         if any(size != expected for size in (found if isinstance(found, (list, tuple)) else [found])):
             yield f"vision_config.{name} is {found}, expected {expected}"
-    if vision.hidden_size != text.hidden_size:
-        yield f"vision_config.hidden_size is {vision.hidden_size}, expected the text model's {text.hidden_size}"
+    width = getattr(vision, architecture.output_width)
+    if width != text.hidden_size:
+        yield f"vision_config.{architecture.output_width} is {width}, expected the text model's {text.hidden_size}"
     sections = (text.rope_parameters or {}).get("mrope_section", [16, 24, 24])
-    half = text.hidden_size // text.num_attention_heads // 2
+    half = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
     if len(sections) != 3 or sum(sections) != half:
         yield f"mrope_section is {list(sections)}, expected three sizes with the sum {half}"
 
@@ -50,9 +59,10 @@ def _native(config: Any) -> Iterator[str]:
     text = config.text_config
     if text.hidden_act not in ("silu", "swish"):
         yield f"hidden_act of the text model is {text.hidden_act!r}, expected 'silu'"
-    windowed = [index for index, kind in enumerate(text.layer_types) if kind != "full_attention"]
+    layer_types = getattr(text, "layer_types", None) or []
+    windowed = [index for index, kind in enumerate(layer_types) if kind != "full_attention"]
     if windowed:
-        yield f"layer {windowed[0]} has {text.layer_types[windowed[0]]} (use_sliding_window), expected full_attention"
+        yield f"layer {windowed[0]} has {layer_types[windowed[0]]} (use_sliding_window), expected full_attention"
     rope_type = (text.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         yield f"rope_type is {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}"

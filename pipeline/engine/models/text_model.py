@@ -1,4 +1,4 @@
-"""The text half of Qwen2-VL over packed tokens: transformers' weights, our forward pass.
+"""The text half of every family over packed tokens: transformers' weights, our forward pass.
 
 q, k and v are joined into one product, gate and up into another. What lies between products and attention is in
 kernels/, eager or fused; each operation rounds where transformers' does, so that greedy tokens agree.
@@ -8,9 +8,9 @@ kernels/, eager or fused; each operation rounds where transformers' does, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -31,17 +31,28 @@ class _Layer:
     post_norm: torch.Tensor
     gate_up: Dense
     down: Dense
+    head_norm: torch.Tensor | None
+    """[H + K, D]: weights of the norm that each query and key head gets before it is rotated."""
+
+
+class DeepFeatures(NamedTuple):
+    """What the vision tower hands to later layers: added to rows of the hidden states behind layers 0, 1, ..."""
+
+    rows: torch.Tensor
+    """[V]"""
+    features: torch.Tensor
+    """[V, layers, C]"""
 
 
 class TextModel:
     def __init__(self, model: Any, kernels: EagerKernels = EAGER) -> None:
-        """`model` is transformers' Qwen2VLForConditionalGeneration; its joined weights become views of ours."""
+        """`model` is transformers' own, of the family's class; its joined weights become views of ours."""
         config = model.config.text_config
         language = model.model.language_model
         self.kernels = kernels
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
-        self.head_dim: int = config.hidden_size // config.num_attention_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.num_layers: int = config.num_hidden_layers
         self.eps: float = config.rms_norm_eps
         self.embed_weight: torch.Tensor = language.embed_tokens.weight
@@ -56,6 +67,7 @@ class TextModel:
                 layer.post_attention_layernorm.weight,
                 dense(layer.mlp.gate_proj, layer.mlp.up_proj),
                 dense(layer.mlp.down_proj),
+                self._head_norm(layer.self_attn),
             )
             for layer in language.layers
         ]
@@ -66,9 +78,13 @@ class TextModel:
         inv_freq = rotary.compute_default_rope_parameters(config)[0] if is_default else rotary.inv_freq
         self.inv_freq = inv_freq.float().to(device)
         self.rope_scaling = float(rotary.attention_scaling)
-        sections = (getattr(config, "rope_parameters", None) or {}).get("mrope_section", [16, 24, 24])
-        axis = [i % 3 for i, size in enumerate(sections) for _ in range(size)]
-        self.axis_of_frequency = torch.tensor(axis, device=device)
+        self.axis_of_frequency = torch.tensor(axis_of_frequency(config.rope_parameters or {}), device=device)
+
+    def _head_norm(self, attention: Any) -> torch.Tensor | None:
+        if not hasattr(attention, "q_norm"):
+            return None
+        q, k = attention.q_norm.weight, attention.k_norm.weight
+        return torch.cat([q.expand(self.num_heads, -1), k.expand(self.num_kv_heads, -1)])
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:  # [N] -> [N, C]
         return F.embedding(ids, self.embed_weight)
@@ -92,6 +108,7 @@ class TextModel:
         cache: KVCache,
         slots: torch.Tensor,  # [N]
         attend: Attend,
+        deep: DeepFeatures | None = None,
     ) -> torch.Tensor:
         """All layers; keys and values go to these slots of the cache. The last norm is left to `logits`, which few
         tokens need. Hidden states move to the device of the next layer."""
@@ -105,12 +122,26 @@ class TextModel:
                 hidden, cos, sin, delta = hidden.to(device), cos.to(device), sin.to(device), None
             hidden, normed = kernels.add_rms_norm(hidden, delta, layer.input_norm, self.eps)
             qkv = layer.qkv(normed).view(num_tokens, -1, self.head_dim)
+            if layer.head_norm is not None:
+                qkv = kernels.norm_heads(qkv, layer.head_norm, self.eps)
             q, k, v = kernels.rotate_and_cache(qkv, cos, sin, self.num_heads, cache, index, slots)
             delta = layer.out(attend(index, q, k, v).reshape(num_tokens, -1))
             hidden, normed = kernels.add_rms_norm(hidden, delta, layer.post_norm, self.eps)
             delta = layer.down(kernels.silu_times_up(layer.gate_up(normed)))
+            if deep is not None and index < deep.features.shape[1]:
+                hidden, delta = hidden + delta, None
+                rows = deep.rows.to(device)
+                hidden[rows] = hidden[rows] + deep.features[:, index].to(device)
         return hidden if delta is None else hidden + delta
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [R, C] -> [R, vocabulary]
         hidden = hidden.to(self.final_norm.device)
         return self.lm_head(self.kernels.add_rms_norm(hidden, None, self.final_norm, self.eps)[1])
+
+
+def axis_of_frequency(rope: Mapping[str, Any]) -> list[int]:
+    """Which axis each frequency of the rotation follows: 0 time, 1 height, 2 width; in blocks or interleaved."""
+    sections = rope.get("mrope_section", [16, 24, 24])
+    if not rope.get("mrope_interleaved"):
+        return [axis % 3 for axis, size in enumerate(sections) for _ in range(size)]
+    return [index % 3 if index < 3 * sections[index % 3] else 0 for index in range(sum(sections))]

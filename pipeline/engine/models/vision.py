@@ -1,4 +1,4 @@
-"""The vision half of Qwen2-VL: patches of many media in one packed pass to visual tokens.
+"""Vision towers: patches of many media in one packed pass to visual tokens. What all families share.
 
     passes    media are cut into frames and packed up to the patch budget, frames of one size side by side
     pixels    uint8 patches are copied to the device and normalized there (pixels.py)
@@ -11,33 +11,60 @@ transformers' weights, our forward pass. Grids stay on the host, so nothing wait
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional as F
 
 from pipeline.engine.attention.interface import AttentionBackend
-from pipeline.engine.dense import Dense, dense
+from pipeline.engine.dense import Dense
 from pipeline.engine.device import upload
 from pipeline.engine.kernels.eager import EAGER, EagerKernels
 from pipeline.engine.pixels import PixelTable
-from pipeline.engine.sequence import MERGE_SIZE, PATCH_BYTES, Medium
+from pipeline.engine.sequence import MERGE_SIZE, Medium
+
+
+class Mlp(Protocol):
+    """A block's part after attention: [N, C] -> [N, C]."""
+
+    @property
+    def width(self) -> int:
+        """Of what its activation sees."""
+
+    def __call__(self, x: torch.Tensor, kernels: EagerKernels) -> torch.Tensor: ...
 
 
 @dataclass
-class _Block:
-    norm1: Any
-    qkv: Dense
-    out: Dense
-    norm2: Any
+class PlainMlp:
+    """Two products with an activation between them."""
+
     fc1: Dense
     act: Any
     fc2: Dense
+    has_quick_gelu: bool = False
+
+    @property
+    def width(self) -> int:
+        return self.fc1.weight.shape[0]
+
+    def __call__(self, x: torch.Tensor, kernels: EagerKernels) -> torch.Tensor:
+        wide = self.fc1(x)
+        return self.fc2(kernels.quick_gelu(wide) if self.has_quick_gelu else self.act(wide))
+
+
+@dataclass
+class Block:
+    norm1: Any
+    """nn.LayerNorm, or a module with a `weight` and a `variance_epsilon` for RMSNorm."""
+    qkv: Dense
+    out: Dense
+    norm2: Any
+    mlp: Mlp
 
 
 @dataclass(frozen=True)
@@ -83,35 +110,26 @@ def plan_passes(media: Sequence[Medium], max_patches: int) -> list[list[Frames]]
     return [frames for frames in passes if frames]
 
 
-class VisionModel:
+class VisionModel(ABC):
+    """The tower of one family; a subclass knows its blocks and what comes after them."""
+
+    num_deep = 0
+    """Layers of the text model, from the first on, to which the tower hands features of their own."""
+
     def __init__(
         self, model: Any, attention: AttentionBackend, pixels: PixelTable, kernels: EagerKernels = EAGER
     ) -> None:
-        """`model` is transformers' Qwen2VLForConditionalGeneration."""
+        """`model` is transformers' own, of the family's class."""
         tower = model.model.visual
         config = model.config.vision_config
         self.attention = attention
         self.pixels = pixels
         self.kernels = kernels
-        self.has_quick_gelu: bool = config.hidden_act == "quick_gelu"
         self.num_heads: int = config.num_heads
-        self.head_dim: int = config.embed_dim // config.num_heads
         # The convolution's kernel is as large as its stride, so it is one product over flattened patches.
-        self.embed = Dense(tower.patch_embed.proj.weight.flatten(1), None)
-        self.blocks = [
-            _Block(
-                block.norm1,
-                dense(block.attn.qkv),
-                dense(block.attn.proj),
-                block.norm2,
-                dense(block.mlp.fc1),
-                block.mlp.act,
-                dense(block.mlp.fc2),
-            )
-            for block in tower.blocks
-        ]
-        self.merge_norm = tower.merger.ln_q
-        self.merge1, self.merge2 = dense(tower.merger.mlp[0]), dense(tower.merger.mlp[2])
+        self.embed = Dense(tower.patch_embed.proj.weight.flatten(1), tower.patch_embed.proj.bias)
+        self.head_dim: int = self.embed.weight.shape[0] // self.num_heads
+        self.blocks = [self.make_block(block) for block in tower.blocks]
         self.device = self.embed.weight.device
         theta = float((getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0))
         spatial = self.head_dim // 2
@@ -120,11 +138,15 @@ class VisionModel:
         on_gpu = self.device.type == "cuda"
         self._copies: Any = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
+    @property
+    def mlp_width(self) -> int:
+        return self.blocks[0].mlp.width
+
     def encode(self, media: Sequence[Medium], max_patches: int) -> Iterator[tuple[Medium, torch.Tensor]]:
-        """Each medium with its visual tokens [tokens, text width], once all its frames are done."""
+        """Each medium with its visual tokens [tokens, (1 + num_deep) * text width], once all its frames are done."""
         parts: dict[int, list[torch.Tensor]] = {}
         for frames in plan_passes(media, max_patches):
-            merged = self._run(frames)
+            merged = self.run(frames)
             tokens = [part.num_patches // MERGE_SIZE**2 for part in frames]
             for part, embedding in zip(frames, torch.split(merged, tokens), strict=True):
                 mine = parts.setdefault(id(part.medium), [])
@@ -133,31 +155,50 @@ class VisionModel:
                     yield part.medium, mine[0].clone() if len(mine) == 1 else torch.cat(mine)
                     del parts[id(part.medium)]
 
-    def _run(self, frames: Sequence[Frames]) -> torch.Tensor:
-        """One packed pass: visual tokens of all frames [N / 4, text width]."""
-        hidden = self.embed(self._pixel_values(frames))
-        cos, sin = self._rotation(frames)
-        lengths = [part.frame_patches for part in frames for _ in range(part.start, part.stop)]
-        self.attention.begin_vision(lengths, self.device)
-        num_patches, kernels = hidden.shape[0], self.kernels
-        delta: torch.Tensor | None = None  # added to the hidden states by the next norm
-        for block in self.blocks:
-            hidden, normed = kernels.add_layer_norm(hidden, delta, block.norm1)
-            qkv = block.qkv(normed).view(num_patches, 3, self.num_heads, self.head_dim)
-            q, k, v = kernels.rotate_vision(qkv, cos, sin)
-            delta = block.out(self.attention.vision(q, k, v).reshape(num_patches, -1))
-            hidden, normed = kernels.add_layer_norm(hidden, delta, block.norm2)
-            wide = block.fc1(normed)
-            delta = block.fc2(kernels.quick_gelu(wide) if self.has_quick_gelu else block.act(wide))
-        _, normed = kernels.add_layer_norm(hidden, delta, self.merge_norm)
-        return self.merge2(F.gelu(self.merge1(normed.view(-1, MERGE_SIZE**2 * hidden.shape[1]))))
+    @abstractmethod
+    def make_block(self, block: Any) -> Block:
+        """Of transformers' block."""
 
-    def _pixel_values(self, frames: Sequence[Frames]) -> torch.Tensor:  # [N, 1176]
+    @abstractmethod
+    def run(self, frames: Sequence[Frames]) -> torch.Tensor:
+        """One packed pass: visual tokens of all frames [N / 4, (1 + num_deep) * text width]."""
+
+    def run_block(
+        self,
+        block: Block,
+        hidden: torch.Tensor,  # [N, C]
+        delta: torch.Tensor | None,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden, delta) after a block; delta is added to the hidden states by the next norm."""
+        hidden, normed = self.add_norm(hidden, delta, block.norm1)
+        qkv = block.qkv(normed).view(hidden.shape[0], 3, self.num_heads, self.head_dim)
+        q, k, v = self.kernels.rotate_vision(qkv, *rotation)
+        delta = block.out(self.attention.vision(q, k, v).reshape(hidden.shape[0], -1))
+        hidden, normed = self.add_norm(hidden, delta, block.norm2)
+        return hidden, block.mlp(normed, self.kernels)
+
+    def add_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual sum, and its norm."""
+        if isinstance(norm, torch.nn.LayerNorm):
+            return self.kernels.add_layer_norm(hidden, delta, norm)
+        return self.kernels.add_rms_norm(hidden, delta, norm.weight, norm.variance_epsilon)
+
+    def begin_frames(self, frames: Sequence[Frames]) -> None:
+        """Attention within each frame, for the blocks that follow."""
+        self.attention.begin_vision(
+            [part.frame_patches for part in frames for _ in range(part.start, part.stop)], self.device
+        )
+
+    def pixel_values(self, frames: Sequence[Frames]) -> torch.Tensor:
+        """[N, 6 * P * P] for patches of P pixels a side."""
         values = []
-        for kind in PATCH_BYTES:
+        for kind in ("image", "video"):
             mine = [part.patches for part in frames if part.medium.kind == kind]
             if mine:
-                values.append(self.pixels(self._upload(mine)))
+                values.append(self.pixels(self._upload(mine), kind))
         return values[0] if len(values) == 1 else torch.cat(values)  # plan_passes puts images first
 
     def _upload(self, parts: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
@@ -176,22 +217,22 @@ class VisionModel:
         patches.record_stream(compute)
         return patches
 
-    def _rotation(self, frames: Sequence[Frames]) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [N, 1, 1, D]: the first half of the angles by patch row, the second by column."""
-        coordinates = upload(np.concatenate([_patch_coordinates(part) for part in frames]), self.device)
-        angles = (coordinates.float()[:, :, None] * self.inv_freq).flatten(1)  # [N, D / 2]
+    def rotation(self, coordinates: npt.NDArray[np.int32]) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [N, 1, 1, D] of (row, column) [N, 2]: half of the angles by row, half by column."""
+        angles = (upload(coordinates, self.device).float()[:, :, None] * self.inv_freq).flatten(1)  # [N, D / 2]
         angles = torch.cat([angles, angles], dim=-1)[:, None, None]
         return angles.cos(), angles.sin()
 
 
-def _patch_coordinates(part: Frames) -> npt.NDArray[np.int32]:
-    """(row, column) [patches, 2] in merge-block order, the same for every frame."""
-    _, h, w = part.medium.grid_thw
-    return np.tile(_frame_coordinates(h, w), (part.stop - part.start, 1))
+def patch_coordinates(frames: Sequence[Frames]) -> npt.NDArray[np.int32]:
+    """(row, column) [patches, 2] in merge-block order, the same for every frame of a medium."""
+    return np.concatenate(
+        [np.tile(frame_coordinates(*part.medium.grid_thw[1:]), (part.stop - part.start, 1)) for part in frames]
+    )
 
 
 @lru_cache(maxsize=256)
-def _frame_coordinates(h: int, w: int) -> npt.NDArray[np.int32]:
+def frame_coordinates(h: int, w: int) -> npt.NDArray[np.int32]:
     grid = np.indices((h, w), dtype=np.int32).reshape(2, h // 2, 2, w // 2, 2)
     coordinates = np.ascontiguousarray(grid.transpose(1, 3, 2, 4, 0)).reshape(-1, 2)
     coordinates.setflags(write=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from pipeline.engine.models.mrope import lay_out_prompt
+from pipeline.engine.models.mrope import PLAIN_POSITIONS, PositionRule, lay_out_prompt
 from pipeline.engine.sequence import Request, Sequence
 from pipeline.errors import GenerateError, PromptTooLong
 
@@ -23,6 +23,9 @@ class AdmissionRules:
     cache_tokens: int | None = None
     """Tokens that the cache holds for one sample alone; None without a cache of our own."""
     can_detokenize: bool = False
+    positions: PositionRule = PLAIN_POSITIONS
+    patch_size: int = 14
+    """Pixels of a patch's side."""
 
     def admit(self, request: Request) -> list[Sequence]:
         """A sequence for each sample. Raises GenerateError or PromptTooLong where the request can't be answered."""
@@ -43,7 +46,15 @@ class AdmissionRules:
             max_context=self.max_context,
             cache_tokens=self.cache_tokens,
         )
-        layout = lay_out_prompt(request, image_token_id=self.image_token_id, video_token_id=self.video_token_id)
+        for medium in request.media:
+            if medium.patch_size != self.patch_size:
+                raise GenerateError(
+                    f"the {medium.kind} has patches of {medium.patch_size} pixels a side; the checkpoint's have "
+                    f"{self.patch_size}: preprocess with this checkpoint"
+                )
+        layout = lay_out_prompt(
+            request, image_token_id=self.image_token_id, video_token_id=self.video_token_id, rule=self.positions
+        )
         seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
         return [Sequence(request, index, seed, layout) for index in range(sampling.n)]
 

@@ -173,7 +173,7 @@ def test_the_trial_runs_a_full_pass_and_the_cache_gets_what_it_leaves(
     # 0.4 of 40 MB, less the 15 MB of the largest pass, of which the trial's own small cache was a part.
     per_block = engine.cache.num_bytes // (engine.cache.num_blocks + 1)
     trial_blocks = sum(
-        -(-len(one.input_ids) // 16) + 1 for one in full_pass(0, max_tokens=48, max_patches=64, max_length=1024)
+        -(-len(one.input_ids) // 16) + 1 for one in full_pass(0, 14, max_tokens=48, max_patches=64, max_length=1024)
     )
     trial = per_block * (max(trial_blocks, -(-259 // 16)) + 1)
     assert 0 <= 1_000_000 + trial - engine.cache.num_bytes < per_block
@@ -224,7 +224,7 @@ def test_a_gpu_decodes_as_many_together_as_its_cache_has_room_for() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 3000), st.integers(4, 12_000), st.integers(8, 4000))
 def test_a_full_pass_fills_its_budgets(max_tokens: int, max_patches: int, max_length: int) -> None:
-    requests = full_pass(7, max_tokens=max_tokens, max_patches=max_patches, max_length=max_length)
+    requests = full_pass(7, 14, max_tokens=max_tokens, max_patches=max_patches, max_length=max_length)
     assert sum(len(request.input_ids) for request in requests) == max_tokens
     assert all(len(request.input_ids) + request.sampling.max_tokens <= max_length for request in requests)
     visual = sum(request.num_visual_tokens for request in requests)

@@ -166,7 +166,7 @@ def test_trained_positions_go_on_after_the_largest_so_far(world: World) -> None:
     """Where a video has more steps than its frame has columns, transformers 5.23 runs backwards; we don't."""
     for request in [*world.requests, *world.odd_requests]:
         layout = lay_out_prompt(request, image_token_id=IMAGE_PAD, video_token_id=VIDEO_PAD)
-        for start, stop in layout.spans:
+        for _, _, start, stop in layout.runs:
             if stop < len(request.input_ids):
                 following = layout.positions[:, stop]
                 assert (following == layout.positions[:, :stop].max() + 1).all()

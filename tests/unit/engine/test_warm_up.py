@@ -50,7 +50,7 @@ def test_warm_up_is_seconds() -> None:
 
 def test_the_first_request_fits_whatever_there_is_room_for() -> None:
     for room in (4, 5, 40, 100_000):
-        request = first_request(7, max_length=room)
+        request = first_request(7, 14, max_length=room)
         rules = AdmissionRules(100, 7, 8, room, cache_tokens=room)
         layout = rules.admit(request)[0].layout
-        assert layout.spans == ((0, min(256, room - 3)),)
+        assert layout.runs == ((0, 0, 0, min(256, room - 3)),)

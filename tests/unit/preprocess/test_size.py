@@ -13,16 +13,16 @@ Where the two published references differ from each other, ours is transformers'
 from __future__ import annotations
 
 import random
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as reference
 
-from pipeline.checkpoint.families import DEFAULT_FAMILY, family
-from pipeline.conversation import MediumSettings
-from pipeline.engine import PATCH_BYTES
-from pipeline.engine.sequence import MERGE_SIZE
+from pipeline.checkpoint.families import FAMILIES, family
+from pipeline.conversation import MediumKind, MediumSettings
+from pipeline.engine.sequence import MERGE_SIZE, patch_bytes
 from pipeline.errors import AspectRatioError, DecompressionBomb, UnsupportedMedia
 from pipeline.preprocess.size import ShownSize, check_source_size, pixel_bounds, smart_resize, video_max_pixels
 from tests.options import media_options
@@ -133,7 +133,9 @@ def test_a_row_bound_within_the_jobs_leaves_the_other_bound_alone() -> None:
 
 def test_the_engine_and_preprocessing_agree_on_the_size_of_a_patch() -> None:
     assert MERGE_SIZE == family.MERGE_SIZE
-    assert {kind: DEFAULT_FAMILY.patch_bytes(kind) for kind in PATCH_BYTES} == PATCH_BYTES
+    for each in FAMILIES.values():
+        for kind in get_args(MediumKind):
+            assert each.patch_bytes(kind) == patch_bytes(kind, each.patch_size)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def launches_of_a_layer(engine: NativeEngine, counter: Counter) -> dict[str, int
 
     blocks, layers = vision.blocks, text.layers
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vision, "_run", counted(vision._run, "vision"))
+        patch.setattr(vision, "run", counted(vision.run, "vision"))
         patch.setattr(text, "forward", counted(text.forward, "prefill", "decode"))
         for num_layers in (1, 2):
             patch.setattr(vision, "blocks", blocks[:num_layers])
