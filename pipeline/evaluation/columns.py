@@ -54,11 +54,12 @@ def option_lists(batch: pa.RecordBatch, name: str) -> list[list[str]]:
 def answer_texts(value: Any) -> list[str]:
     """The texts of one answer, of a list of them, or of a list of structs with `answer` (VQAv2).
 
-    A text that is a list of texts or of structs, in JSON or in Python, counts as that list; a list of numbers in text
+    A text that is a list with texts or structs, in JSON or in Python, counts as that list; a list of numbers in text
     is one answer (a box). Nulls are left out, and answers that are all empty are none.
     """
     items = as_list(value)
-    if isinstance(value, str) and not all(item is None or isinstance(item, str | Mapping) for item in items):
+    are_answers = [isinstance(item, str | Mapping) for item in items if item is not None]
+    if isinstance(value, str) and are_answers and not any(are_answers):
         items = [value]
     answers = (plain(item.get("answer", item) if isinstance(item, Mapping) else item) for item in items)
     texts = [plain_text(answer) for answer in answers if answer is not None]

@@ -43,6 +43,8 @@ def test_a_value_that_python_cannot_hold_ends_nothing() -> None:
         ("Three.", ["Three."]),
         ("[Three", ["[Three"]),
         ("[10, 20, 30, 40]", ["[10, 20, 30, 40]"]),
+        ('["10", 20]', ["10", "20"]),
+        ("[null]", []),
         (3.0, ["3"]),
         ([3.0, 2.5], ["3", "2.5"]),
         (["yes", "", None], ["yes", ""]),
