@@ -146,6 +146,11 @@ class PromptConfig(Section):
     """System prompt for rows without one; without it the chat template's own is used."""
     add_vision_id: bool = False
     """Whether media are announced as `Picture 1: `, `Video 1: `, so that the text can name them."""
+    thinking: bool = False
+    """Whether a model that can think before it answers does so. Checkpoints that always think are not changed."""
+    allow_tokens: list[str] = Field(default_factory=list)
+    """Tags such as `<think>` that texts may write although they are tokens of the checkpoint. Otherwise a row whose
+    text writes one is an error row."""
 
 
 class MediaConfig(Section):
@@ -158,11 +163,13 @@ class MediaConfig(Section):
     max_pixels: Positive | None = None
     """Largest area of an image in pixels after resizing. Default: the checkpoint's."""
     video_min_pixels: Positive | None = None
-    """Least area of a video frame in pixels. Default: the checkpoint's, or 128 x 28 x 28."""
+    """Least area of a video frame in pixels. Default: the checkpoint's, or 128 x 28 x 28; Qwen3-VL has none."""
     video_max_pixels: Positive | None = None
-    """Largest area of a video frame in pixels. Default: the checkpoint's, or 768 x 28 x 28."""
-    video_total_pixels: Positive = int(128_000 * 28 * 28 * 0.9)
-    """Largest area of all of a video's frames together, counted as transformers does: pixels of frame pairs."""
+    """Largest area of a video frame in pixels. Default: the checkpoint's, or 768 x 28 x 28; Qwen3-VL has none."""
+    video_total_pixels: Positive | None = None
+    """Largest area of all of a video's frames together, counted as transformers counts it for the model: of Qwen2-VL
+    and Qwen2.5-VL the pixels of frame pairs (default 90,316,800), of Qwen3-VL the pixels of all frames (default: the
+    checkpoint's, or 25,165,824)."""
     fps: Annotated[float, Field(gt=0)] = 2.0
     """Frames a second to sample from a video."""
     num_frames: Annotated[int, Field(ge=2)] | None = None

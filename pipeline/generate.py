@@ -320,7 +320,7 @@ def _with_errors(answers: Sequence[_Answer], table: pa.Table) -> dict[str, pa.Ar
 
 def _request_rows(table: pa.Table) -> list[dict[str, Any]]:
     """What the engine needs of each row; token ids and patches are views of the table's memory."""
-    rows: list[dict[str, Any]] = table.select(["status", "sampling", "media"]).to_pylist()
+    rows: list[dict[str, Any]] = table.select(["status", "sampling", "media", "seconds_per_step"]).to_pylist()
     ids = [scalar for chunk in table.column("input_ids").chunks for scalar in chunk]
     patches = [scalar for chunk in table.column("patches").chunks for scalar in chunk]
     for row, ids_scalar, patches_scalar in zip(rows, ids, patches, strict=True):
@@ -343,7 +343,8 @@ def _media(row: dict[str, Any]) -> tuple[Medium, ...]:
     # A patch of a video has two frames, that of an image one.
     shares = [math.prod(receipt["grid_thw"]) * (2 if receipt["kind"] == "video" else 1) for receipt in row["media"]]
     ends = np.cumsum(shares) * (len(row["patches"]) // max(1, sum(shares)))
-    for receipt, patches in zip(row["media"], np.split(row["patches"], ends)[:-1], strict=True):
+    pieces = np.split(row["patches"], ends)[:-1]
+    for receipt, patches, seconds in zip(row["media"], pieces, row["seconds_per_step"], strict=True):
         t, h, w = receipt["grid_thw"]
-        media.append(Medium(receipt["kind"], (t, h, w), patches.reshape(t * h * w, -1)))
+        media.append(Medium(receipt["kind"], (t, h, w), patches.reshape(t * h * w, -1), seconds_per_step=seconds))
     return tuple(media)

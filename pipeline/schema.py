@@ -61,7 +61,7 @@ class MediumReceipt:
 
     kind: MediumKind
     source: str
-    """The URI; where the manifest carried the file itself, the path or URL beside it, or `bytes`."""
+    """The URI, or `bytes` where the manifest carried the file itself."""
     source_width: int
     source_height: int
     resized_width: int
@@ -118,10 +118,12 @@ def error_values(error: RowError, stage: str | None = None) -> dict[str, str]:
 
 
 # Between the actors: what the engine needs. `patches` holds the row's media one after the other, uint8; each one's
-# share follows from its kind and grid. `sampling` is JSON, since rows may set any parameter.
+# share follows from its kind and grid. `seconds_per_step` has one number for each medium, as SeenMedium. `sampling` is
+# JSON, since rows may set any parameter.
 REQUEST_FIELDS = [
     pa.field("input_ids", pa.large_list(pa.int32())),
     pa.field("patches", pa.large_binary()),
+    pa.field("seconds_per_step", pa.list_(pa.float64())),
     pa.field("sampling", pa.string()),
 ]
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.checkpoint.families import DEFAULT_FAMILY
+from pipeline.checkpoint.families.family import Family
 from pipeline.config import InputConfig, MediaConfig
 from pipeline.execution import stages
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
@@ -13,8 +14,8 @@ from pipeline.preprocess.limits import FetchOptions, MediaOptions
 _PUBLISHED = replace(DEFAULT_FAMILY, max_pixels=16384 * 28 * 28)
 
 
-def media_options(**changes: Any) -> MediaOptions:
-    return replace(stages.media_options(MediaConfig(), _PUBLISHED), **changes)
+def media_options(family: Family = _PUBLISHED, **changes: Any) -> MediaOptions:
+    return replace(stages.media_options(MediaConfig(), family), **changes)
 
 
 def fetch_options(base: str, **changes: Any) -> FetchOptions:

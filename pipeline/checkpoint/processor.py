@@ -1,6 +1,7 @@
 """What a checkpoint's processor files say: which family it is of, its pixel bounds, its normalization.
 
-Knows `config.json`, `preprocessor_config.json` and `video_preprocessor_config.json`; not arrays.
+Knows `config.json`, `processor_config.json`, `preprocessor_config.json` and `video_preprocessor_config.json`; not
+arrays.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ def read_processor(model_path: str, *, revision: str | None = None) -> Family:
     Raises CheckpointError when preprocessor_config.json is missing, or describes other patches than the family's.
     """
     family = read_family(model_path, revision=revision)
-    image = read_json(model_path, "preprocessor_config.json", revision)
+    # One file of both since transformers 5, and a file of each before; a checkpoint may have all of them.
+    both = read_json(model_path, "processor_config.json", revision) or {}
+    image = both.get("image_processor") or read_json(model_path, "preprocessor_config.json", revision)
     if image is None:
         raise CheckpointError(
             f"can't find preprocessor_config.json in {model_path!r}: "
@@ -33,7 +36,7 @@ def read_processor(model_path: str, *, revision: str | None = None) -> Family:
     for name, expected in geometry.items():
         if image.get(name, expected) != expected:
             raise CheckpointError(f"{model_path!r} has {name} {image[name]}; {family.title} has {expected}")
-    video = read_json(model_path, "video_preprocessor_config.json", revision) or {}
+    video = both.get("video_processor") or read_json(model_path, "video_preprocessor_config.json", revision) or {}
     min_pixels, max_pixels = _bounds(image, family.min_pixels, family.max_pixels)
     video_min_pixels, video_max_pixels = _bounds(video, family.video_min_pixels, family.video_max_pixels)
     return replace(

@@ -181,7 +181,7 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
     if finished_before and not grown and not config.run.retry_failed:
         _print_finished(folder, record or {}, numbering.num_rows)
         return None
-    check_settings(config, manifest, model_path)
+    model_facts = check_settings(config, manifest, model_path)
     finished = read_finished(folder, numbering)
     retries = None
     if config.run.retry_failed:
@@ -198,6 +198,7 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
         asked = identity(config, model_path)
     local = model_cache(config).local(model_path, weights=False)
     fresh = new_record(config, asked, manifest)
+    fresh["model"] |= model_facts
     fresh["manifest"]["num_rows"] = numbering.num_rows
     fresh["num_runs"] = (record or {}).get("num_runs", 0) + 1
     fresh["first_started"] = (record or fresh).get("first_started", fresh["started"])

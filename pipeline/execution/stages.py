@@ -6,6 +6,7 @@ Knows the config, the checkpoint's facts and the manifest's columns; nothing of 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -66,8 +67,11 @@ def open_stages(config: CaptionConfig) -> OpenedStages:
     return OpenedStages(build_stages(config, model_path, manifest), manifest, number_rows(manifest, config.input.limit))
 
 
-def check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -> None:
-    """Refuse now what every actor would refuse later: columns, model, settings. Raises JobError."""
+def check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -> dict[str, Any]:
+    """Refuse now what every actor would refuse later: columns, model, settings. Raises JobError.
+
+    Returns what `run.json` is to say of how the model is asked.
+    """
     missing = [name for name in config.input.keep.values() if name not in manifest.schema.names]
     if missing and manifest.format != "media":  # a bare folder has no columns to keep, whatever the config says
         raise ConfigError(
@@ -85,8 +89,13 @@ def check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -
         check_columns(manifest.schema.names, message_options(config))
     local = model_cache(config).local(model_path, weights=False)  # looks at a bucket's listing for the weights
     check_model(local, revision=config.model.revision, weights=local == model_path)
-    media_options(config.media, read_processor(local, revision=config.model.revision))
-    ChatTokenizer(local, revision=config.model.revision)
+    family = read_processor(local, revision=config.model.revision)
+    media_options(config.media, family)
+    prompt = config.prompt
+    tokenizer = ChatTokenizer(
+        local, revision=config.model.revision, thinking=prompt.thinking, allow_tokens=prompt.allow_tokens
+    )
+    return {"family": family.model_type, "video_prompt": family.video_prompt, "thinks": tokenizer.thinks}
 
 
 def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> Stages:
@@ -99,6 +108,8 @@ def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> 
         revision=config.model.revision,
         messages=messages,
         add_vision_id=config.prompt.add_vision_id,
+        thinking=config.prompt.thinking,
+        allow_tokens=tuple(config.prompt.allow_tokens),
         media=media_options(config.media, family),
         fetch=fetch_options(config.input, config.media, manifest.base),
         sampling=asdict(config.sampling),
@@ -154,10 +165,12 @@ def kept_schema(config: CaptionConfig, manifest: Manifest) -> pa.Schema:
 def media_options(media: MediaConfig, family: Family) -> MediaOptions:
     """The config's, with the checkpoint's bounds where it has none. Raises ConfigError when they exclude each other."""
     values = media.model_dump()
-    for name in ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"):
+    of_frame = family.video_area == "frame"
+    for name in ("min_pixels", "max_pixels", *(("video_min_pixels", "video_max_pixels") if of_frame else ())):
         values[name] = values[name] or getattr(family, name)
+    values["video_total_pixels"] = media.video_total_pixels or family.video_total_pixels or family.video_max_pixels
     for low, high in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):
-        if values[low] > values[high]:
+        if values[low] and values[high] and values[low] > values[high]:
             raise ConfigError(
                 f"media.{low} is {values[low]} and media.{high} {values[high]}; the first must not be larger "
                 "(where the config says nothing, the checkpoint's bound holds)"

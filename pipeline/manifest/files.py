@@ -205,19 +205,9 @@ def _plain_items(found: pa.DataType) -> pa.Field:
 
 
 def unify_types(first: pa.DataType, second: pa.DataType) -> pa.DataType:
-    """A type that holds the values of both, apart from numbers and times beyond its range. Raises pa.ArrowException
-    where there is none."""
+    """A type that holds the values of both. Raises pa.ArrowException where there is none."""
     schemas = [pa.schema([("", first)]), pa.schema([("", second)])]
-    found = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
-    for each in (first, second):
-        if _is_binary(found) and not _is_binary(each) and not pa.types.is_null(each):
-            raise pa.ArrowTypeError(f"{each} is text, which {found} is not")  # a path would be taken for a file's bytes
-        pa.nulls(1, each).cast(found)  # Arrow lacks some casts to the types that it names
-    return found
-
-
-def _is_binary(found: pa.DataType) -> bool:
-    return pa.types.is_binary(found) or pa.types.is_large_binary(found) or pa.types.is_fixed_size_binary(found)
+    return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
 
 
 def file_changed(unit: WorkUnit, num_rows: int) -> ManifestError:

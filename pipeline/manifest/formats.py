@@ -48,9 +48,8 @@ def read_units(
     """A table for each of several units: exactly its rows, in order, in one pass over each file.
 
     Tables have the named columns, or all of the manifest's, in the manifest's types; JSONL and CSV rows also
-    `schema.MANIFEST_ERROR`, as Parquet's do where a row can't be read. The units come in manifest order. Neighbouring
-    units share one look at their row group, which pays off for large row groups and for the scattered rows of a retry.
-    Raises ManifestError.
+    `schema.MANIFEST_ERROR`. The units come in manifest order. Neighbouring units share one look at their row group,
+    which pays off for large row groups and for the scattered rows of a retry. Raises ManifestError.
     """
     names = list(dict.fromkeys(spec.schema.names if columns is None else columns))
     missing = [name for name in names if name not in spec.schema.names]

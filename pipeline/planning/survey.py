@@ -29,9 +29,9 @@ from pipeline.preprocess.header import MediumHeader, read_header, read_listed_he
 from pipeline.preprocess.messages.columns import row_id
 from pipeline.preprocess.messages.row import conversation
 from pipeline.preprocess.messages.values import ManifestRow, manifest_rows
-from pipeline.preprocess.prompt import ChatTokenizer
+from pipeline.preprocess.prompt import MediumTokens
 from pipeline.preprocess.size import fit_row
-from pipeline.preprocess.stage import PreprocessOptions
+from pipeline.preprocess.stage import PreprocessOptions, chat_tokenizer
 
 # Seconds of one core for preprocessing, fitted to measurements on 2 cores of an AMD EPYC with AVX2: JPEG decoding goes
 # by the file's pixels, resizing and patchifying by those shown. Videos: H.264, decoded frames and shown ones.
@@ -60,7 +60,7 @@ class Survey:
         fetch = options.fetch
         self._options = options
         self._max_context, self._cache_tokens = max_context, cache_tokens
-        self._tokenizer = ChatTokenizer(options.model_path, revision=options.revision)
+        self._tokenizer = chat_tokenizer(options, options.model_path)
         self._tokenizing = threading.Lock()
         timeout_s, retries = min(fetch.timeout_s, _MAX_FETCH_TIMEOUT_S), min(fetch.retries, _MAX_FETCH_RETRIES)
         self._fetcher = Fetcher(replace(fetch, timeout_s=timeout_s, retries=retries))
@@ -92,10 +92,10 @@ class Survey:
             except ValueError as error:
                 raise SettingError(f"sampling: {error}") from error
             row.max_tokens, row.num_samples, row.ignore_eos = sampling.max_tokens, sampling.n, sampling.ignore_eos
-            counts = [header.size.num_visual_tokens for header in headers]
-            row.num_visual_tokens = sum(counts)
+            tokens = [MediumTokens(each.kind, each.size.num_visual_tokens, each.prompt_seconds) for each in headers]
+            row.num_visual_tokens = sum(medium.num_visual_tokens for medium in tokens)
             with self._tokenizing:
-                row.num_prompt_tokens = len(self._tokenizer.expand(prompt, counts))
+                row.num_prompt_tokens = len(self._tokenizer.expand(prompt, tokens))
             add_costs(row, headers)
             check_length(
                 row.num_prompt_tokens,

@@ -31,6 +31,7 @@ from pipeline.preprocess.receipt import SeenMedium, shown_source
 from pipeline.preprocess.size import ShownSize, fit_row, pixel_bounds
 from pipeline.preprocess.video.frames import OpenVideo
 from pipeline.preprocess.video.listed import ListedVideo
+from pipeline.preprocess.video.timing import prompt_seconds
 from pipeline.schema import MediumReceipt
 
 _Video: TypeAlias = OpenVideo | ListedVideo
@@ -123,10 +124,13 @@ class OpenMedium:
         if step:
             patchify_video(np.stack(step), rest[:step_patches], patch_size=self._family.patch_size)
         grid = self.size.grid_of(len(timestamps), height, width)  # fewer frames than planned where the file is damaged
-        note = _joined(video.note, self.size.note)
+        # Qwen3-VL's processor, whose bounds count all frames, refuses a single one.
+        is_doubled = len(timestamps) == 1 and self._family.video_area == "video"
+        note = _joined(video.note, "one frame, shown as two equal ones" if is_doubled else None, self.size.note)
         sizes = (source_width, source_height, width, height)
         receipt = MediumReceipt("video", shown_source(source), *sizes, grid, tuple(timestamps), note)
-        return SeenMedium(patches[: math.prod(grid)], receipt)
+        steps = prompt_seconds(video.counted_seconds, self._family)
+        return SeenMedium(patches[: math.prod(grid)], receipt, steps, video.seconds_per_step)
 
     def _patches(self, allocate: Allocate, kind: MediumKind, grid: tuple[int, int, int]) -> Uint8Array:
         """Room for the patches of a grid, [patches, bytes]."""

@@ -37,7 +37,13 @@ from pipeline.preprocess.video.container import (
 from pipeline.preprocess.video.frames import OpenVideo
 from pipeline.preprocess.video.listed import check_listed
 from pipeline.preprocess.video.stated import stated_seconds
-from pipeline.preprocess.video.timing import Timeline, check_video_settings, constant_rate, nearest_keyframes
+from pipeline.preprocess.video.timing import (
+    Timeline,
+    check_video_settings,
+    constant_rate,
+    nearest_keyframes,
+    prompt_seconds,
+)
 
 # What FFmpeg writes of broken headers comes back as errors; its own lines would land in the plan's page.
 av.logging.set_level(None)
@@ -65,6 +71,8 @@ class MediumHeader:
     """Bytes of the file."""
     num_decoded: int = 1
     """Frames that have to be decoded for those that are shown."""
+    prompt_seconds: tuple[float, ...] = ()
+    """Of a video, as in SeenMedium."""
     is_exact: bool = True
     """Whether the frames were counted, rather than computed from the stated duration and rate."""
 
@@ -86,7 +94,9 @@ def read_listed_header(
     check_listed(num_frames, settings, options)
     image = OpenImage(first, options)
     size = ShownSize("video", image.height, image.width, num_frames, settings, options)
-    return MediumHeader("video", image.width, image.height, size, len(first) * num_frames, num_frames, is_exact=True)
+    fps, num_bytes = settings.fps or options.fps, len(first) * num_frames
+    steps = prompt_seconds([number / fps for number in range(num_frames)], options.family)
+    return MediumHeader("video", image.width, image.height, size, num_bytes, num_frames, steps)
 
 
 def _video(file: RangedFile, settings: MediumSettings, options: MediaOptions) -> MediumHeader:
@@ -99,12 +109,13 @@ def _video(file: RangedFile, settings: MediumSettings, options: MediaOptions) ->
         if indexed is None and len(file) <= _COUNTED_BYTES:
             return _counted(file, settings, options)
         timeline, keys = indexed or (_stated_frames(file, container, stream, settings, options), [])
-    places, _ = timeline.choose(settings, options)
+    places = timeline.choose(settings, options).frames
     if options.video_frames == "keyframes" and keys:
         places = nearest_keyframes(places, keys, timeline.seconds)
     num_decoded = len(places) if options.video_frames == "keyframes" else _num_decoded(places, keys)
     size = ShownSize("video", height, width, len(places), settings, options)
-    return MediumHeader("video", width, height, size, len(file), num_decoded, is_exact=indexed is not None)
+    steps = prompt_seconds(list(map(timeline.counted_second, places)), options.family)
+    return MediumHeader("video", width, height, size, len(file), num_decoded, steps, is_exact=indexed is not None)
 
 
 def _indexed_frames(stream: Any, settings: MediumSettings, options: MediaOptions) -> tuple[Timeline, list[int]] | None:
@@ -177,6 +188,7 @@ def _counted(file: RangedFile, settings: MediumSettings, options: MediaOptions) 
     try:
         _, needed = video.wanted_and_needed_packets()
         size = ShownSize("video", video.height, video.width, video.num_frames, settings, options)
-        return MediumHeader("video", video.width, video.height, size, len(file), len(needed))
+        steps = prompt_seconds(video.planned_seconds, options.family)
+        return MediumHeader("video", video.width, video.height, size, len(file), len(needed), steps)
     finally:
         video.close()

@@ -26,9 +26,11 @@ class MediaOptions:
     resize: Literal["torch", "pil"]
     min_pixels: int
     max_pixels: int
-    video_min_pixels: int
-    video_max_pixels: int
+    video_min_pixels: int | None
+    """Of a frame. None where the family bounds all frames together alone."""
+    video_max_pixels: int | None
     video_total_pixels: int
+    """Of all frames, counted as the family counts them."""
     fps: float
     num_frames: int | None
     min_frames: int

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 import numpy as np
@@ -26,10 +27,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from pipeline.checkpoint.locate import find_file
-from pipeline.conversation import MediumPart, Message, Text
-from pipeline.errors import CheckpointError, MessageError, ReservedTokenError, first_line
+from pipeline.conversation import MediumKind, MediumPart, Message, Text
+from pipeline.errors import CheckpointError, ConfigError, MessageError, ReservedTokenError, first_line
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+_TAG = re.compile(r"<[^<>\s]+>")
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 
@@ -42,13 +44,31 @@ class Prompt:
     ids: npt.NDArray[np.int32]
 
 
+class MediumTokens(NamedTuple):
+    """What a medium becomes in a prompt: a run of its pad token; with `prompt_seconds` a run for each temporal step,
+    between vision marks and after its time."""
+
+    kind: MediumKind
+    num_visual_tokens: int
+    prompt_seconds: Sequence[float] = ()
+
+
 class ChatTokenizer:
     """A checkpoint's tokenizer and chat template, from a local folder or a hub name.
 
     Raises CheckpointError when either can't be loaded.
     """
 
-    def __init__(self, model_path: str, *, revision: str | None = None) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        revision: str | None = None,
+        thinking: bool = False,
+        allow_tokens: Collection[str] = (),
+    ) -> None:
+        """`thinking` goes to the template. `allow_tokens` are reserved ones, none of them special, that texts may write
+        all the same; raises ConfigError for others."""
         find = functools.partial(find_file, model_path, revision=revision)
         try:
             config = _read_json(find("tokenizer_config.json"))
@@ -61,7 +81,7 @@ class ChatTokenizer:
         except Exception as error:  # tokenizers raises nothing more precise
             raise CheckpointError(
                 f"can't load a tokenizer from {model_path!r}: {first_line(error)}; "
-                "set model.path to a folder with a Qwen2-VL checkpoint or to a hub name"
+                "set model.path to a folder with a Qwen-VL checkpoint or to a hub name"
             ) from error
         if self._template is None:
             raise CheckpointError(f"{model_path!r} has no chat template: expected chat_template.json or .jinja in it")
@@ -73,38 +93,50 @@ class ChatTokenizer:
         }
         self.image_pad_id = self._token_id(IMAGE_PAD, model_path)
         self.video_pad_id = self._token_id(VIDEO_PAD, model_path)
-        special = {
+        self._thinking = thinking
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        tags = {token.content for _, token in added if not token.special and _TAG.fullmatch(token.content)}
+        self._tags = tags
+        if unknown := sorted(set(allow_tokens) - tags):
+            raise ConfigError(
+                f"prompt.allow_tokens: texts can't be allowed to write {', '.join(unknown)}; of this checkpoint's "
+                f"tokens these can: {', '.join(sorted(tags)) or 'none'}"
+            )
+        reserved = {
             token.content: token_id
-            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
-            if token.special
+            for token_id, token in added
+            if token.special or token.content in tags.difference(allow_tokens)
         }
-        self._special_ids = np.array(sorted(special.values()), dtype=np.int32)
-        # In texts of this letter no special token is found, not even together with what stands before or after it.
-        self._harmless = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in "".join(special))
-        self._special_of_template = functools.lru_cache(maxsize=1024)(self._special_in)
+        self._reserved_ids = np.array(sorted(reserved.values()), dtype=np.int32)
+        # In texts of this letter no reserved token is found, not even together with what stands before or after it.
+        self._harmless = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in "".join(reserved))
+        self._reserved_of_template = functools.lru_cache(maxsize=1024)(self._reserved_in)
 
     def _token_id(self, token: str, model_path: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
-            raise CheckpointError(f"the tokenizer of {model_path!r} has no {token}: not a Qwen2-VL checkpoint")
+            raise CheckpointError(f"the tokenizer of {model_path!r} has no {token}: not a Qwen-VL checkpoint")
         return int(token_id)
 
     def render(self, messages: Sequence[Message], *, add_vision_id: bool = False) -> Prompt:
         """The prompt, ready for the assistant's turn.
 
         Raises MessageError when a text is not valid Unicode or the template refuses the messages. Raises
-        ReservedTokenError when there are special tokens in the prompt that the template did not write: they would move
-        or fake a medium or a turn. One may be made of a text and what stands beside it, so the prompt's special tokens
-        are compared with those of the same conversation with harmless texts.
+        ReservedTokenError when there are reserved tokens in the prompt that the template did not write. They would move
+        or fake a medium, a turn, or thoughts. One may be made of a text and what stands beside it, so the prompt's
+        reserved tokens are compared with those of the same conversation with harmless texts.
+
+        Reserved are special tokens, and added ones in the form of a tag (`<think>`, `<tool_call>`); words that a
+        fine-tune adds to the vocabulary are not.
         """
         prompt = self._render(messages, add_vision_id)
-        found = self._special(prompt)
-        expected = self._special_of_template(tuple(map(self._without_texts, messages)), add_vision_id)
+        found = self._reserved(prompt)
+        expected = self._reserved_of_template(tuple(map(self._without_texts, messages)), add_vision_id)
         if found != expected:
-            token_id = next(iter(Counter(found) - Counter(expected) or found or expected))
+            token = self._tokenizer.id_to_token(next(iter(Counter(found) - Counter(expected) or found or expected)))
             raise ReservedTokenError(
-                f"the text makes {self._tokenizer.id_to_token(token_id)}, alone or with the text beside it, which only "
-                "the chat template may write: remove or respell it"
+                f"the text makes {token}, alone or with the text beside it, which only the chat template may write: "
+                f"remove or respell it{', or name it in prompt.allow_tokens' if token in self._tags else ''}"
             )
         return prompt
 
@@ -118,6 +150,7 @@ class ChatTokenizer:
                 documents=None,
                 add_generation_prompt=True,
                 add_vision_id=add_vision_id,
+                enable_thinking=self._thinking,
             )
         except jinja2.TemplateError as error:
             raise MessageError(f"the checkpoint's chat template refuses the messages: {first_line(error)}") from error
@@ -127,11 +160,17 @@ class ChatTokenizer:
             raise MessageError(f"the text holds {text[error.start]!r}, half of a character: {error.reason}") from error
         return Prompt(text, self.encode(text))
 
-    def _special_in(self, messages: Sequence[Message], add_vision_id: bool) -> list[int]:
-        return self._special(self._render(messages, add_vision_id))
+    def _reserved_in(self, messages: Sequence[Message], add_vision_id: bool) -> list[int]:
+        return self._reserved(self._render(messages, add_vision_id))
 
-    def _special(self, prompt: Prompt) -> list[int]:
-        return list(map(int, prompt.ids[np.isin(prompt.ids, self._special_ids)]))
+    def _reserved(self, prompt: Prompt) -> list[int]:
+        return list(map(int, prompt.ids[np.isin(prompt.ids, self._reserved_ids)]))
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the template begins the answer with thoughts that the model is to go on with."""
+        text = self._render([Message("user", (Text(self._harmless),))], add_vision_id=False).text
+        return text.rfind("<think>") > text.rfind("</think>")
 
     def _without_texts(self, message: Message) -> Message:
         """The message with harmless texts; blank ones stay, for a template may leave them out."""
@@ -147,18 +186,32 @@ class ChatTokenizer:
         """Token ids [length] of a text, in which special tokens are such."""
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
-    def expand(self, prompt: Prompt, num_visual_tokens: Sequence[int]) -> npt.NDArray[np.int32]:
-        """Token ids [length] with each medium's pad token repeated to its number of tokens. Raises MessageError."""
+    def expand(self, prompt: Prompt, media: Sequence[MediumTokens]) -> npt.NDArray[np.int32]:
+        """Token ids [length] with the tokens of each medium in the place of its pad. Raises MessageError."""
         ids = prompt.ids
-        is_pad = (ids == self.image_pad_id) | (ids == self.video_pad_id)
-        if int(is_pad.sum()) != len(num_visual_tokens):
+        places = np.flatnonzero((ids == self.image_pad_id) | (ids == self.video_pad_id))
+        if len(places) != len(media):
             raise MessageError(
-                f"the checkpoint's chat template makes {int(is_pad.sum())} places for {len(num_visual_tokens)} media; "
+                f"the checkpoint's chat template makes {len(places)} places for {len(media)} media; "
                 "it needs one that knows images and videos, such as that of the published checkpoint"
             )
-        repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[is_pad] = num_visual_tokens
-        return np.repeat(ids, repeats)
+        pieces = np.split(ids, np.stack([places, places + 1], axis=1).reshape(-1))
+        pieces[1::2] = [self._medium_ids(medium, ids[place]) for medium, place in zip(media, places, strict=True)]
+        return np.concatenate(pieces)
+
+    def _medium_ids(self, medium: MediumTokens, pad_id: np.int32) -> npt.NDArray[np.int32]:
+        """Token ids [length] of a medium.
+
+        Around the whole, transformers 5.23 leaves the vision marks that the template writes, timed steps or not.
+        """
+        if pad_id != (self.image_pad_id if medium.kind == "image" else self.video_pad_id):
+            raise MessageError("the checkpoint's chat template takes an image for a video, or a video for an image")
+        if not medium.prompt_seconds:
+            return np.full(medium.num_visual_tokens, pad_id, dtype=np.int32)
+        step = np.full(medium.num_visual_tokens // len(medium.prompt_seconds) + 2, pad_id, dtype=np.int32)
+        step[0], step[-1] = (int(self.encode(mark)[0]) for mark in (VISION_START, VISION_END))
+        times = [self.encode(f"<{second:.1f} seconds>") for second in medium.prompt_seconds]
+        return np.concatenate([part for time in times for part in (time, step)])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated ids, without special tokens."""

@@ -22,8 +22,12 @@ class SeenMedium:
 
     patches: npt.NDArray[np.uint8]
     """[patches, bytes]: 588 bytes for an image of patches of 14 pixels, whose two temporal halves are equal, and 1,176
-    for a video."""
+    for a video; 768 and 1,536 of 16 pixels."""
     receipt: MediumReceipt
+    prompt_seconds: tuple[float, ...] = ()
+    """Of a video, the time of each temporal step, unrounded, where the family's prompts give it."""
+    seconds_per_step: float = 1.0
+    """Of a video, between temporal steps: some families' positions count it."""
 
 
 def source_name(source: Source) -> str:

@@ -19,6 +19,7 @@ from pipeline.preprocess.limits import MediaOptions
 MAX_ASPECT_RATIO = 200
 # transformers never caps a video's frames below this multiple of their least area.
 _CAP_SLACK = 1.05
+_NO_BOUND = 1 << 62
 
 
 def check_source_size(kind: MediumKind, width: int, height: int, options: MediaOptions) -> None:
@@ -68,6 +69,39 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     return resized_height, resized_width
 
 
+def video_smart_resize(
+    num_frames: int, height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """The size (height, width) of a video's frames where the bounds are those of all frames together.
+
+    Equal to the `smart_resize` of transformers' Qwen3VLVideoProcessor: a side below the factor is scaled up first, and
+    the number of frames is rounded to a multiple of 2, halves to even, for comparing with the bounds. A single frame,
+    which that function refuses, counts as the two equal ones that it is shown as.
+    """
+    num_frames = max(num_frames, TEMPORAL_PATCH_SIZE)
+    height, width = _scaled_up(height, width, factor)
+    resized_height, resized_width = round(height / factor) * factor, round(width / factor) * factor
+    area = round(num_frames / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE * resized_height * resized_width
+    if area > max_pixels:
+        beta = math.sqrt((num_frames * height * width) / max_pixels)
+        resized_height = max(factor, math.floor(height / beta / factor) * factor)
+        resized_width = max(factor, math.floor(width / beta / factor) * factor)
+    elif area < min_pixels:
+        beta = math.sqrt(min_pixels / (num_frames * height * width))
+        resized_height = math.ceil(height * beta / factor) * factor
+        resized_width = math.ceil(width * beta / factor) * factor
+    return resized_height, resized_width
+
+
+def _scaled_up(height: int, width: int, factor: int) -> tuple[int, int]:
+    """A size whose sides are no shorter than `factor`. Raises AspectRatioError."""
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    _check_aspect_ratio(width, height)
+    return height, width
+
+
 def video_max_pixels(*, num_frames: int, min_pixels: int, max_pixels: int, total_pixels: int) -> int:
     """The most pixels a frame may have, so that `num_frames` of them stay within `total_pixels`.
 
@@ -91,7 +125,8 @@ def num_visual_tokens(grid: Sequence[int]) -> int:
 def pixel_bounds(kind: MediumKind, settings: MediumSettings, options: MediaOptions) -> tuple[int, int]:
     """(least, largest) area in pixels after resizing, of an image or a video's frame. Raises SettingError."""
     if kind == "video":
-        low, high = options.video_min_pixels, options.video_max_pixels
+        low = options.video_min_pixels or options.family.factor**2
+        high = options.video_max_pixels or max(low, _NO_BOUND)
         return _bounds(settings, low, high, options.family.factor, slack=_CAP_SLACK)
     for name in VIDEO_SETTINGS:
         if getattr(settings, name) is not None:
@@ -117,11 +152,15 @@ class ShownSize:
         """Bytes of one patch."""
         self._source = (height, width)
         self._min_pixels, self._max_pixels = pixel_bounds(kind, settings, options)
+        self._total_pixels: int | None = None
+        """Of all frames, where the family bounds these."""
         self._fixed: tuple[int, int] | None = None
         if settings.resized_height is not None and settings.resized_width is not None:
             # As qwen-vl-utils has it: within an image's bounds, whatever the kind, and without a cap over all frames.
             self._fixed = settings.resized_height, settings.resized_width
             self._min_pixels, self._max_pixels = options.min_pixels, options.max_pixels
+        elif kind == "video" and self._family.video_area == "video":
+            self._total_pixels = settings.total_pixels or options.video_total_pixels
         elif kind == "video":
             self._max_pixels = video_max_pixels(
                 num_frames=num_frames,
@@ -143,8 +182,17 @@ class ShownSize:
         A size that its row sets is that of the upright picture, whatever was stored.
         """
         height, width = self._fixed or (height, width)
-        bounds = {"min_pixels": self._min_pixels, "max_pixels": self._max_pixels}
-        return smart_resize(height, width, factor=self._family.factor, **bounds)
+        factor, low, high = self._family.factor, self._min_pixels, self._max_pixels
+        if self._total_pixels is not None:
+            least = min(self._family.video_min_pixels, self._total_pixels)
+            resized = video_smart_resize(
+                self.num_frames, height, width, factor=factor, min_pixels=least, max_pixels=self._total_pixels
+            )
+            if low <= math.prod(resized) <= high:
+                return resized
+            # The frame's own bounds, which only the job, the row or its budget of visual tokens set, win.
+            height, width = _scaled_up(height, width, factor)
+        return smart_resize(height, width, factor=factor, min_pixels=low, max_pixels=high)
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:

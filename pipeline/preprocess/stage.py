@@ -31,7 +31,7 @@ from pipeline.preprocess.limits import MAX_FETCHES, FetchOptions, MediaOptions
 from pipeline.preprocess.messages.columns import MessageOptions, row_id
 from pipeline.preprocess.messages.row import conversation
 from pipeline.preprocess.messages.values import ManifestRow, manifest_rows
-from pipeline.preprocess.prompt import ChatTokenizer, Prompt, prompt_hash
+from pipeline.preprocess.prompt import ChatTokenizer, MediumTokens, Prompt, prompt_hash
 from pipeline.preprocess.receipt import SeenMedium, source_name
 from pipeline.preprocess.sandbox.client import MediaWorker, MediumFile
 from pipeline.preprocess.size import num_visual_tokens
@@ -50,6 +50,8 @@ class PreprocessOptions:
     revision: str | None
     messages: MessageOptions
     add_vision_id: bool
+    thinking: bool
+    allow_tokens: tuple[str, ...]
     media: MediaOptions
     fetch: FetchOptions
     sampling: Mapping[str, Any]
@@ -62,6 +64,13 @@ class PreprocessOptions:
     """Where this machine keeps a checkpoint that lies in a bucket."""
     read_ahead: int = 16
     """Media that are fetched ahead where none is slow."""
+
+
+def chat_tokenizer(options: PreprocessOptions, model_path: str) -> ChatTokenizer:
+    """The checkpoint's tokenizer, as the job's prompts are written with it."""
+    return ChatTokenizer(
+        model_path, revision=options.revision, thinking=options.thinking, allow_tokens=options.allow_tokens
+    )
 
 
 @dataclass
@@ -90,9 +99,13 @@ class _Row:
             self.error = as_row_error(error)
 
     @property
-    def num_visual_tokens(self) -> list[int]:
-        """Of each medium."""
-        return [num_visual_tokens(medium.receipt.grid_thw) for medium in self.media]
+    def medium_tokens(self) -> list[MediumTokens]:
+        """What each medium becomes in the prompt."""
+        receipts = [medium.receipt for medium in self.media]
+        return [
+            MediumTokens(receipt.kind, num_visual_tokens(receipt.grid_thw), medium.prompt_seconds)
+            for receipt, medium in zip(receipts, self.media, strict=True)
+        ]
 
     @property
     def num_bytes(self) -> int:
@@ -120,8 +133,9 @@ class _Row:
             values.update(
                 input_ids=self.input_ids,
                 num_prompt_tokens=len(self.input_ids),
-                num_visual_tokens=sum(self.num_visual_tokens),
+                num_visual_tokens=sum(medium.num_visual_tokens for medium in self.medium_tokens),
                 media=[medium.receipt.as_dict() for medium in self.media],
+                seconds_per_step=[medium.seconds_per_step for medium in self.media],
                 prompt_hash=prompt_hash(self.prompt.text),
             )
         return values
@@ -133,7 +147,7 @@ class PreprocessStage:
     def __init__(self, options: PreprocessOptions) -> None:
         self._options = options
         model_path = options.model_cache.local(options.model_path, weights=False)
-        self._tokenizer = ChatTokenizer(model_path, revision=options.revision)
+        self._tokenizer = chat_tokenizer(options, model_path)
         self._fetcher = Fetcher(options.fetch)
         self._worker = MediaWorker(options.media)
         self._pool = FetchPool(
@@ -274,7 +288,7 @@ class PreprocessStage:
                 with row.errors():
                     row.media = [_seen(result) for result in results]
                     assert row.prompt is not None
-                    row.input_ids = self._tokenizer.expand(row.prompt, row.num_visual_tokens)
+                    row.input_ids = self._tokenizer.expand(row.prompt, row.medium_tokens)
             seconds = (time.perf_counter() - started) / len(rows)
             for row in rows:
                 row.seconds += seconds
@@ -286,7 +300,7 @@ class PreprocessStage:
         # Rendering is cheap, and a prompt that is refused saves the decoding.
         row.prompt = self._tokenizer.render(asked.messages, add_vision_id=self._options.add_vision_id)
         return [
-            MediumFile(part.kind, fetch.result(), part.settings, part.name or source_name(part.source))
+            MediumFile(part.kind, fetch.result(), part.settings, source_name(part.source))
             for part, fetch in zip(asked.media, row.fetches, strict=True)
         ]
 

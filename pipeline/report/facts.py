@@ -229,7 +229,14 @@ def headline(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     num_gpus = _num_gpus(run)
     packages = [(name, text_at(run, f"versions.{name}")) for name in ("torch", "transformers", "ray")]
     lines: list[tuple[str, str | None]] = [
-        ("Model", _joined(text_at(run, "model.path"), revision and f"revision {revision}")),
+        (
+            "Model",
+            _joined(
+                text_at(run, "model.path"),
+                revision and f"revision {revision}",
+                "thinks before it answers" if at(run, "model.thinks") else None,
+            ),
+        ),
         (
             "Engine",
             _joined(

@@ -88,6 +88,8 @@ def options(base: str, kept: pa.Schema, messages: MessageOptions) -> PreprocessO
         revision=None,
         messages=messages,
         add_vision_id=False,
+        thinking=False,
+        allow_tokens=(),
         media=media_options(min_pixels=28 * 28, max_pixels=56 * 56),
         fetch=fetch_options(base),
         sampling={"max_tokens": 5},

@@ -230,6 +230,8 @@ def stages(kind: Any, *, stop_strings: list[str] | None = None, engine: bool = T
             revision=None,
             messages=MessageOptions(settings=frozenset(SAMPLING_COLUMNS), allow_missing_media=True),
             add_vision_id=True,
+            thinking=False,
+            allow_tokens=(),
             media=media_options(max_pixels=140 * 140, video_min_pixels=84 * 84, video_max_pixels=112 * 112),
             fetch=fetch_options("."),
             sampling=sampling,

@@ -32,11 +32,12 @@ class Family:
     min_pixels: int
     """Least area of an image after resizing."""
     max_pixels: int
+    video_area: Literal["frame", "video"]
+    """Whether a video's bounds are those of a frame, or of all its frames together."""
     video_min_pixels: int
     video_max_pixels: int
-    video_area: Literal["frame", "video"]
-    """Whether a video's bounds are those of a frame, which is then also capped by an even share of a total, or of all
-    its frames together."""
+    video_total_pixels: int | None
+    """Where the bounds are those of a frame: what all frames share, counted as pixels of frame pairs."""
     frame_sampling: Literal["steps", "ends"]
     """Frames at equal steps from the first and an even number of them, or spread from the first to the last."""
     video_prompt: Literal["one run", "timed steps"]

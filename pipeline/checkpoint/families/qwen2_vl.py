@@ -10,9 +10,10 @@ QWEN2_VL = Family(
     patch_size=14,
     min_pixels=56 * 56,
     max_pixels=28 * 28 * 1280,
+    video_area="frame",
     video_min_pixels=128 * 28 * 28,
     video_max_pixels=768 * 28 * 28,
-    video_area="frame",
+    video_total_pixels=int(128_000 * 28 * 28 * 0.9),
     frame_sampling="steps",
     video_prompt="one run",
 )

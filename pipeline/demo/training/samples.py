@@ -21,7 +21,7 @@ from pipeline.demo.training import recipe
 from pipeline.engine import Medium, Request
 from pipeline.engine.models.mrope import lay_out_prompt
 from pipeline.preprocess.patches import patchify_image, patchify_video, resize_frames
-from pipeline.preprocess.prompt import ChatTokenizer
+from pipeline.preprocess.prompt import ChatTokenizer, MediumTokens
 from pipeline.preprocess.size import grid_thw, smart_resize
 
 
@@ -93,4 +93,5 @@ def _prompt_ids(
     tokenizer: ChatTokenizer, kinds: tuple[MediumKind, ...], question: str, vision_id: bool, sizes: tuple[int, ...]
 ) -> npt.NDArray[np.int32]:
     message = Message("user", (*(MediumPart(kind, b"") for kind in kinds), Text(question)))
-    return tokenizer.expand(tokenizer.render([message], add_vision_id=vision_id), sizes)
+    media = list(map(MediumTokens, kinds, sizes))
+    return tokenizer.expand(tokenizer.render([message], add_vision_id=vision_id), media)

@@ -227,4 +227,4 @@ def _seen_medium(answer: Answer, buffer: Uint8Array, source: str) -> SeenMedium:
         name: tuple(value) if isinstance(value, list) else value for name, value in answer["receipt"].items()
     }
     receipt["source"] = shown_source(source)
-    return SeenMedium(patches, MediumReceipt(**receipt))
+    return SeenMedium(patches, MediumReceipt(**receipt), tuple(answer["prompt_seconds"]), answer["seconds_per_step"])

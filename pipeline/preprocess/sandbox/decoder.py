@@ -92,6 +92,7 @@ class _Decoder:
                 start, seen = output.used, open_medium.see(source="", allocate=output.allocate)
                 answer["patches"] = (start, *seen.patches.shape)
                 answer["receipt"] = vars(seen.receipt)
+                answer["prompt_seconds"], answer["seconds_per_step"] = list(seen.prompt_seconds), seen.seconds_per_step
             yield answer
 
     def _thumbnails(

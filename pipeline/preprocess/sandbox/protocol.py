@@ -46,6 +46,9 @@ class Answer(TypedDict, total=False):
     """(offset in the output segment, number of patches, bytes of a patch)"""
     receipt: dict[str, Any]
     """The fields of a MediumReceipt; `source` is empty."""
+    prompt_seconds: list[float]
+    """As in SeenMedium. JSON keeps every bit of a float."""
+    seconds_per_step: float
     thumbnails: list[tuple[int, int]]
     """(offset in the output segment, size) of each JPEG."""
 

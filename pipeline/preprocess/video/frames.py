@@ -65,17 +65,30 @@ class OpenVideo:
         if not self._index.packet_of:
             raise TruncatedMedia(f"the video stream holds no frames ({len(data):,} bytes)")
         try:
-            self.frame_indices, notes = self._index.timeline.choose(settings, options)
-            """The wanted frames. One that stays on screen for long may be wanted repeatedly."""
+            self._choice = self._index.timeline.choose(settings, options)
         except SettingError as error:
             raise SettingError("; ".join([str(error), *self._notes])) from error
-        self._note(*notes)
+        self.frame_indices = self._choice.frames
+        """The wanted frames. One that stays on screen for long may be wanted repeatedly."""
+        self.counted_seconds: list[float] = []
+        """Those of `planned_seconds` whose frames could be decoded; complete once the frames have been read."""
+        self._note(*self._choice.notes)
         self._keyframes_only = options.video_frames == "keyframes" and self._choose_keyframes()
 
     @property
     def num_frames(self) -> int:
         """Frames that will be shown if all of them can be decoded."""
         return len(self.frame_indices)
+
+    @property
+    def planned_seconds(self) -> list[float]:
+        """When each wanted frame is shown as transformers counts it."""
+        return list(map(self._index.timeline.counted_second, self.frame_indices))
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Seconds between temporal steps."""
+        return self._choice.seconds_per_step(self.num_frames)
 
     @property
     def note(self) -> str | None:
@@ -114,6 +127,7 @@ class OpenVideo:
                     last_index = frame_index
                     pixels, notes = rgb_pixels(frame)
                     self._note(*notes)
+                self.counted_seconds.append(self._index.timeline.counted_second(frame_index))
                 yield round(self._index.timeline.seconds[frame_index], 6), pixels
         if pixels is None:
             raise TruncatedMedia(

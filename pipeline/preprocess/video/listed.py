@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipeline.checkpoint.families.family import TEMPORAL_PATCH_SIZE
 from pipeline.conversation import MediumSettings
 from pipeline.errors import SettingError
 from pipeline.preprocess.image import OpenImage
@@ -38,6 +39,10 @@ class ListedVideo:
         self.width, self.height = self._frames[0].width, self._frames[0].height
         """Pixels of the first frame as stored."""
         self._notes: list[str] = []
+        self.counted_seconds: list[float] = []
+        """When each frame is shown, by the row's `fps`; complete once the frames have been read."""
+        self.seconds_per_step = TEMPORAL_PATCH_SIZE / self._fps
+        """Seconds between temporal steps."""
 
     @property
     def num_frames(self) -> int:
@@ -60,4 +65,5 @@ class ListedVideo:
                 self._notes.append(f"some frames are not {width}x{height} pixels and were scaled to it")
                 pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
             self._notes += [image.note] if image.note else []
+            self.counted_seconds.append(number / self._fps)
             yield round(number / self._fps, 6), pixels

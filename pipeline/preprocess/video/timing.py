@@ -1,5 +1,7 @@
 """Which frames of a video are shown: when each is on screen, and the sampling rules of transformers and qwen-vl-utils.
 
+    frames, rate --family's rule--> n frames to show --steps: 0, N/n, 2N/n ...  ends: 0 ... N-1--> frame indices
+
 Knows frame times and settings; not files, packets or pixels. A frame index counts frames in presentation order.
 """
 
@@ -7,11 +9,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.checkpoint.families.family import TEMPORAL_PATCH_SIZE
+from pipeline.checkpoint.families.family import TEMPORAL_PATCH_SIZE, Family
 from pipeline.conversation import MediumSettings
 from pipeline.errors import SettingError
 from pipeline.preprocess.limits import MediaOptions
@@ -65,6 +69,23 @@ def num_sampled_frames(
     return max(step, math.floor(min(max(duration_s * fps, min_frames), max_count, total) / step) * step)
 
 
+def num_frames_between_ends(total: int, duration_s: float, *, fps: float, min_frames: int, max_frames: int) -> int:
+    """How many of `total` frames to show: the rule of transformers' `Qwen3VLVideoProcessor.sample_frames`.
+
+    It may be odd, and all frames of a short video.
+    """
+    return min(max(int(duration_s * fps), min_frames), max_frames, total)
+
+
+def between_ends(total: int, count: int) -> list[int]:
+    """`count` indices from the first of `range(total)` to its last, in float64: the same processor's own expression.
+
+    Frames are repeated where there are fewer.
+    """
+    indices: list[int] = np.linspace(0, total - 1, count).round().astype(int).tolist()
+    return indices
+
+
 def evenly_spaced(total: int, count: int) -> list[int]:
     """`count` indices spread over `range(total)`: transformers' own expression.
 
@@ -103,6 +124,36 @@ def nearest_keyframes(indices: list[int], keyframes: list[int], seconds: list[fl
     return list(dict.fromkeys(nearest))
 
 
+def prompt_seconds(frame_seconds: Sequence[float], family: Family) -> tuple[float, ...]:
+    """The time of each temporal step, for families whose prompts give it: the middle between its first and its last
+    frame. An odd frame at the end is shown twice."""
+    if family.video_prompt == "one run":
+        return ()
+    last = len(frame_seconds) - 1
+    return tuple(
+        (frame_seconds[first] + frame_seconds[min(first + TEMPORAL_PATCH_SIZE - 1, last)]) / 2
+        for first in range(0, last + 1, TEMPORAL_PATCH_SIZE)
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The frames of a video that are shown."""
+
+    frames: list[int]
+    """Their indices. A frame that stays on screen for long may come repeatedly."""
+    notes: list[str]
+    """What was done otherwise than asked."""
+    total: float
+    """Frames of the video or its segment, of which these were chosen; seconds where the rate varies."""
+    rate: float
+    """Frames a second of the file; 1 where the rate varies."""
+
+    def seconds_per_step(self, num_shown: int) -> float:
+        """Seconds between the temporal steps of so many frames: transformers' expression, operation by operation."""
+        return TEMPORAL_PATCH_SIZE / (num_shown / self.total * self.rate)
+
+
 class Timeline:
     """When the frames of a video are shown, in presentation order."""
 
@@ -120,15 +171,20 @@ class Timeline:
         self.duration_s: float = self.seconds[-1] + last_s if self.seconds else 0.0
         """Second at which the last frame is no longer shown."""
 
-    def choose(self, settings: MediumSettings, options: MediaOptions) -> tuple[list[int], list[str]]:
-        """(indices of the frames to show, what was done otherwise than asked).
+    def counted_second(self, frame: int) -> float:
+        """When a frame is shown as transformers counts it: by its number where the rate is constant."""
+        return frame / self.rate if self.rate is not None else self.seconds[frame]
 
-        A frame that stays on screen for long may come repeatedly. Raises SettingError.
-        """
+    def choose(self, settings: MediumSettings, options: MediaOptions) -> Choice:
+        """The frames to show. Raises SettingError."""
         notes: list[str] = []
         is_qwen = options.frame_sampling == "qwen"
         first, end, segment_s = self._segment(settings, notes, with_end=is_qwen)
-        total = end - first
+        total, ends = end - first, options.family.frame_sampling == "ends"
+
+        def choice(frames: list[int]) -> Choice:
+            return Choice(frames, notes, *((segment_s, 1.0) if self.rate is None else (total, self.rate)))
+
         min_frames = settings.min_frames or options.min_frames
         if is_qwen:  # by number, whatever the rate
             notes.append("frames sampled by the rule of qwen-vl-utils")
@@ -139,19 +195,25 @@ class Timeline:
         if num_frames is None and fps is None:
             by_fps = settings.min_frames or settings.max_frames
             num_frames, fps = None if by_fps else options.num_frames, options.fps
-            if num_frames is not None and num_frames > total:
+            if num_frames is not None and num_frames > total and (is_qwen or not ends):
                 notes.append(f"all {total} frames shown: num_frames is {num_frames}")
                 num_frames, fps, max_frames = None, math.inf, total
-        count = num_sampled_frames(
-            total, segment_s, fps=fps, num_frames=num_frames, min_frames=min_frames, max_frames=max_frames
-        )
+        if ends and not is_qwen:
+            limits = {"min_frames": min_frames, "max_frames": max_frames}
+            count = num_frames or num_frames_between_ends(total, segment_s, fps=fps or options.fps, **limits)
+        else:
+            count = num_sampled_frames(
+                total, segment_s, fps=fps, num_frames=num_frames, min_frames=min_frames, max_frames=max_frames
+            )
         if is_qwen:
-            return from_first_to_last(first, end - 1, count), notes
+            return choice(from_first_to_last(first, end - 1, count))
         if self.rate is not None:
-            return [first + index for index in evenly_spaced(total, count)], notes
+            return choice([first + index for index in (between_ends if ends else evenly_spaced)(total, count)])
         start_s = max(settings.start_s or 0.0, self.seconds[first])
-        times = [start_s + number * segment_s / count + _TIME_EPSILON_S for number in range(count)]
-        return [max(first, bisect_right(self.seconds, time, first, end) - 1) for time in times], notes
+        # To the beginning of the last frame, or to its end.
+        step_s = (self.seconds[end - 1] - start_s) / max(1, count - 1) if ends else segment_s / count
+        times = [start_s + number * step_s + _TIME_EPSILON_S for number in range(count)]
+        return choice([max(first, bisect_right(self.seconds, time, first, end) - 1) for time in times])
 
     def _segment(self, settings: MediumSettings, notes: list[str], *, with_end: bool) -> tuple[int, int, float]:
         """(first frame, frame past the last, seconds) between start_s and end_s; `with_end` with the frame at end_s."""

@@ -25,8 +25,8 @@ from pipeline.demo.tasks import TASKS, example
 from pipeline.demo.training import recipe
 from pipeline.engine import Medium, Request, SamplingParams
 from pipeline.preprocess.patches import patchify_image, patchify_video, resize_frames
-from pipeline.preprocess.prompt import ChatTokenizer
-from pipeline.preprocess.size import grid_thw, num_visual_tokens, smart_resize
+from pipeline.preprocess.prompt import ChatTokenizer, MediumTokens
+from pipeline.preprocess.size import grid_thw, smart_resize
 from tests.unit.engine.tiny import make_model, mixed_requests
 
 SMALLEST_MARGIN = 2e-3
@@ -151,7 +151,7 @@ class Scenes:
                 question = example(rng.choice(list(TASKS)), "held-out", 4, request_id).question
             parts = (*(MediumPart(medium.kind, b"") for medium in media), Text(question))
             prompt = self._tokenizer.render([Message("user", parts)], add_vision_id=True)
-            ids = self._tokenizer.expand(prompt, [num_visual_tokens(medium.grid_thw) for medium in media])
+            ids = self._tokenizer.expand(prompt, [MediumTokens(one.kind, one.num_visual_tokens) for one in media])
             yield Request(request_id, ids, tuple(media), SamplingParams(max_tokens=rng.randint(1, 30)))
 
     def _random_medium(self, rng: random.Random) -> Medium:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pipeline.conversation import MediumPart, Message, Text
 from pipeline.demo import CHECKPOINT
 from pipeline.errors import CheckpointError, MessageError, ReservedTokenError
-from pipeline.preprocess.prompt import ChatTokenizer, prompt_hash
+from pipeline.preprocess.prompt import ChatTokenizer, MediumTokens, prompt_hash
 
 IMAGE, VIDEO = MediumPart("image", b""), MediumPart("video", b"")
 
@@ -34,6 +34,11 @@ VACATION = (
 )
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 PICTURE, CLIP = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
+
+
+def tokens(images: Sequence[int], videos: Sequence[int] = ()) -> list[MediumTokens]:
+    """Media of so many visual tokens."""
+    return [*(MediumTokens("image", count) for count in images), *(MediumTokens("video", count) for count in videos)]
 
 
 def published() -> str:
@@ -77,7 +82,7 @@ def test_a_system_prompt_replaces_the_default_one(tokenizer: ChatTokenizer) -> N
 
 
 def test_each_pad_token_is_repeated_to_its_medium_s_tokens(tokenizer: ChatTokenizer) -> None:
-    ids = tokenizer.expand(tokenizer.render(VACATION), [4, 6, 9, 12])
+    ids = tokenizer.expand(tokenizer.render(VACATION), tokens([4, 6, 9], [12]))
     assert ids.dtype == np.int32
     assert int((ids == tokenizer.image_pad_id).sum()) == 4 + 6 + 9
     assert int((ids == tokenizer.video_pad_id).sum()) == 12
@@ -167,7 +172,10 @@ def test_messages_that_the_template_refuses_and_media_without_a_place_are_the_ro
     with pytest.raises(MessageError, match="chat template refuses the messages: one turn"):
         tokenizer.render([*ASK, *ASK])
     with pytest.raises(MessageError, match="makes 0 places for 1 media"):
-        tokenizer.expand(tokenizer.render(ASK), [4])
+        tokenizer.expand(tokenizer.render(ASK), tokens([4]))
+    (folder / "chat_template.jinja").write_text("<|video_pad|>")
+    with pytest.raises(MessageError, match="takes an image for a video"):
+        ChatTokenizer(str(folder)).expand(ChatTokenizer(str(folder)).render(ASK), tokens([4]))
 
 
 @pytest.mark.parametrize("words", ["Größe, naïve, 日本語, 🙂", "a <b> | c <|", "line\nline\ttab", ""])
@@ -223,8 +231,15 @@ def oracle(path: str) -> Any:
     return made
 
 
+@pytest.fixture(scope="module")
+def allowing(path: str, tokenizer: ChatTokenizer) -> ChatTokenizer:
+    """Lets texts write `<tool_call>`."""
+    return ChatTokenizer(path, allow_tokens=tokenizer._tags)
+
+
 @pytest.mark.parametrize("add_vision_id", [False, True])
-def test_prompts_equal_those_of_transformers(tokenizer: ChatTokenizer, oracle: Any, add_vision_id: bool) -> None:
+def test_prompts_equal_those_of_transformers(allowing: ChatTokenizer, oracle: Any, add_vision_id: bool) -> None:
+    tokenizer = allowing
     conversations = [
         VACATION,
         *[(Message("user", (Text(text), IMAGE, Text(text), VIDEO)),) for text in TEXTS],
@@ -236,7 +251,8 @@ def test_prompts_equal_those_of_transformers(tokenizer: ChatTokenizer, oracle: A
             as_transformers(messages), tokenize=False, add_generation_prompt=True, add_vision_id=add_vision_id
         )
         assert prompt.text == expected
-        ones = [1] * sum(not isinstance(part, Text) for message in messages for part in message.parts)
+        kinds = [part.kind for message in messages for part in message.parts if isinstance(part, MediumPart)]
+        ones = [MediumTokens(kind, 1) for kind in kinds]
         assert tokenizer.expand(prompt, ones).tolist() == prompt.ids.tolist() == oracle(expected)["input_ids"]
 
 
@@ -248,24 +264,25 @@ def test_any_text_has_the_tokens_of_transformers(tokenizer: ChatTokenizer, oracl
     assert tokenizer.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
 
 
-def test_the_reserved_tokens_are_those_that_transformers_calls_special(tokenizer: ChatTokenizer, oracle: Any) -> None:
-    special = {token.content for token in oracle.added_tokens_decoder.values() if token.special}
-    assert set(map(tokenizer._tokenizer.id_to_token, tokenizer._special_ids)) == special and len(special) >= 7
+def test_the_reserved_tokens_are_transformers_special_and_added_ones(tokenizer: ChatTokenizer, oracle: Any) -> None:
+    added = {token.content for token in oracle.added_tokens_decoder.values()}
+    assert set(map(tokenizer._tokenizer.id_to_token, tokenizer._reserved_ids)) == added and len(added) >= 7
     every = sorted(oracle.added_tokens_decoder)
     assert tokenizer.decode([*every, 11, 12]) == oracle.decode([*every, 11, 12], skip_special_tokens=True)
 
 
 def test_a_checkpoint_that_transformers_saved_again_has_the_same_tokens(
-    tokenizer: ChatTokenizer, oracle: Any, tmp_path: Path
+    allowing: ChatTokenizer, oracle: Any, tmp_path: Path
 ) -> None:
+    tokenizer = allowing
     oracle.save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").exists()
-    again = ChatTokenizer(str(tmp_path))
+    again = ChatTokenizer(str(tmp_path), allow_tokens=tokenizer._tags)
     for text in TEXTS:
         prompt = tokenizer.render([Message("user", (IMAGE, Text(text)))])
         same = again.render([Message("user", (IMAGE, Text(text)))])
         assert same.text == prompt.text
-        assert again.expand(same, [3]).tolist() == tokenizer.expand(prompt, [3]).tolist()
+        assert again.expand(same, tokens([3])).tolist() == tokenizer.expand(prompt, tokens([3])).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,7 +382,7 @@ def test_a_tokenizer_of_another_family_is_refused(folder: Path) -> None:
     set_tokenizer_template(folder, "x")
     text = (folder / "tokenizer.json").read_text().replace("<|image_pad|>", "<|picture|>")
     (folder / "tokenizer.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"has no <\|image_pad\|>: not a Qwen2-VL checkpoint"):
+    with pytest.raises(CheckpointError, match=r"has no <\|image_pad\|>: not a Qwen-VL checkpoint"):
         ChatTokenizer(str(folder))
 
 
@@ -373,10 +390,10 @@ ACTOR = """
 import json, sys
 from pipeline.conversation import MediumPart, Message, Text
 from pipeline.execution.actors import PreprocessActor
-from pipeline.preprocess.prompt import ChatTokenizer
+from pipeline.preprocess.prompt import ChatTokenizer, MediumTokens
 tokenizer = ChatTokenizer(sys.argv[1])
 prompt = tokenizer.render([Message("user", (MediumPart("image", b""), Text("Caf\u00e9 \U0001f600 1234?")))])
-ids = tokenizer.expand(prompt, [7]).tolist()
+ids = tokenizer.expand(prompt, [MediumTokens("image", 7)]).tolist()
 print(json.dumps([[name for name in ("torch", "transformers") if name in sys.modules], prompt.text, ids]))
 """
 
@@ -387,4 +404,4 @@ def test_a_preprocessing_actor_loads_neither_torch_nor_transformers(path: str, t
     assert (loaded, done.stderr) == ([], "")
     prompt = tokenizer.render([Message("user", (IMAGE, Text("Caf\u00e9 \U0001f600 1234?")))])
     assert text == prompt.text
-    assert ids == tokenizer.expand(prompt, [7]).tolist()
+    assert ids == tokenizer.expand(prompt, tokens([7])).tolist()

@@ -39,7 +39,8 @@ class VideoCase:
     height: int
     min_pixels: int
     max_pixels: int
-    max_video_tokens: int
+    max_video_tokens: int | None = None
+    """Of all frames, where the bounds are those of a frame."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class SamplingCase:
     num_frames: int | None
 
 
-def image_cases(count: int = 320) -> list[ImageCase]:
+def image_cases(count: int = 320, *, factor: int = 28) -> list[ImageCase]:
     """Sizes from 1 pixel to some hundred, all modes, wide and narrow bounds."""
     rng = random.Random(20)
     edges = [(1, 1), (1, 200), (200, 1), (27, 27), (28, 28), (14, 42), (13, 520), (640, 480), (644, 476), (1036, 31)]
@@ -61,8 +62,8 @@ def image_cases(count: int = 320) -> list[ImageCase]:
         width, height = edges[seed] if seed < len(edges) else (rng.randint(5, 420), rng.randint(5, 420))
         if max(width, height) > 200 * min(width, height):
             height = width
-        max_pixels = rng.choice([28 * 28 * 16, 28 * 28 * 100, 28 * 28 * 256, 12_845_056])
-        min_pixels = rng.choice([56 * 56, 28 * 28, 28 * 28 * 16])
+        max_pixels = rng.choice([16, 100, 256, 16384]) * factor**2
+        min_pixels = rng.choice([4, 1, 16]) * factor**2
         cases.append(ImageCase(seed, MODES[seed % len(MODES)], width, height, min_pixels, max_pixels))
     return cases
 
@@ -79,6 +80,22 @@ def video_cases(count: int = 30) -> list[VideoCase]:
             min_pixels=rng.choice([28 * 28 * 4, 28 * 28 * 20]),
             max_pixels=rng.choice([28 * 28 * 24, 28 * 28 * 64]),
             max_video_tokens=rng.choice([128_000, 100, 60]),
+        )
+        for seed in range(count)
+    ]
+
+
+def total_cases(count: int = 60) -> list[VideoCase]:
+    """Short clips, even and odd, with bounds on all frames together."""
+    rng = random.Random(23)
+    return [
+        VideoCase(
+            seed,
+            num_frames=rng.choice([2, 3, 4, 5, 6, 7, 9]),
+            width=rng.randint(12, 240),
+            height=rng.randint(12, 240),
+            min_pixels=rng.choice([4096, 32 * 32 * 60]),
+            max_pixels=rng.choice([32 * 32 * 60, 32 * 32 * 200, 25_165_824]),
         )
         for seed in range(count)
     ]
@@ -148,4 +165,4 @@ def _pixels(seed: int, height: int, width: int) -> npt.NDArray[np.uint8]:
 
 def key(case: Any) -> str:
     """The case as text, so that a golden value names its question."""
-    return ",".join(f"{name}={value}" for name, value in asdict(case).items())
+    return ",".join(f"{name}={value}" for name, value in asdict(case).items() if name != "max_video_tokens" or value)

@@ -87,6 +87,7 @@ def main() -> None:
     import transformers
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
     from transformers.video_utils import VideoMetadata
 
     torch.set_num_threads(1)
@@ -109,6 +110,19 @@ def main() -> None:
         frames = cases.make_video(video).transpose(0, 3, 1, 2)
         out = processor(videos=[torch.from_numpy(frames.copy())], return_tensors="np")
         videos[cases.key(video)] = [*out["video_grid_thw"][0].tolist(), digest(out["pixel_values_videos"])]
+    images3: dict[str, Any] = {}
+    videos3: dict[str, Any] = {}
+    facts: dict[str, Any] = {"patch_size": 16, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    for image in cases.image_cases(200, factor=32):
+        size = {"shortest_edge": image.min_pixels, "longest_edge": image.max_pixels}
+        out = Qwen2VLImageProcessor(size=size, **facts)(cases.make_image(image), return_tensors="np")
+        images3[cases.key(image)] = [*out["image_grid_thw"][0].tolist(), digest(out["pixel_values"])]
+    for video in cases.total_cases():
+        size = {"shortest_edge": video.min_pixels, "longest_edge": video.max_pixels}
+        made = Qwen3VLVideoProcessor(size=size, cap_pixels_per_frame=False, do_sample_frames=False, **facts)
+        frames = cases.make_video(video).transpose(0, 3, 1, 2)
+        out = made(videos=[torch.from_numpy(frames.copy())], return_tensors="np")
+        videos3[cases.key(video)] = [*out["video_grid_thw"][0].tolist(), digest(out["pixel_values_videos"])]
     processor = Qwen2VLVideoProcessor()
     for case in cases.sampling_cases():
         metadata = VideoMetadata(total_num_frames=case.total, fps=case.source_fps)
@@ -120,9 +134,11 @@ def main() -> None:
         samples[cases.key(case)] = [len(indices), indices[-1], digest(indices)]
     made_with = {"torch": torch.__version__, "torchvision": version, "transformers": transformers.__version__}
     golden = {"made_with": made_with, "images": images, "videos": videos, "samples": samples}
+    golden |= {"qwen3_vl_images": images3, "qwen3_vl_videos": videos3}
     parts = {name: json.dumps(part).replace("], ", "],\n") for name, part in golden.items()}
     GOLDEN.write_text("{" + ",\n".join(f'"{name}": {part}' for name, part in parts.items()) + "}\n", encoding="utf-8")
-    print(f"{len(images)} images, {len(videos)} videos, {len(samples)} samplings with {made_with} -> {GOLDEN}")
+    counts = {name: len(part) for name, part in golden.items()}
+    print(f"{counts} with {made_with} -> {GOLDEN}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,21 @@
+"""Qwen3-VL: patches of 16 pixels, bounds on all of a video's frames together, and a time before each temporal step."""
+
+from __future__ import annotations
+
+from pipeline.checkpoint.families.family import Family
+
+QWEN3_VL = Family(
+    model_type="qwen3_vl",
+    title="Qwen3-VL",
+    patch_size=16,
+    min_pixels=256 * 256,
+    max_pixels=4096 * 4096,
+    video_area="video",
+    video_min_pixels=4096,
+    video_max_pixels=25_165_824,
+    video_total_pixels=None,
+    frame_sampling="ends",
+    video_prompt="timed steps",
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.5, 0.5, 0.5),
+)
