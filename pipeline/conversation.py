@@ -61,6 +61,8 @@ class MediumPart:
     kind: MediumKind
     source: Source = field(repr=False)
     settings: MediumSettings = MediumSettings()
+    name: str | None = None
+    """What the file is called whose bytes are the source."""
 
 
 @dataclass(frozen=True)

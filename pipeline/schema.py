@@ -61,7 +61,7 @@ class MediumReceipt:
 
     kind: MediumKind
     source: str
-    """The URI, or `bytes` where the manifest carried the file itself."""
+    """The URI; where the manifest carried the file itself, the path or URL beside it, or `bytes`."""
     source_width: int
     source_height: int
     resized_width: int

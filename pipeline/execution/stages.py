@@ -5,6 +5,7 @@ Knows the config, the checkpoint's facts and the manifest's columns; nothing of 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from pipeline.manifest.find import open_manifest
 from pipeline.manifest.row_set import RowNumbering, RowSet
 from pipeline.manifest.work import plan_work
 from pipeline.preprocess.limits import FetchOptions, MediaOptions
-from pipeline.preprocess.messages.columns import MessageOptions, check_columns, needed_columns
+from pipeline.preprocess.messages.columns import MessageOptions, check_columns, has_content, needed_columns
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.preprocess.stage import PreprocessOptions
 from pipeline.results.parts import check_partition
@@ -143,6 +144,7 @@ def open_input(config: CaptionConfig, folder: RunFolder) -> Manifest:
         listing_options=folder.storage_options,
         new_media=config.run.on_change == "new-rows",
         csv=CsvDialect(**config.input.csv.model_dump()),
+        is_asked=functools.partial(has_content, options=message_options(config)),
     )
 
 

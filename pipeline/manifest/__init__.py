@@ -9,11 +9,14 @@ How a path is understood:
 - A file goes by its suffix: Parquet (.parquet, .pq), JSONL (.jsonl, .ndjson), CSV (.csv, .tsv); text files may be
   gzipped (.gz). An image or video alone is a manifest of one row.
 - A folder, bucket prefix or glob holds files of one of these formats, or media. Where data files and media lie
-  together, the data files directly in the folder are the manifest, since they most likely name the media; data files
-  deeper down beside media are ignored. Two formats of data files are refused: only the user knows which is meant.
+  together, the data files directly in the folder are the manifest if their columns can ask something, since they most
+  likely name the media; data files deeper down beside media are ignored. Two formats of data files
+  are refused: only the user knows which is meant.
 - Files and folders whose names begin with a dot are skipped, and data files that begin with an underscore
   (`_SUCCESS`, `_metadata`).
 - A manifest without rows is fine: its job ends with zero rows. A folder without usable files is an error.
+
+Folders such as `year=2024` give the rows below them a column.
 
 Columns per format:
 - Parquet keeps its types; files of a folder are unified (missing column: null; wider number wins).

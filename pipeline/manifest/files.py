@@ -88,6 +88,9 @@ class ManifestSpec:
     schema: pa.Schema
     storage_options: StorageOptions = field(default=None, repr=False)
     csv: CsvDialect = CsvDialect()
+    base: str = ""
+    partitions: tuple[str, ...] = ()
+    """Columns that stand in the names of folders below the base."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class Manifest:
     csv: CsvDialect = CsvDialect()
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What people should know about it, such as files that are no part of it; a sentence each."""
+    partitions: tuple[str, ...] = ()
+    """Columns that stand in the names of folders, the schema's last ones."""
 
     @property
     def num_rows(self) -> int:
@@ -117,7 +122,7 @@ class Manifest:
     @property
     def spec(self) -> ManifestSpec:
         """What `read_units` needs, to be sent to readers in place of the whole manifest."""
-        return ManifestSpec(self.format, self.schema, self.storage_options, self.csv)
+        return ManifestSpec(self.format, self.schema, self.storage_options, self.csv, self.base, self.partitions)
 
     def unit(self, file: int, start: int, stop: int) -> WorkUnit:
         """The unit of all rows [start, stop) of a file."""
@@ -205,9 +210,20 @@ def _plain_items(found: pa.DataType) -> pa.Field:
 
 
 def unify_types(first: pa.DataType, second: pa.DataType) -> pa.DataType:
-    """A type that holds the values of both. Raises pa.ArrowException where there is none."""
+    """A type that holds the values of both, apart from numbers and times beyond its range. Raises pa.ArrowException
+    where there is none."""
     schemas = [pa.schema([("", first)]), pa.schema([("", second)])]
-    return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    found = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    for each in (first, second):
+        if _is_binary(found) and not _is_binary(each) and not pa.types.is_null(each):
+            raise pa.ArrowTypeError(f"{each} is text, which {found} is not")  # a path would be taken for a file's bytes
+        pa.nulls(1, each).cast(found)  # Arrow lacks some casts to the types that it names
+    return found
+
+
+def _is_binary(found: pa.DataType) -> bool:
+    types = pa.types
+    return bool(types.is_binary(found) or types.is_large_binary(found) or types.is_fixed_size_binary(found))
 
 
 def file_changed(unit: WorkUnit, num_rows: int) -> ManifestError:

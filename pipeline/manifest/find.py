@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from pipeline.errors import ManifestError, first_line
 from pipeline.manifest.files import MEDIA, CsvDialect, Manifest, ManifestFile, relative
 from pipeline.manifest.formats import FORMATS, IMAGE_SUFFIXES, REFUSED_SUFFIXES, VIDEO_SUFFIXES, format_of
 from pipeline.manifest.listing import open_listing, supplement_listing, write_listing
+from pipeline.manifest.partitions import with_partitions
 from pipeline.schema import PART_FILE, RECORDS_FOLDER
 from pipeline.storage import FileInfo, StorageOptions
 
@@ -30,12 +31,14 @@ def open_manifest(
     listing_options: StorageOptions = None,
     new_media: bool = False,
     csv: CsvDialect | None = None,
+    is_asked: Callable[[Sequence[str]], bool] = lambda columns: True,
 ) -> Manifest:
     """Find the manifest's files and count their rows. Reads metadata only; text files are read once, to count.
 
     A folder of media is listed into a Parquet file at `listing_path` (reached with `listing_options`); a listing that
     is there already is used again, so that a resumed job sees the rows of its first run. With `new_media` the folder is
-    listed again, and media that the listing lacks are added behind it. Raises ManifestError.
+    listed again, and media that the listing lacks are added behind it. Data files beside media are the manifest where
+    `is_asked` says that rows can be asked from their columns. Raises ManifestError.
     """
     accepted = ("auto", *FORMATS, MEDIA)
     if format not in accepted:
@@ -53,7 +56,10 @@ def open_manifest(
         found = _find(path, format, storage_options)
         if found.kind != MEDIA:
             opened = FORMATS[found.kind].open(path, found.base, found.files, storage_options, csv or CsvDialect())
-            return replace(opened, notes=(*found.notes, *opened.notes))
+            if not found.beside_media or is_asked(opened.schema.names):
+                return with_partitions(replace(opened, notes=(*found.notes, *opened.notes)))
+            found = _find(path, MEDIA, storage_options)
+            found = replace(found, notes=(*found.notes, _no_manifest(opened)))
         write_listing(path, found.base, found.files, found.notes, listing_path, listing_options)
         written = open_listing(path, listing_path, listing_options)
         assert written is not None
@@ -107,6 +113,8 @@ class _Found:
     files: list[FileInfo]
     notes: tuple[str, ...] = ()
     """What lies there too and was left alone."""
+    beside_media: bool = False
+    """Whether these are data files among images and videos, and may be no manifest."""
 
 
 def _find(path: str, format: str, options: StorageOptions) -> _Found:
@@ -137,7 +145,8 @@ def _find(path: str, format: str, options: StorageOptions) -> _Found:
         notes += _left_alone(found, chosen)
     elif odd := [escaped for info in chosen if (escaped := storage.escaped(info.path)) != info.path]:
         raise ManifestError(f"the name {odd[0]} is not UTF-8; rename the file")
-    return _Found(base, kind, chosen, notes)
+    beside_media = format == "auto" and kind != MEDIA and _has_media(found)
+    return _Found(base, kind, chosen, notes, beside_media)
 
 
 def _without_runs(
@@ -169,7 +178,8 @@ def _left_alone(found: Sequence[FileInfo], chosen: Sequence[FileInfo]) -> tuple[
         return ()
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common(_MAX_NAMES))
     more = f", and {len(counts) - _MAX_NAMES} more kinds" if len(counts) > _MAX_NAMES else ""
-    return (f"left alone: {len(names):,} files that are neither images nor videos ({kinds}{more})",)
+    what = "file that is neither image nor video" if len(names) == 1 else "files that are neither images nor videos"
+    return (f"left alone: {len(names):,} {what} ({kinds}{more})",)
 
 
 def _choose(path: str, base: str, found: list[FileInfo], format: str) -> tuple[str, list[FileInfo]]:
@@ -180,14 +190,32 @@ def _choose(path: str, base: str, found: list[FileInfo], format: str) -> tuple[s
     if format != "auto":
         return format, by_format.get(format, [])
     data = {name: by_format[name] for name in FORMATS if name in by_format}
-    # Beside data files, a document among them says little.
-    if any(not storage.name(info.path).lower().endswith(REFUSED_SUFFIXES) for info in by_format.get(MEDIA, [])):
+    if _has_media(found):
         direct = {name: [info for info in data[name] if "/" not in relative(info.path, base)] for name in data}
         data = {name: infos for name, infos in direct.items() if infos}
     if len(data) > 1:
         counts = ", ".join(f"{len(infos)} {name} (such as {infos[0].path})" for name, infos in data.items())
-        raise ManifestError(f"{path} holds manifests of several formats: {counts}; set input.path to one file or glob")
+        raise ManifestError(
+            f"{path} holds manifests of several formats: {counts}; set input.path to one file or glob"
+            + ("; input.format media takes the images and videos" if MEDIA in by_format else "")
+        )
     return next(iter(data.items()), (MEDIA, by_format.get(MEDIA, [])))
+
+
+def _has_media(found: Sequence[FileInfo]) -> bool:
+    """Whether there are images or videos. Beside data files, a document says little."""
+    names = (info.path for info in found if format_of(info.path) == MEDIA)
+    return any(not storage.name(name).lower().endswith(REFUSED_SUFFIXES) for name in names)
+
+
+def _no_manifest(opened: Manifest) -> str:
+    names = ", ".join(relative(file.path, opened.base) for file in opened.files[:_MAX_NAMES])
+    more = f" and {len(opened.files) - _MAX_NAMES} more" if len(opened.files) > _MAX_NAMES else ""
+    return (
+        f"left alone: {names}{more}, without a column for media, prompts or messages (its columns: "
+        f"{', '.join(opened.schema.names) or 'none'}); the images and videos beside it are the rows. If it is the "
+        "manifest, name its columns with input.columns"
+    )
 
 
 def _nothing_to_read(path: str, found: list[FileInfo], format: str) -> ManifestError:

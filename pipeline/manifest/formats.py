@@ -16,6 +16,7 @@ from pipeline.manifest.csv_files import CsvFormat
 from pipeline.manifest.files import MEDIA, ManifestFormat, ManifestSpec, WorkUnit
 from pipeline.manifest.json_lines import JsonLinesFormat
 from pipeline.manifest.parquet import ParquetFormat
+from pipeline.manifest.partitions import append_partitions
 
 FORMATS: Mapping[str, ManifestFormat] = {
     format.name: format for format in (ParquetFormat(), JsonLinesFormat(), CsvFormat())
@@ -48,8 +49,9 @@ def read_units(
     """A table for each of several units: exactly its rows, in order, in one pass over each file.
 
     Tables have the named columns, or all of the manifest's, in the manifest's types; JSONL and CSV rows also
-    `schema.MANIFEST_ERROR`. The units come in manifest order. Neighbouring units share one look at their row group,
-    which pays off for large row groups and for the scattered rows of a retry. Raises ManifestError.
+    `schema.MANIFEST_ERROR`, as Parquet's do where a row can't be read. The units come in manifest order. Neighbouring
+    units share one look at their row group, which pays off for large row groups and for the scattered rows of a retry.
+    Raises ManifestError.
     """
     names = list(dict.fromkeys(spec.schema.names if columns is None else columns))
     missing = [name for name in names if name not in spec.schema.names]
@@ -57,14 +59,15 @@ def read_units(
         raise ManifestError(
             f"the manifest has no column {', '.join(missing)}; its columns: {', '.join(spec.schema.names) or 'none'}"
         )
+    in_files = [name for name in names if name not in spec.partitions]
     format = FORMATS["parquet" if spec.format == MEDIA else spec.format]
     for _, group in itertools.groupby(units, key=lambda unit: unit.file):
         of_file = list(group)
         assert all(a.stop <= b.start for a, b in itertools.pairwise(of_file)), "units out of order"
         try:
-            for unit, table in zip(of_file, format.read(spec, of_file, names), strict=True):
+            for unit, table in zip(of_file, format.read(spec, of_file, in_files), strict=True):
                 assert not table.num_columns or table.num_rows == unit.num_rows, (table.num_rows, unit)
-                yield table
+                yield append_partitions(table, spec, unit, names)
         except OSError as error:
             rows = f"{of_file[0].start} to {of_file[-1].stop}"
             raise ManifestError(f"can't read rows {rows} of {of_file[0].path}: {first_line(error)}") from error

@@ -26,6 +26,7 @@ from pipeline.manifest.files import (
     refuse_repeated_names,
     unify_types,
 )
+from pipeline.schema import MANIFEST_ERROR
 from pipeline.storage import FileInfo, StorageOptions
 
 _NOTES_KEY = b"manifest_notes"
@@ -51,7 +52,7 @@ class ParquetFormat(ManifestFormat):
         threads = min(len(infos), _FOOTER_THREADS_REMOTE if storage.is_remote(path) else _FOOTER_THREADS_LOCAL)
         files = []
         notes: dict[str, None] = {}
-        types: dict[str, pa.DataType] = {}
+        types: dict[str, tuple[pa.DataType, str]] = {}
         last = pa.schema([])
         with ThreadPoolExecutor(threads) as pool:
             for info, footer in zip(infos, pool.map(lambda info: read_footer(info, options), infos), strict=True):
@@ -61,7 +62,7 @@ class ParquetFormat(ManifestFormat):
                 if not schema.equals(last):  # nearly always all files agree, and there is nothing to merge
                     _merge(types, schema, info.path)
                     last = schema
-        schema = pa.schema(list(types.items()))
+        schema = pa.schema([(name, type) for name, (type, _) in types.items()])
         return Manifest(path, self.name, tuple(files), schema, base, options, notes=tuple(notes))
 
     def read(self, spec: ManifestSpec, units: Sequence[WorkUnit], columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -114,12 +115,13 @@ def _large_groups(footer: pq.FileMetaData) -> tuple[int, ...]:
     return tuple(edges)
 
 
-def _merge(types: dict[str, pa.DataType], found: pa.Schema, path: str) -> None:
-    """Add a file's columns; a column that is known already gets a type that holds the values of both."""
+def _merge(types: dict[str, tuple[pa.DataType, str]], found: pa.Schema, path: str) -> None:
+    """Add a file's columns: type, and the file that has it. A column that is known already gets a type that holds the
+    values of both."""
     refuse_repeated_names(found.names, path)
     for column in found:
         new = plain_type(column.type)
-        old = types.setdefault(column.name, new)
+        old, before = types.setdefault(column.name, (new, path))
         try:
             if not new.equals(column.type):
                 pa.nulls(1, column.type).cast(new)  # Arrow lacks a few casts, and then can't read such a column at all
@@ -129,12 +131,13 @@ def _merge(types: dict[str, pa.DataType], found: pa.Schema, path: str) -> None:
                 f"write it as {new}"
             ) from error
         try:
-            types[column.name] = old if old.equals(new) else unify_types(old, new)
+            unified = old if old.equals(new) else unify_types(old, new)
         except pa.ArrowException as error:
             raise ManifestError(
-                f"column {column.name} is {new} in {path} but {old} in the files before it; "
+                f"column {column.name} is {new} in {path} but {old} in {before}; "
                 "write the files with one type, or name the column differently"
             ) from error
+        types[column.name] = unified, before if unified.equals(old) else path
 
 
 def _pieces(
@@ -186,8 +189,10 @@ def _open_file(path: str, options: StorageOptions) -> Iterator[pq.ParquetFile]:
 
 
 def _conform(table: pa.Table, schema: pa.Schema, names: Sequence[str], unit: WorkUnit) -> pa.Table:
-    """The named columns in the manifest's types; a column that this file lacks is null."""
-    columns = []
+    """The named columns in the manifest's types; a column that this file lacks is null. If the type of another file
+    can't hold some values, the table has `schema.MANIFEST_ERROR` too, with the reasons."""
+    columns: list[pa.ChunkedArray] = []
+    reasons: dict[int, str] = {}
     for name in names:
         wanted = schema.field(name).type
         if name not in table.column_names:
@@ -196,9 +201,36 @@ def _conform(table: pa.Table, schema: pa.Schema, names: Sequence[str], unit: Wor
         column = table.column(name)
         try:
             columns.append(column if column.type.equals(wanted) else column.cast(wanted))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise ManifestError(
-                f"column {name} of {unit.path} is {column.type} and does not fit the manifest's {wanted}: "
-                f"{first_line(error)}; write the files with one type"
-            ) from error
-    return pa.table(columns, schema=pa.schema([schema.field(name) for name in names]))
+        except pa.ArrowException as error:
+            if not _is_part_of(column.type, wanted):
+                raise ManifestError(
+                    f"column {name} of {unit.path} is {column.type} and does not fit the manifest's {wanted}: "
+                    f"{first_line(error)}; was the file changed in the meantime?"
+                ) from error
+            columns.append(_fitting(column, wanted, f"column {name} of {unit.path} is {column.type} here", reasons))
+    conformed = pa.table(columns, schema=pa.schema([schema.field(name) for name in names]))
+    if not reasons:
+        return conformed
+    told = pa.array([reasons.get(number) for number in range(unit.num_rows)], pa.string())
+    return conformed.append_column(MANIFEST_ERROR, told)
+
+
+def _is_part_of(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether the manifest's type was made of this one too."""
+    try:
+        return bool(unify_types(plain_type(found), wanted).equals(wanted))
+    except pa.ArrowException:
+        return False
+
+
+def _fitting(column: pa.ChunkedArray, wanted: pa.DataType, what: str, reasons: dict[int, str]) -> pa.ChunkedArray:
+    """The column in another type, with nulls for the values that this can't hold, and why by their number."""
+    values = []
+    for number in range(len(column)):
+        value = column.slice(number, 1)
+        try:
+            values += value.cast(wanted).chunks
+        except pa.ArrowException as error:
+            values.append(pa.nulls(1, wanted))
+            reasons[number] = f"{what} and {wanted} in other files, which can't hold this row's: {first_line(error)}"
+    return pa.chunked_array(values, wanted)

@@ -100,7 +100,7 @@ def read_works(spec: ManifestSpec, units: Sequence[WorkUnit], columns: Sequence[
     runs = [_runs(unit) for unit in units]
     tables = read_units(spec, [run for of_unit in runs for run in of_unit], columns=columns)
     for unit, of_unit in zip(units, runs, strict=True):
-        table = pa.concat_tables(itertools.islice(tables, len(of_unit)))
+        table = pa.concat_tables(itertools.islice(tables, len(of_unit)), promote_options="default")
         attempts = np.ones(unit.num_rows, np.int32) if unit.attempts is None else unit.attempts
         table = table.append_column(UnitColumn.FILE, pa.array(np.full(unit.num_rows, unit.file, np.int32)))
         table = table.append_column(UnitColumn.ROW, pa.array(unit.rows))

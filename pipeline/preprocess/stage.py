@@ -300,7 +300,7 @@ class PreprocessStage:
         # Rendering is cheap, and a prompt that is refused saves the decoding.
         row.prompt = self._tokenizer.render(asked.messages, add_vision_id=self._options.add_vision_id)
         return [
-            MediumFile(part.kind, fetch.result(), part.settings, source_name(part.source))
+            MediumFile(part.kind, fetch.result(), part.settings, part.name or source_name(part.source))
             for part, fetch in zip(asked.media, row.fetches, strict=True)
         ]
 

@@ -77,10 +77,9 @@ class ThumbnailMaker:
         started = time.monotonic()
         media: Sequence[Mapping[str, Any]] = row.get("media") or ()
         sources: list[bytes | str] = [receipt.get("source") or "" for receipt in media]
-        if "bytes" in sources[:max_media] and self._used_up is None:
-            embedded = self._embedded(row)
-            if len(embedded) == len(sources):
-                sources = [own if source == "bytes" else source for own, source in zip(embedded, sources, strict=True)]
+        embedded = self._embedded(row) if media and self._used_up is None else []
+        if len(embedded) == len(sources):  # a path beside the bytes may lead elsewhere, or nowhere
+            sources = [own if isinstance(own, bytes) else name for own, name in zip(embedded, sources, strict=True)]
         found = [
             self._thumbnail(receipt.get("kind") or "image", source)
             for receipt, source in zip(media[:max_media], sources, strict=False)

@@ -185,7 +185,7 @@ def test_a_bare_folder_is_captioned_with_the_config_s_prompt(
     assert main(command) == 0
     ids = ["a.jpg", "c.mp4", "deep/b.png", "\\xff.jpg"]
     assert [(row["id"], row["status"]) for row in results(output)] == [(name, "ok") for name in ids]
-    note = "left alone: 1 files that are neither images nor videos (1 .txt)"
+    note = "left alone: 1 file that is neither image nor video (1 .txt)"
     assert note in capfd.readouterr().out and note in (output / "__run/log.txt").read_text()
     assert json.loads((output / "__run/run.json").read_text())["manifest"]["notes"] == [note]
     assert note in (output / "_report.html").read_text()

@@ -92,6 +92,7 @@ class Fetching(Protocol):
     """A row whose media are being fetched."""
 
     fetches: list[Future[bytes]]
+    """None once they have been released."""
 
 
 Row = TypeVar("Row", bound=Fetching)
@@ -105,6 +106,8 @@ class FetchAhead(Generic[Row]):
         self._pool, self._rows, self._when_begun = pool, rows, when_begun
         self._under_way: dict[int, Row] = {}
         """By place in the unit."""
+        self._taken: list[tuple[int, Row]] = []
+        """What was taken last, whose media may still be needed."""
         self._num_begun, self._passed = 0, -1
         self._all_begun = False
 
@@ -119,9 +122,9 @@ class FetchAhead(Generic[Row]):
             pending = [one for row in self._under_way.values() for one in row.fetches if not one.done()]
             ready = [place for place, row in self._under_way.items() if all(one.done() for one in row.fetches)]
             if ready:
-                taken = [(place, self._under_way.pop(place)) for place in sorted(ready)[:most]]
-                self._passed = max(self._passed, taken[-1][0])
-                return taken
+                self._taken = [(place, self._under_way.pop(place)) for place in sorted(ready)[:most]]
+                self._passed = max(self._passed, self._taken[-1][0])
+                return self._taken
             self._pool.count(waiting=1)
             done, _ = wait(pending, _SLOW_S if patience_s is None else patience_s, FIRST_COMPLETED)
             self._pool.count(waiting=-1)
@@ -149,7 +152,7 @@ class FetchAhead(Generic[Row]):
         return not self._under_way or (fresh < self._pool.ahead and self._pool.has_room)
 
     def close(self) -> None:
-        """Give up the rows that were not taken."""
-        for row in self._under_way.values():
+        """Give up the rows that were not taken, and those taken whose media nobody has released."""
+        for row in (*self._under_way.values(), *(row for _, row in self._taken)):
             self._pool.release(row.fetches)
         self._under_way.clear()

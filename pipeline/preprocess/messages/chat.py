@@ -129,7 +129,10 @@ def _read_medium(kind: MediumKind, part: Mapping[str, Any], where: str) -> Mediu
     wrong = [name for name in VIDEO_SETTINGS if kind == "image" and getattr(settings, name) is not None]
     if wrong:
         raise SettingError(f"{where} sets {wrong[0]} on an image; it applies to videos only")
-    return MediumPart(kind, _one_source(kind, sources, where) if sources else NO_SOURCE, settings)
+    source = _one_source(kind, sources, where) if sources else NO_SOURCE
+    names = [value for key, value in sources.items() if key.rpartition(".")[2] in ("path", "url")]
+    name = names[0] if names and isinstance(source, bytes) and isinstance(names[0], str) else None
+    return MediumPart(kind, source, settings, name)
 
 
 def _split_sources(kind: MediumKind, part: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
-from pipeline.conversation import MediumKind
+from pipeline.conversation import MediumKind, MediumPart
 from pipeline.errors import ConfigError, ManifestError, MessageError
 from pipeline.preprocess.messages.values import as_text, from_json, plain, shown
 from pipeline.schema import CONTENT_COLUMNS, MANIFEST_COLUMNS, MANIFEST_ERROR, MEDIUM_SETTING_COLUMNS, SAMPLING_COLUMNS
@@ -48,6 +48,12 @@ class MessageOptions:
         """A row's value in one of our columns; None also for blank text."""
         value = plain(row.get(self.column(name)))
         return None if isinstance(value, str) and not value.strip() else value
+
+
+def has_content(schema_names: Sequence[str], options: MessageOptions) -> bool:
+    """Whether the columns are meant as a manifest's: the options name columns, or these have the names of content."""
+    named = {*options.columns.values(), *(() if options.template is None else template_columns(options.template))}
+    return bool(named) or any(name in schema_names for name in CONTENT_COLUMNS)
 
 
 def check_columns(schema_names: Sequence[str], options: MessageOptions) -> None:
@@ -164,18 +170,18 @@ def _parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
 # Media
 
 
-def column_media(row: Mapping[str, Any], options: MessageOptions, kind: MediumKind) -> list[str | bytes]:
-    """The sources in a row's columns of one kind, in order. Raises MessageError."""
-    media: list[str | bytes] = []
+def column_media(row: Mapping[str, Any], options: MessageOptions, kind: MediumKind) -> list[MediumPart]:
+    """The media in a row's columns of one kind, in order. Raises MessageError."""
+    media: list[MediumPart] = []
     for name in MEDIA_COLUMNS[kind]:
         value = options.value(row, name)
         if isinstance(value, str):
             value = _from_json(value, name)
         if isinstance(value, list):
             # A null in a list would move the media behind it: `Picture 2` must stay the second one.
-            media += [_source(item, f"{name}[{number}]") for number, item in enumerate(value)]
+            media += [_medium(kind, item, f"{name}[{number}]") for number, item in enumerate(value)]
         elif value is not None:
-            media.append(_source(value, name))
+            media.append(_medium(kind, value, name))
     return media
 
 
@@ -192,15 +198,17 @@ def _from_json(text: str, name: str) -> Any:
         ) from error
 
 
-def _source(value: Any, where: str) -> str | bytes:
+def _medium(kind: MediumKind, value: Any, where: str) -> MediumPart:
+    name = None
     if isinstance(value, dict):
         items = {key: item for key, item in value.items() if plain(item) not in (None, "", b"")}
         unknown = sorted(str(key) for key in items if key not in ("bytes", "path", "url"))
         if unknown:
             raise MessageError(f"{where} has the keys {', '.join(unknown)}; allowed: bytes, path, url")
-        value = items.get("bytes", items.get("path", items.get("url")))
+        name = items.get("path", items.get("url"))
+        value = items.get("bytes", name)
         if "bytes" in items and not isinstance(value, bytes):
             raise MessageError(f"{where}.bytes is text; JSON can't hold bytes: use a data: URL")
     if isinstance(value, str | bytes) and value:
-        return value
+        return MediumPart(kind, value, name=name if isinstance(value, bytes) and isinstance(name, str) else None)
     raise MessageError(f"{where} must be a URI, bytes or a struct of bytes and path; found {shown(plain(value))}")

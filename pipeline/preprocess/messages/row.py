@@ -22,7 +22,7 @@ from pipeline.preprocess.messages.settings import apply_row_settings, medium_set
 from pipeline.preprocess.messages.values import plain, shown
 from pipeline.schema import CONTENT_COLUMNS, MANIFEST_ERROR, MEDIUM_SETTING_COLUMNS, SAMPLING_COLUMNS
 
-ColumnMedia: TypeAlias = Mapping[MediumKind, list[str | bytes]]
+ColumnMedia: TypeAlias = Mapping[MediumKind, list[MediumPart]]
 
 
 def conversation(row: Mapping[str, Any], options: MessageOptions) -> Conversation:
@@ -63,7 +63,7 @@ def _read_question(row: Mapping[str, Any], options: MessageOptions, media: Colum
         prompt = fill_template(options.template, row)
     if prompt is not None and not isinstance(prompt, str):
         raise MessageError(f"{options.column('prompt')} must be text; found {shown(prompt)}")
-    parts: list[Text | MediumPart] = [MediumPart(kind, source) for kind in media for source in media[kind]]
+    parts: list[Text | MediumPart] = [part for of_kind in media.values() for part in of_kind]
     if prompt is not None and prompt.strip():
         parts.append(Text(prompt))
     if not parts:
@@ -98,6 +98,7 @@ def _with_column_media(turns: list[Message], media: ColumnMedia, options: Messag
     def filled(part: Text | MediumPart) -> Text | MediumPart:
         if isinstance(part, Text) or part.source != NO_SOURCE:
             return part
-        return replace(part, source=next(left[part.kind]))
+        medium = next(left[part.kind])
+        return replace(part, source=medium.source, name=medium.name)
 
     return [replace(turn, parts=tuple(map(filled, turn.parts))) for turn in turns]

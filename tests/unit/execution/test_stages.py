@@ -1,4 +1,4 @@
-"""From the config to the stages: kept columns."""
+"""From the config to the stages: kept columns, and which files are the manifest."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ import pytest
 
 from pipeline.config import CaptionConfig
 from pipeline.config_file import load_config
+from pipeline.conversation import Text
 from pipeline.errors import ConfigError, OutputError
 from pipeline.execution.stages import kept_schema, open_stages
+from pipeline.manifest.work import read_work
+from pipeline.preprocess.messages.row import conversation
+from pipeline.preprocess.messages.values import manifest_rows
 from pipeline.results.run_record import check_unchanged, identity
 
 
@@ -33,6 +37,37 @@ def test_a_manifest_s_column_text_is_kept_under_another_name(captions: Path) -> 
     assert kept_schema(config, opened.manifest).names == ["caption_old", "prompt"]
     assert opened.stages.columns == ("prompt", "text")
     assert opened.stages.preprocess.kept_from == {"caption_old": "text", "prompt": "prompt"}
+
+
+def test_a_column_in_the_name_of_a_folder_is_kept_asked_and_partitioned_by_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "year=2024").mkdir()
+    pq.write_table(pa.table({"image": ["a.jpg"]}), tmp_path / "year=2024" / "rows.parquet")
+    config = config_of(
+        tmp_path, input__keep="[year]", output__partition_by="year", prompt__template="A photo of {year}. What is it?"
+    )
+    opened = open_stages(config)
+    (unit,) = opened.whole_manifest()
+    (row,) = manifest_rows(read_work(opened.manifest.spec, unit, opened.stages.columns))
+    assert row["year"] == 2024 and kept_schema(config, opened.manifest) == pa.schema([("year", pa.int64())])
+    (message,) = conversation(row, opened.stages.preprocess.messages).messages
+    assert message.parts[-1] == Text("A photo of 2024. What is it?")
+
+
+@pytest.mark.parametrize(
+    ("columns", "overrides", "kind"),
+    [
+        ("file,license", {}, "media"),
+        ("image,license", {}, "csv"),
+        ("file,license", {"input__columns.image": "file"}, "csv"),
+        ("file,license", {"prompt__template": "What is {file}?"}, "csv"),
+    ],
+)
+def test_a_table_beside_photos_is_the_manifest_where_the_config_or_its_columns_say_so(
+    columns: str, overrides: dict[str, str], kind: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "license.csv").write_text(f"{columns}\na.jpg,CC0\n")
+    assert open_stages(config_of(tmp_path, **overrides)).manifest.format == kind
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,25 @@ def test_two_kinds_of_data_files_are_refused_and_the_format_settles_it(
     assert load(folder, format="parquet").num_rows == 1
 
 
+@pytest.mark.parametrize("format", ["parquet", "csv"])
+def test_folders_named_as_hive_does_give_columns(format: str, tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    for number, folder in enumerate(("year=2024/month=01", "year=2025/month=a%2Fb", "year=__HIVE_DEFAULT_PARTITION__")):
+        path = tmp_path / "d" / "base=no" / folder / f"m.{format}"
+        write_parquet(path, {"id": [f"{number}"]}) if format == "parquet" else write(path, f"id\n{number}\n")
+    for path in (tmp_path / "d" / "base=no", tmp_path / "d" / "base=no" / "year=*" / "**" / f"*.{format}"):
+        found = load(path)
+        assert found.schema == pa.schema([("id", pa.string()), ("year", pa.int64()), ("month", pa.string())])
+        assert [(row["id"], row["year"], row["month"]) for row in rows_of(found)] == [
+            ("0", 2024, "01"), ("1", 2025, "a/b"), ("2", None, None),
+        ]  # fmt: skip
+        assert [row["year"] for row in rows_of(found, columns=["year"], rows_per_unit=1)] == [2024, 2025, None]
+
+
+def test_a_column_in_the_files_wins_over_their_folder(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    write_parquet(tmp_path / "d" / "year=2024" / "m.parquet", {"year": ["24"]})
+    assert rows_of(load(tmp_path / "d")) == [{"year": "24"}]
+
+
 def test_the_format_can_be_forced_on_a_file_of_another_name(tmp_path: Path, load: Callable[..., Manifest]) -> None:
     assert load(write(tmp_path / "m.data", '{"id": 1}\n'), format="jsonl").format == "jsonl"
 

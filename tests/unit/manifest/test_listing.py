@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_a_folder_of_media_is_listed_sorted_and_recursively(tmp_path: Path, load
         {"id": "c.webm", "image": None, "video": "c.webm"},
     ]
     assert all((tmp_path / "photos" / row["id"]).exists() for row in rows_of(found))
-    assert found.notes == ("left alone: 1 files that are neither images nor videos (1 .txt)",)
+    assert found.notes == ("left alone: 1 file that is neither image nor video (1 .txt)",)
 
 
 def test_every_extension_of_the_decoders_formats_is_listed() -> None:
@@ -182,6 +183,18 @@ def test_data_files_beside_media_are_the_manifest_and_deeper_ones_are_not(
     found = load(folder)
     assert (found.format, names_of(found), found.base) == ("jsonl", ["metadata.jsonl"], str(folder))
     assert load(folder, format="media").num_rows == 4
+
+
+def test_a_data_file_that_asks_nothing_is_left_aside_and_named(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    folder = make_media(tmp_path / "photos")
+    write(folder / "license.csv", "file,license\nb.JPG,CC0\n")
+    for _ in range(2):  # the second time from the listing
+        found = load(folder, is_asked=lambda columns: "image" in columns)
+        assert found.format == "media" and found.num_rows == 4
+        assert re.search(r"left alone: license\.csv, without .* \(its columns: file, license\)", found.notes[-1])
+    (tmp_path / "run" / "listing.parquet").unlink()
+    write(folder / "license.csv", "image,license\nb.JPG,CC0\n")
+    assert load(folder, is_asked=lambda columns: "image" in columns).format == "csv"
 
 
 def test_a_bucket_prefix_of_media_is_listed_too(load: Callable[..., Manifest]) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +20,8 @@ from pipeline import storage
 from pipeline.errors import ManifestError
 from pipeline.manifest import parquet
 from pipeline.manifest.files import Manifest
+from pipeline.manifest.work import read_work
+from pipeline.schema import MANIFEST_ERROR
 from tests.unit.manifest.manifests import (
     cut,
     read_unit,
@@ -100,11 +106,40 @@ def test_structs_with_different_fields_are_unified(tmp_path: Path, load: Callabl
     ]
 
 
-def test_types_that_do_not_fit_name_file_column_and_both_types(tmp_path: Path, load: Callable[..., Manifest]) -> None:
-    write_parquet(tmp_path / "d" / "1.parquet", {"image": ["a.jpg"]})
-    write_parquet(tmp_path / "d" / "2.parquet", {"image": [7]})
-    with pytest.raises(ManifestError, match=r"column image is int64 in .*2\.parquet but string in the files before it"):
+@pytest.mark.parametrize(
+    ("first", "second", "shown"),
+    [
+        (pa.array(["a.jpg"]), pa.array([7]), "int64 in {2} but string in {1}"),
+        (pa.array(["a.jpg"]), pa.array([b"jpeg"]), "binary in {2} but string in {1}"),
+        (pa.array([Decimal("1.25")]), pa.array([7]), r"int64 in {2} but decimal128\(3, 2\) in {1}"),
+    ],
+)
+def test_types_that_do_not_fit_name_both_files_and_types(
+    first: pa.Array, second: pa.Array, shown: str, tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    write_parquet(tmp_path / "d" / "1.parquet", {"image": first})
+    write_parquet(tmp_path / "d" / "2.parquet", {"image": second})
+    files = [rf".*{number}\.parquet" for number in range(3)]
+    with pytest.raises(ManifestError, match="column image is " + shown.format(*files)):
         load(tmp_path / "d")
+
+
+def test_a_value_beyond_the_range_of_the_files_common_type_is_that_row_s_error(
+    tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    """pandas writes integers as floats in files where one is missing."""
+    write_parquet(tmp_path / "d" / "1.parquet", {"n": [1, 2**60 + 1, 3, 4], "p": list("abcd")})
+    write_parquet(tmp_path / "d" / "2.parquet", {"n": [1.5], "p": ["e"]})
+    found = load(tmp_path / "d")
+    whole = found.unit(0, 0, 4)
+    table = read_work(found.spec, whole, ["n", "p"])
+    assert table.column("n").to_pylist() == [1.0, None, 3.0, 4.0] and table.column("p").to_pylist() == list("abcd")
+    fine, error, *_ = table.column(MANIFEST_ERROR).to_pylist()
+    assert fine is None and re.match(
+        r"column n of .*1\.parquet is int64 here and double in other files, which can't hold this row's: Integer", error
+    )
+    scattered = read_work(found.spec, replace(whole, selected=np.array([1, 3])), ["n"])  # two reads, one with an error
+    assert [reason is None for reason in scattered.column(MANIFEST_ERROR).to_pylist()] == [False, True]
 
 
 def test_a_file_that_shrank_or_vanished_since_the_plan_is_noticed(

@@ -66,7 +66,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PreprocessStage]
 
 def test_patches_and_ids_are_those_of_the_steps_by_hand(stage: PreprocessStage) -> None:
     data = png(100, 60)
-    (row,) = stage(unit([{"image": data, "prompt": "What?"}])).to_pylist()
+    (row,) = stage(unit([{"image": {"bytes": data, "path": "cats/1.png"}, "prompt": "What?"}])).to_pylist()
+    assert row["media"][0]["source"] == "cats/1.png"
     pixels = np.asarray(Image.open(io.BytesIO(data)))
     expected = patchify_image(resize_frames(pixels[None], 56, 112)[0], patch_size=14)
     assert row["media"][0]["grid_thw"] == [1, 4, 8]

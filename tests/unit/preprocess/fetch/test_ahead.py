@@ -64,6 +64,18 @@ def test_a_fetch_that_ends_while_the_rows_are_looked_at_is_not_waited_for() -> N
     pool.close()
 
 
+def test_a_unit_that_ends_early_gives_back_what_its_taken_rows_hold() -> None:
+    pool = FetchPool(lambda source: b"x", ahead=2, at_most=2)
+    rows = FetchAhead(pool, (Row([pool.submit(b"here")]) for _ in range(3)), lambda: None)
+    taken = rows.take(2) or []
+    assert len(taken) == 2 and not pool.has_room
+    pool.release(taken[0][1].fetches)
+    taken[0][1].fetches = []
+    rows.close()
+    assert pool._num_ahead == 0
+    pool.close()
+
+
 def test_a_fetch_that_cannot_be_begun_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = FetchPool(lambda source: b"x", ahead=1, at_most=1)
 

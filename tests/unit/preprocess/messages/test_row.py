@@ -36,8 +36,8 @@ def ask(*content: Any, **row: Any) -> tuple[Text | MediumPart, ...]:
     return message.parts
 
 
-def image(source: str | bytes, **settings: Any) -> MediumPart:
-    return MediumPart("image", source, MediumSettings(**settings))
+def image(source: str | bytes, name: str | None = None, **settings: Any) -> MediumPart:
+    return MediumPart("image", source, MediumSettings(**settings), name)
 
 
 def video(source: str | bytes, **settings: Any) -> MediumPart:
@@ -169,8 +169,8 @@ def test_turns_keep_their_order_and_texts_and_media_keep_theirs() -> None:
         ({"type": "image", "path": "a.jpg"}, image("a.jpg")),
         ({"type": "image", "image": "a.jpg"}, image("a.jpg")),
         ({"type": "image", "image": b"\xff"}, image(b"\xff")),
-        ({"type": "image", "bytes": b"\xff", "path": "a.jpg"}, image(b"\xff")),
-        ({"type": "image", "image": {"bytes": b"\xff", "path": "a.jpg"}}, image(b"\xff")),
+        ({"type": "image", "bytes": b"\xff", "path": "a.jpg"}, image(b"\xff", "a.jpg")),
+        ({"type": "image", "image": {"bytes": b"\xff", "path": "a.jpg"}}, image(b"\xff", "a.jpg")),
         ({"type": "image", "image": {"bytes": None, "path": "a.jpg"}}, image("a.jpg")),
         ({"type": "image", "base64": base64.b64encode(b"\xff").decode()}, image(b"\xff")),
         ({"type": "video", "video": "a.mp4"}, video("a.mp4")),
@@ -236,9 +236,9 @@ def test_content_may_be_plain_text_in_arrow() -> None:
 def test_parts_without_a_source_take_the_rows_media_in_order() -> None:
     parts = ask(
         {"type": "image"}, "and", {"type": "video", "fps": 1}, {"type": "image", "max_pixels": 9999},
-        image="a.jpg", images=[b"\xff"], videos=["c.mp4"],
+        image="a.jpg", images=[{"bytes": b"\xff", "path": "b.jpg"}], videos=["c.mp4"],
     )  # fmt: skip
-    assert parts == (image("a.jpg"), Text("and"), video("c.mp4", fps=1.0), image(b"\xff", max_pixels=9999))
+    assert parts == (image("a.jpg"), Text("and"), video("c.mp4", fps=1.0), image(b"\xff", "b.jpg", max_pixels=9999))
 
 
 def test_parts_with_and_without_a_source_may_be_mixed() -> None:
