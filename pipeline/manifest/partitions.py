@@ -42,9 +42,8 @@ def append_partitions(table: pa.Table, spec: ManifestSpec, unit: WorkUnit, names
     columns = {name: table.column(name) for name in table.column_names}
     values = _values(unit.path, spec.base)
     for name in wanted:
-        kind, value = spec.schema.field(name).type, values.get(name)
-        value = int(value) if value is not None and pa.types.is_integer(kind) else value
-        columns[name] = pa.repeat(pa.scalar(value, kind), unit.num_rows)
+        value = pa.scalar(values.get(name), pa.string()).cast(spec.schema.field(name).type)
+        columns[name] = pa.repeat(value, unit.num_rows)
     return pa.table({name: columns[name] for name in (*names, *(set(columns) - set(names)))})
 
 
