@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipeline.checkpoint.locate import read_config, resolve_model
 from pipeline.config import CaptionConfig, Fraction, NotNegative, Positive, Section
@@ -39,7 +39,17 @@ from pipeline.planning.forecast import (
     object_store,
 )
 from pipeline.planning.probe import probe
-from pipeline.planning.roofline import GPUS, SHAPES, Gpu, ModelShape, cache_tokens, find_gpu, min_gpus, shape_of
+from pipeline.planning.roofline import (
+    GPUS,
+    SHAPES,
+    Gpu,
+    ModelShape,
+    cache_tokens,
+    find_gpu,
+    min_gpus,
+    named_shape,
+    shape_of,
+)
 from pipeline.planning.sample import NUM_GROUPS, Range, Rows, Sample, SampledRow, describe
 from pipeline.planning.survey import Survey
 
@@ -67,8 +77,9 @@ class PlanSection(Section):
     """Cores for preprocessing, in all. Default: resources.preprocess_actors; without it, as many as it takes."""
     output_tokens: Annotated[float, Field(gt=0)] | None = None
     """Tokens of an answer, on average. Default: a range of sampling.max_tokens, or the mean of --probe."""
-    shape: Literal["2b", "7b", "72b"] | None = None
-    """Sizes of the model, where neither its config.json nor its name contains them."""
+    shape: str | None = None
+    """Sizes of the model, where neither its config.json nor its name contains them: `2b`, `7b` or `72b` of Qwen2-VL,
+    or a name such as `qwen2.5-vl-7b` or `qwen3-vl-8b`."""
     sample: Positive = 1024
     """Rows to look at; a smaller manifest is looked at whole."""
     seed: NotNegative = 0
@@ -85,6 +96,13 @@ class PlanSection(Section):
     """Exit with code 3 where a larger share of the rows is forecast to fail."""
     format: Literal["page", "json"] = "page"
     """`json` prints one object and nothing else."""
+
+    @field_validator("shape")
+    @classmethod
+    def _shape_is_known(cls, shape: str | None) -> str | None:
+        if shape is not None and shape not in SHAPES:
+            raise ValueError(f"found {shape!r}; allowed: {', '.join(SHAPES)}")
+        return shape
 
 
 class PlanConfig(CaptionConfig):
@@ -220,10 +238,8 @@ def _shape(config: PlanConfig) -> tuple[ModelShape | None, int]:
             text = found.get("text_config") or found
             return shape_of(found), int(text.get("max_position_embeddings", _DEFAULT_CONTEXT))
         except KeyError as error:
-            raise ConfigError(f"model.path: config.json of {path} has no {error}: not a Qwen2-VL checkpoint") from error
-    named = re.search(r"(?<![0-9])(2|7|72)b(?![a-z0-9])", path, re.I)
-    name = config.plan.shape or (named[0].lower() if named else None)
-    return SHAPES[name] if name else None, _DEFAULT_CONTEXT
+            raise ConfigError(f"model.path: config.json of {path} has no {error}: not a Qwen-VL checkpoint") from error
+    return SHAPES[config.plan.shape] if config.plan.shape else named_shape(path), _DEFAULT_CONTEXT
 
 
 def _hardware(config: PlanConfig) -> tuple[Gpu | None, Engines]:
@@ -280,7 +296,8 @@ def _times_by_data_sheet(
 ) -> tuple[list[Times], list[str]]:
     """(forecasts, notes): of the GPU named, or of several for comparison."""
     if shape is None:
-        return [], ["no time by data sheet: the model's sizes are unknown; set --plan.shape 2b, 7b or 72b"]
+        known = ", ".join(SHAPES)
+        return [], [f"no time by data sheet: the model's sizes are unknown; set --plan.shape to one of {known}"]
     if not sample.answered:
         return [], ["no time: no sampled row can be answered"]
     notes = []

@@ -2,25 +2,26 @@
 
     rows --> FLOP and bytes --(GPU's peaks)--> shortest possible seconds; engines reach a share of that pace
 
-The arithmetic of Qwen2-VL: a vision tower over patches (attention within each temporal step), a merger, a decoder over
-prompt tokens (causal attention), then one token at a time. Plain numbers: knows no torch, config or manifest.
+The arithmetic of Qwen-VL models: a vision tower over patches (attention within each temporal step, or windows of it),
+mergers, a decoder over prompt tokens (causal attention), then one token at a time. Plain numbers: knows no torch,
+config or manifest.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipeline.checkpoint.families import DEFAULT_FAMILY
-from pipeline.checkpoint.families.family import MERGE_SIZE
+from pipeline.checkpoint.families.family import MERGE_SIZE, TEMPORAL_PATCH_SIZE
 
 BYTES_PER_VALUE = 2
 """Of a weight, key or value in bfloat16 or float16."""
-VISION_MLP_RATIO = 4
-PATCH_VALUES = DEFAULT_FAMILY.patch_bytes("video")
 PATCHES_PER_TOKEN = MERGE_SIZE**2
+WINDOW_PATCHES = 64
+"""In a full window of the layers that attend within windows."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _plain(name: str) -> str:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a Qwen2-VL."""
+    """The sizes of a model. Those with defaults are what the first family does not have."""
 
     hidden: int
     layers: int
@@ -84,17 +85,35 @@ class ModelShape:
     vision_width: int
     vision_layers: int
     vision_heads: int
+    given_head_dim: int | None = None
+    """Width of an attention head where it is not hidden / heads."""
+    vision_mlp: int | None = None
+    """Where it is not 4 times the width."""
+    vision_gated: bool = False
+    """Whether the tower's MLP has a third matrix, the gate."""
+    windowed_layers: int = 0
+    """Layers of the tower that attend within windows."""
+    further_mergers: int = 0
+    """For features that go to later layers of the decoder."""
+    num_positions: int = 0
+    """Learned positions of patches."""
+    patch_size: int = 14
 
     @property
     def head_dim(self) -> int:
         """Width of an attention head."""
-        return self.hidden // self.heads
+        return self.given_head_dim or self.hidden // self.heads
+
+    @property
+    def attention_width(self) -> int:
+        """Of all heads together."""
+        return self.heads * self.head_dim
 
     @property
     def body(self) -> int:
         """Weights of the decoder's layers that every token is multiplied with."""
-        kv_width = self.kv_heads * self.head_dim
-        return self.layers * (2 * self.hidden**2 + 2 * self.hidden * kv_width + 3 * self.hidden * self.mlp)
+        attention = 2 * self.hidden * (self.attention_width + self.kv_heads * self.head_dim)
+        return self.layers * (attention + 3 * self.hidden * self.mlp)
 
     @property
     def head(self) -> int:
@@ -104,19 +123,22 @@ class ModelShape:
     @property
     def vision_body(self) -> int:
         """Weights of the vision tower that every patch is multiplied with."""
-        width = self.vision_width
-        return self.vision_layers * (4 + 2 * VISION_MLP_RATIO) * width**2 + PATCH_VALUES * width
+        width, mlp = self.vision_width, self.vision_mlp or 4 * self.vision_width
+        patch_values = 3 * TEMPORAL_PATCH_SIZE * self.patch_size**2
+        num_matrices = 3 if self.vision_gated else 2
+        return self.vision_layers * (4 * width**2 + num_matrices * width * mlp) + patch_values * width
 
     @property
     def merger(self) -> int:
         """Weights that every visual token is multiplied with before the decoder."""
         merged = PATCHES_PER_TOKEN * self.vision_width
-        return merged**2 + merged * self.hidden
+        return (1 + self.further_mergers) * (merged**2 + merged * self.hidden)
 
     @property
     def num_parameters(self) -> int:
         """All weights, norms and biases left out: they are a few in ten thousand."""
-        return self.body + self.vision_body + self.merger + self.head * (1 if self.tied else 2)
+        positions = self.num_positions * self.vision_width
+        return self.body + self.vision_body + positions + self.merger + self.head * (1 if self.tied else 2)
 
     def kv_bytes(self, bytes_per_value: int = BYTES_PER_VALUE) -> int:
         """Bytes of keys and values for each token."""
@@ -127,14 +149,29 @@ SHAPES: Mapping[str, ModelShape] = {
     "2b": ModelShape(1536, 28, 12, 2, 8960, 151936, True, 1280, 32, 16),
     "7b": ModelShape(3584, 28, 28, 4, 18944, 152064, False, 1280, 32, 16),
     "72b": ModelShape(8192, 80, 64, 8, 29568, 152064, False, 1280, 32, 16),
+    "qwen2.5-vl-3b": ModelShape(2048, 36, 16, 2, 11008, 151936, True, 1280, 32, 16, None, 3420, True, 28),
+    "qwen2.5-vl-7b": ModelShape(3584, 28, 28, 4, 18944, 152064, False, 1280, 32, 16, None, 3420, True, 28),
+    "qwen2.5-vl-72b": ModelShape(8192, 80, 64, 8, 29568, 152064, False, 1280, 32, 16, None, 3456, True, 28),
+    "qwen3-vl-2b": ModelShape(2048, 28, 16, 8, 6144, 151936, True, 1024, 24, 16, 128, 4096, False, 0, 3, 2304, 16),
+    "qwen3-vl-4b": ModelShape(2560, 36, 32, 8, 9728, 151936, True, 1024, 24, 16, 128, 4096, False, 0, 3, 2304, 16),
+    "qwen3-vl-8b": ModelShape(4096, 36, 32, 8, 12288, 151936, False, 1152, 27, 16, 128, 4304, False, 0, 3, 2304, 16),
+    "qwen3-vl-32b": ModelShape(5120, 64, 64, 8, 25600, 151936, False, 1152, 27, 16, 128, 4304, False, 0, 3, 2304, 16),
 }
-"""The published checkpoints, for when there is only a name."""
+"""The published checkpoints by their config.json, for when there is only a name. Plain sizes are Qwen2-VL's."""
+
+
+def named_shape(path: str) -> ModelShape | None:
+    """The shape of the published checkpoint that a folder or hub name names."""
+    names = sorted(SHAPES, key=len, reverse=True)
+    found = (name for name in names if re.search(rf"(?<![0-9.]){re.escape(name)}(?![a-z0-9])", path, re.I))
+    return next((SHAPES[name] for name in found), None)
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """The shape in a checkpoint's `config.json`, old layout (flat) or new (`text_config`). Raises KeyError."""
     text = config.get("text_config") or config
     vision = config["vision_config"]
+    full_layers = vision.get("fullatt_block_indexes")
     return ModelShape(
         hidden=text["hidden_size"],
         layers=text["num_hidden_layers"],
@@ -143,9 +180,17 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
         mlp=text["intermediate_size"],
         vocab=text["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        vision_width=vision["embed_dim"],
+        # Qwen2-VL calls the output's width `hidden_size`.
+        vision_width=vision["embed_dim"] if "embed_dim" in vision else vision["hidden_size"],
         vision_layers=vision["depth"],
         vision_heads=vision["num_heads"],
+        given_head_dim=text.get("head_dim"),
+        vision_mlp=vision.get("intermediate_size"),
+        vision_gated=vision.get("hidden_act") == "silu",
+        windowed_layers=vision["depth"] - len(full_layers) if full_layers is not None else 0,
+        further_mergers=len(vision.get("deepstack_visual_indexes") or ()),
+        num_positions=vision.get("num_position_embeddings", 0),
+        patch_size=vision.get("patch_size", 14),
     )
 
 
@@ -154,17 +199,19 @@ def vision_flops(shape: ModelShape, grid_thw: Sequence[int]) -> float:
     t, grid_h, grid_w = grid_thw
     in_step = grid_h * grid_w
     weights = shape.vision_body + shape.merger / PATCHES_PER_TOKEN
-    return 2 * t * in_step * weights + 4 * in_step**2 * t * shape.vision_width * shape.vision_layers
+    windowed = shape.windowed_layers
+    others = (shape.vision_layers - windowed) * in_step + windowed * min(in_step, WINDOW_PATCHES)
+    return 2 * t * in_step * weights + 4 * in_step * t * shape.vision_width * others
 
 
 def prefill_flops(shape: ModelShape, prompt: int) -> float:
     """FLOP of a prompt's pass through the decoder, for its first token."""
-    return 2 * shape.body * prompt + 2 * prompt**2 * shape.hidden * shape.layers + 2 * shape.head
+    return 2 * shape.body * prompt + 2 * prompt**2 * shape.attention_width * shape.layers + 2 * shape.head
 
 
 def decode_flops(shape: ModelShape, prompt: int, output: float) -> float:
     """FLOP of the tokens after the first."""
-    attention = 4 * shape.hidden * shape.layers * (prompt + output / 2)
+    attention = 4 * shape.attention_width * shape.layers * (prompt + output / 2)
     return (output - 1) * (2 * (shape.body + shape.head) + attention)
 
 

@@ -13,15 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.planning.roofline import find_gpu
+from pipeline.planning.roofline import PATCHES_PER_TOKEN, find_gpu, named_shape
 
 _SECRET = re.compile(r"secret|password|passwd|api_?key|access_?key|credential|auth|private_?key|^token$|_token$", re.I)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+")
 _HARMLESS_STORAGE = {"endpoint_url", "region", "region_name", "profile", "anon", "project", "use_ssl"}
 HIDDEN = "(hidden)"
-
-# Parameters of the language model and of the vision tower, which sees four patches for each visual token.
-_QWEN2_VL_SIZES = {"2b": (1.54e9, 0.665e9), "7b": (7.62e9, 0.675e9), "72b": (72.7e9, 0.675e9)}
 
 
 @dataclass(frozen=True)
@@ -110,12 +107,12 @@ def _num_gpus(run: Mapping[str, Any]) -> float:
 def _mfu(run: Mapping[str, Any], seconds: float | None, num_gpus: float) -> tuple[float | None, str | None]:
     """Model FLOP utilisation and how it was computed: 2 FLOP a parameter and token, attention left out."""
     gpu = find_gpu(text_at(run, "engine.gpu") or "")
-    size = re.search(r"qwen2-vl-(2b|7b|72b)", str(at(run, "model.path")), re.I)
+    shape = named_shape(str(at(run, "model.path")))
     prompt, output, visual = (number_at(run, f"throughput.{kind}_tokens") for kind in ("prompt", "output", "visual"))
-    if gpu is None or size is None or not seconds or not num_gpus or prompt is None or output is None:
+    if gpu is None or shape is None or not seconds or not num_gpus or prompt is None or output is None:
         return None, None
-    language, vision = _QWEN2_VL_SIZES[size[1].lower()]
-    flops = 2 * language * (prompt + output) + 2 * vision * 4 * (visual or 0.0)
+    vision = PATCHES_PER_TOKEN * shape.vision_body + shape.merger
+    flops = 2 * (shape.body + shape.head) * (prompt + output) + 2 * vision * (visual or 0.0)
     basis = f"2 FLOP a parameter and token without attention, over {gpu.flops / 1e12:,.0f} TFLOP/s dense bfloat16 a GPU"
     return flops / (gpu.flops * num_gpus * seconds), basis
 

@@ -1,9 +1,10 @@
-"""The arithmetic of Qwen2-VL against counts by hand, and the GPUs' names."""
+"""The arithmetic of Qwen-VL models against counts by hand, and the GPUs' names."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,7 @@ from pipeline.planning.roofline import (
     decode_flops,
     find_gpu,
     min_gpus,
+    named_shape,
     prefill_flops,
     row_flops,
     row_seconds,
@@ -24,9 +26,27 @@ from pipeline.planning.roofline import (
 )
 
 
-@pytest.mark.parametrize(("name", "billions"), [("2b", 2.209), ("7b", 8.291), ("72b", 73.404)])
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("2b", 2.209), ("7b", 8.291), ("72b", 73.404), ("qwen2.5-vl-3b", 3.755), ("qwen2.5-vl-7b", 8.292),
+        ("qwen2.5-vl-72b", 73.411), ("qwen3-vl-2b", 2.128), ("qwen3-vl-4b", 4.438), ("qwen3-vl-8b", 8.767),
+        ("qwen3-vl-32b", 33.357),
+    ],
+)  # fmt: skip
 def test_parameters_are_those_of_the_published_checkpoints(name: str, billions: float) -> None:
     assert SHAPES[name].num_parameters == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("Qwen/Qwen2-VL-7B-Instruct", "7b"), ("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2.5-vl-7b"),
+        ("s3://b/qwen3-vl-32b", "qwen3-vl-32b"), ("Qwen/Qwen2.5-VL-32B-Instruct", None), ("me/my-model", None),
+    ],
+)  # fmt: skip
+def test_a_published_checkpoint_is_known_by_its_name(path: str, name: str | None) -> None:
+    assert named_shape(path) == (SHAPES[name] if name else None)
 
 
 def test_shape_of_a_checkpoint_counts_its_weights() -> None:
@@ -47,6 +67,29 @@ def test_flat_and_nested_configs_give_the_same_shape() -> None:
     text |= {"intermediate_size": 8960, "vocab_size": 151936}
     vision = {"vision_config": {"embed_dim": 1280, "depth": 32, "num_heads": 16}, "tie_word_embeddings": True}
     assert shape_of({**text, **vision}) == shape_of({"text_config": text, **vision}) == SHAPES["2b"]
+
+
+def test_the_newer_families_configs_give_their_shapes() -> None:
+    text = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+    text |= {"intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False}
+    vision = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "hidden_act": "silu"}
+    vision |= {"fullatt_block_indexes": [7, 15, 23, 31], "out_hidden_size": 3584, "patch_size": 14}
+    assert shape_of({**text, "vision_config": vision}) == SHAPES["qwen2.5-vl-7b"]
+    text = {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+    text |= {"intermediate_size": 9728, "vocab_size": 151936, "head_dim": 128}
+    vision = {"depth": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096, "patch_size": 16}
+    vision |= {"hidden_act": "gelu_pytorch_tanh", "num_position_embeddings": 2304}
+    vision |= {"deepstack_visual_indexes": [5, 11, 17]}
+    shape = shape_of({"text_config": text, "vision_config": vision, "tie_word_embeddings": True})
+    assert shape == SHAPES["qwen3-vl-4b"] and shape.attention_width == 4096 and shape.kv_bytes() == 147_456
+
+
+def test_windows_keep_the_towers_attention_small() -> None:
+    shape = SHAPES["qwen2.5-vl-7b"]
+    whole = replace(shape, windowed_layers=0)
+    difference = vision_flops(whole, (2, 40, 40)) - vision_flops(shape, (2, 40, 40))
+    assert difference == 2 * 4 * 1280 * 28 * 1600 * (1600 - 64)
+    assert vision_flops(whole, (2, 8, 8)) == vision_flops(shape, (2, 8, 8))
 
 
 def test_flops_of_a_megapixel_image_on_2b() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.errors import OutputError
 from pipeline.evaluation.comparison import compare_folders
+from pipeline.planning.roofline import SHAPES
 from pipeline.report import Report, ReportOptions, gather, render, render_html, render_markdown
 from tests.unit.report.runs import HOSTILE, RUN, error_row, result_row, write_run, write_scores
 
@@ -84,7 +85,8 @@ def test_speed_cost_and_utilisation_are_computed_from_the_run(report: Report, pa
     speed = report.speed
     assert speed.gpu_hours == pytest.approx(2 * 0.5)
     assert speed.cost == pytest.approx(2.5)
-    flops = 2 * 1.54e9 * 92e6 + 2 * 0.665e9 * 4 * 70e6
+    shape = SHAPES["2b"]  # 1.54 and 0.67 billion weights; the tower sees four patches for each visual token
+    flops = 2 * (shape.body + shape.head) * 92e6 + 2 * (4 * shape.vision_body + shape.merger) * 70e6
     assert speed.mfu == pytest.approx(flops / (989e12 * 2 * 1800))
     stages = {stage.name: (stage.num_actors, stage.busy_share) for stage in speed.stages}
     assert {name: workers for name, (workers, _) in stages.items()} == {"preprocess": 2, "engine": 2}
