@@ -67,7 +67,7 @@ class PreprocessActor:
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         table = unpack(block)
-        keys = _row_keys(table, UnitColumn.FILE, UnitColumn.ROW)
+        keys = row_keys(table, UnitColumn.FILE, UnitColumn.ROW)
         with contextlib.ExitStack() as turn:
             turn.enter_context(self._turn)
             suspects = self._reporter.begin(keys)
@@ -78,7 +78,7 @@ class PreprocessActor:
                     # A table may wait long to be taken. Its rows and those behind it are not in progress then, so that
                     # a watchdog that looks for rows that hang does not find them.
                     self._reporter.end(list(left))
-                    left -= set(_row_keys(requests, MANIFEST_FILE, MANIFEST_ROW))
+                    left -= set(row_keys(requests, MANIFEST_FILE, MANIFEST_ROW))
                     yield pack(requests)
                     if left:
                         self._reporter.begin(list(left))
@@ -144,7 +144,7 @@ class EngineActor:
             os._exit(1)
 
     def _answer(self, table: pa.Table) -> pa.Table:
-        keys = _row_keys(table, MANIFEST_FILE, MANIFEST_ROW)
+        keys = row_keys(table, MANIFEST_FILE, MANIFEST_ROW)
         suspects = self._reporter.begin(keys)
         together, alone = _separate(table, keys, suspects)
         with self._lock.together():
@@ -161,7 +161,8 @@ class EngineActor:
         return pa.concat_tables(done)
 
 
-def _row_keys(table: pa.Table, file: str, row: str) -> list[RowKey]:
+def row_keys(table: pa.Table, file: str, row: str) -> list[RowKey]:
+    """Where each row stands in the manifest, from these two columns."""
     return list(zip(table.column(file).to_pylist(), table.column(row).to_pylist(), strict=True))
 
 

@@ -6,6 +6,7 @@ and the job's own lines go to a copy of the real output.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -15,6 +16,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -29,6 +31,8 @@ from pipeline.results.run_folder import RunFolder
 
 _CLEAN_UP_S = 60.0
 """Seconds after a signal in which further ones are ignored."""
+_HANDLERS_EVERY_S = 0.002
+"""Seconds between two restorations of the signals' handlers while Ray ends."""
 _JOINING_HINT = (
     "; if the cluster uses tokens, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; "
     "resources.address local starts a private local Ray; __run/log.txt in the run folder has Ray's own lines"
@@ -118,10 +122,18 @@ _signals = _StopSignals()
 def stop_on_signals(*, again: bool = False) -> None:
     """Let the first SIGINT or SIGTERM raise KeyboardInterrupt in the main thread. `again` restores the handlers."""
     global _signals
-    _signals = _signals if again else _StopSignals()
+    if not again:
+        _signals = _StopSignals()
+        atexit.register(_ignore_signals)
     with contextlib.suppress(ValueError):  # outside the main thread no handler can be set
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _signals)
+
+
+def _ignore_signals() -> None:
+    """The process is about to end by itself, and Python puts its handlers back to what the system does before that."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -161,9 +173,14 @@ def ray_cluster(resources: ResourcesConfig, say: Callable[[str], None]) -> Itera
         yield
     finally:
         if started_here:
-            with _signals.held():
-                ray.shutdown()
-                stop_on_signals(again=True)  # Ray's core puts SIGTERM back to what the system does
+            with _signals.held(), ThreadPoolExecutor(1, thread_name_prefix="leave") as pool:
+                leaving = pool.submit(ray.shutdown)
+                # Ray's core puts SIGTERM back to what the system does, seconds before the last process has ended.
+                while not leaving.done():
+                    stop_on_signals(again=True)
+                    time.sleep(_HANDLERS_EVERY_S)
+                stop_on_signals(again=True)
+                leaving.result()
 
 
 def _busy() -> str:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from pipeline.errors import ClusterError, RestartNeeded
+from pipeline.execution.actors import row_keys
 from pipeline.execution.cluster import live_nodes, local_path_notes, ray_cluster
 from pipeline.execution.dataset import Flow, run_dataset, with_ticks
 from pipeline.execution.placement import Placement, place, place_again
@@ -25,14 +26,14 @@ from pipeline.execution.prepare import CaptionJob
 from pipeline.execution.profile import ProfileFolder
 from pipeline.execution.progress import ProgressLine, ProgressLog, starting_text
 from pipeline.execution.reservation import Reservation, reserve
-from pipeline.execution.supervision import Supervision
+from pipeline.execution.supervision import OpenUnits, Supervision
 from pipeline.execution.telemetry import Meter
 from pipeline.manifest.files import WorkUnit
 from pipeline.preprocess.fetch.proxy import proxy_notes
 from pipeline.results.error_log import ErrorLog
 from pipeline.results.fragments import FragmentWriter, take_new
 from pipeline.results.parts import finalise
-from pipeline.schema import result_schema
+from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, result_schema
 
 RESTARTS_VARIABLE = "QWEN2_VL_BATCH_RESTARTS"
 """Environment variable with the number of restarts in a row, that finished no row."""
@@ -126,7 +127,7 @@ def _run_rows(
         rows_per_block=config.resources.max_rows_per_unit,
         profile_steps=config.run.profile_steps,
     )
-    meter, progress_log = Meter(), ProgressLog(folder)
+    meter, progress_log, units = Meter(), ProgressLog(folder), OpenUnits(work)
     error_log = ErrorLog(folder, [file.path for file in job.manifest.files])
     profile = ProfileFolder(folder, supervision, config.run.profile_steps)
     tables = with_ticks(run_dataset(flow, job.manifest.spec, work, supervision.actor), seconds=1.0)
@@ -137,6 +138,7 @@ def _run_rows(
                     console.print(line, markup=False)
                 if table is not None:
                     table = take_new(table, job.numbering, job.finished.done)
+                    supervision.forget(units.arrived(row_keys(table, MANIFEST_FILE, MANIFEST_ROW)))
                     job.counts.add(table)
                     meter.rows(table)
                     error_log.add(table)

@@ -10,9 +10,10 @@ Knows row keys and Ray's handles of actors; not what is in a row, nor what a sta
 
 from __future__ import annotations
 
+import bisect
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +24,7 @@ import ray
 
 from pipeline.execution.cluster import on_driver_node
 from pipeline.execution.telemetry import Meter
+from pipeline.manifest.files import WorkUnit
 
 MAX_LONE_DEATHS = 2
 _ANSWER_TIMEOUT_S = 10
@@ -115,6 +117,11 @@ class Supervisor:
         """The rows of each table of the unit that has left an actor, in order."""
         return [rows.astype(np.int64) + unit[1] for rows in self._handed_over.get(unit, [])]
 
+    def forget(self, units: Sequence[RowKey]) -> None:
+        """All rows of these units have arrived: Ray will not run them again."""
+        for unit in units:
+            self._handed_over.pop(unit, None)
+
     def report(self, actor_id: str, stats: dict[str, Any]) -> None:
         """The latest stats of an actor."""
         actor = self._actors[actor_id]
@@ -161,6 +168,25 @@ class Supervisor:
         return [actor.handle for actor in self._actors.values()]
 
 
+class OpenUnits:
+    """Units of which rows are still to come."""
+
+    def __init__(self, work: Sequence[WorkUnit]) -> None:
+        """`work`: in manifest order."""
+        self._units = [(unit.file, unit.start) for unit in work]
+        self._num_left = [unit.num_rows for unit in work]
+
+    def arrived(self, rows: Iterable[RowKey]) -> list[RowKey]:
+        """Count rows, each once. Returns the units that are complete with them, by their first rows."""
+        complete = []
+        for row in rows:
+            place = bisect.bisect_right(self._units, row) - 1
+            self._num_left[place] -= 1
+            if not self._num_left[place]:
+                complete.append(self._units[place])
+        return complete
+
+
 class Supervision:
     """The driver's side: starts the Supervisor, reads it, and kills actors that make no progress."""
 
@@ -183,6 +209,11 @@ class Supervision:
         """Profiles from this number on."""
         found: list[bytes] = ray.get(self.actor.traces.remote(first))
         return found
+
+    def forget(self, units: Sequence[RowKey]) -> None:
+        """See Supervisor.forget."""
+        if units:
+            self.actor.forget.remote(units)
 
     def kill_actors(self) -> None:
         """End the stages of a job that failed: on a Ray that outlives the job they would keep their CPUs."""

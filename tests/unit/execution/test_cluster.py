@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,6 +102,24 @@ def test_further_signals_do_not_break_off_the_clean_up(fake: FakeRay, number: in
 
 def test_a_first_signal_while_ray_ends_interrupts_afterwards(fake: FakeRay) -> None:
     fake.during_shutdown = [signal.SIGINT, signal.SIGINT]
+    stop_on_signals()
+    with pytest.raises(KeyboardInterrupt), ray_cluster(ResourcesConfig(), print):
+        pass
+    assert fake.calls[-1] == "is down"
+
+
+def test_ray_s_core_cannot_take_the_handlers_away_while_ray_ends(
+    fake: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shutdown() -> None:
+        ctypes.CDLL(None).signal(signal.SIGTERM, signal.SIG_IGN)  # Ray's core does this, with SIG_DFL
+        deadline = time.monotonic() + 3
+        while cluster._signals._first is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGTERM)
+        fake.shutdown()
+
+    monkeypatch.setattr(ray, "shutdown", shutdown)
     stop_on_signals()
     with pytest.raises(KeyboardInterrupt), ray_cluster(ResourcesConfig(), print):
         pass

@@ -7,7 +7,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipeline.execution.supervision import ReadWriteLock, Supervisor
+import numpy as np
+
+from pipeline.execution.supervision import OpenUnits, ReadWriteLock, Supervisor
+from pipeline.manifest.files import WorkUnit
 
 A, B, C = (0, 1), (0, 2), (0, 3)
 
@@ -109,3 +112,17 @@ def test_work_begins_with_the_first_row_once_an_engine_is_up() -> None:
     born = time.monotonic()
     supervisor.started("e", "engine", None)
     assert 0.0 <= supervisor.seconds_up() <= time.monotonic() - born
+
+
+def test_how_a_unit_left_is_forgotten_once_all_its_rows_have_arrived() -> None:
+    supervisor = Supervisor()
+    work = [WorkUnit(0, "a", 0, 3), WorkUnit(0, "a", 3, 9, selected=np.array([3, 8])), WorkUnit(1, "b", 0, 1)]
+    for unit in work:
+        supervisor.hand_over((unit.file, unit.start), unit.rows)
+    units = OpenUnits(work)
+    assert units.arrived([]) == units.arrived([(0, 2), (0, 0), (0, 8)]) == []
+    assert units.arrived([(1, 0), (0, 1)]) == [(1, 0), (0, 0)]
+    supervisor.forget([(1, 0), (0, 0), (5, 5)])
+    assert supervisor.handed_over((0, 0)) == supervisor.handed_over((1, 0)) == []
+    assert [rows.tolist() for rows in supervisor.handed_over((0, 3))] == [[3, 8]]
+    assert units.arrived([(0, 3)]) == [(0, 3)]
