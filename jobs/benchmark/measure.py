@@ -8,20 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import resource
 import statistics
-import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-_TAIL_LINES = 20
 
 
 def command_line(name: str, about: str | None) -> argparse.ArgumentParser:
@@ -47,43 +42,24 @@ def in_own_process(
 ) -> Result:
     """Call a function in a fresh process, which has its own threads and its own peak of memory.
 
-    Raises WorkerFailed with the exit code and the end of its stderr, whether the function raised or the process died.
+    Raises WorkerFailed with the exit code, whether the function raised or the process died; its stderr is ours.
     """
     context = multiprocessing.get_context("spawn")
     results, send = context.Pipe(duplex=False)
-    errors, stderr = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(send, stderr, function, args, kwargs))
+    process = context.Process(target=_run, args=(send, function, args, kwargs))
     process.start()
     send.close()
-    stderr.close()
-    tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    follower = threading.Thread(target=_follow, args=(errors, tail), daemon=True)
-    follower.start()
     try:
         result: Result = results.recv()
     except EOFError:
         process.join()
-        follower.join(timeout=10)  # a process that it left behind may hold stderr open
-        raise WorkerFailed(f"exit code {process.exitcode}; the end of its stderr:\n{''.join(tail)}".rstrip()) from None
+        raise WorkerFailed(f"exit code {process.exitcode}; what it wrote to stderr is above") from None
     process.join()
     return result
 
 
-def _run(
-    send: Connection, stderr: Connection, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """In the new process: whatever is written to stderr, by native code too, goes to the caller."""
-    os.dup2(stderr.fileno(), 2)
-    stderr.close()
+def _run(send: Connection, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     send.send(function(*args, **kwargs))
-
-
-def _follow(errors: Connection, tail: deque[str]) -> None:
-    """Show a process's stderr here, and keep the end of it."""
-    with open(errors.fileno(), errors="replace", closefd=False) as lines:
-        for line in lines:
-            sys.stderr.write(line)
-            tail.append(line)
 
 
 def peak_mb() -> float:

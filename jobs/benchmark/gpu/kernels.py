@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,7 +24,6 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jobs.benchmark.gpu import VLLM_LIBRARY
 from jobs.benchmark.gpu.device_time import Measurements, device_seconds
 from jobs.benchmark.workload import measure_ceilings
 from pipeline.engine.kernels.choose import kernel_candidates
@@ -131,24 +129,6 @@ def padded(kernel: Kernel, width: int) -> Kernel:
     return run
 
 
-def vllm_fa3() -> Callable[..., Any] | None:
-    """FlashAttention 3 out of vLLM's wheel, which reads a paged cache too; None where it was not prepared."""
-    path = os.environ.get(VLLM_LIBRARY, "")
-    if not os.path.exists(path):
-        return None
-    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
-
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> Any:
-        wanted = ("cu_seqlens_q", "cu_seqlens_k", None, None, "seqused_k", "max_seqlen_q", "max_seqlen_k", "page_table")
-        lengths = [given.get(name) if name else None for name in wanted]
-        last = (given["softmax_scale"], given["causal"], -1, -1, 0.0, True, None, given.get("num_splits", 1), None)
-        return torch.ops._vllm_fa3_C.fwd(
-            q, k, v, None, None, None, None, *lengths, *[None] * 8, *last, 0, None, 1, 0, None
-        )
-
-    return run
-
-
 def kernels(on_gpu: bool) -> Iterator[tuple[str, Kernel]]:
     """Whatever can be tried here."""
     if not on_gpu:
@@ -171,8 +151,6 @@ def kernels(on_gpu: bool) -> Iterator[tuple[str, Kernel]]:
             continue
         yield name, flash_package(function)
         yield f"{name}, padded to 128", padded(flash_package(function), 128)
-    if (library := vllm_fa3()) is not None:
-        yield "fa3 of vLLM", flash_package(library)
 
 
 def check(case: Packed, kernel: Kernel, truths: dict[int, torch.Tensor]) -> tuple[float, str]:
@@ -207,7 +185,7 @@ def prompt_case(device: torch.device, heads: int, kv_heads: int, prompts: int, l
 
 
 def decode(found: Measurements, device: torch.device, rows: int, length: int, heads: int, kv_heads: int) -> None:
-    """The engine's decode kernel, and FlashAttention 3 over the same pages where it was prepared."""
+    """The engine's decode kernel."""
     from pipeline.engine.kernels.paged_decode import paged_decode  # needs triton, which a dry run may lack
 
     size, width = 64, -(-length // 64)
@@ -220,23 +198,16 @@ def decode(found: Measurements, device: torch.device, rows: int, length: int, he
     truth = (scores.softmax(-1) @ values).view(heads, 128)
     moved = 2 * rows * length * kv_heads * 128 * 2
 
-    def body(call: Callable[[], Any]) -> tuple[float, str]:
-        out = call()
-        error = _error((out[0] if isinstance(out, (tuple, list)) else out)[0], truth)
+    def body() -> tuple[float, str]:
+        def call() -> torch.Tensor:
+            return paged_decode(q, cache[0], cache[1], tables, lengths)
+
+        error = _error(call()[0], truth)
         seconds = device_seconds(call)
         speed = moved / seconds / 1e12
         return speed, f"{seconds * 1e6:8.1f} us {speed:6.2f} TB/s of keys and values   error {error:.1e}"
 
-    name = f"decode {rows} rows x {length}, {heads}/{kv_heads}"
-    found.measure(name, lambda: body(lambda: paged_decode(q, cache[0], cache[1], tables, lengths)))
-    library = vllm_fa3()
-    if library is None:
-        return
-    pages: dict[str, Any] = {"page_table": tables, "seqused_k": lengths, "max_seqlen_q": 1, "max_seqlen_k": length}
-    pages["cu_seqlens_q"] = torch.arange(rows + 1, dtype=torch.int32, device=device)
-    for splits in (1, 0):  # 0: as many parts of the length as it likes
-        call = partial(library, q, *cache, **pages, causal=True, softmax_scale=128**-0.5, num_splits=splits)
-        found.measure(f"{name}, fa3 of vLLM, splits {splits}", partial(body, call))
+    found.measure(f"decode {rows} rows x {length}, {heads}/{kv_heads}", body)
 
 
 def elementwise(found: Measurements, device: torch.device, kernels: EagerKernels, num_rows: int) -> None:

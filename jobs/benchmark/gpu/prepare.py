@@ -1,7 +1,6 @@
 """Pack what a GPU machine without network lacks: python -m jobs.benchmark.gpu.prepare
 
     python -m jobs.benchmark.gpu.prepare          FlashAttention 3 (9 MiB): tests, benchmarks, kernels
-    python -m jobs.benchmark.gpu.prepare paged    and the build of it in vLLM's wheel, which reads a paged cache
     python -m jobs.benchmark.gpu.prepare job      and Ray, av, pydantic (38 MiB more): the whole job too
 
 Run it in the checkout, where pip reaches a package index. It fills `.gpu/`, which git ignores: take that folder along
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,8 +24,6 @@ GLIBC_VERSIONS = (17, 24, 27, 28, 31, 34, 35, 39)
 """pip takes a platform literally, so every one that a wheel may name is listed."""
 FLASH_ATTENTION_3 = "fa3-fwd==0.0.3"
 """For torch's stable ABI, CUDA 13 and sm_90: bfloat16, forward only, without a paged cache."""
-VLLM = "vllm==0.33.0"
-VLLM_LIBRARY = "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"
 JOB_PACKAGES = (
     *("ray", "av", "pydantic", "pydantic_core", "annotated-types", "typing-inspection", "jsonschema"),
     *("jsonschema-specifications", "referencing", "rpds-py", "tzdata"),
@@ -35,7 +31,7 @@ JOB_PACKAGES = (
 UNUSED_FOLDERS = ("jars", "dashboard/client", "rllib", "serve", "tune")
 """Of Ray: Java, the dashboard's pages and the libraries beside ray.data."""
 EXECUTABLES = ("ray/core/src/ray/gcs/gcs_server", "ray/core/src/ray/raylet/raylet")
-ARCHIVES = {"engine": ("fa3",), "paged": ("fa3", "vllm_fa3"), "job": ("fa3", "job")}
+ARCHIVES = {"engine": ("fa3",), "job": ("fa3", "job")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{archive} ...", flush=True)
             with tempfile.TemporaryDirectory() as build:
                 contents = Path(build, name)
-                {"fa3": _fa3, "vllm_fa3": _vllm_fa3, "job": _job}[name](contents, args.python_version)
+                {"fa3": _fa3, "job": _job}[name](contents, args.python_version)
                 pack(contents, archive)
     return report_sizes(folder, args.limit_mib)
 
@@ -69,14 +65,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _fa3(folder: Path, python_version: str) -> None:
     fetch([FLASH_ATTENTION_3], folder, python_version)
-
-
-def _vllm_fa3(folder: Path, python_version: str) -> None:
-    """One library out of a wheel of 321 MiB."""
-    with tempfile.TemporaryDirectory() as whole:
-        fetch([VLLM], Path(whole), python_version)
-        folder.mkdir()
-        shutil.move(Path(whole, VLLM_LIBRARY), folder)
 
 
 def _job(folder: Path, python_version: str) -> None:
@@ -109,16 +97,12 @@ def fetch(packages: Sequence[str], folder: Path, python_version: str) -> None:
     """Unpack the wheels of these packages for x86-64 and that Python, none of what they need besides."""
     platforms = [f"manylinux_2_{version}_x86_64" for version in GLIBC_VERSIONS]
     platforms += ["manylinux2014_x86_64", "manylinux1_x86_64"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--implementation", "cp", "--python-version", python_version]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--only-binary=:all:"]
+    command += ["--implementation", "cp", "--python-version", python_version, "--target", str(folder)]
     command += [part for platform in platforms for part in ("--platform", platform)]
-    with tempfile.TemporaryDirectory() as wheels:
-        done = subprocess.run([*command, "--dest", wheels, *packages], stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise SystemExit(f"pip can't download {', '.join(packages)}: {done.stderr.strip()}")
-        for wheel in sorted(Path(wheels).glob("*.whl")):
-            with zipfile.ZipFile(wheel) as contents:
-                contents.extractall(folder)
+    done = subprocess.run([*command, *packages], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"pip can't install {', '.join(packages)}: {done.stderr.strip()}")
 
 
 def pack(folder: Path, archive: Path) -> None:
@@ -129,8 +113,6 @@ def pack(folder: Path, archive: Path) -> None:
             return None
         info.uid = info.gid = 0
         info.uname = info.gname = ""
-        # Unzipping drops the modes of executables.
-        info.mode = 0o755 if info.isdir() or info.name.removeprefix("./") in EXECUTABLES else 0o644
         return info
 
     partial = archive.with_suffix(".part")

@@ -23,8 +23,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.benchmark.gpu import VLLM_LIBRARY
-
 PYTHON = (sys.executable, "-m")
 ENGINE = (*PYTHON, "jobs.benchmark", "engine")
 LARGE = ("--side", "1024", "--tokens", "100")
@@ -49,7 +47,10 @@ class Stage:
 
 def stages(on_gpu: bool, site: Path) -> list[Stage]:
     """What runs, in order of value."""
-    facts = Stage("facts", 90, ((*PYTHON, "jobs.benchmark.gpu.facts"),), r"(GPU|Python|torch|import|package) ")
+    about = (
+        r"(PyTorch version|Python version|CUDA runtime|GPU models|GPU \d|Nvidia driver|cuDNN|\[pip3\] (torch|triton))"
+    )
+    facts = Stage("facts", 90, ((*PYTHON, "torch.utils.collect_env"), (*PYTHON, "pip", "list")), about)
     table = r"(ours|reference-\d+) |  (parts|vision|prefill|decode|between) "
     kernels = r"(matmul|copy|upload|vision|prompts|decode|eager|fused)\b"
     tables = r"(engine:|vision and|\d+ decode|share|[ \d.]+% )"
@@ -162,7 +163,6 @@ def _has_gpu() -> bool:
 def unpack(packages: Path, site: Path) -> dict[str, str]:
     """Unpack what was prepared, once on a machine; gives the environment variables with which it is found."""
     site.mkdir(parents=True, exist_ok=True)
-    found = []
     for archive in sorted(packages.glob("*.tar.xz")):
         name = archive.name.removesuffix(".tar.xz")
         folder = site / name
@@ -170,9 +170,7 @@ def unpack(packages: Path, site: Path) -> dict[str, str]:
             with tarfile.open(archive, "r:xz") as contents:
                 contents.extractall(f"{folder}.part", filter="tar")
             Path(f"{folder}.part").rename(folder)
-        found.append(folder)
-    libraries = [path for folder in found for path in folder.glob("_vllm_fa3_C*.so")]
-    return {**_path(site / "fa3"), **({VLLM_LIBRARY: str(libraries[0])} if libraries else {})}
+    return _path(site / "fa3")
 
 
 def _path(*folders: Path) -> dict[str, str]:

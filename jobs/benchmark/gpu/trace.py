@@ -11,7 +11,6 @@ import argparse
 import re
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,19 +92,16 @@ def table(title: str, body: Callable[[], object], *, top: int) -> dict[str, Any]
         body()
         _synchronize()
         wall = time.perf_counter() - started
-    found: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for event in trace.profiler.kineto_results.events():
-        if str(event.device_type()).endswith("CUDA" if on_gpu else "CPU") and not event.is_user_annotation():
-            entry = found[short_name(event.name())]
-            entry[0] += 1
-            entry[1] += event.duration_ns() / 1e9
+    kind = "device" if on_gpu else "cpu"
+    times = {one.key: (one.count, getattr(one, f"self_{kind}_time_total") / 1e6) for one in trace.key_averages()}
+    found = {name: (calls, seconds) for name, (calls, seconds) in times.items() if seconds}
     total = sum(seconds for _, seconds in found.values()) or 1e-9
     count = sum(calls for calls, _ in found.values())
-    print(f"\n{title}: wall {wall * 1e3:.1f} ms, {count:.0f} kernels taking {total * 1e3:.1f} ms ({total / wall:.0%})")
+    print(f"\n{title}: wall {wall * 1e3:.1f} ms, {count} kernels taking {total * 1e3:.1f} ms ({total / wall:.0%})")
     print(f"{'share':>6} {'ms':>9} {'count':>7}  kernel")
     ranked = sorted(found.items(), key=lambda entry: -entry[1][1])[:top]
     for name, (calls, seconds) in ranked:
-        print(f"{seconds / total:6.1%} {seconds * 1e3:9.2f} {calls:7.0f}  {name}", flush=True)
+        print(f"{seconds / total:6.1%} {seconds * 1e3:9.2f} {calls:7}  {short_name(name)}", flush=True)
     kernels = [{"name": name, "count": calls, "seconds": seconds} for name, (calls, seconds) in ranked]
     return {"wall_s": wall, "kernels_s": total, "count": count, "kernels": kernels}
 

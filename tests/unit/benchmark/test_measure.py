@@ -16,22 +16,15 @@ def test_a_function_runs_in_a_process_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "argument", "message"),
+    ("function", "argument", "message", "shown"),
     [
-        (json.loads, "{", r"exit code 1; the end of its stderr:\n(.*\n)*json.decoder.JSONDecodeError: Expecting"),
-        (
-            exec,
-            "import os; os.write(2, b'1\\n' * 50 + b'CUDA is lost\\n'); os._exit(3)",
-            r"exit code 3; .*\n1\n(1\n)*CUDA",
-        ),
-        (exec, "import os; os.kill(os.getpid(), 9)", "exit code -9"),
+        (json.loads, "{", "exit code 1; ", "JSONDecodeError: Expecting"),
+        (exec, "import os; os.write(2, b'CUDA is lost'); os.kill(os.getpid(), 9)", "exit code -9; ", "CUDA is lost"),
     ],
 )
-def test_a_worker_that_fails_shows_its_exit_code_and_the_end_of_its_stderr(
-    function: Any, argument: str, message: str, capfd: pytest.CaptureFixture[str]
+def test_a_worker_that_fails_is_named_by_its_exit_code_and_its_stderr_is_shown(
+    function: Any, argument: str, message: str, shown: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(WorkerFailed, match=message) as caught:
+    with pytest.raises(WorkerFailed, match=message):
         in_own_process(function, argument)
-    shown = str(caught.value).splitlines()[1:]
-    assert len(shown) <= 20
-    assert all(line in capfd.readouterr().err for line in shown[-1:])
+    assert shown in capfd.readouterr().err
