@@ -34,7 +34,6 @@ _SAMPLE_ROWS = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
     return run_job(CaptionConfig, run, argv, name="caption", about=__doc__ or "")
 
 

@@ -27,7 +27,6 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
     return run_command(COMMANDS, argv, about=__doc__ or "")
 
 

@@ -50,7 +50,6 @@ class EvaluateConfig(CaptionConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
     return run_job(EvaluateConfig, run, argv, name="evaluate", about=__doc__ or "")
 
 

@@ -34,7 +34,6 @@ PLAN_FLAGS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
     return run_job(PlanConfig, run, argv, name="plan", about=__doc__ or "", flags=PLAN_FLAGS)
 
 

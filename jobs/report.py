@@ -18,7 +18,6 @@ from pipeline.results.run_folder import REPORT_FILE, RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
     options = ReportOptions(
         thumbnails=not arguments.no_thumbnails,

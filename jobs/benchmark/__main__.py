@@ -22,7 +22,6 @@ BENCHMARKS = ("preprocess", "engine", "stage", "pipeline", "scale", "kernels", "
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
     return run_command({name: f"jobs.benchmark.{name}" for name in BENCHMARKS}, argv, about=__doc__ or "")
 
 

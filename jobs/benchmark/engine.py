@@ -24,6 +24,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +56,6 @@ PEER_IMAGES_ON_GPU = 128
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
     args = parse(argv)
     print(
         f"shape {args.shape}, {args.dtype}, {args.images} rows ({args.rows}), device {args.device}, "
@@ -111,7 +111,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-pixels", type=int, help="of an image. Default: 200704 unless --side or mixed rows")
     parser.add_argument("--repeats", type=int, default=1, help="runs of our engine; the median counts")
     parser.add_argument(
-        "--trace", metavar="FILE", help="write a Chrome trace of ten steps of our engine, after the runs"
+        "--trace", type=Path, metavar="FOLDER", help="after the runs, trace passes with prompts and decode passes"
     )
     parser.add_argument("--threads", type=int, help="torch threads on a CPU")
     for name in SETTINGS:
@@ -182,7 +182,6 @@ def _measure_in_own_process(variant: str, args: argparse.Namespace) -> dict[str,
 
 
 def parts(described: Mapping[str, Any]) -> str:
-    """What an engine picked, in a line."""
     return ", ".join(f"{name} {described[name]}" for name in PARTS if name in described)
 
 
@@ -245,8 +244,7 @@ def run_engine(
             passes.reset()
     median = sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
     if args.trace and isinstance(engine, NativeEngine):
-        steps = trace_steps(engine, requests, args.trace)
-        print(f"trace of {steps} steps: {args.trace}", flush=True)
+        trace_steps(engine, requests, args.trace)
     return {
         **median,
         "all_seconds": [run["seconds"] for run in runs],

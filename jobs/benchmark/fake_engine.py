@@ -39,11 +39,9 @@ class FakeGenerateStage(GenerateStage):
         return pa.table(columns, schema=self._schema)
 
     def describe(self) -> dict[str, Any]:
-        """For run.json."""
         return {"kind": "fake"}
 
     def stats(self) -> dict[str, float]:
-        """No counters."""
         return {}
 
     def close(self) -> None:
@@ -54,5 +52,4 @@ class FakeEngineActor(EngineActor):
     """The real engine actor around the stage above; goes in the place of `dataset.ENGINE_ACTOR`."""
 
     def make_stage(self, options: GenerateOptions) -> GenerateStage:
-        """The stage without a model."""
         return FakeGenerateStage(options.kept)

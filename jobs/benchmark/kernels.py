@@ -38,14 +38,11 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The name of the kernel."""
         return str(self.kernel.__name__).lstrip("_")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes."""
-
     registers: int
     shared: int
     spilled: int
@@ -54,7 +51,6 @@ class Resources:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
     parser = command_line("kernels", __doc__)
     parser.add_argument("--shapes", default="2b,7b", help=f"of: {', '.join(SHAPES)}")
     parser.add_argument("--architectures", default=",".join(map(str, ARCHITECTURES)), help="compute capabilities")
@@ -130,7 +126,6 @@ def compile_for(launch: Launch, architecture: int) -> Any:
 
 
 def resources(compiled: Any) -> Resources:
-    """What the machine code of a compiled kernel takes."""
     import triton
 
     with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,6 @@ def command_line(name: str, about: str | None) -> argparse.ArgumentParser:
 
 
 def print_result(name: str, **values: Any) -> None:
-    """Print a benchmark's last line."""
     print(json.dumps({"benchmark": name, **values}), flush=True)
 
 
@@ -68,8 +67,6 @@ def peak_mb() -> float:
 
 
 class Milliseconds(NamedTuple):
-    """How long something takes."""
-
     wall: float
     cpu: float
 

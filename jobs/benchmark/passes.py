@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ import torch
 from pipeline.engine import Request
 from pipeline.engine.engine import NativeEngine
 
-TRACED_STEPS = 10
+TRACED_STEPS = 5
+SHOWN_KERNELS = 12
 KINDS = ("vision", "prefill", "decode")
 
 
@@ -31,7 +33,6 @@ class PassTimes:
         engine.runner.also_timed = self._timed
 
     def reset(self) -> None:
-        """Forget all passes so far."""
         self._spans.clear()
 
     def seconds(self) -> dict[str, float]:
@@ -42,7 +43,6 @@ class PassTimes:
         return {kind: sum(stop - start for start, stop in self._spans[kind]) for kind in KINDS}
 
     def counts(self) -> dict[str, int]:
-        """Passes of each kind so far."""
         return {kind: len(self._spans[kind]) for kind in KINDS}
 
     def _now(self) -> Any:
@@ -61,8 +61,6 @@ class PassTimes:
 
 @dataclass(frozen=True)
 class PassShare:
-    """One kind of pass in a run."""
-
     seconds: float
     passes: int
     share_of_run: float
@@ -90,7 +88,6 @@ def shares(
 
 
 def print_shares(table: Mapping[str, PassShare], num_rows: int) -> None:
-    """A line for each kind of pass."""
     for kind, share in table.items():
         line = f"  {kind:8} {share.seconds:9.3f} s {share.share_of_run:6.1%} of the run"
         line += f" {share.seconds / num_rows * 1000:9.2f} ms/row"
@@ -99,18 +96,30 @@ def print_shares(table: Mapping[str, PassShare], num_rows: int) -> None:
         print(line, flush=True)
 
 
-def trace_steps(engine: NativeEngine, requests: Sequence[Request], path: str) -> int:
-    """Write a Chrome trace of ten steps, about half of them prefill; returns how many steps there were."""
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    wanted, taken = engine.max_batch_tokens * (TRACED_STEPS // 2), 0
+def trace_steps(engine: NativeEngine, requests: Sequence[Request], folder: Path) -> None:
+    """Trace some passes with prompts in them, then some of decoding alone: a Chrome trace of each in the folder, and a
+    table of its kernels, or on a CPU of torch's operations."""
+    wanted, taken = engine.max_batch_tokens * TRACED_STEPS, 0
     for request in requests:
         if taken >= wanted:
             break
         engine.add(request)
         taken += len(request.input_ids)
-    on_gpu = engine.checkpoint.device.type == "cuda"
-    steps = 0
+    folder.mkdir(parents=True, exist_ok=True)
+    _trace(engine, folder / "prompts.json")
+    while engine.stats()["waiting"]:
+        engine.step()
+    _trace(engine, folder / "decode.json")
+    while engine.has_unfinished():
+        engine.step()
+
+
+def _trace(engine: NativeEngine, path: Path) -> None:
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    device, steps = engine.checkpoint.device.type.upper(), 0
+    on_gpu = device == "CUDA"
+    started = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as trace:
         while steps < TRACED_STEPS and engine.has_unfinished():
             with record_function("engine step"):
@@ -118,7 +127,13 @@ def trace_steps(engine: NativeEngine, requests: Sequence[Request], path: str) ->
             steps += 1
         if on_gpu:
             torch.cuda.synchronize()
-    trace.export_chrome_trace(path)
-    while engine.has_unfinished():
-        engine.step()
-    return steps
+    wall = time.perf_counter() - started
+    trace.export_chrome_trace(str(path))
+    seconds: dict[str, tuple[float, int]] = {}
+    for one in trace.key_averages():
+        if one.device_type.name == device and not one.is_user_annotation:
+            seconds[one.key] = ((one.self_device_time_total or one.self_cpu_time_total) / 1e6, one.count)
+    total = sum(spent for spent, _ in seconds.values()) or 1e-9
+    print(f"  {path.name}: {steps} steps, {wall * 1e3:.1f} ms, the device busy {total / wall:.0%} of it")
+    for name, (spent, count) in sorted(seconds.items(), key=lambda entry: -entry[1][0])[:SHOWN_KERNELS]:
+        print(f"  {spent / total:6.1%} {spent * 1e3:9.2f} ms {count:7} x  {name[:100]}", flush=True)

@@ -21,7 +21,6 @@ _CONFIG = "configs/demo.yaml"
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
     parser = command_line("pipeline", __doc__)
     parser.add_argument("--rows-per-task", type=int, default=600)
     args = parser.parse_args(argv)

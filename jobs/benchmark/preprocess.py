@@ -48,7 +48,6 @@ Processors: TypeAlias = Mapping[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
     parser = command_line("preprocess", __doc__)
     parser.add_argument("--rounds", type=int, default=15, help="times that each case is measured (default 15)")
     parser.add_argument("--only", default="", metavar="WORD", help="measure only the cases whose name holds this")

@@ -52,7 +52,6 @@ _WORDS = np.array(_VOCABULARY.split())
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
     parser = command_line("report", __doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, help="where to make the runs (default: a temporary folder)")

@@ -38,7 +38,6 @@ _FAILED_EVERY = 100
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
     parser = command_line("scale", __doc__)
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--flow", default="2000,20000,200000", help="row counts for part two; empty: leave it out")

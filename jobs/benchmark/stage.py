@@ -27,7 +27,6 @@ _DISTINCT = 24
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
     parser = command_line("stage", __doc__)
     parser.add_argument("--images", type=int, default=6000)
     parser.add_argument("--actors", type=int, default=2)

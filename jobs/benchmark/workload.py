@@ -79,22 +79,18 @@ def make_model(shape: ModelShape, device: str, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(default)
 
 
-def make_requests(
-    num_rows: int,
+def make_requests(num_rows: int, **settings: Any) -> list[Request]:
+    """The first rows of a seeded workload: see `draw_requests`."""
+    return list(islice(draw_requests(**settings), num_rows))
+
+
+def draw_requests(
     *,
     rows: Rows = "image",
     side: int | None = None,
     tokens: int | None = None,
     max_pixels: int | None = None,
     seed: int = 0,
-) -> list[Request]:
-    """The first rows of a seeded workload: see `draw_requests`."""
-    drawn = draw_requests(rows=rows, side=side, tokens=tokens, max_pixels=max_pixels, seed=seed)
-    return list(islice(drawn, num_rows))
-
-
-def draw_requests(
-    *, rows: Rows, side: int | None, tokens: int | None, max_pixels: int | None, seed: int
 ) -> Iterator[Request]:
     """One row after another, without end.
 
@@ -174,13 +170,11 @@ def best_seconds(function: Callable[[], object], device: torch.device, *, repeat
 
 
 def row_work(request: Request) -> RowWork:
-    """A row as the roofline counts it."""
     grids = [medium.grid_thw for medium in request.media]
     return RowWork(grids, len(request.input_ids), request.sampling.max_tokens)
 
 
 def total_flops(shape: ModelShape, requests: Sequence[Request]) -> float:
-    """Arithmetic of the workload."""
     return sum(sum(row_flops(shape, row_work(request))) for request in requests)
 
 

@@ -38,7 +38,6 @@ MANIFEST_SCHEMA = pa.schema(
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rows-per-task", type=int, default=10)

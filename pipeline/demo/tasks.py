@@ -87,7 +87,6 @@ def picture_and_clip(rng: random.Random) -> tuple[Scene, ...]:
 
 
 def nothing(rng: random.Random) -> tuple[Scene, ...]:
-    """No medium."""
     return ()
 
 
@@ -169,13 +168,11 @@ def text(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
 
 
 def sum_of_two(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
-    """Two digits added."""
     a, b = rng.randint(0, 9), rng.randint(0, 9)
     return f"What is {a} plus {b}?", _sentence(str(a + b))
 
 
 def larger(rng: random.Random, media: tuple[Scene, ...]) -> tuple[str, str]:
-    """The larger of two digits."""
     a, b = rng.sample(range(10), 2)
     return f"Which number is larger, {a} or {b}?", _sentence(str(max(a, b)))
 

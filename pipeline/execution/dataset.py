@@ -117,33 +117,18 @@ def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], superv
         fn_constructor_args=(stages.preprocess, flow.block_bytes, flow.rows_per_block, supervisor),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            min_size=placement.preprocess_pool[0],
-            max_size=placement.preprocess_pool[1],
-            initial_size=placement.preprocess_actors,
-            max_concurrent_calls_per_actor=UNITS_AT_ONCE,
-            max_tasks_in_flight_per_actor=_in_flight(placement.preprocess_pool, UNITS_AT_ONCE, spare=0),
-            enable_true_multi_threading=True,
-        ),
+        compute=_pool(placement.preprocess_pool, placement.preprocess_actors, UNITS_AT_ONCE, spare=0),
         num_cpus=placement.preprocess_cpus,
         ray_remote_args_fn=flow.reservation.for_preprocessing,
         runtime_env={"env_vars": _ONE_THREAD},
     )
-    in_flight = placement.blocks_in_flight
     # map_batches itself refuses whole tables (batch_size None) with GPUs; this is the same without that check.
     dataset = dataset.map_batches_internal(
         ENGINE_ACTOR,
         fn_constructor_args=(_for_placement(stages, placement), supervisor, flow.profile_steps),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            min_size=placement.engine_pool[0],
-            max_size=placement.engine_pool[1],
-            initial_size=placement.engine_actors,
-            max_concurrent_calls_per_actor=in_flight,
-            max_tasks_in_flight_per_actor=_in_flight(placement.engine_pool, in_flight, spare=2),
-            enable_true_multi_threading=True,
-        ),
+        compute=_pool(placement.engine_pool, placement.engine_actors, placement.blocks_in_flight, spare=2),
         num_cpus=placement.engine_reserved_cpus,
         num_gpus=placement.gpus_per_engine or None,
         ray_remote_args_fn=flow.reservation.for_engine,
@@ -154,9 +139,17 @@ def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], superv
         raise _job_error(error) from error
 
 
-def _in_flight(pool: tuple[int, int], calls: int, *, spare: int) -> int:
-    """Tasks given to an actor of so many calls at once: Ray grows a pool once twice as many tasks wait as run."""
-    return calls + (spare if pool[0] == pool[1] else calls)
+def _pool(size: tuple[int, int], start: int, calls: int, *, spare: int) -> ActorPoolStrategy:
+    """Actors that each run so many calls at once, with `spare` more waiting at each actor of a pool of one size. Ray
+    grows a pool once twice as many wait as run."""
+    return ActorPoolStrategy(
+        min_size=size[0],
+        max_size=size[1],
+        initial_size=start,
+        max_concurrent_calls_per_actor=calls,
+        max_tasks_in_flight_per_actor=calls + (spare if size[0] == size[1] else calls),
+        enable_true_multi_threading=True,
+    )
 
 
 def _for_placement(stages: Stages, placement: Placement) -> GenerateOptions:

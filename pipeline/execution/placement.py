@@ -28,8 +28,6 @@ _MIN_BLOCKS = 4
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster."""
-
     node_id: str
     cpus: float
     gpus: float

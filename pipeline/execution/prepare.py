@@ -73,7 +73,6 @@ class CaptionJob:
 
     @property
     def stages(self) -> Stages:
-        """The options of both stages."""
         return build_stages(self.config, self.model_path, self.manifest)
 
     def start(self, placement: Placement) -> None:
@@ -83,7 +82,6 @@ class CaptionJob:
         self.started = True
 
     def plan(self, placement: Placement) -> list[WorkUnit]:
-        """Units of work over the rows that are not done."""
         resources = self.config.resources
         return list(
             plan_work(

@@ -40,7 +40,6 @@ class StepProfiler:
         self._count = 0
 
     def wrap(self, step: Callable[[], Result]) -> Callable[[], Result]:
-        """The function, profiled."""
         import torch
         from torch.profiler import ProfilerActivity, profile, record_function
 

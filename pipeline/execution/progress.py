@@ -52,7 +52,6 @@ class RunCounts:
     _recent: deque[tuple[float, int, int]] = field(default_factory=deque)
 
     def add(self, table: pa.Table) -> None:
-        """Count finished rows (schema.result_schema)."""
         now = time.monotonic()
         prompt, visual, output = (
             pc.sum(table.column(f"num_{kind}_tokens")).as_py() or 0 for kind in ("prompt", "visual", "output")
@@ -74,7 +73,6 @@ class RunCounts:
 
     @property
     def done(self) -> int:
-        """Finished rows of the folder."""
         return self.done_before + self.rows
 
     @property
@@ -84,7 +82,6 @@ class RunCounts:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the run began."""
         return time.monotonic() - self.started
 
     @property
@@ -109,7 +106,6 @@ class RunCounts:
         return self.rows / seconds, self.output_tokens / seconds
 
     def line(self) -> str:
-        """The live line."""
         rows_s, tokens_s = self.recent_pace()
         parts = [f"{self.done:,} of {self.total:,} rows"]
         if self.rows:

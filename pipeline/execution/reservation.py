@@ -28,8 +28,6 @@ _REMIND_S = 60.0
 
 @dataclass(frozen=True)
 class Reservation:
-    """What a job holds of the cluster."""
-
     placement: Placement
     group: PlacementGroup | None = None
 

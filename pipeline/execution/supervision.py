@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -104,7 +104,6 @@ class Supervisor:
         self._actors[actor_id].in_progress[row] = (now, True)
 
     def end(self, actor_id: str, rows: Sequence[RowKey]) -> None:
-        """Rows are done."""
         self._actors[actor_id].progressed = time.monotonic()
         for row in rows:
             self._actors[actor_id].in_progress.pop(row, None)
@@ -123,7 +122,6 @@ class Supervisor:
             self._handed_over.pop(unit, None)
 
     def report(self, actor_id: str, stats: dict[str, Any]) -> None:
-        """The latest stats of an actor."""
         actor = self._actors[actor_id]
         if stats != actor.stats:
             actor.progressed = time.monotonic()
@@ -132,7 +130,6 @@ class Supervisor:
             self._first_engine = time.monotonic()
 
     def stats(self) -> list[dict[str, Any]]:
-        """The latest stats of every actor."""
         return [{"kind": actor.kind, **actor.stats} for actor in self._actors.values()]
 
     def seconds_up(self) -> float:
@@ -146,11 +143,9 @@ class Supervisor:
         self._traces.append(trace)
 
     def traces(self, first: int) -> list[bytes]:
-        """Profiles from this number on."""
         return self._traces[first:]
 
     def in_progress(self) -> list[ActorProgress]:
-        """Every actor with rows in progress."""
         now = time.monotonic()
         found = []
         for actor_id, actor in self._actors.items():
@@ -206,7 +201,6 @@ class Supervision:
         return seconds
 
     def traces(self, first: int) -> list[bytes]:
-        """Profiles from this number on."""
         found: list[bytes] = ray.get(self.actor.traces.remote(first))
         return found
 
@@ -231,7 +225,9 @@ class Supervision:
         alone. Returns the lines to print."""
         return self._watchdog.look(row_finished=row_finished)
 
-    def _kill_stalled(self, timeout_s: float, *, describe_all: bool) -> list[str]:
+    def _kill_stalled(self, timeout_s: float, describe_all: bool) -> list[str]:
+        """Kill actors without progress for so many seconds. Returns a line for each actor, if any was killed or all are
+        to be described."""
         actors: list[ActorProgress] = ray.get(self.actor.in_progress.remote())
         if not describe_all and all(one.stalled_s < timeout_s for one in actors):
             return []
@@ -250,18 +246,14 @@ class Supervision:
         return lines or ["no actor has a row: the rows wait for free resources on the cluster"]
 
 
-class KillStalled(Protocol):
-    """Kills actors without progress for so many seconds. Returns a line for each actor, if any was killed or all are
-    to be described."""
-
-    def __call__(self, timeout_s: float, *, describe_all: bool) -> Sequence[str]: ...
-
-
 class Watchdog:
     """When to look for stalled actors: often enough to find one of many, and whenever no row finishes at all."""
 
     def __init__(
-        self, timeout_s: float, kill_stalled: KillStalled, clock: Callable[[], float] = time.monotonic
+        self,
+        timeout_s: float,
+        kill_stalled: Callable[[float, bool], Sequence[str]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._timeout_s, self._kill_stalled, self._clock = timeout_s, kill_stalled, clock
         self._last_row = self._last_look = clock()
@@ -275,7 +267,7 @@ class Watchdog:
         if not nothing_finishes and now - self._last_look < self._timeout_s / _LOOKS_PER_TIMEOUT:
             return []
         self._last_look = now
-        lines = self._kill_stalled(self._timeout_s, describe_all=nothing_finishes)
+        lines = self._kill_stalled(self._timeout_s, nothing_finishes)
         if not lines:
             return []
         headline = f"an actor made no progress for {self._timeout_s:.0f} s:"
@@ -307,7 +299,6 @@ class ActorReporter:
             time.sleep(1.0)
 
     def send(self) -> Any:
-        """Report the stats now."""
         with self._send_lock:
             stats = self._read_stats()
             self._meter.actor(self._kind, stats)
@@ -320,12 +311,10 @@ class ActorReporter:
         return suspects
 
     def begin_alone(self, row: RowKey) -> None:
-        """A row runs alone from now on."""
         ray.get(self._supervisor.begin_alone.remote(self._actor_id, row))
         self._count(1)
 
     def end(self, rows: Sequence[RowKey]) -> None:
-        """Rows are done."""
         self._supervisor.end.remote(self._actor_id, rows)
         if rows and not self._count(-len(rows)):
             ray.get(self.send())
@@ -335,7 +324,6 @@ class ActorReporter:
         ray.get(self._supervisor.hand_over.remote(unit, rows))
 
     def handed_over(self, unit: RowKey) -> list[npt.NDArray[np.int64]]:
-        """See Supervisor.handed_over."""
         found: list[npt.NDArray[np.int64]] = ray.get(self._supervisor.handed_over.remote(unit))
         return found
 
@@ -360,7 +348,6 @@ class ReadWriteLock:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Beside others."""
         with self._changed:
             self._changed.wait_for(lambda: not self._is_alone and not self._num_waiting)
             self._num_together += 1
@@ -373,7 +360,6 @@ class ReadWriteLock:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """With nothing beside it."""
         with self._changed:
             self._num_waiting += 1
             self._changed.wait_for(lambda: not self._is_alone and not self._num_together)

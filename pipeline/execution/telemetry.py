@@ -102,7 +102,6 @@ class Meter:
             self._metric(name).inc(value, tags=dict(tags or {}))
 
     def show(self, name: str, value: float) -> None:
-        """Set a gauge."""
         self._metric(name).set(value)
 
     def observe(self, name: str, values: pa.ChunkedArray, tags: Mapping[str, str] | None = None) -> None:
@@ -144,6 +143,5 @@ class Meter:
             self.count("row_errors", kind["count_all"], tags)
 
     def progress(self, answered: int, total: int) -> None:
-        """Finished rows of the run folder, and all rows."""
         self.show("answered_rows", answered)
         self.show("manifest_rows", total)

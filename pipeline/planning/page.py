@@ -16,7 +16,6 @@ _MAX_MESSAGE = 100
 
 
 def print_plan(console: Console, plan: Plan, *, currency: str = "$") -> None:
-    """The whole page."""
     rows = plan.rows
     looked = "every row looked at" if rows.is_exact else f"{rows.num_sampled:,} rows looked at; ranges are 95 %"
     console.print(
@@ -69,7 +68,6 @@ def _print_tokens(console: Console, plan: Plan) -> None:
 
 
 def print_histogram(console: Console, title: str, spread: Spread) -> None:
-    """Bars by powers of two."""
     most = max((count for _, _, count in spread.histogram), default=1)
     lines = []
     for low, high, count in spread.histogram:

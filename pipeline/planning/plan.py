@@ -263,7 +263,6 @@ def _hardware(config: PlanConfig) -> tuple[Gpu | None, Engines]:
 
 
 def _local_gpu() -> str | None:
-    """Name of this machine's GPU."""
     from pipeline.engine.device import gpu_name  # loads torch, which a plan for a named GPU does without
 
     return gpu_name()

@@ -117,7 +117,6 @@ class Sample:
 
     @property
     def answered(self) -> list[SampledRow]:
-        """The sampled rows that have no error."""
         return [row for row in self.rows if row.is_ok]
 
     def total(self, figures: Sequence[float]) -> Range:

@@ -115,7 +115,6 @@ class Top:
 
     @property
     def rows(self) -> list[int]:
-        """Largest key first."""
         return [row for _, _, row in self._entries]
 
 

@@ -27,8 +27,6 @@ _REFERENCES = ("reference", "references", "answer", "answers", "label", "caption
 
 @dataclass(frozen=True)
 class CardMedium:
-    """One medium on a card."""
-
     alt: str
     name: str
     thumbnail: Thumbnail
@@ -58,8 +56,6 @@ def shorten(text: str, max_length: int) -> str:
 
 
 class CardMaker:
-    """Makes cards of a run's rows."""
-
     def __init__(
         self,
         run: Mapping[str, Any],

@@ -107,7 +107,6 @@ def shown_score(value: float | None, maximum: float = 1.0) -> str:
 
 
 def shown_interval(estimate: Estimate, maximum: float = 1.0) -> str:
-    """A 95 % interval."""
     if estimate.low is None or estimate.high is None:
         return "no interval"
     if maximum == 1.0:

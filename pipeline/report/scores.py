@@ -15,8 +15,6 @@ from pipeline.evaluation.paired import Comparison
 
 @dataclass(frozen=True)
 class Score:
-    """A metric over some rows."""
-
     title: str
     what: str
     """One sentence on what the metric measures."""

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.engine.attention.vision import seconds_by_events
 
-Call = Callable[[], object]
-SHORT_S = 2e-3
-"""A shorter call is replayed as a graph of several, or the host's launches would be what is measured."""
+def device_seconds(call: Callable[[], object]) -> float:
+    """Median seconds of a call on the device, caches cold; by the clock where there is no GPU."""
+    if torch.cuda.is_available():
+        from triton.testing import do_bench  # a dry run may lack triton
 
-
-def device_seconds(call: Call, *, repeats: int = 8) -> float:
-    """Median seconds of a call, by the device's events; by the clock where there is no GPU."""
-    for _ in range(2):
-        call()
-    if not torch.cuda.is_available():
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
-    once = seconds_by_events(call)
-    calls, run = 1, call
-    if once < SHORT_S:
-        calls = max(2, min(50, int(SHORT_S / max(once, 1e-5))))
-        run = _several(call, calls)
-    run()
-    return statistics.median(seconds_by_events(run) for _ in range(repeats)) / calls
-
-
-def _several(call: Call, calls: int) -> Call:
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                call()
-    except Exception:  # not every kernel can be captured
-        torch.cuda.synchronize()
-        return lambda: [call() for _ in range(calls)]
-    return graph.replay
+        return float(do_bench(call, return_mode="median")) / 1e3
+    call()
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 @dataclass

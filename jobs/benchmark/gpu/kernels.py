@@ -47,7 +47,6 @@ class Packed(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many rows are packed."""
         return len(self.ends) - 1
 
     @property
@@ -57,18 +56,17 @@ class Packed(NamedTuple):
         return whole / 2 if self.causal else whole
 
     def truth(self, row: int) -> torch.Tensor:
-        """[length, H, D] of one row in float32, a head at a time."""
+        """[length, H, D] of one row in float32."""
         part = slice(row * self.length, (row + 1) * self.length)
-        q, k, v = (x[part].float().transpose(0, 1) for x in (self.q, self.k, self.v))
-        group = q.shape[0] // k.shape[0]
-        hidden = torch.ones(self.length, self.length, dtype=torch.bool, device=q.device).triu(1)
-        heads = []
-        for head in range(q.shape[0]):
-            scores = (q[head] @ k[head // group].T) * self.scale
-            heads.append(
-                (scores.masked_fill(hidden, -torch.inf) if self.causal else scores).softmax(-1) @ v[head // group]
-            )
-        return torch.stack(heads, dim=1)
+        q, k, v = (x[part].float() for x in (self.q, self.k, self.v))
+        return _attention(q, k, v, self.causal, self.scale)
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
+    """torch's plain attention: q [Q, H, D], k and v [K, G, D] give [Q, H, D]."""
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True).transpose(0, 1)
 
 
 Kernel = Callable[[Packed], torch.Tensor]
@@ -177,7 +175,6 @@ def vision_case(device: torch.device, frames: int, patches: int) -> Packed:
 
 
 def prompt_case(device: torch.device, heads: int, kv_heads: int, prompts: int, length: int) -> Packed:
-    """Sixteen prompts of one length."""
     total = prompts * length
     q, k, v = (torch.randn(total, n, 128, device=device, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads))
     ends = torch.arange(0, total + 1, length, dtype=torch.int32, device=device)
@@ -185,7 +182,6 @@ def prompt_case(device: torch.device, heads: int, kv_heads: int, prompts: int, l
 
 
 def decode(found: Measurements, device: torch.device, rows: int, length: int, heads: int, kv_heads: int) -> None:
-    """The engine's decode kernel."""
     from pipeline.engine.kernels.paged_decode import paged_decode  # needs triton, which a dry run may lack
 
     size, width = 64, -(-length // 64)
@@ -193,9 +189,8 @@ def decode(found: Measurements, device: torch.device, rows: int, length: int, he
     tables = torch.randperm(rows * width, device=device).to(torch.int32).view(rows, width)
     lengths = torch.full((rows,), length, dtype=torch.int32, device=device)
     q = torch.randn(rows, heads, 128, device=device, dtype=torch.bfloat16)
-    keys, values = (part[tables[0].long()].flatten(0, 1)[:length].float().transpose(0, 1) for part in cache)
-    scores = (q[0].float().view(kv_heads, -1, 128) @ keys.transpose(1, 2)) * 128**-0.5
-    truth = (scores.softmax(-1) @ values).view(heads, 128)
+    keys, values = (part[tables[0].long()].flatten(0, 1)[:length].float() for part in cache)
+    truth = _attention(q[:1].float(), keys, values, False, 128**-0.5)[0]
     moved = 2 * rows * length * kv_heads * 128 * 2
 
     def body() -> tuple[float, str]:
@@ -246,7 +241,6 @@ def elementwise(found: Measurements, device: torch.device, kernels: EagerKernels
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=100, help="begin nothing new after these")
     args = parser.parse_args(argv)

@@ -35,7 +35,6 @@ ARCHIVES = {"engine": ("fa3",), "job": ("fa3", "job")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
     args = _parse(argv)
     folder = Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)

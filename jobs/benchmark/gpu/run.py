@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import subprocess
 import sys
 import tarfile
@@ -51,9 +50,11 @@ def stages(on_gpu: bool, site: Path) -> list[Stage]:
         r"(PyTorch version|Python version|CUDA runtime|GPU models|GPU \d|Nvidia driver|cuDNN|\[pip3\] (torch|triton))"
     )
     facts = Stage("facts", 90, ((*PYTHON, "torch.utils.collect_env"), (*PYTHON, "pip", "list")), about)
-    table = r"(ours|reference-\d+) |  (parts|vision|prefill|decode|between) "
+    table = (
+        r"(ours|reference-\d+) |  (parts|vision|prefill|decode|between) |  (prompts|decode).json| +[\d.]+% +[\d.]+ ms"
+    )
+    trace = ("--trace", str(site / "trace"))
     kernels = r"(matmul|copy|upload|vision|prompts|decode|eager|fused)\b"
-    tables = r"(engine:|vision and|\d+ decode|share|[ \d.]+% )"
     world = str(site / "demo-world")
     # A new folder each time: a finished run would only be looked at.
     output = str(site / f"demo-{os.getpid()}")
@@ -76,7 +77,6 @@ def stages(on_gpu: bool, site: Path) -> list[Stage]:
         bench_2b = (*ENGINE, "--shape", "2b", "--peers", "none", "--images", "256")
         bench_7b = (*ENGINE, "--shape", "7b", "--peers", "none", "--images", "128", *LARGE)
         peer = (*ENGINE, "--shape", "2b", "--peers", "reference", "--images", "128", *LARGE)
-        trace = (*PYTHON, "jobs.benchmark.gpu.trace", "--shape", "2b")
         return [
             facts,
             Stage(
@@ -87,19 +87,16 @@ def stages(on_gpu: bool, site: Path) -> list[Stage]:
                 14,
             ),
             Stage("kernels", 110, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "90"),), kernels),
-            Stage("bench_2b", 150, ((*bench_2b, *LARGE), bench_2b), table),
-            Stage("trace_2b", 110, (trace,), tables, 24),
+            Stage("bench_2b", 170, ((*bench_2b, *LARGE, *trace), bench_2b), table),
             Stage("bench_7b", 130, (bench_7b,), table),
             Stage("peer", 120, (peer,), table),
             job,
         ]
-    tiny = ("--shape", "tiny", "--images", "2", "--side", "56", "--tokens", "2", "--threads", "1")
-    tables_of = (*PYTHON, "jobs.benchmark.gpu.trace", "--steps", "2", "--top", "3")
+    tiny = ("--shape", "tiny", "--images", "2", "--side", "56", "--tokens", "12", "--threads", "1")
     return [
         facts,
         Stage("kernels", 60, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "30"),), kernels),
-        Stage("bench_tiny", 120, ((*ENGINE, "--peers", "none", *tiny),), table),
-        Stage("trace_tiny", 120, ((*tables_of, *tiny),), tables, 24),
+        Stage("bench_tiny", 120, ((*ENGINE, "--peers", "none", *tiny, *trace),), table),
         job,
     ]
 
@@ -189,31 +186,15 @@ def run_stage(stage: Stage, log: Path, environment: Mapping[str, str], limit_s: 
         for command in stage.commands:
             output.write(f"$ {' '.join(command)}\n")
             output.flush()
-            # A session of its own, so that all its processes can be ended.
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-            try:
-                code = process.wait(timeout=max(0.0, limit_s - (time.monotonic() - started)))
-            except subprocess.TimeoutExpired:
-                _end(process)
-                ended = f"STOPPED at its limit of {limit_s:.0f} s"
-                break
+            left = max(0.1, limit_s - (time.monotonic() - started))
+            limited = ["timeout", "--kill-after=5", f"{left:.1f}", *command]  # ends all processes of the command
+            code = subprocess.run(limited, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
             if code:
-                ended = f"exit code {code}"
+                ended = f"STOPPED at its limit of {limit_s:.0f} s" if code in (124, -9) else f"exit code {code}"
                 break
         output.seek(before)
         lines = output.read().splitlines()
     return f"{stage.name}: {ended}, {time.monotonic() - started:.0f} s", shown_lines(stage, lines)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sign)
-            process.wait(timeout=5)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
 
 
 def shown_lines(stage: Stage, lines: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ import torch
 
 from pipeline.demo import CHECKPOINT
 from pipeline.demo.tasks import LESSONS, Example
-from pipeline.demo.training.samples import Sample, make_sample, see_media
+from pipeline.demo.training.samples import TokenizedExample, see_media, tokenize_example
 from pipeline.engine import EngineOptions, Medium
 from pipeline.engine.pixels import PixelTable
 from pipeline.preprocess.prompt import ChatTokenizer
@@ -98,11 +98,10 @@ Ints = npt.NDArray[np.int64]
 class Group:
     """Samples about the same media, whose prompts have the same beginning: the trunk, with the media in it."""
 
-    samples: Sequence[Sample]
+    samples: Sequence[TokenizedExample]
 
     @cached_property
     def trunk(self) -> int:
-        """Tokens of the trunk."""
         if len(self.samples) == 1:
             return len(self.samples[0].prompt_ids) - 1
         shortest = min(len(sample.prompt_ids) for sample in self.samples)
@@ -111,7 +110,6 @@ class Group:
 
     @cached_property
     def num_tokens(self) -> int:
-        """Tokens of the trunk and of all branches."""
         return self.trunk + sum(len(sample.input_ids) - self.trunk for sample in self.samples)
 
 
@@ -151,7 +149,7 @@ def _group(rng: random.Random, task: str, asked: Sequence[str], tokenizer: ChatT
     media = see_media(scenes, codec=rng.random() < _CODEC_SHARE)
     examples = [Example(kind, scenes, *LESSONS[kind].ask(rng, scenes)) for kind in asked]
     different = {one.question: one for one in examples}
-    return Group([make_sample(one, tokenizer, vision_id=vision_id, media=media) for one in different.values()])
+    return Group([tokenize_example(one, tokenizer, vision_id=vision_id, media=media) for one in different.values()])
 
 
 def pack(groups: Sequence[Group]) -> Batch:

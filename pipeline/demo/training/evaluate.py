@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.demo import CHECKPOINT
 from pipeline.demo.tasks import TASKS, example
-from pipeline.demo.training.samples import make_sample
+from pipeline.demo.training.samples import tokenize_example
 from pipeline.engine import Engine, EngineOptions, Request, SamplingParams
 from pipeline.engine.load import load_engine
 from pipeline.preprocess.prompt import ChatTokenizer
@@ -24,7 +24,6 @@ _BATCH_SIZE = 50
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--examples", type=int, default=500, help="held-out examples a task")
@@ -64,7 +63,7 @@ def score(
         examples = [example(task, "held-out", seed, index) for index in indices]
         requests = []
         for index, one in zip(indices, examples, strict=True):
-            sample = make_sample(one, tokenizer, vision_id=vision_id)
+            sample = tokenize_example(one, tokenizer, vision_id=vision_id)
             requests.append(Request(index, sample.prompt_ids, sample.media, SamplingParams(max_tokens=_MAX_TOKENS)))
         for one, completion in zip(examples, engine.generate(requests), strict=True):
             text = tokenizer.decode(completion.token_ids)

@@ -26,7 +26,7 @@ from pipeline.preprocess.size import grid_thw, smart_resize
 
 
 @dataclass(frozen=True)
-class Sample:
+class TokenizedExample:
     """One question with its answer, tokenized, and its media as patches."""
 
     media: tuple[Medium, ...]
@@ -45,9 +45,9 @@ class Sample:
         return self.input_ids[-self.num_answer_tokens :]
 
 
-def make_sample(
+def tokenize_example(
     example: Example, tokenizer: ChatTokenizer, *, vision_id: bool, media: tuple[Medium, ...] | None = None
-) -> Sample:
+) -> TokenizedExample:
     """Tokenize an example; `media` are its scenes as `see_media` gives them, where they are known already."""
     media = see_media(example.media) if media is None else media
     kinds, sizes = zip(*((one.kind, one.num_visual_tokens) for one in media), strict=True) if media else ((), ())
@@ -57,7 +57,7 @@ def make_sample(
     layout = lay_out_prompt(
         Request(0, input_ids, media), image_token_id=tokenizer.image_pad_id, video_token_id=tokenizer.video_pad_id
     )
-    return Sample(media, input_ids, layout.positions, len(answer_ids))
+    return TokenizedExample(media, input_ids, layout.positions, len(answer_ids))
 
 
 def see_media(scenes: Sequence[Scene], *, codec: bool = True) -> tuple[Medium, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,25 +80,19 @@ def test_a_measured_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_known_ceilings")
-def test_a_trace_has_prefill_and_decode_passes(tmp_path: Path) -> None:
-    trace = tmp_path / "trace.json"
-    options = [
-        "--shape",
-        "tiny",
-        "--images",
-        "30",
-        "--side",
-        "112",
-        "--tokens",
-        "30",
-        "--engine.max_batch_tokens",
-        "128",
-    ]
-    benchmark.measure("ours", parse(*options, "--trace", str(trace)))
-    events = json.loads(trace.read_text())["traceEvents"]
-    assert len([event for event in events if event.get("name") == "engine step"]) == 10
-    # Five passes of three prompts each (softmax over prompts happens in attention, sampling once a pass).
-    assert len([event for event in events if event.get("name") == "aten::argmax"]) >= 5
+def test_a_trace_has_prefill_and_decode_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--shape", "tiny", "--images", "30", "--side", "112", "--tokens", "30", "--engine.max_batch_tokens", "128"]
+    benchmark.measure("ours", parse(*size, "--trace", str(tmp_path)))
+    names = {}
+    for kind in ("prompts", "decode"):
+        events = json.loads((tmp_path / f"{kind}.json").read_text())["traceEvents"]
+        names[kind] = Counter(event.get("name") for event in events)
+        assert names[kind]["engine step"] == 5
+        # Sampling once a pass.
+        assert names[kind]["aten::argmax"] >= 4
+    assert names["prompts"]["aten::gelu"] > 0 == names["decode"]["aten::gelu"], "images are in the prompts alone"
+    printed = capsys.readouterr().out
+    assert "prompts.json: 5 steps, " in printed and "aten::" in printed
 
 
 def test_on_a_gpu_times_are_those_between_events(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from pipeline.demo import CHECKPOINT
 from pipeline.demo.tasks import TASKS, example
 from pipeline.demo.training.batches import media_inputs
 from pipeline.demo.training.evaluate import score, transformers_options
-from pipeline.demo.training.samples import Sample, make_sample, see_media
+from pipeline.demo.training.samples import TokenizedExample, see_media, tokenize_example
 from pipeline.demo.training.train import prepare
 from pipeline.engine import Engine, Request, SamplingParams
 from pipeline.engine.reference import ReferenceEngine
@@ -109,7 +109,7 @@ def test_it_answers_held_out_questions(engine: Engine, tokenizer: ChatTokenizer,
 def test_generate_with_transformers_own_positions_gives_the_same_answers(
     engine: Engine, model: Any, tokenizer: ChatTokenizer, task: str
 ) -> None:
-    samples = [make_sample(example(task, "held-out", 7, index), tokenizer, vision_id=True) for index in range(2)]
+    samples = [tokenize_example(example(task, "held-out", 7, index), tokenizer, vision_id=True) for index in range(2)]
     requests = [Request(index, one.prompt_ids, one.media, SamplingParams(48)) for index, one in enumerate(samples)]
     for sample, expected in zip(samples, engine.generate(requests), strict=True):
         model.model.rope_deltas = None
@@ -121,7 +121,7 @@ def test_transformers_and_the_trained_rule_agree_on_positions(model: Any, tokeni
     for task in TASKS:
         for index in range(20):
             made = example(task, "held-out", 0, index)
-            sample = make_sample(made, tokenizer, vision_id=True, media=see_media(made.media, codec=False))
+            sample = tokenize_example(made, tokenizer, vision_id=True, media=see_media(made.media, codec=False))
             if not sample.media:
                 continue
             inputs = _inputs(sample, tokenizer)
@@ -134,7 +134,7 @@ def test_transformers_and_the_trained_rule_agree_on_positions(model: Any, tokeni
             assert np.array_equal(theirs[:, 0].numpy(), sample.positions[:, : theirs.shape[2]])
 
 
-def _inputs(sample: Sample, tokenizer: ChatTokenizer) -> dict[str, torch.Tensor]:
+def _inputs(sample: TokenizedExample, tokenizer: ChatTokenizer) -> dict[str, torch.Tensor]:
     ids = torch.from_numpy(sample.prompt_ids.astype(np.int64))[None]
     kinds = (ids == tokenizer.image_pad_id).int() + 2 * (ids == tokenizer.video_pad_id).int()
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}

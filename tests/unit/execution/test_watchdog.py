@@ -11,7 +11,7 @@ class Actors:
     def __init__(self, hangs_from: float | None) -> None:
         self.now, self.since, self.looks = 0.0, hangs_from, 0
 
-    def kill_stalled(self, timeout_s: float, *, describe_all: bool) -> list[str]:
+    def kill_stalled(self, timeout_s: float, describe_all: bool) -> list[str]:
         self.looks += 1
         stuck = self.since is not None and self.now - self.since >= timeout_s
         if stuck:

@@ -13,7 +13,7 @@ from pipeline.demo.clips import encode_clip
 from pipeline.demo.scenes import Picture, draw_clip, draw_picture
 from pipeline.demo.tasks import example
 from pipeline.demo.training import recipe
-from pipeline.demo.training.samples import make_sample, see_media
+from pipeline.demo.training.samples import see_media, tokenize_example
 from pipeline.demo.training.tokens import write_tokenizer
 from pipeline.preprocess.decode import see_medium
 from pipeline.preprocess.prompt import ChatTokenizer
@@ -39,7 +39,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
 def test_pictures(tokenizer: ChatTokenizer) -> None:
     for index in range(10):
         made = example("compare", "held-out", 0, index)
-        for picture, medium in zip(made.media, make_sample(made, tokenizer, vision_id=True).media, strict=True):
+        for picture, medium in zip(made.media, tokenize_example(made, tokenizer, vision_id=True).media, strict=True):
             assert isinstance(picture, Picture)
             file = io.BytesIO()
             Image.fromarray(draw_picture(picture)).save(file, "PNG")
@@ -51,7 +51,7 @@ def test_pictures(tokenizer: ChatTokenizer) -> None:
 def test_clips(tokenizer: ChatTokenizer) -> None:
     for index in range(5):
         made = example("describe_video", "held-out", 0, index)
-        (medium,) = make_sample(made, tokenizer, vision_id=True).media
+        (medium,) = tokenize_example(made, tokenizer, vision_id=True).media
         (clip,) = made.media
         assert not isinstance(clip, Picture)
         data = encode_clip(draw_clip(clip), clip.fps)

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from pipeline.demo.tasks import TASKS, Example, example
 from pipeline.demo.training.batches import Batch, Group, pack, training_batches
-from pipeline.demo.training.samples import make_sample, see_media
+from pipeline.demo.training.samples import see_media, tokenize_example
 from pipeline.demo.training.train import main, new_model, prepare
 from pipeline.preprocess.prompt import ChatTokenizer
 
@@ -45,8 +45,8 @@ def test_questions_packed_side_by_side_see_what_each_would_see_alone(folder: Pat
     made = example("describe_image", "train", 0, 0)
     asked = [made, Example("count", made.media, "How many objects are there?", "Two.")]
     media = see_media(made.media)
-    groups = [Group([make_sample(one, tokenizer, vision_id=True, media=media) for one in asked])]
-    groups += [Group([make_sample(example(task, "train", 0, 1), tokenizer, vision_id=True)]) for task in TASKS]
+    groups = [Group([tokenize_example(one, tokenizer, vision_id=True, media=media) for one in asked])]
+    groups += [Group([tokenize_example(example(task, "train", 0, 1), tokenizer, vision_id=True)]) for task in TASKS]
     batch = pack(groups)
     assert len(batch.inputs["input_ids"]) < len(groups)
     alone = torch.cat([_losses(model, pack([Group([sample])])) for group in groups for sample in group.samples])
