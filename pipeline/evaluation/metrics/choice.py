@@ -38,7 +38,7 @@ def extract_letter(response: str, choices: Sequence[str] = ()) -> str | None:
     last "the answer is B"; an opening "B."; the last "option B", "(B)" or capital standing alone; an option's text in
     a sentence, the last and longest.
     """
-    allowed = LETTERS[: len(choices) or None]
+    allowed = _letters(choices)
     response, texts = _unmarked(response), _without_labels([_unmarked(choice) for choice in choices[: len(LETTERS)]])
     if response and texts.count(response) == 1:
         return LETTERS[texts.index(response)]
@@ -61,6 +61,11 @@ def extract_letter(response: str, choices: Sequence[str] = ()) -> str | None:
         if letters:
             return str(letters[-1])
     return _mentioned(_folded(response), plain)
+
+
+def _letters(choices: Sequence[str]) -> str:
+    """Those of the options that are there (a missing one is empty); all letters where no options are known."""
+    return "".join(letter for letter, text in zip(LETTERS, choices, strict=False) if text.strip()) or LETTERS
 
 
 def _unmarked(text: str) -> str:
@@ -120,12 +125,13 @@ def _opening_option(text: str, plain: Sequence[str]) -> str | None:
 def choice_letter(answer: str, choices: Sequence[str]) -> str | None:
     """The letter of a reference that is a letter itself, an option's text, or an option's number from 0."""
     answer = answer.strip()
-    allowed = LETTERS[: len(choices) or None]
+    allowed = _letters(choices)
     if len(answer) == 1 and answer in allowed:
         return answer
-    if answer in choices[: len(LETTERS)]:
+    if answer and answer in choices[: len(LETTERS)]:
         return LETTERS[list(choices).index(answer)]
-    return allowed[int(answer)] if answer.isdecimal() and int(answer) < len(allowed) else None
+    numbered = LETTERS[int(answer)] if answer.isdecimal() and int(answer) < len(LETTERS) else ""
+    return numbered if numbered and numbered in allowed else None
 
 
 def multiple_choice(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:

@@ -92,6 +92,14 @@ def test_references_are_letters_texts_or_numbers_from_zero(reference: str, lette
     assert choice_letter(reference, ANIMALS) == letter
 
 
+@pytest.mark.parametrize("reference", ["", "AB", "B", "1"])
+def test_a_missing_option_and_a_text_of_several_letters_are_no_letter(reference: str) -> None:
+    options = ["left", "", "right"]
+    assert choice_letter(reference, options) is None
+    assert (choice_letter("C", options), choice_letter("2", options)) == ("C", "C")
+    assert (extract_letter("B", options), extract_letter("The answer is B.", options)) == (None, None)
+
+
 def test_the_text_of_an_option_comes_before_its_number() -> None:
     assert choice_letter("1", ("3", "2", "1")) == "C"
 
