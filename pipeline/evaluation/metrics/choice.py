@@ -185,8 +185,11 @@ def _key_phrases(response: str) -> list[str]:
     for index, line in enumerate(lines):
         lead_ins = (*_LEAD_INS, "=") if index == len(lines) - 1 else _LEAD_INS
         tails = [line.split(lead_in)[-1].strip() for lead_in in lead_ins if lead_in in line]
-        shortest = min((tail for tail in tails if tail), key=len, default="")
-        if shortest and shortest not in ":,.!?;'":
+        shortest = ""
+        for tail in tails:  # an empty one ends the search for this line, unless another follows: so is the published code
+            if not shortest or len(tail) < len(shortest):
+                shortest = tail
+        if shortest and shortest not in set(":,.!?;'"):
             phrases.append(shortest)
     return phrases or [response]
 

@@ -111,6 +111,31 @@ def test_multiple_choice_compares_letters_whatever_form_either_side_has() -> Non
     assert multiple_choice("C", ["C"]) == 1, "letters need no texts"
 
 
+# (answer, letter of MMMU's parse_multi_choice_response, or None where it guesses; our letter)
+@pytest.mark.parametrize(
+    ("response", "official", "letter"),
+    [
+        ("B", "B", "B"),
+        ("(B)", "B", "B"),
+        ("The answer is B", "B", "B"),
+        ("The correct answer is (B) dog", "B", "B"),
+        ("Option (A) is wrong because of its colour, so the answer is (B).", "B", "B"),
+        ("I think that the picture shows a blue bird on the grass", "D", "C"),
+        ("B. dog", None, "B"),
+        ("dog", None, "B"),
+        ("b", None, "B"),
+        ("The answer is **B**.", None, "B"),
+        (r"\boxed{B}", None, "B"),
+        ("I do not know", None, None),
+    ],
+)
+def test_options_are_found_where_mmmu_finds_them_and_where_it_guesses(
+    response: str, official: str | None, letter: str | None
+) -> None:
+    assert extract_letter(response, ANIMALS) == letter
+    assert official in (letter, None) or response.endswith("grass"), "of texts that end together the longest counts"
+
+
 def test_mmmu_scores_a_row_by_its_options_or_as_an_open_answer() -> None:
     assert mmmu("It is the dog", ["B"], ANIMALS) == 1
     assert mmmu("B", ["bird"]) == 0, "without options it is an open answer"
@@ -135,6 +160,15 @@ def test_mmmu_scores_a_row_by_its_options_or_as_an_open_answer() -> None:
         ("a = glucose\nb = fructose", "a = glucose", False),
         ("b = fructose", "b = fructose", False),
         ("...", "4", False),
+        ("0.333", "0.33", True),
+        ("0.336", "0.33", False),
+        ("x = 4\nso y = 5", "4", False),
+        ("3e5", "300000", True),
+        ("the answer is not glucose", "glucose", True),
+        ("about 5%", "5", True),
+        ("-4", "4", False),
+        ("5/2", "2.5", False),
+        ("the answer is a =", "answer is", True),
     ],
 )
 def test_open_answers_follow_the_rule_of_mmmu(response: str, reference: str, right: bool) -> None:
