@@ -186,7 +186,9 @@ def _key_phrases(response: str) -> list[str]:
         lead_ins = (*_LEAD_INS, "=") if index == len(lines) - 1 else _LEAD_INS
         tails = [line.split(lead_in)[-1].strip() for lead_in in lead_ins if lead_in in line]
         shortest = ""
-        for tail in tails:  # an empty one ends the search for this line, unless another follows: so is the published code
+        for (
+            tail
+        ) in tails:  # an empty one ends the search for this line, unless another follows: so is the published code
             if not shortest or len(tail) < len(shortest):
                 shortest = tail
         if shortest and shortest not in set(":,.!?;'"):
