@@ -165,7 +165,7 @@ def manifest_row(layout: Layout, row: Mapping[str, Any], base: str | None = None
         "choices": choices,
         "reference": _references(layout, row, choices),
         "task": task,
-        **{name: _text(row.get(name)) for name in layout.keep},
+        **{name: _text(row.get(name)) or None for name in layout.keep},
     }
 
 

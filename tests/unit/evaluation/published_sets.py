@@ -85,7 +85,10 @@ SETS: dict[str, PublishedSet] = {
             **_columns(STRINGS, "answers image_classes"), "set_name": _STRING, "ocr_tokens": STRINGS,
         },
         split="validation",
-        row={"question_id": 34602, "image": PICTURE, "question": "What brand?", "answers": ["nokia"] * 10},
+        row={
+            "image_id": "003a8ae2ef43b901", "question_id": 34602, "image": PICTURE, "question": "What brand?",
+            "answers": ["nokia"] * 10,
+        },
         prompt=f"What brand?\n{WORD}",
         references=["nokia"] * 10,
         right="Nokia",
@@ -99,7 +102,10 @@ SETS: dict[str, PublishedSet] = {
             **_columns(_STRING, "ucsf_document_id ucsf_document_page_no"), "answers": STRINGS, "data_split": _STRING,
         },
         split="validation",
-        row={"questionId": "49153", "question": "What date?", "image": PICTURE, "answers": ["1/8/93", "1 Aug 93"]},
+        row={
+            "questionId": "49153", "docId": 279, "question": "What date?", "image": PICTURE,
+            "answers": ["1/8/93", "1 Aug 93"],
+        },
         prompt=f"What date?\n{WORD}",
         references=["1/8/93", "1 Aug 93"],
         right="1/8/93",

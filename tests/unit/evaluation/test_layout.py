@@ -93,7 +93,7 @@ def test_there_are_as_many_options_as_letters() -> None:
 
 def test_numbers_are_written_without_a_point() -> None:
     made = manifest_row(Layout(prompt="{n}?", id="{n}", keep=["m"]), {"n": 3.0, "m": float("nan"), "answer": 14.0})
-    assert (made["prompt"], made["id"], made["m"], made["reference"]) == ("3?", "3", "", ["14"])
+    assert (made["prompt"], made["id"], made["m"], made["reference"]) == ("3?", "3", None, ["14"])
 
 
 def test_a_box_in_text_is_one_answer() -> None:

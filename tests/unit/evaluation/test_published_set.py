@@ -51,9 +51,8 @@ def test_a_published_dataset_becomes_questions_that_are_scored_as_in_its_paper(n
     assert all(image["bytes"] == PICTURE["bytes"] for image in asked.get("images", ()))
     assert str(source) in made.input.allow
     assert set(config.evaluate.scoring.columns) <= set(asked)
-    assert config.evaluate.cluster == ("video" if "video" in asked else None), (
-        "questions about one video belong together"
-    )
+    groups = {"video_id", "videoID", "video", "image_id", "docId"} & set(one.columns)
+    assert (config.evaluate.cluster is None) == (not groups), "questions about one video or picture belong together"
     assert score(config, asked, one.right) == 1 or name == "coco_captions"
     assert score(config, asked, "no idea at all, sorry") == 0
     for split in one.other_splits:
