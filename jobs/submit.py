@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STOP_WAIT_S = 60
 """Seconds between `ray job stop`'s SIGTERM and SIGKILL: enough to publish finished rows to a bucket."""
 _DEMO_CHECKPOINT = "/pipeline/demo/checkpoint"
-_PATHS = ("input.path", "output.path", "model.path", "run.path", "evaluate.baseline", "evaluate.manifest_path")
+_MODEL_PATHS = ("model.path", "model.adapter")
+_PATHS = ("input.path", "output.path", *_MODEL_PATHS, "run.path", "evaluate.baseline", "evaluate.manifest_path")
 """Keys of all jobs that hold a path: it must mean the same thing on the cluster."""
 
 
@@ -132,7 +133,7 @@ def absolute_paths(paths: Mapping[str, str], address: str, *, is_here: bool) -> 
     for name, value in paths.items():
         if storage.is_remote(value) or value.startswith(("/", "~")):
             continue
-        if name == "model.path" and not (value.startswith(("./", "../")) or Path(value).is_dir()):
+        if name in _MODEL_PATHS and not (value.startswith(("./", "../")) or Path(value).is_dir()):
             continue  # `demo`, or a hub name
         if not is_here:
             raise ConfigError(

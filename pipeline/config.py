@@ -224,9 +224,14 @@ class ModelConfig(Section):
     """Where each machine keeps checkpoints from buckets, downloaded once by whichever actor comes first. Default:
     ~/.cache/qwen2-vl-batch. Hub names have the hub's own cache (HF_HOME)."""
     storage_options: dict[str, Any] = Field(default_factory=dict)
-    """Options for the checkpoint's bucket (fsspec)."""
+    """Options for the bucket of checkpoint and adapter (fsspec)."""
     revision: str | None = None
     """Branch, tag or commit of a hub checkpoint."""
+    adapter: str | None = None
+    """A LoRA in PEFT's form (`adapter_config.json`, `adapter_model.safetensors`) that is merged into the checkpoint
+    while it loads: a folder, a hub name or a bucket prefix. Tokenizer and chat template are the checkpoint's."""
+    adapter_revision: str | None = None
+    """Branch, tag or commit of a hub adapter."""
     dtype: Dtype = "auto"
     """`auto` is bfloat16 on a GPU and float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

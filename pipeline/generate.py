@@ -220,9 +220,9 @@ class GenerateStage:
         report("fetching the checkpoint")
         path = options.model_cache.local(options.engine.model_path, weights=True)
         self._tokenizer = ChatTokenizer(path, revision=options.engine.revision)
-        self._engine = load_engine(
-            replace(options.engine, model_path=path), detokenize=self._tokenizer.decode, report=report
-        )
+        adapter = options.engine.adapter and options.model_cache.local_adapter(options.engine.adapter)
+        engine = replace(options.engine, model_path=path, adapter=adapter)
+        self._engine = load_engine(engine, detokenize=self._tokenizer.decode, report=report)
         log.info("engine ready: %s", self._engine.describe())
         self._thread = EngineThread(self._engine, wrap_step)
         self._schema = result_schema(options.kept)

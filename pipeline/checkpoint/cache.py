@@ -1,4 +1,4 @@
-"""A checkpoint in a bucket, downloaded once per machine; a file lock prevents duplicate downloads.
+"""A checkpoint or adapter in a bucket, downloaded once per machine; a file lock prevents duplicate downloads.
 
     <cache_dir>/<name>-<digest>/   config.json  tokenizer.json  model-00001-of-00038.safetensors ...
     <cache_dir>/<name>-<digest>.lock
@@ -29,6 +29,11 @@ _WEIGHTS = ".safetensors"
 _UNUSED = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 """The same weights again, in formats that are not read."""
 _STREAMS = 4
+_EXPECTED = {
+    "model.path": ("config.json", "a checkpoint with its tokenizer"),
+    "model.adapter": ("adapter_config.json", "an adapter"),
+}
+"""The file that a prefix must have besides weights, and what that makes it."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,22 @@ class ModelCache:
 
         Raises CheckpointError when the bucket can't be read, holds no checkpoint, or the disk is too small.
         """
-        if not storage.is_remote(model_path):
-            return model_path
-        try:
-            return self._fetch(model_path, weights)
-        except OSError as error:
-            raise CheckpointError(f"model.path {model_path} can't be fetched: {error}") from error
+        return self._local(model_path, weights, "model.path")
 
-    def _fetch(self, url: str, weights: bool) -> str:
-        files = self._list(url)
+    def local_adapter(self, path: str) -> str:
+        """The same for an adapter, always with its weights."""
+        return self._local(path, True, "model.adapter")
+
+    def _local(self, url: str, weights: bool, setting: str) -> str:
+        if not storage.is_remote(url):
+            return url
+        try:
+            return self._fetch(url, weights, setting)
+        except OSError as error:
+            raise CheckpointError(f"{setting} {url} can't be fetched: {error}") from error
+
+    def _fetch(self, url: str, weights: bool, setting: str) -> str:
+        files = self._list(url, setting)
         content = "\n".join(f"{file.path} {file.size} {file.version}" for file in files)
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
         folder = os.path.join(os.path.expanduser(self.folder), f"{storage.name(url)}-{digest}")
@@ -62,15 +74,14 @@ class ModelCache:
                 self._download(_missing(wanted, folder), folder)  # another process may have downloaded some meanwhile
         return folder
 
-    def _list(self, url: str) -> list[storage.FileInfo]:
+    def _list(self, url: str, setting: str) -> list[storage.FileInfo]:
         found = storage.list_files(url, self.storage_options, recursive=False)
         files = [file for file in found if not file.path.endswith(_UNUSED)]
+        expected = _EXPECTED[setting]
         names = {storage.name(file.path) for file in files}
-        if "config.json" not in names or not any(name.endswith(_WEIGHTS) for name in names):
+        if expected[0] not in names or not any(name.endswith(_WEIGHTS) for name in names):
             shown = ", ".join(sorted(names)[:5]) or "nothing"
-            raise CheckpointError(
-                f"model.path {url} holds {shown}; expected a checkpoint: config.json, *{_WEIGHTS} and a tokenizer"
-            )
+            raise CheckpointError(f"{setting} {url} holds {shown}; expected {expected[1]}: {expected[0]}, *{_WEIGHTS}")
         return files
 
     def _download(self, files: Sequence[storage.FileInfo], folder: str) -> None:

@@ -81,8 +81,11 @@ def _hub_commit(name: str, revision: str) -> str | None:
         return revision
     from huggingface_hub import try_to_load_from_cache  # heavy, and needed for hub names only
 
-    try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
-    except ValueError:  # not a hub name either
-        return None
-    return Path(found).parent.name if isinstance(found, str) else None
+    for file in ("config.json", "adapter_config.json"):
+        try:
+            found = try_to_load_from_cache(name, file, revision=revision)
+        except ValueError:  # not a hub name either
+            return None
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None

@@ -56,7 +56,7 @@ def read_config(model_path: str, *, revision: str | None = None) -> dict[str, An
     return read_json(model_path, "config.json", revision)
 
 
-def find_file(model_path: str, name: str, *, revision: str | None = None) -> Path | None:
+def find_file(model_path: str, name: str, *, revision: str | None = None, setting: str = "model.path") -> Path | None:
     """One of the checkpoint's files, from its folder or through the hub's cache; None where it has none, or the hub
     can't be reached.
 
@@ -73,19 +73,21 @@ def find_file(model_path: str, name: str, *, revision: str | None = None) -> Pat
         return None
     except errors.GatedRepoError as error:
         raise CheckpointError(
-            f"{model_path!r} is a gated repository: accept its terms on the hub and set HF_TOKEN, or set model.path to "
+            f"{model_path!r} is a gated repository: accept its terms on the hub and set HF_TOKEN, or set {setting} to "
             "a local folder"
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         raise CheckpointError(
-            f"the hub has no {model_path!r}{f' at revision {revision!r}' if revision else ''}: set model.path to a "
-            "folder with a Qwen-VL checkpoint or to a hub name, and HF_TOKEN if it is private"
+            f"the hub has no {model_path!r}{f' at revision {revision!r}' if revision else ''}: set {setting} to a "
+            "folder or to a hub name, and HF_TOKEN if it is private"
         ) from error
 
 
-def read_json(model_path: str, name: str, revision: str | None) -> dict[str, Any] | None:
+def read_json(
+    model_path: str, name: str, revision: str | None, *, setting: str = "model.path"
+) -> dict[str, Any] | None:
     """One of the checkpoint's JSON files; None where it has none."""
-    found = find_file(model_path, name, revision=revision)
+    found = find_file(model_path, name, revision=revision, setting=setting)
     if found is None:
         return None
     values = json.loads(found.read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ def load_engine(options: EngineOptions, *, detokenize: Detokenize | None = None,
 
     report("reading weights")
     with weights_reported(report):
-        checkpoint = load_checkpoint(options)
+        checkpoint = load_checkpoint(options, report)
     report("warming up")
     if options.kind == "transformers":
         from pipeline.engine.reference import ReferenceEngine

@@ -178,6 +178,10 @@ class EngineOptions(EngineSettings):
     """A checkpoint folder, or a name on the Hugging Face hub."""
     revision: str | None = None
     """Branch, tag or commit of a hub name."""
+    adapter: str | None = None
+    """A folder or hub name of a LoRA in PEFT's form, merged into the weights."""
+    adapter_revision: str | None = None
+    """Branch, tag or commit of the adapter's hub name."""
     dtype: Dtype = "auto"
     """`auto`: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from pipeline.engine.adapter import merge_adapter
+from pipeline.engine.loading import Report, ignore
 from pipeline.engine.models.architecture import Architecture
 from pipeline.engine.models.registry import ARCHITECTURES
 from pipeline.engine.models.supported import check_supported
@@ -93,7 +95,7 @@ def from_model(model: Any, *, name: str = "random weights") -> Checkpoint:
     )
 
 
-def load_checkpoint(options: EngineOptions) -> Checkpoint:
+def load_checkpoint(options: EngineOptions, report: Report = ignore) -> Checkpoint:
     """Read config and weights, check them, and put the model on its device."""
     import transformers
 
@@ -120,7 +122,12 @@ def load_checkpoint(options: EngineOptions) -> Checkpoint:
     if missing:
         # transformers only warns and continues with random numbers.
         raise CheckpointError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    return from_model(model if len(devices) > 1 else model.to(device), name=path)
+    name = path
+    if options.adapter is not None:
+        report("merging the adapter")
+        model = merge_adapter(model, options.adapter, revision=options.adapter_revision)
+        name = f"{path} with {options.adapter}"
+    return from_model(model if len(devices) > 1 else model.to(device), name=name)
 
 
 def _read_config(options: EngineOptions) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.checkpoint.adapter import other_base, read_adapter_config, resolve_adapter
 from pipeline.checkpoint.locate import resolve_model
 from pipeline.checkpoint.prompts import untrained_prompt
 from pipeline.config import CaptionConfig
@@ -192,7 +193,8 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
             return None
     if finished_before:
         reopen(folder, numbering)
-    if not asked["model.files"]:  # a hub's model that has been downloaded by now
+    if not (asked["model.files"] and (asked["model.adapter_files"] or not asked["model.adapter"])):
+        # The hub's files have been downloaded by now.
         asked = identity(config, model_path)
     local = model_cache(config).local(model_path, weights=False)
     fresh = new_record(config, asked, manifest)
@@ -218,6 +220,10 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
 
 def _notes(config: CaptionConfig, manifest: Manifest, local_model: str) -> Iterator[str]:
     """What may surprise, in a sentence each."""
+    if adapter := resolve_adapter(config.model.adapter):
+        stated = read_adapter_config(model_cache(config).local_adapter(adapter), revision=config.model.adapter_revision)
+        if base := other_base(stated, config.model.path):
+            yield f"the adapter {adapter} says that it was trained on {base}; model.path is {config.model.path}"
     if note := untrained_prompt(local_model, config.prompt.template, revision=config.model.revision):
         yield note
     if names := unread_settings(manifest.schema.names, message_options(config)):

@@ -11,12 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.checkpoint.adapter import check_tokens, read_adapter_config, resolve_adapter
 from pipeline.checkpoint.cache import DEFAULT_FOLDER, ModelCache
 from pipeline.checkpoint.families.family import Family
 from pipeline.checkpoint.locate import check_model, resolve_model
 from pipeline.checkpoint.processor import read_processor
 from pipeline.config import CaptionConfig, InputConfig, MediaConfig
 from pipeline.engine import EngineOptions
+from pipeline.engine.adapter import check_adapter
 from pipeline.errors import ConfigError
 from pipeline.generate import GenerateOptions
 from pipeline.manifest.files import CsvDialect, Manifest, WorkUnit
@@ -96,6 +98,10 @@ def check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -
     tokenizer = ChatTokenizer(
         local, revision=config.model.revision, thinking=prompt.thinking, allow_tokens=prompt.allow_tokens
     )
+    if adapter := resolve_adapter(config.model.adapter):
+        folder, revision = model_cache(config).local_adapter(adapter), config.model.adapter_revision
+        check_adapter(read_adapter_config(folder, revision=revision), adapter)
+        check_tokens(folder, local, revision=revision, model_revision=config.model.revision)
     return {"family": family.model_type, "video_prompt": family.video_prompt, "thinks": tokenizer.thinks}
 
 
@@ -121,6 +127,8 @@ def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> 
     engine = EngineOptions(
         model_path=model_path,
         revision=config.model.revision,
+        adapter=resolve_adapter(config.model.adapter),
+        adapter_revision=config.model.adapter_revision,
         dtype=config.model.dtype,
         device=config.model.device,
         image_mean=family.image_mean,

@@ -159,7 +159,7 @@ def make_plan(config: PlanConfig) -> Plan:
     for_advice = times[0] if gpu is not None and times else measured
     return Plan(
         input=config.input.path,
-        model=config.model.path,
+        model=config.model.path + (f" with {config.model.adapter}" if config.model.adapter else ""),
         rows=rows,
         looked_s=looked_s,
         bytes_read=sum(row.bytes_read for row in sampled),

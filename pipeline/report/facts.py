@@ -220,6 +220,7 @@ def without_secrets(text: str) -> str:
 def headline(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What ran: model, prompt, sampling, data, code, hardware."""
     attention, revision = text_at(run, "engine.attention"), text_at(run, "model.revision")
+    adapter, adapter_revision = text_at(run, "model.adapter"), text_at(run, "model.adapter_revision")
     kernels, replaced = text_at(run, "engine.kernels"), at(run, "engine.replaced")
     commit, version = text_at(run, "versions.commit"), text_at(run, "versions.qwen2-vl-batch")
     cpus = number_at(run, "hardware.cpus")
@@ -234,6 +235,7 @@ def headline(run: Mapping[str, Any]) -> list[tuple[str, str]]:
                 "thinks before it answers" if at(run, "model.thinks") else None,
             ),
         ),
+        ("Adapter", _joined(adapter, adapter_revision and f"revision {adapter_revision}") if adapter else None),
         (
             "Engine",
             _joined(

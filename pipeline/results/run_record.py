@@ -14,17 +14,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.adapter import resolve_adapter
 from pipeline.checkpoint.identity import model_changes, model_identity
 from pipeline.config import CaptionConfig
 from pipeline.errors import CheckpointError, OutputError
 from pipeline.manifest.changes import difference, keep_file_numbers, only_appended
 from pipeline.manifest.files import Manifest
 
-_PACKAGES = ("torch", "transformers", "ray", "pyarrow", "pandas", "pillow", "av", "numpy", "fsspec", "flash-attn")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "flash-attn",
+    "ray",
+    "pyarrow",
+    "pandas",
+    "pillow",
+    "av",
+    "numpy",
+    "fsspec",
+)
 # Settings in these sections change the rows' answers; the others change only how the work is done.
 _IDENTITY_SECTIONS = ("prompt", "media", "sampling")
 _NO_IDENTITY = {"media.timeout_s", "media.memory_limit_mb"}
-_MODEL_FILES = "model.files"
+_FILES = {"model.files": "model.path", "model.adapter_files": "model.adapter"}
+"""Fingerprints of files, and the settings that say where the files are."""
 _ROOT = Path(__file__).resolve().parent.parent.parent
 COMMIT_VARIABLE = "QWEN2_VL_BATCH_COMMIT"
 """Environment variable with the commit of code that travels without its history."""
@@ -32,14 +46,21 @@ COMMIT_VARIABLE = "QWEN2_VL_BATCH_COMMIT"
 
 def identity(config: CaptionConfig, model_path: str) -> dict[str, Any]:
     """Every setting that alters outputs, by full name, and the model's files. Raises CheckpointError."""
-    try:
-        files = model_identity(model_path, revision=config.model.revision, storage_options=config.model.storage_options)
-    except OSError as error:
-        raise CheckpointError(f"model.path {model_path} can't be read: {error}") from error
+    model, adapter = config.model, resolve_adapter(config.model.adapter)
+
+    def files(setting: str, path: str, revision: str | None) -> dict[str, str]:
+        try:
+            return model_identity(path, revision=revision, storage_options=model.storage_options)
+        except OSError as error:
+            raise CheckpointError(f"{setting} {path} can't be read: {error}") from error
+
     values: dict[str, Any] = {
         "model.path": model_path,
-        _MODEL_FILES: files,
-        "model.revision": config.model.revision,
+        "model.files": files("model.path", model_path, model.revision),
+        "model.revision": model.revision,
+        "model.adapter": adapter,
+        "model.adapter_files": files("model.adapter", adapter, model.adapter_revision) if adapter else {},
+        "model.adapter_revision": model.adapter_revision,
         "model.dtype": config.model.dtype,
         "input.columns": dict(sorted(config.input.columns.items())),
         "input.csv.delimiter": config.input.csv.delimiter,
@@ -62,15 +83,16 @@ def check_unchanged(
     record: Mapping[str, Any], config: CaptionConfig, asked: Mapping[str, Any], manifest: Manifest, *, folder: str
 ) -> Manifest:
     """The manifest to continue with, its old files first. Raises OutputError that shows what changed."""
-    before = record.get("identity", {})
-    names = [name for name, old in before.items() if name != _MODEL_FILES and asked.get(name) != old]
+    before = {"model.adapter": None, **record.get("identity", {})}  # runs of older versions had none
+    names = [name for name, old in before.items() if name not in _FILES and asked.get(name) != old]
     allows_more = config.run.on_change == "new-rows"
     if "input.limit" in names and _limit_grew(before["input.limit"], asked["input.limit"]):
         names.remove("input.limit")
     settings = [f"{name}: was {before[name]!r}, is {asked.get(name)!r}" for name in names]
     if not any(name.startswith("model.") for name in names):  # another model has other files anyway
-        changes = model_changes(before.get(_MODEL_FILES, {}), asked.get(_MODEL_FILES, {}))
-        settings += [f"{asked['model.path']}: {line}" for line in changes]
+        for files, path in _FILES.items():
+            changes = model_changes(before.get(files, {}), asked.get(files, {}))
+            settings += [f"{asked[path]}: {line}" for line in changes]
     old, new = record["manifest"]["fingerprint"], manifest.fingerprint()
     appended = only_appended(old, new)
     rows = [] if allows_more and appended else difference(old, new)
@@ -99,7 +121,7 @@ def new_record(config: CaptionConfig, asked: Mapping[str, Any], manifest: Manife
             "versions": [file.version for file in manifest.files],
             "notes": list(manifest.notes),
         },
-        "model": {"path": asked["model.path"], "revision": config.model.revision},
+        "model": {name: asked[f"model.{name}"] for name in ("path", "revision", "adapter", "adapter_revision")},
         "versions": versions(),
         "hardware": hardware(),
         "started": now(),

@@ -38,7 +38,7 @@ HOMES = {
         "jobs/",
     ),
 }
-ENGINE_MAY_IMPORT = {"torch", "transformers", "numpy", "flash_attn", "flash_attn_interface", "triton"}
+ENGINE_MAY_IMPORT = {"torch", "transformers", "numpy", "flash_attn", "flash_attn_interface", "triton", "peft"}
 
 
 def files() -> Iterator[Path]:

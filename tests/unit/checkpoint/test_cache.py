@@ -121,4 +121,16 @@ def test_a_disk_that_is_too_small_is_named_before_the_download(
 def test_folders_and_hub_names_pass_through(tmp_path: Path) -> None:
     for path in (str(CHECKPOINT), "Qwen/Qwen2-VL-2B-Instruct"):
         assert ModelCache(str(tmp_path / "unused")).local(path, weights=True) == path
+        assert ModelCache(str(tmp_path / "unused")).local_adapter(path) == path
     assert not (tmp_path / "unused").exists()
+
+
+def test_an_adapter_in_a_bucket_comes_like_a_checkpoint(bucket: S3Server, tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        bucket.client().put_object(Bucket="models", Key=f"lora/{name}", Body=b"{}")
+    folder = Path(cache(bucket, tmp_path).local_adapter("s3://models/lora"))
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    with pytest.raises(
+        CheckpointError, match=r"model\.adapter s3://models/demo holds .*expected an adapter: adapter_conf"
+    ):
+        cache(bucket, tmp_path).local_adapter(URL)

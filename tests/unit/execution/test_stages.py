@@ -12,7 +12,7 @@ import pytest
 from pipeline.config import CaptionConfig
 from pipeline.config_file import load_config
 from pipeline.conversation import Text
-from pipeline.errors import ConfigError, OutputError
+from pipeline.errors import CheckpointError, ConfigError, OutputError
 from pipeline.execution.stages import kept_schema, open_stages
 from pipeline.manifest.work import read_work
 from pipeline.preprocess.messages.row import conversation
@@ -101,3 +101,31 @@ def test_a_run_goes_on_with_the_columns_that_it_kept_and_no_others(captions: Pat
     assert check_unchanged(record(["prompt"]), config, asked, manifest, folder="out").num_rows == 2
     with pytest.raises(OutputError, match=r"input\.keep: was \[{'prompt': 'text'}\], is \['prompt'\]"):
         check_unchanged(record([{"prompt": "text"}]), config, asked, manifest, folder="out")
+
+
+def test_a_run_is_refused_with_another_adapter_or_a_changed_one(captions: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    config = config_of(captions / "rows.parquet", model__adapter=str(adapter))
+    opened = open_stages(config)
+    assert opened.stages.generate.engine.adapter == str(adapter)
+    asked = identity(config, "demo-model")
+    plain = identity(config_of(captions), "demo-model")
+    older = {name: value for name, value in plain.items() if "adapter" not in name}
+
+    def check(before: dict[str, Any]) -> None:
+        record = {"identity": before, "manifest": {"fingerprint": opened.manifest.fingerprint()}}
+        check_unchanged(record, config, identity(config, "demo-model"), opened.manifest, folder="out")
+
+    check(asked)
+    for before in (plain, older):
+        with pytest.raises(OutputError, match=r"model\.adapter: was None, is "):
+            check(before)
+    (adapter / "adapter_model.safetensors").write_bytes(b"trained on")
+    with pytest.raises(OutputError, match=r"lora: adapter_model\.safetensors: was 7 bytes"):
+        check(asked)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
+    with pytest.raises(CheckpointError, match="only LORA can be merged"):
+        open_stages(config)
