@@ -6,6 +6,7 @@ Knows Ray and the stages' interfaces; not how actors are placed, nor what a stag
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import DeviceLost, EngineCrash
-from pipeline.execution.profile import StepProfiler
+from pipeline.execution.profile import profiled
 from pipeline.execution.supervision import MAX_LONE_DEATHS, ActorReporter, ReadWriteLock, RowKey
 from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
@@ -126,10 +127,10 @@ class EngineActor:
 
     def make_stage(self, options: GenerateOptions) -> GenerateStage:
         """The stage. Tests override this with stages that die or hang on demand."""
-        if self._profile_steps is None:
+        if (steps := self._profile_steps) is None:
             return GenerateStage(options, report=self._report_loading)
-        profiler = StepProfiler(self._profile_steps, lambda trace: self._reporter.keep_trace(trace))
-        return GenerateStage(options, profiler.wrap, self._report_loading)
+        trace = functools.partial(profiled, num_steps=steps, deliver=self._reporter.keep_trace)
+        return GenerateStage(options, trace, self._report_loading)
 
     def _report_loading(self, state: str) -> None:
         self._stats = lambda: {"loading": state}

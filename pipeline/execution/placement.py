@@ -148,24 +148,15 @@ def _count_engines(
     engines = [_engines_that_fit(node, gpus) for node in nodes]
     fit, total = sum(engines), sum(node.gpus for node in nodes)
     largest = max((node.gpus for node in nodes), default=0.0)
-    if pool is None and not fit:
-        raise ResourceError(
-            f"an engine with {gpus:g} GPUs needs them on one node; the largest node has {largest:g}: "
-            "lower resources.gpus_per_engine"
-        )
-    if pool is None or fit >= pool.min_size:
+    if fit >= (pool.min_size if pool else 1):
         count = min(fit, pool.max_size) if pool else fit
         return count, [min(here, count) for here in engines], ()
-    if pool.min_size == pool.max_size and not may_wait:
-        need = f"{pool.min_size} engine actors with {gpus:g} GPUs each"
-        if pool.min_size * gpus > total:
-            raise ResourceError(
-                f"{need} need {pool.min_size * gpus:g} GPUs; the cluster has {total:g}: lower resources.engine_actors "
-                f'or resources.gpus_per_engine, or write "1,{pool.max_size}" if the cluster will grow'
-            )
+    if pool is None or (pool.min_size == pool.max_size and not may_wait):
+        wanted = pool.min_size if pool else 1
         raise ResourceError(
-            f"{need} do not fit: an engine's GPUs are on one node, and of this cluster's nodes (the largest has "
-            f"{largest:g}) only {fit} can hold one: lower resources.engine_actors or resources.gpus_per_engine"
+            f"{wanted} engine actors with {gpus:g} GPUs each need {wanted * gpus:g} GPUs, an engine's on one node; the "
+            f"cluster has {total:g}, its largest node {largest:g}, which is room for {fit}: lower "
+            f'resources.engine_actors or resources.gpus_per_engine, or write "1,{wanted}" if the cluster will grow'
         )
     note = (
         f"{fit} of at least {pool.min_size} engines fit the cluster's {total:g} GPUs now: "

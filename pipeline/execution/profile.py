@@ -30,38 +30,27 @@ _COLLECT_EVERY_S = 5.0
 Result = TypeVar("Result")
 
 
-class StepProfiler:
-    """Traces `num_steps` calls of a function that one thread calls again and again, once."""
+def profiled(step: Callable[[], Result], num_steps: int, deliver: Callable[[bytes], None]) -> Callable[[], Result]:
+    """A function that one thread calls again and again, traced for so many calls, once. `deliver` is handed the trace:
+    Chrome's JSON, gzipped."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-    def __init__(self, num_steps: int, deliver: Callable[[bytes], None]) -> None:
-        """`deliver` is handed the trace: Chrome's JSON, gzipped."""
-        self._first, self._last = WARM_UP_STEPS + 1, WARM_UP_STEPS + num_steps
-        self._deliver = deliver
-        self._count = 0
+    trace = profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])],
+        schedule=schedule(wait=WARM_UP_STEPS - 1, warmup=1, active=num_steps, repeat=1),
+        on_trace_ready=lambda trace: deliver(_exported(trace)),
+    )
 
-    def wrap(self, step: Callable[[], Result]) -> Callable[[], Result]:
-        import torch
-        from torch.profiler import ProfilerActivity, profile, record_function
+    def traced() -> Result:
+        if trace.step_num == 0:
+            trace.start()  # in the thread that steps
+        with record_function("engine step"):
+            result = step()
+        trace.step()
+        return result
 
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-        trace = profile(activities=activities)
-
-        def profiled() -> Result:
-            self._count += 1
-            if self._count > self._last:
-                return step()
-            if self._count == self._first:
-                trace.start()
-            with record_function("engine step"):
-                result = step()
-            if self._count == self._last:
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                trace.stop()
-                self._deliver(_exported(trace))
-            return result
-
-        return profiled
+    return traced
 
 
 def _exported(trace: Any) -> bytes:

@@ -68,15 +68,19 @@ METRICS: Mapping[str, Definition] = {
     )
 }
 
-# Names of actors' stats that differ from the metric's: (metric, tags).
+# Actors' stats that are exported: (metric, tags).
 _STATS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "busy_s": ("busy_seconds", {}),
     "running": ("running_sequences", {}),
     "waiting": ("waiting_sequences", {}),
     "idle_s": ("starved_seconds", {}),
     "fetch_wait_s": ("fetch_wait_seconds", {}),
     **{f"seconds_{phase}": ("phase_seconds", {"phase": phase}) for phase in ("vision", "prefill", "decode")},
+    **{
+        name: (name, {})
+        for name in ("cache_use", "patches", "prefill_tokens", "decode_tokens", "preemptions", "out_of_memory")
+    },
 }
-_PLAIN = ("cache_use", "patches", "prefill_tokens", "decode_tokens", "preemptions", "out_of_memory")
 
 
 class Meter:
@@ -112,15 +116,12 @@ class Meter:
 
     def actor(self, stage: str, stats: Mapping[str, Any]) -> None:
         """The stats of an actor of a stage, counted since its start."""
-        for key, value in stats.items():
-            name, tags = _STATS.get(key, (key, {}))
-            if key == "busy_s":
-                name, tags = "busy_seconds", {"stage": stage}
-            elif key not in _STATS and key not in _PLAIN:
-                continue
+        for key in stats.keys() & _STATS.keys():
+            (name, tags), value = _STATS[key], stats[key]
             if METRICS[name].kind == "gauge":
                 self.show(name, value)
             else:
+                tags = {"stage": stage} if "stage" in METRICS[name].tags else tags
                 self.count(name, value - self._before.get((key, stage), 0.0), tags)
                 self._before[key, stage] = value
 

@@ -16,7 +16,9 @@ import argparse
 import importlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,13 +26,49 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jobs.benchmark.gpu.device_time import Measurements, device_seconds
 from jobs.benchmark.workload import measure_ceilings
 from pipeline.engine.kernels.choose import kernel_candidates
 from pipeline.engine.kernels.eager import EagerKernels
 from pipeline.engine.kv_cache import KVCache
 
 WRONG = 1e-2
+
+
+def device_seconds(call: Callable[[], object]) -> float:
+    """Median seconds of a call on the device, caches cold; by the clock where there is no GPU."""
+    if torch.cuda.is_available():
+        from triton.testing import do_bench  # a dry run may lack triton
+
+        return float(do_bench(call, return_mode="median")) / 1e3
+    call()
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+@dataclass
+class Measurements:
+    """Measurements by name, within a limit of time."""
+
+    max_seconds: float
+    values: dict[str, float | None] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    def measure(self, name: str, body: Callable[[], tuple[float, str]]) -> None:
+        """Print a line: `body` gives the value for the JSON and the text for people. It may fail in any way, as
+        kernels that were never tried here do; the reason is then the line."""
+        if time.perf_counter() - self.started > self.max_seconds:
+            print(f"{name:44} left out: no time", flush=True)
+            return
+        try:
+            with torch.inference_mode():
+                value, text = body()
+        except Exception as error:
+            print(f"{name:44} FAILED {type(error).__name__}: {' '.join(str(error).split())[:160]}", flush=True)
+            self.values[name] = None
+        else:
+            print(f"{name:44} {text}", flush=True)
+            self.values[name] = round(value, 4)
 
 
 class Packed(NamedTuple):

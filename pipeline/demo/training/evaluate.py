@@ -1,6 +1,6 @@
 """Greedy answers to held-out questions, and the share of them that equal the truth, for each task.
 
-    python -m pipeline.demo.training.evaluate [--checkpoint FOLDER] [--examples 500] [--seed 0] [--output results.json]
+    python -m pipeline.demo.training.evaluate [--checkpoint FOLDER] [--examples 500] [--seed 0]
 
 The answers come from transformers' `generate` in float32; clips go through real H.264 files.
 """
@@ -8,7 +8,6 @@ The answers come from transformers' `generate` in float32; clips go through real
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -28,24 +27,17 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--examples", type=int, default=500, help="held-out examples a task")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-vision-id", action="store_true", help="ask without `Picture 1: ` and `Video 1: `")
     parser.add_argument("--show-mistakes", type=int, default=0, help="mistakes to print for each task")
-    parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     args = parser.parse_args()
     engine, tokenizer = load_engine(transformers_options(args.checkpoint)), ChatTokenizer(str(args.checkpoint))
     started = time.perf_counter()
     print(f"{'task':<18}{'exact match':>12}{'right':>8}{'of':>6}")
-    accuracy = {}
     for task in TASKS:
-        right, mistakes = score(engine, tokenizer, task, args.examples, seed=args.seed, vision_id=not args.no_vision_id)
-        accuracy[task] = right / args.examples
-        print(f"{task:<18}{accuracy[task]:>12.1%}{right:>8}{args.examples:>6}", flush=True)
+        right, mistakes = score(engine, tokenizer, task, args.examples, seed=args.seed)
+        print(f"{task:<18}{right / args.examples:>12.1%}{right:>8}{args.examples:>6}", flush=True)
         for mistake in mistakes[: args.show_mistakes]:
             print(f"    {mistake}")
     print(f"{time.perf_counter() - started:.0f} s")
-    if args.output:
-        asked = {"examples": args.examples, "seed": args.seed, "vision_id": not args.no_vision_id}
-        args.output.write_text(json.dumps({**asked, "exact_match": accuracy}, indent=2) + "\n", encoding="utf-8")
 
 
 def transformers_options(checkpoint: Path | str) -> EngineOptions:
@@ -54,7 +46,7 @@ def transformers_options(checkpoint: Path | str) -> EngineOptions:
 
 
 def score(
-    engine: Engine, tokenizer: ChatTokenizer, task: str, num_examples: int, *, seed: int, vision_id: bool = True
+    engine: Engine, tokenizer: ChatTokenizer, task: str, num_examples: int, *, seed: int
 ) -> tuple[int, list[str]]:
     """How many held-out examples of a task are answered exactly, and a line for each of the others."""
     right, mistakes = 0, []
@@ -63,7 +55,7 @@ def score(
         examples = [example(task, "held-out", seed, index) for index in indices]
         requests = []
         for index, one in zip(indices, examples, strict=True):
-            sample = tokenize_example(one, tokenizer, vision_id=vision_id)
+            sample = tokenize_example(one, tokenizer, vision_id=True)
             requests.append(Request(index, sample.prompt_ids, sample.media, SamplingParams(max_tokens=_MAX_TOKENS)))
         for one, completion in zip(examples, engine.generate(requests), strict=True):
             text = tokenizer.decode(completion.token_ids)
