@@ -218,7 +218,7 @@ class ModelConfig(Section):
     """The checkpoint and how it is run."""
 
     path: str
-    """`demo`, a folder with a Qwen2-VL checkpoint, a hub name such as `Qwen/Qwen2-VL-2B-Instruct`, or a bucket prefix
+    """`demo`, a folder with a Qwen-VL checkpoint, a hub name such as `Qwen/Qwen2-VL-2B-Instruct`, or a bucket prefix
     such as `s3://bucket/checkpoints/qwen2-vl-7b`."""
     cache_dir: str | None = None
     """Where each machine keeps checkpoints from buckets, downloaded once by whichever actor comes first. Default:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
 import shutil
 from itertools import pairwise
@@ -24,13 +25,15 @@ from pipeline.demo.tasks import example
 from pipeline.errors import ResourceError
 from pipeline.execution.placement import Node, place
 from pipeline.planning.plan import PlanConfig
+from pipeline.planning.roofline import SHAPES, Gpu, min_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "cluster"
 )
 READY_MADE = ["configs/caption.yaml", *(name for name in CONFIGS if name.startswith("configs/jobs/"))]
-SCALES = [name for name in CONFIGS if name.startswith("configs/scale/")]
+SCALES = [name for name in CONFIGS if re.fullmatch(r"configs/scale/\d+b-\w+\.yaml", name)]
+MODELS = [name for name in CONFIGS if name.startswith("configs/scale/") and name not in SCALES]
 JOBS = {"caption": CaptionConfig, "evaluate": EvaluateConfig, "plan": PlanConfig}
 SMALL = {"model.path": "demo", "media.max_pixels": 28 * 28 * 16, "media.min_pixels": 28 * 28 * 4}
 """What stands in for a real model on a machine without a GPU."""
@@ -93,6 +96,21 @@ def test_a_scale_fits_over_every_job_and_on_the_cluster_it_is_for(job: str, scal
     else:
         with pytest.raises(ResourceError, match=r"lower resources\.engine_actors"):
             place(config.resources, fewer if size == "8gpu" else [Node("a", 8, 0)])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_has_an_engine_on_each_gpu_and_fits_over_a_scale(model: str) -> None:
+    alone, scaled = (
+        load_config(CaptionConfig, ["configs/caption.yaml", *configs], {})
+        for configs in ([model], ["configs/scale/7b-8gpu.yaml", model])
+    )
+    for config in (alone, scaled):
+        assert Path(model).stem in config.model.path.lower()
+        placement = place(config.resources, CLUSTERS["8gpu"])
+        assert (placement.engine_actors, placement.gpus_per_engine) == (8, 1)
+    # As many GPUs an engine as a plan finds necessary with 32 GB.
+    shape, small = SHAPES[Path(model).stem], Gpu("", 1e12, 1e12, 32)
+    assert min_gpus(shape, small, cache_tokens=32_768, memory_fraction=0.9) == 1
 
 
 def run(config: str, source: Path, output: Path, **overrides: Any) -> list[dict[str, Any]]:

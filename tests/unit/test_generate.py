@@ -17,7 +17,7 @@ import torch
 from pipeline.demo import CHECKPOINT
 from pipeline.engine import Completion, EngineOptions, Request, SamplingParams
 from pipeline.errors import CheckpointError, DeviceLost, EngineCrash, InternalError
-from pipeline.generate import EngineThread, GenerateOptions, GenerateStage
+from pipeline.generate import EngineThread, GenerateOptions, GenerateStage, _media
 from pipeline.preprocess.messages.columns import MessageOptions
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
 from pipeline.schema import SAMPLING_COLUMNS, UnitColumn
@@ -272,3 +272,18 @@ def test_an_engine_with_places_free_counts_as_held_back_once_a_later_row_comes()
     thread.close()
     assert all(one.done() for one in full)
     assert thread.unfilled_s - kept < 0.1 * (thread.busy_s - busy)
+
+
+def test_each_medium_gets_its_patches_of_any_size_and_its_seconds_per_step() -> None:
+    grids = [("image", (1, 2, 4)), ("video", (3, 2, 2)), ("image", (1, 2, 2))]
+    sizes = [8 * 768, 12 * 1536, 4 * 768]
+    row = {
+        "media": [{"kind": kind, "grid_thw": list(grid)} for kind, grid in grids],
+        "patches": np.repeat(np.arange(3, dtype=np.uint8), sizes),
+        "seconds_per_step": [1.0, 0.25, 1.0],
+    }
+    media = _media(row)
+    assert [medium.patches.shape for medium in media] == [(8, 768), (12, 1536), (4, 768)]
+    assert [set(medium.patches.reshape(-1).tolist()) for medium in media] == [{0}, {1}, {2}]
+    assert [medium.seconds_per_step for medium in media] == [1.0, 0.25, 1.0]
+    assert _media({"media": [], "patches": np.zeros(0, np.uint8), "seconds_per_step": []}) == ()

@@ -27,6 +27,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 from transformers.video_utils import VideoMetadata
 
 from pipeline.checkpoint.families import FAMILIES
+from pipeline.checkpoint.families.family import Family
 from pipeline.checkpoint.families.qwen2_5_vl import QWEN2_5_VL
 from pipeline.checkpoint.families.qwen2_vl import QWEN2_VL
 from pipeline.checkpoint.families.qwen3_vl import QWEN3_VL
@@ -43,9 +44,10 @@ from pipeline.preprocess.patches import patchify_video
 from pipeline.preprocess.prompt import ChatTokenizer, MediumTokens
 from pipeline.preprocess.receipt import SeenMedium
 from pipeline.preprocess.size import ShownSize, fit_row, num_visual_tokens, video_smart_resize
-from pipeline.preprocess.video.timing import Timeline
+from pipeline.preprocess.video.timing import Timeline, prompt_seconds
 from tests.options import media_options
 from tests.unit.preprocess.conftest import encode_image, encode_video, picture
+from tests.unit.preprocess.test_prompt import as_transformers, published
 
 QWEN3 = media_options(QWEN3_VL)
 FACTOR, LEAST, MOST = QWEN3_VL.factor, QWEN3_VL.video_min_pixels, QWEN3_VL.video_max_pixels
@@ -134,6 +136,17 @@ def test_a_row_of_videos_fits_its_budget_or_is_refused(media: list[tuple[int, in
         assert any(max(h, w) > 2 * min(h, w) for _, h, w in media) or budget < 2 * least
         return
     assert sum(one.size.num_visual_tokens for one in sizes) <= budget
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
+def test_the_tokens_that_the_documentation_states_are_computed(family: Family) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
+    stated = next(line for line in page.splitlines() if f"`{family.model_type}`" in line and line.startswith("|"))
+    options = media_options(family, max_pixels=max(family.max_pixels, 16384 * 28 * 28))
+    image = ShownSize("image", 1024, 1024, 1, MediumSettings(), options)
+    frames = timeline(1800, 30.0).choose(MediumSettings(), options).frames
+    video = ShownSize("video", 720, 1280, len(frames), MediumSettings(), options)
+    assert stated.endswith(f"| {image.num_visual_tokens:,} | {video.num_visual_tokens:,} |")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,3 +353,62 @@ def test_thinking_is_off_unless_the_job_asks_for_it(folder: Path) -> None:
     assert off.render(ask).text.endswith("<think>\n\n</think>\n\n") and not off.thinks
     assert on.render(ask).text.endswith("<think>\n") and on.thinks
     assert not ChatTokenizer(str(CHECKPOINT), thinking=True).thinks
+
+
+def drawn_conversation(rng: random.Random) -> tuple[tuple[Message, ...], list[tuple[str, tuple[int, int, int], float]]]:
+    """(messages, for each medium its kind, its grid and its file's rate)."""
+    words = ["What?", " and ", "Caf\u00e9\n", "x = 1", "\u65e5\u672c", "<b>", "1.5 seconds>", "  "]
+    media: list[tuple[str, tuple[int, int, int], float]] = []
+
+    def parts() -> tuple[Text | MediumPart, ...]:
+        made: list[Text | MediumPart] = [Text("".join(rng.choices(words, k=3)))]
+        for _ in range(rng.randint(0, 3)):
+            kind = rng.choice(["image", "video"])
+            steps = rng.randint(1, 5) if kind == "video" else 1
+            media.append((kind, (steps, 2 * rng.randint(1, 3), 2 * rng.randint(1, 3)), rng.choice([7.77, 25.0, 29.97])))
+            made += [IMAGE if kind == "image" else VIDEO, Text(rng.choice(words))]
+        return tuple(made)
+
+    turns = [Message("system", (Text("Be brief."),))] if rng.random() < 0.3 else []
+    for _ in range(rng.randint(0, 2)):
+        turns += [Message("user", parts()), Message("assistant", (Text(rng.choice(words)),))]
+    return (*turns, Message("user", parts())), media
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [QWEN2_5_VL, QWEN3_VL], ids=lambda family: family.model_type)
+def test_prompts_and_ids_of_drawn_conversations_are_those_of_transformers(tmp_path: Path, family: Family) -> None:
+    from transformers import AutoTokenizer
+
+    for file in Path(published()).iterdir():
+        shutil.copy(file, tmp_path)
+    if family is QWEN3_VL:
+        (tmp_path / "chat_template.json").unlink()
+        (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    ours, oracle = ChatTokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    template = (
+        TEMPLATE if family is QWEN3_VL else json.loads((tmp_path / "chat_template.json").read_text())["chat_template"]
+    )
+    rng = random.Random(8)
+    for _ in range(100):
+        messages, media = drawn_conversation(rng)
+        prompt = ours.render(messages)
+        rendered = oracle.apply_chat_template(
+            as_transformers(messages),
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        assert prompt.text == rendered
+        expected, tokens = "", []
+        for kind, grid, rate in media:
+            frames = sorted(rng.sample(range(3000), 2 * grid[0] - rng.randint(0, 1)))
+            before, _, rendered = rendered.partition(f"<|{kind}_pad|>")
+            seconds = prompt_seconds([frame / rate for frame in frames], family) if kind == "video" else ()
+            tokens.append(MediumTokens(kind, math.prod(grid) // 4, seconds))  # type: ignore[arg-type]
+            replaced = f"<|{kind}_pad|>" * (math.prod(grid) // 4)
+            if family is QWEN3_VL:
+                replaced = reference_expansion(kind, grid, frames, rate)
+            expected += before + replaced
+        assert ours.expand(prompt, tokens).tolist() == oracle(expected + rendered)["input_ids"]
