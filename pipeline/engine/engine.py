@@ -76,7 +76,7 @@ class NativeEngine(EngineLoop):
         self.max_batch_patches = options.max_batch_patches or 4 * self.max_batch_tokens
         candidates = self._attention_candidates()
         with torch.no_grad():
-            self.text = TextModel(checkpoint.model)
+            self.text = TextModel(checkpoint.model, checkpoint.architecture)
             pixels = PixelTable(options, device=device, dtype=dtype)
             make_vision = checkpoint.architecture.vision
             self.vision: VisionModel = make_vision(checkpoint.model, candidates[-1].load(), pixels)

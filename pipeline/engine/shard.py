@@ -36,12 +36,14 @@ def split_layers(layer: int, first: int, last: int, num_layers: int, num_devices
 
 
 def device_map(config: Any, devices: Sequence[torch.device]) -> dict[str, torch.device]:
-    """transformers' `device_map` for a Qwen2-VL of this config."""
+    """transformers' `device_map` for a model of this config."""
     text, vision = config.text_config, config.vision_config
-    head_dim = text.hidden_size // text.num_attention_heads
-    attention = text.hidden_size * (2 * text.hidden_size + 2 * text.num_key_value_heads * head_dim)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    attention = 2 * text.hidden_size * head_dim * (text.num_attention_heads + text.num_key_value_heads)
     layer = attention + 3 * text.hidden_size * text.intermediate_size
-    tower = vision.depth * vision.embed_dim**2 * (4 + 2 * int(vision.mlp_ratio))
+    width = getattr(vision, "embed_dim", vision.hidden_size)
+    wide = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
+    tower = vision.depth * width * (4 * width + 2 * wide)
     embedding = text.vocab_size * text.hidden_size
     numbers = split_layers(layer, tower + embedding, embedding, text.num_hidden_layers, len(devices))
     first, last = devices[0], devices[-1]

@@ -21,6 +21,10 @@ class Architecture:
     vision: type[VisionModel]
     output_width: str
     """The field of vision_config that is the text model's width."""
+    mrope_section: tuple[int, int, int]
+    """Frequencies of the text model's rotation that follow time, height and width, where a config does not say."""
+    interleaved: bool
+    """Whether these take turns, or stand in three blocks."""
     positions: Callable[[Any], PositionRule]
     problems: Callable[[Any], Iterator[str]]
     """What of a config this family's forward pass does not compute."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,15 +38,13 @@ class Qwen2VLVision(VisionModel):
         return self.merge2(F.gelu(self.merge1(normed.view(-1, MERGE_SIZE**2 * hidden.shape[1]))))
 
 
-def _problems(config: Any) -> Iterator[str]:
-    yield from ()
-
-
 QWEN2_VL = Architecture(
     model_class="Qwen2VLForConditionalGeneration",
     patch_size=14,
     vision=Qwen2VLVision,
     output_width="hidden_size",
+    mrope_section=(16, 24, 24),
+    interleaved=False,
     positions=lambda config: PositionRule(),
-    problems=_problems,
+    problems=lambda config: iter(()),
 )

@@ -49,7 +49,7 @@ def _everywhere(config: Any, architecture: Architecture) -> Iterator[str]:
     width = getattr(vision, architecture.output_width)
     if width != text.hidden_size:
         yield f"vision_config.{architecture.output_width} is {width}, expected the text model's {text.hidden_size}"
-    sections = (text.rope_parameters or {}).get("mrope_section", [16, 24, 24])
+    sections = (text.rope_parameters or {}).get("mrope_section", architecture.mrope_section)
     half = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
     if len(sections) != 3 or sum(sections) != half:
         yield f"mrope_section is {list(sections)}, expected three sizes with the sum {half}"

@@ -8,7 +8,7 @@ kernels/, eager or fused; each operation rounds where transformers' does, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pipeline.engine.dense import Dense, dense
 from pipeline.engine.kernels.eager import EAGER, EagerKernels
 from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.models.architecture import Architecture
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]; the cache holds k and v already."""
@@ -45,7 +46,7 @@ class DeepFeatures(NamedTuple):
 
 
 class TextModel:
-    def __init__(self, model: Any, kernels: EagerKernels = EAGER) -> None:
+    def __init__(self, model: Any, architecture: Architecture, kernels: EagerKernels = EAGER) -> None:
         """`model` is transformers' own, of the family's class; its joined weights become views of ours."""
         config = model.config.text_config
         language = model.model.language_model
@@ -78,7 +79,9 @@ class TextModel:
         inv_freq = rotary.compute_default_rope_parameters(config)[0] if is_default else rotary.inv_freq
         self.inv_freq = inv_freq.float().to(device)
         self.rope_scaling = float(rotary.attention_scaling)
-        self.axis_of_frequency = torch.tensor(axis_of_frequency(config.rope_parameters or {}), device=device)
+        sections = (config.rope_parameters or {}).get("mrope_section", architecture.mrope_section)
+        axes = axis_of_frequency(sections, interleaved=architecture.interleaved)
+        self.axis_of_frequency = torch.tensor(axes, device=device)
 
     def _head_norm(self, attention: Any) -> torch.Tensor | None:
         if not hasattr(attention, "q_norm"):
@@ -139,9 +142,8 @@ class TextModel:
         return self.lm_head(self.kernels.add_rms_norm(hidden, None, self.final_norm, self.eps)[1])
 
 
-def axis_of_frequency(rope: Mapping[str, Any]) -> list[int]:
-    """Which axis each frequency of the rotation follows: 0 time, 1 height, 2 width; in blocks or interleaved."""
-    sections = rope.get("mrope_section", [16, 24, 24])
-    if not rope.get("mrope_interleaved"):
+def axis_of_frequency(sections: Sequence[int], *, interleaved: bool) -> list[int]:
+    """Which axis each frequency of the rotation follows: 0 time, 1 height, 2 width."""
+    if not interleaved:
         return [axis % 3 for axis, size in enumerate(sections) for _ in range(size)]
     return [index % 3 if index < 3 * sections[index % 3] else 0 for index in range(sum(sections))]

@@ -58,6 +58,21 @@ class PlainMlp:
 
 
 @dataclass
+class GatedMlp:
+    """SwiGLU: the product of a gate, through SiLU, and of another product."""
+
+    gate_up: Dense
+    down: Dense
+
+    @property
+    def width(self) -> int:
+        return self.down.weight.shape[1]
+
+    def __call__(self, x: torch.Tensor, kernels: EagerKernels) -> torch.Tensor:
+        return self.down(kernels.silu_times_up(self.gate_up(x)))
+
+
+@dataclass
 class Block:
     norm1: Any
     """nn.LayerNorm, or a module with a `weight` and a `variance_epsilon` for RMSNorm."""

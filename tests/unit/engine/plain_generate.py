@@ -24,10 +24,12 @@ from pipeline.demo.scenes import Clip, Picture, draw_clip, draw_picture, random_
 from pipeline.demo.tasks import TASKS, example
 from pipeline.demo.training import recipe
 from pipeline.engine import Medium, Request, SamplingParams
+from pipeline.engine.models.mrope import PLAIN_POSITIONS, PositionRule
+from pipeline.engine.models.registry import ARCHITECTURES
 from pipeline.preprocess.patches import patchify_image, patchify_video, resize_frames
 from pipeline.preprocess.prompt import ChatTokenizer, MediumTokens
 from pipeline.preprocess.size import grid_thw, smart_resize
-from tests.unit.engine.tiny import make_model, mixed_requests
+from tests.unit.engine.tiny import ENDOFTEXT, IM_END, make_config, make_model, mixed_requests
 
 SMALLEST_MARGIN = 2e-3
 """In logits, between the winner and the second: far more than float32 sums in another order move them."""
@@ -53,7 +55,7 @@ class World:
     def cache_bytes(self) -> int:
         """Of one token's keys and values."""
         config = self.model.config.text_config
-        head_dim = config.hidden_size // config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return int(config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * 4)
 
 
@@ -70,6 +72,8 @@ def plain_generate(model: Any, request: Request, pixels: Pixels) -> tuple[tuple[
         if mine:
             inputs["mm_token_type_ids"] = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id)
             inputs[grid] = torch.tensor([medium.grid_thw for medium in mine])
+            if kind == "video" and config.model_type == "qwen2_5_vl":
+                inputs["second_per_grid_ts"] = torch.tensor([medium.seconds_per_step for medium in mine])
             inputs[values] = torch.from_numpy(np.concatenate([pixels(medium) for medium in mine]))
     with torch.inference_mode():
         out = model.generate(
@@ -83,9 +87,11 @@ def plain_generate(model: Any, request: Request, pixels: Pixels) -> tuple[tuple[
     return tuple(out.sequences[0, ids.shape[1] :].tolist()), float((first - second).min())
 
 
-def numbered_alike(request: Request) -> bool:
+def numbered_alike(request: Request, rule: PositionRule = PLAIN_POSITIONS) -> bool:
     """Whether transformers' positions are those the model was trained with."""
-    return all(medium.grid_thw[0] <= max(medium.grid_thw[1:]) // 2 for medium in request.media)
+    return rule.separate_steps or all(
+        rule.temporal(medium)[-1] < max(medium.grid_thw[1:]) // 2 for medium in request.media
+    )
 
 
 def clip_pixels(medium: Medium) -> Floats:
@@ -93,16 +99,23 @@ def clip_pixels(medium: Medium) -> Floats:
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     mean, std = (np.asarray(each, dtype=np.float32)[:, None, None] for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    steps = medium.patches.reshape(len(medium.patches), 3, -1, 196).astype(np.float32)
-    halves = np.broadcast_to((steps / 255 - mean) / std, (len(steps), 3, 2, 196))
-    return halves.reshape(len(steps), 1176)
+    num_patches, halves = len(medium.patches), 1 if medium.kind == "image" else 2
+    steps = medium.patches.reshape(num_patches, 3, halves, -1).astype(np.float32)
+    both = np.broadcast_to((steps / 255 - mean) / std, (num_patches, 3, 2, steps.shape[-1]))
+    return both.reshape(num_patches, -1)
 
 
-def random_world(num_rows: int) -> World:
-    candidates = mixed_requests(3 * num_rows)
-    alike = [request for request in candidates if numbered_alike(request)]
-    odd = [request for request in candidates if not numbered_alike(request)]
-    return _world(make_model(), alike, clip_pixels, odd, num_rows, "torch")
+def random_world(num_rows: int, family: str = "qwen2_vl", **changes: Any) -> World:
+    """`changes` to the tiny config of the family."""
+    config = make_config(family, **changes)
+    rule = ARCHITECTURES[family].positions(config)
+    candidates = mixed_requests(4 * num_rows, family=family)
+    alike = [request for request in candidates if numbered_alike(request, rule)]
+    odd = [request for request in candidates if not numbered_alike(request, rule)]
+    model = make_model(config=config)
+    model.generation_config.eos_token_id = [IM_END, ENDOFTEXT]
+    model.generation_config.pad_token_id = ENDOFTEXT
+    return _world(model, alike, clip_pixels, odd, num_rows, "torch")
 
 
 def demo_world(num_rows: int) -> World:
