@@ -115,7 +115,8 @@ def _problems(config: Any) -> Iterator[str]:
     if blocks != sorted(set(blocks)) or any(not 0 <= block < vision.depth for block in blocks):
         yield f"deepstack_visual_indexes is {blocks}, expected growing numbers of the tower's {vision.depth} blocks"
     if len(blocks) > text.num_hidden_layers:
-        yield f"deepstack_visual_indexes has {len(blocks)} blocks, the text model {text.num_hidden_layers} layers"
+        found, layers = len(blocks), text.num_hidden_layers
+        yield f"deepstack_visual_indexes has {found} blocks, expected at most the text model's {layers} layers"
     if math.isqrt(vision.num_position_embeddings) ** 2 != vision.num_position_embeddings:
         yield f"num_position_embeddings is {vision.num_position_embeddings}, expected a square number"
 

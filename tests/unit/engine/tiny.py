@@ -73,7 +73,7 @@ def make_config(family: str = "qwen2_vl", **changes: Any) -> Any:
         "tie_word_embeddings": True,
     }
     for name, value in changes.items():
-        if isinstance(value, dict):
+        if isinstance(values.get(name), dict):
             values[name] |= value
         else:
             values[name] = value
