@@ -182,8 +182,9 @@ class MediaConfig(Section):
     """`exact`: just the frames that the rule names. `keyframes`: the nearest keyframes, far cheaper; the receipt
     tells which."""
     frame_sampling: Literal["transformers", "qwen"] = "transformers"
-    """Whose rule chooses frames: `transformers` divides the video evenly and shows the frame at each part's start,
-    `qwen` (qwen-vl-utils) spreads them from the first frame to the last. The receipt notes `qwen`."""
+    """Whose rule chooses frames: `transformers` divides the video evenly and shows the frame at each part's start (for
+    Qwen3-VL it spreads them from the first frame to the last), `qwen` (qwen-vl-utils) spreads an even number of them
+    from the first frame to the last. The receipt notes `qwen`."""
     truncated_images: Literal["error", "accept"] = "error"
     """What becomes of an image that ends too early: an error row, or what is there, with a note in the receipt."""
     max_visual_tokens: Positive | None = None

@@ -6,6 +6,7 @@ arrays.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -28,15 +29,19 @@ def read_processor(model_path: str, *, revision: str | None = None) -> Family:
             f"can't find preprocessor_config.json in {model_path!r}: "
             f"set model.path to a folder with a {family.title} checkpoint or to a hub name"
         )
-    geometry = {
+    video = both.get("video_processor") or read_json(model_path, "video_preprocessor_config.json", revision) or {}
+    mean, std = (tuple(image.get(name) or getattr(family, name)) for name in ("image_mean", "image_std"))
+    expected = {
         "patch_size": family.patch_size,
         "temporal_patch_size": TEMPORAL_PATCH_SIZE,
         "merge_size": MERGE_SIZE,
+        "image_mean": list(mean),
+        "image_std": list(std),
     }
-    for name, expected in geometry.items():
-        if image.get(name, expected) != expected:
-            raise CheckpointError(f"{model_path!r} has {name} {image[name]}; {family.title} has {expected}")
-    video = both.get("video_processor") or read_json(model_path, "video_preprocessor_config.json", revision) or {}
+    for config, (name, value) in itertools.product((image, video), expected.items()):
+        if (found := config.get(name)) not in (None, value):
+            why = f"{family.title} has" if name.endswith("size") else "its images have"
+            raise CheckpointError(f"{model_path!r} has a processor with {name} {found}; {why} {value}")
     min_pixels, max_pixels = _bounds(image, family.min_pixels, family.max_pixels)
     video_min_pixels, video_max_pixels = _bounds(video, family.video_min_pixels, family.video_max_pixels)
     return replace(
@@ -45,8 +50,8 @@ def read_processor(model_path: str, *, revision: str | None = None) -> Family:
         max_pixels=max_pixels,
         video_min_pixels=video_min_pixels,
         video_max_pixels=video_max_pixels,
-        image_mean=tuple(image.get("image_mean") or family.image_mean),
-        image_std=tuple(image.get("image_std") or family.image_std),
+        image_mean=mean,
+        image_std=std,
     )
 
 

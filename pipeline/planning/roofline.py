@@ -151,6 +151,7 @@ SHAPES: Mapping[str, ModelShape] = {
     "72b": ModelShape(8192, 80, 64, 8, 29568, 152064, False, 1280, 32, 16),
     "qwen2.5-vl-3b": ModelShape(2048, 36, 16, 2, 11008, 151936, True, 1280, 32, 16, None, 3420, True, 28),
     "qwen2.5-vl-7b": ModelShape(3584, 28, 28, 4, 18944, 152064, False, 1280, 32, 16, None, 3420, True, 28),
+    "qwen2.5-vl-32b": ModelShape(5120, 64, 40, 8, 27648, 152064, False, 1280, 32, 16, None, 3456, True, 28),
     "qwen2.5-vl-72b": ModelShape(8192, 80, 64, 8, 29568, 152064, False, 1280, 32, 16, None, 3456, True, 28),
     "qwen3-vl-2b": ModelShape(2048, 28, 16, 8, 6144, 151936, True, 1024, 24, 16, 128, 4096, False, 0, 3, 2304, 16),
     "qwen3-vl-4b": ModelShape(2560, 36, 32, 8, 9728, 151936, True, 1024, 24, 16, 128, 4096, False, 0, 3, 2304, 16),

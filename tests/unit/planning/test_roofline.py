@@ -30,8 +30,8 @@ from pipeline.planning.roofline import (
     ("name", "billions"),
     [
         ("2b", 2.209), ("7b", 8.291), ("72b", 73.404), ("qwen2.5-vl-3b", 3.755), ("qwen2.5-vl-7b", 8.292),
-        ("qwen2.5-vl-72b", 73.411), ("qwen3-vl-2b", 2.128), ("qwen3-vl-4b", 4.438), ("qwen3-vl-8b", 8.767),
-        ("qwen3-vl-32b", 33.357),
+        ("qwen2.5-vl-32b", 33.453), ("qwen2.5-vl-72b", 73.411), ("qwen3-vl-2b", 2.128),
+        ("qwen3-vl-4b", 4.438), ("qwen3-vl-8b", 8.767), ("qwen3-vl-32b", 33.357),
     ],
 )  # fmt: skip
 def test_parameters_are_those_of_the_published_checkpoints(name: str, billions: float) -> None:
@@ -42,7 +42,8 @@ def test_parameters_are_those_of_the_published_checkpoints(name: str, billions: 
     ("path", "name"),
     [
         ("Qwen/Qwen2-VL-7B-Instruct", "7b"), ("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2.5-vl-7b"),
-        ("s3://b/qwen3-vl-32b", "qwen3-vl-32b"), ("Qwen/Qwen2.5-VL-32B-Instruct", None), ("me/my-model", None),
+        ("s3://b/qwen3-vl-32b", "qwen3-vl-32b"), ("Qwen/Qwen2.5-VL-32B-AWQ", "qwen2.5-vl-32b"),
+        ("Qwen/Qwen9-VL-32B", None), ("me/my-model", None),
     ],
 )  # fmt: skip
 def test_a_published_checkpoint_is_known_by_its_name(path: str, name: str | None) -> None:

@@ -21,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as reference_resize
@@ -34,7 +35,8 @@ from pipeline.checkpoint.families.qwen3_vl import QWEN3_VL
 from pipeline.checkpoint.processor import read_processor
 from pipeline.conversation import MediumPart, MediumSettings, Message, Text
 from pipeline.demo import CHECKPOINT
-from pipeline.errors import AspectRatioError, ConfigError, ReservedTokenError, SettingError
+from pipeline.engine.pixels import pixel_table
+from pipeline.errors import AspectRatioError, CheckpointError, ConfigError, ReservedTokenError, SettingError
 from pipeline.preprocess.decode import see_medium
 from pipeline.preprocess.fetch.ranged import RangedFile
 from pipeline.preprocess.fetch.source import RangedSource
@@ -47,6 +49,7 @@ from pipeline.preprocess.size import ShownSize, fit_row, num_visual_tokens, vide
 from pipeline.preprocess.video.timing import Timeline, prompt_seconds
 from tests.options import media_options
 from tests.unit.preprocess.conftest import encode_image, encode_video, picture
+from tests.unit.preprocess.golden import cases
 from tests.unit.preprocess.test_prompt import as_transformers, published
 
 QWEN3 = media_options(QWEN3_VL)
@@ -79,6 +82,18 @@ def test_the_published_processor_files_give_the_published_facts(tmp_path: Path) 
     path = write_processor(tmp_path, "qwen2_5_vl", **both)
     assert read_processor(path) == replace(QWEN2_5_VL, max_pixels=12845056)
     assert replace(QWEN2_5_VL, model_type="qwen2_vl", title="Qwen2-VL") == QWEN2_VL == FAMILIES["qwen2_vl"]
+
+
+@pytest.mark.parametrize(
+    ("video", "said"),
+    [({"patch_size": 14}, "patch_size 14; Qwen3-VL has 16"), ({"image_mean": [0.4] * 3}, "its images have .0.5, 0.5")],
+)
+def test_videos_that_are_cut_or_normalized_otherwise_are_refused(
+    tmp_path: Path, video: dict[str, Any], said: str
+) -> None:
+    path = write_processor(tmp_path, "qwen3_vl", preprocessor_config={}, video_preprocessor_config=video)
+    with pytest.raises(CheckpointError, match=said):
+        read_processor(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,6 +343,20 @@ def test_an_odd_number_of_frames_of_16_pixel_patches_is_padded_as_qwen3_vls_proc
     videos = torch.from_numpy(frames).permute(0, 3, 1, 2)[None]
     theirs, *grid = Qwen3VLVideoProcessor.patchify(SimpleNamespace(), videos, 16, 2, 2)
     assert np.array_equal(patchify_video(frames, patch_size=16), theirs[0].numpy()) and grid == [3, 4, 6]
+
+
+def test_images_are_bit_equal_to_the_pil_processor_of_16_pixel_patches() -> None:
+    facts: dict[str, Any] = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    table = pixel_table(QWEN3_VL.image_mean, QWEN3_VL.image_std, processor="pil")
+    for case in cases.image_cases(200, factor=FACTOR)[100:115]:
+        made, size = cases.make_image(case), {"shortest_edge": case.min_pixels, "longest_edge": case.max_pixels}
+        theirs = Qwen2VLImageProcessorPil(size=size, **facts)(made, return_tensors="np")
+        options = replace(QWEN3, resize="pil", min_pixels=case.min_pixels, max_pixels=case.max_pixels)
+        seen = see_medium("image", cases.encode(made), MediumSettings(), options, source="")
+        assert list(seen.receipt.grid_thw) == theirs["image_grid_thw"][0].tolist(), cases.key(case)
+        halves = seen.patches.reshape(len(seen.patches), 3, 1, 256)
+        values = np.repeat(np.stack([table[channel][halves[:, channel]] for channel in range(3)], axis=1), 2, axis=2)
+        assert np.array_equal(values.reshape(len(values), -1), theirs["pixel_values"]), cases.key(case)
 
 
 def test_tags_that_are_tokens_are_reserved_unless_the_job_allows_them(folder: Path) -> None:

@@ -107,6 +107,11 @@ def test_any_content_of_run_json_can_be_shown(data: st.DataObject) -> None:
     list(settings_lines(run))
 
 
+def test_the_headline_says_when_the_model_thinks() -> None:
+    for thinks, said in ((True, "qwen3, thinks before it answers"), (False, "qwen3")):
+        assert ("Model", said) in headline({"model": {"path": "qwen3", "thinks": thinks}})
+
+
 def test_rates_follow_the_pace_and_skip_lines_without_the_count() -> None:
     progress = [{"t": 10.0 + second, "rows": 5 * second + 20 * max(second - 50, 0)} for second in range(101)]
     points = rates([*progress, {"t": 200.0}], "rows", max_points=10)
