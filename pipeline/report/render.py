@@ -68,7 +68,7 @@ def _environment(*, autoescape: bool) -> Environment:
         "note": shown_note,
         "number": shown_number,
         "p": shown_p,
-        "percent": lambda share, digits=1: "–" if share is None else f"{share:.{digits}%}",
+        "percent": lambda share, digits=1: "–" if share is None else f"{100 * share:.{digits}f} %",
         "score": shown_score,
         "source": shown_source,
         "width": lambda share: f"{100 * min(max(share, 0.0), 1.0):.2f}%",
