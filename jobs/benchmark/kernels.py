@@ -91,7 +91,7 @@ def launches(shape: ModelShape) -> Iterator[Launch]:
         shape.mlp,
         shape.vision_heads,
         shape.vision_width // shape.vision_heads,
-        4 * shape.vision_width,
+        shape.vision_mlp or 4 * shape.vision_width,
     )
     nowhere, dtype = torch.device("meta"), torch.bfloat16
     run_every_operation(FusedKernels(record), widths, nowhere, dtype)

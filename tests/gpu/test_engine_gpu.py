@@ -53,7 +53,7 @@ def make_cache(block_size: int, head_dim: int) -> KVCache:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 128])
 def test_vision_equals_sdpa(name: str, head_dim: int) -> None:
     frames = [300, 300, 17, 64]
     q, k, v = (random(sum(frames), 4, head_dim) for _ in range(3))

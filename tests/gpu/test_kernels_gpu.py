@@ -21,6 +21,9 @@ pytestmark = pytest.mark.gpu
 SHAPES = {
     "2b": Widths(1536, 12, 2, 128, 8960, 16, 80, 5120),
     "7b": Widths(3584, 28, 4, 128, 18944, 16, 80, 5120),
+    "qwen2.5-vl-7b": Widths(3584, 28, 4, 128, 18944, 16, 80, 3420),
+    "qwen3-vl-2b": Widths(2048, 16, 8, 128, 6144, 16, 64, 4096),
+    "qwen3-vl-8b": Widths(4096, 32, 8, 128, 12288, 16, 72, 4304),
     "odd": Widths(67, heads=6, kv_heads=2, head_dim=10, mlp=257, vision_heads=3, vision_head_dim=10, vision_mlp=1030),
 }
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -46,11 +49,17 @@ def test_all_but_the_norms_are_bit_equal_and_these_within_rounding(shape: str, g
     assert not any(different.values()), different
 
 
-@pytest.mark.parametrize("lengths", [[5476] * 3, [1024] * 7 + [300, 300, 17]], ids=["large", "mixed"])
-def test_every_kernel_of_vision_attention_computes_the_same(lengths: list[int]) -> None:
+WINDOWS = [64] * 9 + [16] + [64] * 9 + [16]
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 80])
+@pytest.mark.parametrize(
+    "lengths", [[5476] * 3, [1024] * 7 + [300, 300, 17], WINDOWS * 20], ids=["large", "mixed", "windows"]
+)
+def test_every_kernel_of_vision_attention_computes_the_same(lengths: list[int], head_dim: int) -> None:
     backend = TorchAttention()
     tried = candidates(backend.within_frames, backend.name, torch.device("cuda"))
-    qkv = torch.randn(sum(lengths), 3, 16, 80, device="cuda", dtype=torch.bfloat16).unbind(1)
+    qkv = torch.randn(sum(lengths), 3, 16, head_dim, device="cuda", dtype=torch.bfloat16).unbind(1)
     results = []
     for each in tried:
         each.begin(lengths, qkv[0].device)

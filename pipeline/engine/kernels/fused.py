@@ -100,6 +100,22 @@ def _add_rms_norm(
 
 
 @triton.jit
+def _norm_heads(
+    qkv_ptr, weight_ptr, row_stride, num_heads, eps, width: tl.constexpr, heads: tl.constexpr, block: tl.constexpr
+):
+    head = tl.program_id(1) * heads + tl.arange(0, heads)[:, None]
+    column = tl.arange(0, block)[None, :]
+    mask = (head < num_heads) & (column < width)
+    at = head * width + column
+    qkv_ptr += tl.program_id(0).to(tl.int64) * row_stride
+    x = tl.load(qkv_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)[:, None]
+    weight = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    out = weight * _rounded(x * scale, qkv_ptr)
+    tl.store(qkv_ptr + at, out.to(qkv_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _rotate(
     x_ptr,
     cos_ptr,
@@ -212,6 +228,25 @@ class FusedKernels(EagerKernels):
             **EXACT,
         )
         return hidden, out
+
+    def norm_heads(self, qkv: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        num_heads, width = weight.shape
+        heads = 8
+        self._launch(
+            _norm_heads,
+            (qkv.shape[0], triton.cdiv(num_heads, heads)),
+            qkv,
+            weight,
+            qkv.stride(0),
+            num_heads,
+            eps,
+            width=width,
+            heads=heads,
+            block=triton.next_power_of_2(width),
+            num_warps=2,
+            **EXACT,
+        )
+        return qkv
 
     def rotate_vision(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> QKV:
         self._rotate(qkv, cos, sin, (None, None, None), num_heads=2 * qkv.shape[2], num_kv_heads=0)

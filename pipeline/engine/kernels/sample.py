@@ -75,6 +75,8 @@ def run_every_operation(
     slots = torch.randperm(num_rows, generator=generator).to(device)
     cos, sin = (part[:, None] for part in rotation(widths.head_dim, dtype))
     qkv = random(widths.heads + 2 * widths.kv_heads, widths.head_dim)
+    head_weight = random(widths.heads + widths.kv_heads, widths.head_dim)[0].contiguous()
+    results["head norm"] = kernels.norm_heads(qkv.clone(), head_weight, 1e-6)
     rotated = kernels.rotate_and_cache(qkv, cos, sin, widths.heads, cache, 0, slots)
     results |= dict(zip("qkv", rotated, strict=True))
     results |= {"cached keys": cache.keys[0], "cached values": cache.values[0]}

@@ -34,9 +34,18 @@ def run(*arguments: str) -> list[str]:
 
 @pytest.mark.slow
 def test_every_kernel_compiles_without_spilling_registers() -> None:
-    printed = json.loads(run("-m", "jobs.benchmark", "kernels", "--shapes", "2b,7b,72b")[-1])
+    printed = json.loads(run("-m", "jobs.benchmark", "kernels", "--shapes", "2b,7b,72b,qwen3-vl-8b")[-1])
     assert printed["spilled"] == 0
-    names = {"add_layer_norm", "add_rms_norm", "rotate", "quick_gelu", "silu_times_up", "attend", "combine"}
+    names = {
+        "add_layer_norm",
+        "norm_heads",
+        "add_rms_norm",
+        "rotate",
+        "quick_gelu",
+        "silu_times_up",
+        "attend",
+        "combine",
+    }
     architectures = (80, 89, 90, 100)
     found = {(each["kernel"], each["architecture"]) for each in printed["kernels"]}
     assert found == {(name, architecture) for name in names for architecture in architectures}
