@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,10 +24,21 @@ from pydantic import (
 from pipeline.engine import Dtype, EngineSettings, SamplingParams
 from pipeline.errors import row_error_types
 from pipeline.schema import MANIFEST_COLUMNS, MEDIUM_SETTING_COLUMNS, ROW_COLUMNS, SAMPLING_COLUMNS
+from pipeline.storage import two_slashes
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _is_no_uri_with_one_slash(path: str) -> str:
+    if uri := two_slashes(path):
+        raise ValueError(f"{path} would be taken for a local file; a URI has two slashes: {uri}")
+    return path
+
+
+Location = Annotated[str, AfterValidator(_is_no_uri_with_one_slash)]
+"""A path on disk or a URI."""
 
 
 class Section(BaseModel):
@@ -75,7 +87,7 @@ def _kept_columns(value: Any) -> Any:
 class InputConfig(Section):
     """The manifest, and what its rows may reach."""
 
-    path: str
+    path: Location
     """Manifest: a Parquet, JSONL or CSV file, a folder or glob of them, or a folder or bucket prefix of media."""
     format: Literal["auto", "parquet", "jsonl", "csv", "media"] = "auto"
     """What the manifest is; `auto` goes by file names."""
@@ -218,7 +230,7 @@ class MediaConfig(Section):
 class ModelConfig(Section):
     """The checkpoint and how it is run."""
 
-    path: str
+    path: Location
     """`demo`, a folder with a Qwen-VL checkpoint, a hub name such as `Qwen/Qwen2-VL-2B-Instruct`, or a bucket prefix
     such as `s3://bucket/checkpoints/qwen2-vl-7b`."""
     cache_dir: str | None = None
@@ -242,7 +254,7 @@ class ModelConfig(Section):
 class OutputConfig(Section):
     """The run folder."""
 
-    path: str
+    path: Location
     """Folder on disk or prefix in a bucket. The same command on the same folder resumes."""
     rows_per_fragment: Positive = 10_000
     """Finished rows that may wait before they are published: the most that a crash can cost. Large rows are published

@@ -178,4 +178,7 @@ def _separate(
 
 
 def _gave_up(stage: str, deaths: int) -> EngineCrash:
-    return EngineCrash(f"{stage} died {deaths} times with only this row in progress; look at the row's media")
+    return EngineCrash(
+        f"{stage} died {deaths} times with only this row in progress; look at the row's media, "
+        "and in log.txt for `memory`"
+    )

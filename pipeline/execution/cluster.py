@@ -9,10 +9,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -33,6 +35,11 @@ _CLEAN_UP_S = 60.0
 """Seconds after a signal in which further ones are ignored."""
 _HANDLERS_EVERY_S = 0.002
 """Seconds between two restorations of the signals' handlers while Ray ends."""
+_LOOK_EVERY_S = 5.0
+_SHOW_EVERY_S = 60.0
+_KILLED_FOR_MEMORY = re.compile(
+    r"killed due to the node running low on memory.*?was ([\d.]+ ?GB used / [\d.]+ ?GB) limit"
+)
 _JOINING_HINT = (
     "; if the cluster uses tokens, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; "
     "resources.address local starts a private local Ray; __run/log.txt in the run folder has Ray's own lines"
@@ -68,10 +75,12 @@ def _output_to(log_path: str) -> Iterator[Console]:
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     width = None if os.isatty(kept[0]) else 110
     screen = os.fdopen(os.dup(kept[0]), "w", encoding="utf-8", errors="replace")
+    console = Console(file=screen, highlight=False, width=width)
     try:
         os.dup2(log, 1)
         os.dup2(log, 2)
-        yield Console(file=screen, highlight=False, width=width)
+        with _memory_warnings(log_path, console):
+            yield console
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -80,6 +89,36 @@ def _output_to(log_path: str) -> Iterator[Console]:
             os.dup2(copy, number)
             os.close(copy)
         os.close(log)
+
+
+@contextlib.contextmanager
+def _memory_warnings(log_path: str, console: Console) -> Iterator[None]:
+    """Shows, in one line, what Ray writes to the log when it kills workers for memory. They run again, so that a job
+    would only be slow, or start for ever, without a word."""
+    ended = threading.Event()
+    shown = -_SHOW_EVERY_S
+
+    def watch() -> None:
+        nonlocal shown
+        with open(log_path, encoding="utf-8", errors="replace") as log:
+            log.seek(0, os.SEEK_END)
+            while not ended.wait(_LOOK_EVERY_S):
+                found = _KILLED_FOR_MEMORY.findall(log.read())
+                if found and time.monotonic() - shown >= _SHOW_EVERY_S:
+                    shown = time.monotonic()
+                    console.print(
+                        f"Ray is killing workers because a node runs low on memory ({found[-1]}); their rows run "
+                        "again. Lower resources.preprocess_actors, or give the node more memory; log.txt has more",
+                        markup=False,
+                    )
+
+    thread = threading.Thread(target=watch, name="log", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class _StopSignals:

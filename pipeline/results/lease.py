@@ -50,7 +50,7 @@ class Lease:
 
     def __enter__(self) -> Lease:
         for _ in range(_ATTEMPTS):
-            with _one_at_a_time(self._path):
+            with self._write_errors(), _one_at_a_time(self._path):
                 holder = self._read()
                 if holder is not None and not _is_dead(holder):
                     raise OutputError(
@@ -63,6 +63,17 @@ class Lease:
                     self._renewer.start()
                     return self
         raise OutputError(f"{self._path} keeps changing: several runs start on this folder at once; start one again")
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """What keeps the lease, a run's first file, from being written."""
+        try:
+            yield
+        except OSError as error:
+            hint = ""
+            if isinstance(error, FileNotFoundError) and storage.is_remote(self._path):
+                hint = "; make the bucket, or mend its name"
+            raise OutputError(f"can't write {self._path} below output.path: {error}{hint}") from error
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()

@@ -13,7 +13,18 @@ PermissionError, StorageError); callers say what it means to them. Knows no form
 """
 
 from pipeline.storage.buckets import CredentialsRefused, StorageError, StorageOptions, file_system
-from pipeline.storage.paths import absolute, escaped, glob_base, is_glob, is_remote, join, local_path, name, parent
+from pipeline.storage.paths import (
+    absolute,
+    escaped,
+    glob_base,
+    is_glob,
+    is_remote,
+    join,
+    local_path,
+    name,
+    parent,
+    two_slashes,
+)
 from pipeline.storage.read import (
     FileInfo,
     download,
@@ -31,5 +42,5 @@ __all__ = [
     "CredentialsRefused", "FileInfo", "StorageError", "StorageOptions", "absolute", "create", "delete",
     "delete_empty", "download", "escaped", "exists", "file_info", "file_system", "glob", "glob_base", "is_dir",
     "is_glob", "is_remote", "join", "list_files", "local_path", "make_dir", "name", "open_input", "parent", "publish",
-    "publish_file", "read_bytes", "sweep",
+    "publish_file", "read_bytes", "sweep", "two_slashes",
 ]  # fmt: skip

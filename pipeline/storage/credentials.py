@@ -1,4 +1,4 @@
-"""Whether a bucket refused a request because the job's credentials have expired or are wrong.
+"""Whether a bucket refused a request because the job's credentials are missing, have expired or are wrong.
 
 No object is at fault then: every other request is refused too, until somebody renews them. A "forbidden" for one object
 is something else. Knows the error codes and exceptions of S3, Google Cloud and their Python clients, by name, so that
@@ -7,6 +7,7 @@ none has to be installed; nothing of paths, rows or retries.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 
 _CODES = {
@@ -15,27 +16,41 @@ _CODES = {
 }  # fmt: skip
 """S3's error codes, in lower case. Not SignatureDoesNotMatch: some stores say so of an odd key, which is one row's."""
 _NAMES = {
-    # botocore: there are none, or they can't be renewed
-    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "NoAuthTokenError",
-    "TokenRetrievalError", "SSOError", "LoginError",
-    # google.auth
-    "RefreshError", "DefaultCredentialsError", "UserAccessTokenError",
+    "CredentialRetrievalError", "TokenRetrievalError", "SSOError", "LoginError",  # botocore: they can't be renewed
+    "RefreshError", "UserAccessTokenError",  # google.auth
 }  # fmt: skip
+_NONE_NAMES = {"NoCredentialsError", "PartialCredentialsError", "NoAuthTokenError", "DefaultCredentialsError"}
+"""Of both: there are none on this machine."""
 
 
 def credential_fault(error: BaseException) -> str | None:
-    """What to do about credentials that were refused, as half a sentence; None for any other error."""
+    """What to do about credentials that are missing or were refused, as half a sentence; None for any other error."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)
+    if missing := next((link for link in chain if _is_of(link, _NONE_NAMES)), None):
+        text = _short(f"{type(missing).__name__}: {missing}")
+        return (
+            f"the machine {socket.gethostname()} has no credentials ({text}): give them to every machine of the job, "
+            "by environment variables, a file in the home folder, the machine's role or "
+            "storage_options; for a public bucket set storage_options {anon: true} (s3) or {token: anon} (gs)"
+        )
     refusal = next((found for link in chain if (found := _refusal(link))), None)
     if refusal is None:
         return None
-    first = refusal.strip().splitlines()[0]
     return (
-        f"the credentials were refused ({first if len(first) <= 200 else first[:197] + '...'}): renew them and run the "
-        "same command, which goes on with the unfinished rows"
+        f"the credentials were refused ({_short(refusal)}): renew them and run the same command, which goes on with "
+        "the unfinished rows"
     )
+
+
+def _short(text: str) -> str:
+    first = text.strip().splitlines()[0]
+    return first if len(first) <= 200 else first[:197] + "..."
+
+
+def _is_of(error: BaseException, names: set[str]) -> bool:
+    return any(kind.__name__ in names for kind in type(error).__mro__)
 
 
 def _refusal(error: BaseException) -> str | None:
@@ -46,7 +61,7 @@ def _refusal(error: BaseException) -> str | None:
         code = str(details.get("Code", ""))
         return f"{code}: {details.get('Message') or code}" if code.lower() in _CODES else None
     text = f"{type(error).__name__}: {error}"
-    if any(kind.__name__ in _NAMES for kind in type(error).__mro__):
+    if _is_of(error, _NAMES):
         return text
     if isinstance(error, RuntimeError) and "credentials are still expired" in text:  # botocore, after renewing them
         return str(error)

@@ -6,7 +6,9 @@ Works on text alone: looks at no disk and no bucket.
 from __future__ import annotations
 
 import os
+import re
 
+_ONE_SLASH = re.compile(r"(s3|s3a|s3n|gs|gcs|hf|https?):/[^/]", re.IGNORECASE)
 _GLOB_MAGIC = frozenset("*?[")
 
 
@@ -14,6 +16,11 @@ def is_remote(path: str) -> bool:
     """Whether the path is a URL of something other than this machine's disk."""
     scheme, separator, _ = path.partition("://")
     return bool(separator) and scheme not in ("file", "local")
+
+
+def two_slashes(path: str) -> str | None:
+    """How a URI that has one slash, and would be taken for a local file, is written right; None for any other path."""
+    return path.replace(":/", "://", 1) if _ONE_SLASH.match(path) else None
 
 
 def local_path(path: str) -> str:

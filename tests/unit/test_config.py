@@ -121,6 +121,12 @@ def test_text_fields_take_the_word_as_it_stands() -> None:
     assert config.input.path == "123"
 
 
+@pytest.mark.parametrize("key", ["input.path", "model.path", "output.path"])
+def test_a_uri_with_one_slash_is_no_local_path(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: s3:/b/x would be taken for .* a URI has two slashes: s3://b/x"):
+        load(**{key: "s3:/b/x"})
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

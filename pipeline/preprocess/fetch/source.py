@@ -41,6 +41,9 @@ from pipeline.storage.retry import TransientError, is_transient, with_retries
 FIRST_BYTES = 64 * 1024
 """What is read of a medium to learn its size, where that takes reading."""
 
+_OF_ONE_HOST = ("ftp", "sftp", "ssh", "smb")
+"""Schemes whose file system is opened for one host, where each row could name another."""
+
 T = TypeVar("T")
 
 
@@ -237,6 +240,10 @@ class Fetcher:
         if scheme == "s3":  # whose client has ten connections otherwise, which a few slow objects would take
             connections = {"max_pool_connections": MAX_FETCHES, **found.get("config_kwargs", {})}
             found = {**found, "config_kwargs": connections}
+        if scheme in _OF_ONE_HOST:
+            raise storage.StorageError(
+                f"media at {scheme}:// can't be fetched; copy them to disk, a bucket (s3://, gs://) or a web server"
+            )
         return storage.file_system(f"{scheme}://", found)[0]
 
     # -- the web -------------------------------------------------------------------------------------------------------

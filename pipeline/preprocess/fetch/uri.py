@@ -13,11 +13,11 @@ import re
 import unicodedata
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
+from pipeline import storage
 from pipeline.errors import AccessDenied, FetchError
 
 WEB_SCHEMES = ("http", "https")
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*):(//)?")
-_ONE_SLASH = re.compile(r"(s3|s3a|s3n|gs|gcs|hf|https?):/[^/]", re.IGNORECASE)
 _ALIASES = {"gcs": "gs", "s3a": "s3", "s3n": "s3"}
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{32,}=*\s*")
 _BASE64_OF = {
@@ -93,8 +93,8 @@ def base64_header(source: str) -> str | None:
 
 def missing_hint(source: str) -> str:
     """What may be wrong with the name of a file or object that is not there, as the end of a message; often nothing."""
-    if _ONE_SLASH.match(source):
-        return f"; it is taken for a local file: a URI has two slashes, as in {shown(source.replace(':/', '://', 1))}"
+    if uri := storage.two_slashes(source):
+        return f"; it is taken for a local file: a URI has two slashes, as in {shown(uri)}"
     if "\\" in source:
         return "; the name has backslashes: folders are separated by /"
     if unicodedata.normalize("NFC", source) != source:

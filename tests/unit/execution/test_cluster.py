@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ import ray
 from pipeline.config import ResourcesConfig
 from pipeline.errors import ResourceError
 from pipeline.execution import cluster
-from pipeline.execution.cluster import ray_cluster, stop_on_signals
+from pipeline.execution.cluster import job_output, ray_cluster, stop_on_signals
+from pipeline.results.run_folder import RunFolder
 
 
 class FakeRay:
@@ -56,6 +59,25 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in before:
         signal.signal(number, handler)
+
+
+def test_workers_that_ray_kills_for_memory_are_said_on_the_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "_LOOK_EVERY_S", 0.01)
+    folder = RunFolder(str(tmp_path))
+    folder.prepare()
+    with job_output(folder, verbose=False):
+        for _ in range(2):
+            print(
+                "(raylet) Task _map_task failed due to oom. Error: 2 worker(s) were killed due to the node running low "
+                "on memory. Memory on the node (IP: 192.0.2.2, ID: 8c) was 2.09GB used / 23.54GB limit (0.088965)",
+                file=sys.__stderr__,
+                flush=True,
+            )
+            time.sleep(0.1)
+    screen = " ".join(capfd.readouterr().out.split())
+    assert screen.count("a node runs low on memory (2.09GB used / 23.54GB)") == 1
 
 
 def test_a_ray_that_starts_too_late_is_started_once_more_and_the_machine_is_called_busy(fake: FakeRay) -> None:

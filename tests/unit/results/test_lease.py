@@ -32,6 +32,14 @@ def assert_free(path: Path) -> None:
         pass
 
 
+def test_a_bucket_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_bucket(*_: object) -> None:
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(storage, "create", no_bucket)
+    assert_refused("memory://buckte/.lease", "below output.path: The specified bucket .*; make the bucket, or mend its")
+
+
 def test_only_one_run_holds_the_lease(tmp_path: Path) -> None:
     path = str(tmp_path / ".lease")
     with Lease(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import pytest
 from fsspec.spec import AbstractBufferedFile
 
 from pipeline import storage
-from pipeline.storage import CredentialsRefused, StorageError
+from pipeline.storage import CredentialsRefused, StorageError, buckets
 from pipeline.storage.write import replaced
 
 
@@ -258,6 +259,22 @@ def test_permanent_errors_are_not_tried_again(flaky: list[Exception], pauses: li
     assert pauses == []
 
 
+def test_no_credentials_on_this_machine_is_said_with_its_name(flaky: list[Exception]) -> None:
+    """On a cluster the driver may have some that a worker lacks."""
+    flaky.append(type("NoCredentialsError", (Exception,), {})("Unable to locate credentials"))
+    with pytest.raises(CredentialsRefused, match=rf"the machine {socket.gethostname()} has no credentials .* anon"):
+        storage.publish("memory://b/file", b"x")
+
+
+def test_google_s_client_is_not_asked_where_it_can_not_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would try for three minutes."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers there
+        options = {"endpoint_url": f"http://127.0.0.1:{unused.getsockname()[1]}"}
+        with pytest.raises(StorageError, match=r"can't reach Google Cloud Storage at 127\.0\.0\.1:\d+: .*online"):
+            storage.exists("gs://bucket/file", options)
+
+
 class FlakyFile(AbstractBufferedFile):  # type: ignore[misc]
     """A file whose connection breaks at every second request, also in the middle of a read."""
 
@@ -308,6 +325,7 @@ def test_a_missing_extra_says_the_install_line(monkeypatch: pytest.MonkeyPatch) 
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    monkeypatch.setattr(buckets, "_check_google", lambda endpoint: None)
     for scheme, extra in (("s3", "s3"), ("s3a", "s3"), ("gs", "gcs"), ("gcs", "gcs")):
         with pytest.raises(StorageError, match=rf"pip install 'qwen2-vl-batch\[{extra}\]'"):
             storage.exists(f"{scheme}://bucket/file")

@@ -344,6 +344,11 @@ def test_credentials_that_s3_no_longer_takes_end_the_job_and_mark_no_row(
         fetch("a.jpg")
 
 
+def test_media_on_an_ftp_server_say_where_to_copy_them() -> None:
+    with pytest.raises(FetchError, match=r"ftp://host/a\.jpg: media at ftp:// can't be fetched; copy them to"):
+        fetcher(allow=("*",)).fetch("ftp://host/a.jpg")
+
+
 def test_credentials_that_google_no_longer_takes_end_the_job(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     google = pytest.importorskip("google.auth.exceptions")
     gcsfs_retry = pytest.importorskip("gcsfs.retry")
