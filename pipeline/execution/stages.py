@@ -102,7 +102,13 @@ def check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -
         folder, revision = model_cache(config).local_adapter(adapter), config.model.adapter_revision
         check_adapter(read_adapter_config(folder, revision=revision), adapter)
         check_tokens(folder, local, revision=revision, model_revision=config.model.revision)
-    return {"family": family.model_type, "video_prompt": family.video_prompt, "thinks": tokenizer.thinks}
+    return {
+        "family": family.model_type,
+        # Where references disagree: docs/models.md.
+        "video_prompt": family.video_prompt + (" in the template's marks" if family.video_prompt != "one run" else ""),
+        "text_positions": "largest so far + 1",
+        "thinks": tokenizer.thinks,
+    }
 
 
 def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> Stages:

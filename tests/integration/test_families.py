@@ -66,7 +66,8 @@ def test_a_job_gives_the_answers_of_transformers_and_records_the_family(tmp_path
 
     record = json.loads((out / "__run" / "run.json").read_text())
     assert (record["model"]["family"], record["model"]["thinks"]) == (model_type, False)
-    assert record["model"]["video_prompt"] == FAMILIES[model_type].video_prompt
+    prompts = {"qwen2_5_vl": "one run", "qwen3_vl": "timed steps in the template's marks"}
+    assert record["model"]["video_prompt"] == prompts[model_type]
     results = [row for part in sorted(out.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
     assert [row["error_message"] for row in results] == [None] * 4
     patch = FAMILIES[model_type].patch_size
