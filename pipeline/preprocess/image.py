@@ -16,12 +16,12 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from pipeline.errors import (
     DecompressionBomb,
@@ -44,6 +44,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA", "ICO")
 
 _TRUNCATED = re.compile(r"truncated|unexpected end|end of file|no more data|not enough image data", re.IGNORECASE)
+_UNDECODABLE = re.compile(r"^(de|en)coder error -?\d+|data stream", re.IGNORECASE)
 _BOMB = re.compile(r"too large|too much memory|decompress", re.IGNORECASE)
 
 # Pillow has no exception of its own for broken files: its parsers raise whatever their arithmetic stumbles on.
@@ -66,6 +67,11 @@ _DESCRIPTIONS = (
     ((b"\x1f\x8b",), "gzip data"),
 )
 """(how files begin, in lower case; what they are)"""
+_BEGINNINGS = (
+    (b"\x89PNG", "PNG"), (b"\xff\xd8\xff", "JPEG"), (b"GIF8", "GIF"), (b"BM", "BMP"),
+    (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"),
+)  # fmt: skip
+"""(how images begin, their format)"""
 
 
 class Encoded(Protocol):
@@ -120,7 +126,7 @@ class OpenImage:
         return Image.open(file, formats=FORMATS)
 
     def _decode(self, min_side: int | None) -> npt.NDArray[np.uint8]:
-        with _pillow_errors(self._data):
+        with _pillow_errors(self._data, self._image):
             image = self._image
             if min_side is not None:
                 image.draft("RGB", (min_side, min_side))
@@ -154,7 +160,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _pillow_errors(data: Encoded) -> Iterator[None]:
+def _pillow_errors(data: Encoded, image: Image.Image | None = None) -> Iterator[None]:
     """Ignore Pillow's warnings of odd metadata, and turn its exceptions into MediaErrors."""
     try:
         with warnings.catch_warnings():
@@ -172,14 +178,40 @@ def _pillow_errors(data: Encoded) -> Iterator[None]:
             raise TruncatedMedia(f"the image ends too early: {message} ({len(data):,} bytes)") from error
         if _BOMB.search(message):
             raise DecompressionBomb(f"the image's metadata unpacks to more than is allowed: {message}") from error
+        if _UNDECODABLE.search(message):
+            message = (
+                f"the decoder refuses the data of this {_claimed_format(data) or 'image'}{_compression(image)} "
+                f"({message}): they are damaged or of a kind that it does not know; save it again, as PNG for example"
+            )
         raise UnsupportedMedia(f"the image can't be decoded: {message}") from error
+
+
+def _compression(image: Image.Image | None) -> str:
+    """How a TIFF is compressed, for a message."""
+    tags: Mapping[int, object] = getattr(image, "tag_v2", {})
+    if image is None or not tags:
+        return ""
+    number = tags.get(TiffImagePlugin.COMPRESSION, 1)
+    return f" with compression {TiffImagePlugin.COMPRESSION_INFO.get(number, number)}"
 
 
 def _not_an_image(data: Encoded) -> MediaError:
     """The error for bytes that no allowed format claims, naming what they look like."""
     if not len(data):
         return TruncatedMedia("the medium has 0 bytes")
+    if kind := _claimed_format(data):
+        return UnsupportedMedia(
+            f"the file begins as a {kind} ({len(data):,} bytes), but what follows is none: it is damaged; get it again"
+        )
     return UnsupportedMedia(f"not an image that can be decoded: {looks_like(data)}; expected {', '.join(FORMATS)}")
+
+
+def _claimed_format(data: Encoded) -> str | None:
+    """The format of an image by its first bytes, whatever the rest is."""
+    head = bytes(data[:16])
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    return next((kind for beginning, kind in _BEGINNINGS if head.startswith(beginning)), None)
 
 
 def looks_like(data: Encoded) -> str:

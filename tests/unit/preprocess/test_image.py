@@ -317,3 +317,19 @@ def png(
     header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
     head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunk(*each) for each in chunks)
     return head + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+
+
+def test_a_file_that_only_begins_as_a_png_is_called_damaged() -> None:
+    with pytest.raises(
+        UnsupportedMedia, match=r"begins as a PNG \(80 bytes\), but what follows is none: it is damaged"
+    ):
+        decode_image(b"\x89PNG\r\n\x1a\n" + bytes(72))
+
+
+def test_a_tiff_whose_data_the_decoder_refuses_says_what_it_is() -> None:
+    data = bytearray(encode_image(Image.fromarray(picture(64, 64)), "TIFF", compression="tiff_adobe_deflate"))
+    data[8:400] = b"\xff" * 392  # Pillow writes the pixels behind the header
+    with pytest.raises(
+        UnsupportedMedia, match=r"data of this TIFF with compression tiff_adobe_deflate \(decoder error -2"
+    ):
+        decode_image(bytes(data))
