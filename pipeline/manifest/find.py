@@ -58,7 +58,7 @@ def open_manifest(
             opened = FORMATS[found.kind].open(path, found.base, found.files, storage_options, csv or CsvDialect())
             if not found.beside_media or is_asked(opened.schema.names):
                 return with_partitions(replace(opened, notes=(*found.notes, *opened.notes)))
-            found = _find(path, MEDIA, storage_options)
+            found = _find(path, MEDIA, storage_options, aside=opened.files)
             found = replace(found, notes=(*found.notes, _no_manifest(opened)))
         write_listing(path, found.base, found.files, found.notes, listing_path, listing_options)
         written = open_listing(path, listing_path, listing_options)
@@ -117,7 +117,8 @@ class _Found:
     """Whether these are data files among images and videos, and may be no manifest."""
 
 
-def _find(path: str, format: str, options: StorageOptions) -> _Found:
+def _find(path: str, format: str, options: StorageOptions, *, aside: Sequence[ManifestFile] = ()) -> _Found:
+    """What to read at the path. Files that are `aside` have a note of their own."""
     if not path:
         raise ManifestError("input.path is empty; expected a Parquet, JSONL or CSV file, or a folder or glob of them")
     if storage.escaped(path) != path:
@@ -142,7 +143,7 @@ def _find(path: str, format: str, options: StorageOptions) -> _Found:
     if not chosen:
         raise _nothing_to_read(path, found, format)
     if kind == MEDIA:
-        notes += _left_alone(found, chosen)
+        notes += _left_alone(found, (*chosen, *aside))
     elif odd := [escaped for info in chosen if (escaped := storage.escaped(info.path)) != info.path]:
         raise ManifestError(f"the name {odd[0]} is not UTF-8; rename the file")
     beside_media = format == "auto" and kind != MEDIA and _has_media(found)
@@ -169,9 +170,9 @@ def _without_runs(
     return kept, (f"left alone: the results of earlier runs in {names}{more}",) if runs else ()
 
 
-def _left_alone(found: Sequence[FileInfo], chosen: Sequence[FileInfo]) -> tuple[str, ...]:
+def _left_alone(found: Sequence[FileInfo], known: Sequence[FileInfo | ManifestFile]) -> tuple[str, ...]:
     """How many files of a folder of media are no media, by extension."""
-    media = {info.path for info in chosen}
+    media = {info.path for info in known}
     names = [storage.name(info.path) for info in found if info.path not in media]
     counts = Counter(storage.escaped(os.path.splitext(name)[1].lower()) or "without extension" for name in names)
     if not counts:

@@ -192,7 +192,8 @@ def _compression(image: Image.Image | None) -> str:
     if image is None or not tags:
         return ""
     number = tags.get(TiffImagePlugin.COMPRESSION, 1)
-    return f" with compression {TiffImagePlugin.COMPRESSION_INFO.get(number, number)}"
+    name = TiffImagePlugin.COMPRESSION_INFO.get(number) if isinstance(number, int) else None
+    return f" with compression {name or number}"
 
 
 def _not_an_image(data: Encoded) -> MediaError:

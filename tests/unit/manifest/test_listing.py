@@ -191,6 +191,7 @@ def test_a_data_file_that_asks_nothing_is_left_aside_and_named(tmp_path: Path, l
     for _ in range(2):  # the second time from the listing
         found = load(folder, is_asked=lambda columns: "image" in columns)
         assert found.format == "media" and found.num_rows == 4
+        assert [note.count(".csv") for note in found.notes] == [0, 1]
         assert re.search(r"left alone: license\.csv, without .* \(its columns: file, license\)", found.notes[-1])
     (tmp_path / "run" / "listing.parquet").unlink()
     write(folder / "license.csv", "image,license\nb.JPG,CC0\n")
