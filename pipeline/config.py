@@ -246,7 +246,9 @@ class ModelConfig(Section):
     adapter_revision: str | None = None
     """Branch, tag or commit of a hub adapter."""
     dtype: Dtype = "auto"
-    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
+    """`auto` is the checkpoint's own where the device computes it natively (bfloat16: GPUs from compute capability 8.0,
+    CPUs with such instructions), else float16 on a GPU and float32 on a CPU. A run is continued in the dtype in which
+    it began."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where the engine's actor has one."""
 

@@ -175,6 +175,7 @@ class NativeEngine(EngineLoop):
             "gpu": gpu_name(self.checkpoint.device),
             "devices": len(self._devices),
             "dtype": str(self.checkpoint.dtype).removeprefix("torch."),
+            "dtype_reason": self.checkpoint.dtype_reason,
             "matmul_dtype": str(self.runner.text.lm_head.weight.dtype).removeprefix("torch."),
             "attention": self.runner.attention.name,
             "vision_attention": self.runner.attention.vision_name,

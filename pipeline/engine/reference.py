@@ -89,6 +89,7 @@ class ReferenceEngine(Engine):
             "device": str(self.checkpoint.device),
             "gpu": gpu_name(self.checkpoint.device),
             "dtype": str(self.checkpoint.dtype).removeprefix("torch."),
+            "dtype_reason": self.checkpoint.dtype_reason,
             "attention": self.attention,
             "batch_size": self.options.batch_size,
             "max_context": self.admission.max_context,

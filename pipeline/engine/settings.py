@@ -183,7 +183,7 @@ class EngineOptions(EngineSettings):
     adapter_revision: str | None = None
     """Branch, tag or commit of the adapter's hub name."""
     dtype: Dtype = "auto"
-    """`auto`: bfloat16 on a GPU, float32 on a CPU."""
+    """`auto`: the checkpoint's own where the device computes it natively (dtype.py)."""
     device: str = "auto"
     """`auto`: the first GPU, else the CPU; or cpu, cuda, cuda:1."""
     num_devices: int = setting(1, "GPUs over which the layers are spread; without effect on a CPU.", ge=1)

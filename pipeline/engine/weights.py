@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.engine.adapter import merge_adapter
+from pipeline.engine.dtype import PickedDtype, arithmetic, own_dtype, pick_dtype
 from pipeline.engine.loading import Report, ignore
 from pipeline.engine.models.architecture import Architecture
 from pipeline.engine.models.registry import ARCHITECTURES
@@ -39,6 +40,8 @@ class Checkpoint:
     vocab_size: int
     max_context: int
     name: str = "random weights"
+    dtype_reason: str = ""
+    """Why it computes in this dtype."""
     layer_devices: tuple[torch.device, ...] = ()
     """Of each layer of the text model."""
 
@@ -57,13 +60,6 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
-def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    if wanted == "auto":
-        wanted = "bfloat16" if device.type == "cuda" else "float32"
-    dtype: torch.dtype = getattr(torch, wanted)
-    return dtype
-
-
 def end_token_ids(model: Any) -> frozenset[int]:
     """End tokens of the generation config, else of the model's config."""
     config = model.config
@@ -75,7 +71,7 @@ def end_token_ids(model: Any) -> frozenset[int]:
     return frozenset()
 
 
-def from_model(model: Any, *, name: str = "random weights") -> Checkpoint:
+def from_model(model: Any, *, name: str = "random weights", picked: PickedDtype | None = None) -> Checkpoint:
     """Wrap a model that is already on its device in its dtype."""
     parameter = next(model.parameters())
     text = model.config.text_config
@@ -91,6 +87,7 @@ def from_model(model: Any, *, name: str = "random weights") -> Checkpoint:
         vocab_size=text.vocab_size,
         max_context=text.max_position_embeddings,
         name=name,
+        dtype_reason=picked.reason if picked else "the model's",
         layer_devices=tuple(layer.mlp.down_proj.weight.device for layer in model.model.language_model.layers),
     )
 
@@ -104,13 +101,15 @@ def load_checkpoint(options: EngineOptions, report: Report = ignore) -> Checkpoi
     path, device = options.model_path, pick_device(options.device)
     config = _read_config(options)
     devices = _devices(options, device)
+    own = own_dtype(config.to_dict())
+    picked = None if own is None else pick_dtype(options.dtype, own, arithmetic(str(device)))
     model_class = getattr(transformers, ARCHITECTURES[config.model_type].model_class)
     try:
         model, info = model_class.from_pretrained(
             path,
             config=config,
             revision=options.revision,
-            dtype=pick_dtype(options.dtype, device),
+            dtype=getattr(torch, picked.name) if picked else "auto",
             output_loading_info=True,
             device_map=device_map(config, devices) if len(devices) > 1 else None,
         )
@@ -122,12 +121,16 @@ def load_checkpoint(options: EngineOptions, report: Report = ignore) -> Checkpoi
     if missing:
         # transformers only warns and continues with random numbers.
         raise CheckpointError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    if picked is None:  # config.json says nothing, and transformers went by the weights
+        picked = pick_dtype(options.dtype, own_dtype({"dtype": model.dtype}) or "float32", arithmetic(str(device)))
+        for parameter in model.parameters():  # buffers stay in float32
+            parameter.data = parameter.data.to(getattr(torch, picked.name))
     name = path
     if options.adapter is not None:
         report("merging the adapter")
         model = merge_adapter(model, options.adapter, revision=options.adapter_revision)
         name = f"{path} with {options.adapter}"
-    return from_model(model if len(devices) > 1 else model.to(device), name=name)
+    return from_model(model if len(devices) > 1 else model.to(device), name=name, picked=picked)
 
 
 def _read_config(options: EngineOptions) -> Any:

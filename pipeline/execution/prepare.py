@@ -71,10 +71,26 @@ class CaptionJob:
     """What the actors last reported."""
     started: bool = False
     """Whether run.json says that this run is in progress: until then the folder is not tied to its settings."""
+    knows_engine: bool = False
+    """Whether an engine is ready and described."""
 
     @property
     def stages(self) -> Stages:
-        return build_stages(self.config, self.model_path, self.manifest)
+        """The options of both stages. A dtype that an earlier run's engine picked is kept."""
+        config, picked = self.config, self.record["model"].get("dtype")
+        if picked is not None:
+            config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": picked})})
+        return build_stages(config, self.model_path, self.manifest)
+
+    def note_engines(self, stats: Sequence[Mapping[str, Any]]) -> str | None:
+        """Write into run.json which dtype the first engine has picked; the line to print, once."""
+        described = next((one["describe"] for one in stats if "describe" in one), None)
+        self.knows_engine = described is not None
+        if described is None or "dtype" not in described or self.record["model"].get("dtype") is not None:
+            return None
+        self.record["model"]["dtype"] = described["dtype"]
+        self.folder.write_run(self.record)
+        return f"model in {described['dtype']}: {described.get('dtype_reason')}"
 
     def start(self, placement: Placement) -> None:
         """Write run.json with the state `running`."""
@@ -198,7 +214,8 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
         asked = identity(config, model_path)
     local = model_cache(config).local(model_path, weights=False)
     fresh = new_record(config, asked, manifest)
-    fresh["model"] |= model_facts
+    picked = None if config.model.dtype != "auto" else _picked_dtype(record or {})
+    fresh["model"] |= {**model_facts, "dtype": picked}
     fresh["manifest"]["num_rows"] = numbering.num_rows
     fresh["num_runs"] = (record or {}).get("num_runs", 0) + 1
     fresh["first_started"] = (record or fresh).get("first_started", fresh["started"])
@@ -214,8 +231,13 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
         fresh,
         record or {},
         RunCounts(numbering.num_rows, len(finished.done), len(finished.failed)),
-        tuple(_notes(config, manifest, local)),
+        (*([f"the run goes on in {picked}, in which it began"] if picked else []), *_notes(config, manifest, local)),
     )
+
+
+def _picked_dtype(record: Mapping[str, Any]) -> str | None:
+    """What the engines of an earlier run picked: rows of one run are answered in one dtype, wherever it goes on."""
+    return record.get("model", {}).get("dtype") or (record.get("engine") or {}).get("dtype")
 
 
 def _notes(config: CaptionConfig, manifest: Manifest, local_model: str) -> Iterator[str]:

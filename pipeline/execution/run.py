@@ -150,8 +150,11 @@ def _run_rows(
                 progress_log.note(job.counts)
                 error_log.flush(if_old=True)
                 profile.collect(if_old=True)
-                if not job.counts.rows and table is None:
-                    job.counts.state = starting_text(supervision.stats())
+                if not job.knows_engine or (not job.counts.rows and table is None):
+                    stats = supervision.stats()
+                    job.counts.state = starting_text(stats)
+                    if picked := job.note_engines(stats):
+                        console.print(picked, markup=False)
                 progress.tick()
         writer.flush()
         if missing := job.numbering.num_rows - len(job.finished.done):

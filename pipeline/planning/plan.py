@@ -21,6 +21,7 @@ from pydantic import Field, field_validator
 
 from pipeline.checkpoint.locate import read_config, resolve_model
 from pipeline.config import CaptionConfig, Fraction, NotNegative, Positive, Section
+from pipeline.engine.dtype import Arithmetic, PickedDtype, arithmetic, own_dtype, pick_dtype
 from pipeline.engine.scheduling.scheduler import pick_max_running
 from pipeline.errors import ConfigError
 from pipeline.execution.placement import default_blocks_in_flight
@@ -275,13 +276,24 @@ def _fit(config: PlanConfig, shape: ModelShape | None, gpu: Gpu | None, engines:
     if gpu is None:
         if config.model.device != "cpu" and not config.plan.probe:
             return None, engines  # the GPU is not known
-        width = 4 if config.model.dtype in ("auto", "float32") else 2
-        return int(config.engine.cache_gb * 1e9 / shape.kv_bytes(width)), engines
+        return int(config.engine.cache_gb * 1e9 / _in_dtype(config, shape, gpu).kv_bytes()), engines
+    shape = _in_dtype(config, shape, gpu)
     fraction = config.engine.gpu_memory_fraction
     needed = min_gpus(shape, gpu, cache_tokens=_DEFAULT_CONTEXT, memory_fraction=fraction)
     if needed > max(1, engines.gpus_per_engine):
         engines = replace(engines, gpus_per_engine=float(needed))
     return cache_tokens(shape, gpu, gpus=engines.gpus_per_engine or 1.0, memory_fraction=fraction), engines
+
+
+def _dtype(config: PlanConfig, gpu: Gpu | None) -> PickedDtype:
+    """What an engine on this GPU, or on this machine's CPU, computes in."""
+    device = arithmetic("cpu") if gpu is None else Arithmetic(gpu.name, True, gpu.has_bfloat16)
+    stated = read_config(resolve_model(config.model.path), revision=config.model.revision) or {}
+    return pick_dtype(config.model.dtype, own_dtype(stated) or "bfloat16", device)
+
+
+def _in_dtype(config: PlanConfig, shape: ModelShape, gpu: Gpu | None) -> ModelShape:
+    return replace(shape, bytes_per_value=4 if _dtype(config, gpu).name == "float32" else 2)
 
 
 def _times_by_data_sheet(
@@ -313,12 +325,20 @@ def _times_by_data_sheet(
         chosen, engines = [find_gpu(name) for name in _COMPARED], replace(engines, gpus_per_engine=1.0)
     times = []
     for one in filter(None, chosen):
+        picked = _dtype(config, one)
+        if picked.name == "float32":
+            notes.append(
+                f"model.dtype on {one.name} is float32 ({picked.reason}): several times slower than these times of "
+                "16-bit arithmetic; --model.dtype bfloat16 avoids that"
+            )
+        elif gpu is not None:
+            notes.append(f"model.dtype on {one.name} is {picked.name} ({picked.reason})")
         cache, fitted = _fit(config, shape, one, engines)
         times.append(
             from_data_sheet(
                 sample,
                 rows,
-                shape,
+                _in_dtype(config, shape, one),
                 one,
                 fitted,
                 max_running=config.engine.max_running or pick_max_running(cache or _DEFAULT_CONTEXT),

@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 from pipeline.checkpoint.families.family import MERGE_SIZE, TEMPORAL_PATCH_SIZE
 
-BYTES_PER_VALUE = 2
-"""Of a weight, key or value in bfloat16 or float16."""
 PATCHES_PER_TOKEN = MERGE_SIZE**2
 WINDOW_PATCHES = 64
 """In a full window of the layers that attend within windows."""
@@ -35,6 +33,7 @@ class Gpu:
     bytes_per_s: float
     """Memory bandwidth."""
     memory_gb: float
+    has_bfloat16: bool = True
 
 
 # The first name that the driver's name contains is taken, so longer names come before their prefixes.
@@ -53,8 +52,8 @@ GPUS = (
     Gpu("A10", 125e12, 600e9, 24),
     Gpu("RTX 4090", 165e12, 1_008e9, 24),
     Gpu("RTX 3090", 71e12, 936e9, 24),
-    Gpu("V100", 125e12, 900e9, 32),
-    Gpu("T4", 65e12, 320e9, 16),
+    Gpu("V100", 125e12, 900e9, 32, has_bfloat16=False),
+    Gpu("T4", 65e12, 320e9, 16, has_bfloat16=False),
 )
 
 
@@ -98,6 +97,8 @@ class ModelShape:
     num_positions: int = 0
     """Learned positions of patches."""
     patch_size: int = 14
+    bytes_per_value: int = 2
+    """Of a weight, key or value: 2 in bfloat16 or float16, 4 in float32."""
 
     @property
     def head_dim(self) -> int:
@@ -140,9 +141,9 @@ class ModelShape:
         positions = self.num_positions * self.vision_width
         return self.body + self.vision_body + positions + self.merger + self.head * (1 if self.tied else 2)
 
-    def kv_bytes(self, bytes_per_value: int = BYTES_PER_VALUE) -> int:
+    def kv_bytes(self) -> int:
         """Bytes of keys and values for each token."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_value
 
 
 SHAPES: Mapping[str, ModelShape] = {
@@ -218,7 +219,7 @@ def decode_flops(shape: ModelShape, prompt: int, output: float) -> float:
 
 def decode_bytes(shape: ModelShape, prompt: int, output: float, running: float) -> float:
     """Memory traffic of one row's tokens: its keys and values, and its share of reading the weights each step."""
-    weights = BYTES_PER_VALUE * (shape.body + shape.head) / running
+    weights = shape.bytes_per_value * (shape.body + shape.head) / running
     return output * (weights + shape.kv_bytes() * (prompt + output / 2))
 
 
@@ -248,11 +249,11 @@ def row_seconds(shape: ModelShape, gpu: Gpu, row: RowWork, *, running: float) ->
 
 def min_gpus(shape: ModelShape, gpu: Gpu, *, cache_tokens: int, memory_fraction: float) -> int:
     """GPUs that hold the weights and a key-value cache of so many tokens."""
-    needed = BYTES_PER_VALUE * shape.num_parameters + cache_tokens * shape.kv_bytes()
+    needed = shape.bytes_per_value * shape.num_parameters + cache_tokens * shape.kv_bytes()
     return math.ceil(needed / (memory_fraction * gpu.memory_gb * 1e9))
 
 
 def cache_tokens(shape: ModelShape, gpu: Gpu, *, gpus: float, memory_fraction: float) -> int:
     """Tokens that fit into the key-value cache beside the weights on so many GPUs; 0 where the weights don't fit."""
-    left = memory_fraction * gpus * gpu.memory_gb * 1e9 - BYTES_PER_VALUE * shape.num_parameters
+    left = memory_fraction * gpus * gpu.memory_gb * 1e9 - shape.bytes_per_value * shape.num_parameters
     return max(0, int(left / shape.kv_bytes()))

@@ -193,9 +193,12 @@ class Training:
         self.step, self.seconds = state["step"], state["seconds"]
 
     def _finish(self) -> None:
-        """Write the averaged weights in bfloat16, as the family is published, and the model card."""
+        """Write the averaged weights in bfloat16, as the family is published, and the model card. config.json states
+        float32, so that answers are the same on every machine."""
         args = self.args
         copy.deepcopy(self.average).to(torch.bfloat16).save_pretrained(self.output)
+        config = self.output / "config.json"
+        config.write_text(config.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'), encoding="utf-8")
         # In place of the generation settings that transformers derives:
         settings = json.dumps(recipe.generation_config(special_token_ids(self.output)[0]), indent=2)
         (self.output / "generation_config.json").write_text(settings + "\n", encoding="utf-8")

@@ -6,10 +6,14 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config import CaptionConfig
+from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, OutputError, TooManyErrors
-from pipeline.execution.prepare import CaptionJob, hold
+from pipeline.execution.prepare import CaptionJob, hold, prepare
 from pipeline.execution.progress import RunCounts
 from pipeline.results.run_folder import RunFolder
 
@@ -58,3 +62,26 @@ def test_a_run_that_is_kept_out_takes_nothing_from_the_one_that_has_begun(tmp_pa
         folder.guard()
         folder.write_run({"state": "running"})
         assert Path(folder.file("manifest.parquet")).exists() and Path(folder.file("fragments")).is_dir()
+
+
+def test_a_run_goes_on_in_the_dtype_that_its_first_engine_picked(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a?"]}), tmp_path / "rows.parquet")
+    values = {
+        "input.path": str(tmp_path / "rows.parquet"),
+        "model.path": "demo",
+        "output.path": str(tmp_path / "out"),
+    }
+    config, folder = load_config(CaptionConfig, None, values), RunFolder(str(tmp_path / "out"))
+    folder.prepare()
+    job = prepare(config, folder)
+    assert job is not None and job.stages.generate.engine.dtype == "auto"
+    assert job.note_engines([{"kind": "preprocess"}, {"kind": "engine", "loading": "starting"}]) is None
+    engine = {"kind": "engine", "describe": {"dtype": "bfloat16", "dtype_reason": "native to this CPU"}}
+    assert job.note_engines([engine]) == "model in bfloat16: native to this CPU"
+    assert job.note_engines([engine]) is None
+    again = prepare(config, folder)  # after a crash, perhaps on another machine
+    assert again is not None and again.stages.generate.engine.dtype == "bfloat16"
+    assert "the run goes on in bfloat16, in which it began" in again.notes
+    other = load_config(CaptionConfig, None, {**values, "model.dtype": "float32"})
+    with pytest.raises(OutputError, match=r"model\.dtype: was 'auto', is 'float32'"):
+        prepare(other, folder)

@@ -14,6 +14,7 @@ from pipeline.planning.roofline import (
     Gpu,
     RowWork,
     cache_tokens,
+    decode_bytes,
     decode_flops,
     find_gpu,
     min_gpus,
@@ -141,3 +142,9 @@ def test_weights_that_do_not_fit_leave_no_cache() -> None:
     assert cache_tokens(SHAPES["2b"], h200, gpus=1, memory_fraction=0.9) > 4_000_000
     assert min_gpus(SHAPES["72b"], h200, cache_tokens=32_768, memory_fraction=0.9) == 2
     assert min_gpus(SHAPES["2b"], h200, cache_tokens=32_768, memory_fraction=0.9) == 1
+
+
+def test_values_of_four_bytes_take_twice_the_memory() -> None:
+    half, full = SHAPES["2b"], replace(SHAPES["2b"], bytes_per_value=4)
+    assert full.kv_bytes() == 2 * half.kv_bytes()
+    assert decode_bytes(full, 100, 10, 1) == 2 * decode_bytes(half, 100, 10, 1)

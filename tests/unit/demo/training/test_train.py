@@ -33,7 +33,7 @@ def test_two_steps_and_one_more_write_a_loadable_checkpoint(tmp_path: Path) -> N
     main(["--output", str(output), "--steps", "3", "--resume", *OPTIONS])
     assert torch.load(tmp_path / "checkpoint.training" / "state.pt")["step"] == 3
     model: Any = AutoModelForImageTextToText.from_pretrained(output)
-    assert model.dtype == torch.bfloat16
+    assert model.dtype == torch.float32  # the size shows that the weights are stored in bfloat16
     assert sum(path.stat().st_size for path in output.iterdir()) < 8_000_000
     assert "3 steps" in (output / "README.md").read_text()
     ChatTokenizer(str(output))
