@@ -1,4 +1,4 @@
-"""Token ids and patches in, token ids out: continuous batching for Qwen2-VL.
+"""Token ids and patches in, token ids out: continuous batching for Qwen-VL models.
 
 Knows token ids, patches and blocks. Knows no text, no files besides the checkpoint, and no Ray. Needs torch,
 transformers and numpy only. Importing this package loads neither torch nor transformers; `load_engine` does.

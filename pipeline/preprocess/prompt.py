@@ -240,7 +240,7 @@ def _read_json(file: Path | None) -> dict[str, Any]:
     return values
 
 
-def qwen2_tokenizer(model: BPE) -> Tokenizer:
+def qwen_tokenizer(model: BPE) -> Tokenizer:
     """The tokenizer around a vocabulary and its merges, as transformers' Qwen2Tokenizer builds it."""
     words = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -263,7 +263,7 @@ def _load_tokenizer(whole: Path | None, vocab: Path | None, merges: Path | None,
     if whole is not None:
         tokenizer = Tokenizer.from_file(str(whole))
     elif vocab is not None and merges is not None:
-        tokenizer = qwen2_tokenizer(BPE.from_file(str(vocab), str(merges)))
+        tokenizer = qwen_tokenizer(BPE.from_file(str(vocab), str(merges)))
     else:
         raise FileNotFoundError("expected tokenizer.json, or vocab.json and merges.txt")
     tokenizer.no_truncation()

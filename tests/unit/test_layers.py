@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -153,3 +154,31 @@ def test_importing_a_module_loads_nothing_that_it_may_not_need(module: str, heav
 def test_no_file_is_named_for_nothing() -> None:
     names = {path.stem for folder in ("pipeline", "jobs", "tests") for path in (ROOT / folder).rglob("*.py")}
     assert not names & {"utils", "common", "helpers", "base"}
+
+
+FAMILY = re.compile(r"qwen[23]", re.IGNORECASE)
+NAMES_FAMILIES = {
+    "pipeline/checkpoint/families/": "what differs outside the forward pass",
+    "pipeline/engine/models/": "what differs in the forward pass",
+    "pipeline/demo/": "the demo checkpoint is of one family",
+    "pipeline/planning/roofline.py": "sizes of published checkpoints by their names",
+}
+
+
+def test_no_code_names_a_model_family_but_its_own_files() -> None:
+    found: list[str] = []
+    for file in sorted(ROOT.glob("pipeline/**/*.py")):
+        path = file.relative_to(ROOT).as_posix()
+        if path.startswith(tuple(NAMES_FAMILIES)):
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            words = [getattr(node, name, None) for name in ("id", "attr", "name", "module", "arg")]
+            words += [node.value] if isinstance(node, ast.Constant) and id(node) not in prose else []
+            found += [
+                f"{path}:{getattr(node, 'lineno', 0)}: {word}"
+                for word in words
+                if isinstance(word, str) and FAMILY.search(word.replace("qwen2-vl-batch", ""))
+            ]
+    assert not found, found

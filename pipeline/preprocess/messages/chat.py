@@ -71,7 +71,7 @@ def _read_message(message: Any, where: str) -> Message:
         raise MessageError(f"{where} has {found}; expected a role: {', '.join(_ROLES)}")
     for key in ("tool_calls", "function_call", "audio"):
         if message.get(key):
-            raise MessageError(f"{where} has {key}, which Qwen2-VL does not know; allowed: role, content")
+            raise MessageError(f"{where} has {key}, which the model does not know; allowed: role, content")
     content = plain(message.get("content"))
     parts: list[Text | MediumPart]
     if isinstance(content, str | dict):
