@@ -76,10 +76,12 @@ class NativeEngine(EngineLoop):
         self.max_batch_patches = options.max_batch_patches or 4 * self.max_batch_tokens
         candidates = self._attention_candidates()
         with torch.no_grad():
-            self.text = TextModel(checkpoint.model, checkpoint.architecture)
+            self.text = TextModel(checkpoint.model, checkpoint.architecture, release=checkpoint.is_owned)
             pixels = PixelTable(options, device=device, dtype=dtype)
             make_vision = checkpoint.architecture.vision
-            self.vision: VisionModel = make_vision(checkpoint.model, candidates[-1].load(), pixels)
+            self.vision: VisionModel = make_vision(
+                checkpoint.model, candidates[-1].load(), pixels, release=checkpoint.is_owned
+            )
         self._devices = tuple(dict.fromkeys((device, *checkpoint.layer_devices)))
         self.trial = Trial(self._devices)
         self.warm_up_s = 0.0
@@ -176,7 +178,7 @@ class NativeEngine(EngineLoop):
             "devices": len(self._devices),
             "dtype": str(self.checkpoint.dtype).removeprefix("torch."),
             "dtype_reason": self.checkpoint.dtype_reason,
-            "matmul_dtype": str(self.runner.text.lm_head.weight.dtype).removeprefix("torch."),
+            "matmul_dtype": str(self.runner.text.lm_head.matmul_dtype).removeprefix("torch."),
             "attention": self.runner.attention.name,
             "vision_attention": self.runner.attention.vision_name,
             "kernels": self.text.kernels.name,
@@ -234,7 +236,7 @@ class NativeEngine(EngineLoop):
             heads=text.num_heads,
             kv_heads=text.num_kv_heads,
             head_dim=text.head_dim,
-            mlp=text.layers[0].down.weight.shape[1],
+            mlp=text.layers[0].down.in_features,
             vision_heads=vision.num_heads,
             vision_head_dim=vision.head_dim,
             vision_mlp=vision.mlp_width,
@@ -318,8 +320,8 @@ class NativeEngine(EngineLoop):
     def _sample_widest(self) -> None:
         """Sample a full decode batch in the way that takes the most memory."""
         num_rows = self.options.max_running or MOST_RUNNING
-        weight = self.text.lm_head.weight
-        logits = torch.zeros(num_rows, weight.shape[0], dtype=self.text.dtype, device=weight.device)
+        head = self.text.lm_head
+        logits = torch.zeros(num_rows, head.out_features, dtype=self.text.dtype, device=head.device)
         row = SampleRow(SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, logprobs=True), draw=0.5)
         sample(logits, [row] * num_rows)
 
@@ -371,7 +373,7 @@ class NativeEngine(EngineLoop):
         results = []
         for length in (2, 5):
             tokens = torch.arange(num_rows, device=self.runner.last_tokens.device) * 37 + length
-            self.runner.last_tokens[:num_rows] = tokens % self.text.lm_head.weight.shape[0]
+            self.runner.last_tokens[:num_rows] = tokens % self.text.lm_head.out_features
             lengths, blocks = rows % 2 + length - 1, rows[::-1].copy()
             slots, tables = blocks * self.cache.block_size + lengths - 1, blocks.astype(np.int32)[:, None]
             logits = self.runner.decode_rows(rows, lengths - 1, slots, lengths.astype(np.int32), tables)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class Checkpoint:
     """Why it computes in this dtype."""
     layer_devices: tuple[torch.device, ...] = ()
     """Of each layer of the text model."""
+    is_owned: bool = False
+    """Whether nobody else needs the model, so that an engine may take its weights away."""
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -130,7 +132,8 @@ def load_checkpoint(options: EngineOptions, report: Report = ignore) -> Checkpoi
         report("merging the adapter")
         model = merge_adapter(model, options.adapter, revision=options.adapter_revision)
         name = f"{path} with {options.adapter}"
-    return from_model(model if len(devices) > 1 else model.to(device), name=name, picked=picked)
+    model = model if len(devices) > 1 else model.to(device)
+    return replace(from_model(model, name=name, picked=picked), is_owned=True)
 
 
 def _read_config(options: EngineOptions) -> Any:

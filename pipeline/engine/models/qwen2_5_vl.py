@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
-from pipeline.engine.dense import dense
 from pipeline.engine.device import upload
 from pipeline.engine.models.architecture import Architecture
 from pipeline.engine.models.mrope import PositionRule
@@ -37,11 +36,11 @@ class Qwen25VLVision(VisionModel):
         self._side = config.window_size // MERGE_SIZE // config.patch_size
         merger = model.model.visual.merger
         self.merge_norm = merger.ln_q
-        self.merge1, self.merge2 = dense(merger.mlp[0]), dense(merger.mlp[2])
+        self.merge1, self.merge2 = self.dense(merger.mlp[0]), self.dense(merger.mlp[2])
 
     def make_block(self, block: Any) -> Block:
-        mlp = GatedMlp(dense(block.mlp.gate_proj, block.mlp.up_proj), dense(block.mlp.down_proj))
-        return Block(block.norm1, dense(block.attn.qkv), dense(block.attn.proj), block.norm2, mlp)
+        mlp = GatedMlp(self.dense(block.mlp.gate_proj, block.mlp.up_proj), self.dense(block.mlp.down_proj))
+        return Block(block.norm1, self.dense(block.attn.qkv), self.dense(block.attn.proj), block.norm2, mlp)
 
     def run(self, frames: Sequence[Frames]) -> torch.Tensor:
         order, windows = _pass_windows(frames, self._side)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from pipeline.engine.dense import dense
 from pipeline.engine.models.architecture import Architecture
 from pipeline.engine.models.mrope import PositionRule
 from pipeline.engine.models.vision import Block, Frames, PlainMlp, VisionModel, patch_coordinates
@@ -21,11 +20,11 @@ class Qwen2VLVision(VisionModel):
         super().__init__(model, *args, **kwargs)
         merger = model.model.visual.merger
         self.merge_norm = merger.ln_q
-        self.merge1, self.merge2 = dense(merger.mlp[0]), dense(merger.mlp[2])
+        self.merge1, self.merge2 = self.dense(merger.mlp[0]), self.dense(merger.mlp[2])
 
     def make_block(self, block: Any) -> Block:
-        mlp = PlainMlp(dense(block.mlp.fc1), block.mlp.act, dense(block.mlp.fc2), self._has_quick_gelu)
-        return Block(block.norm1, dense(block.attn.qkv), dense(block.attn.proj), block.norm2, mlp)
+        mlp = PlainMlp(self.dense(block.mlp.fc1), block.mlp.act, self.dense(block.mlp.fc2), self._has_quick_gelu)
+        return Block(block.norm1, self.dense(block.attn.qkv), self.dense(block.attn.proj), block.norm2, mlp)
 
     def run(self, frames: Sequence[Frames]) -> torch.Tensor:
         hidden = self.embed(self.pixel_values(frames))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
-from pipeline.engine.dense import dense
+from pipeline.engine.dense import Dense
 from pipeline.engine.device import upload
 from pipeline.engine.models.architecture import Architecture
 from pipeline.engine.models.mrope import PositionRule
@@ -35,12 +35,11 @@ from pipeline.engine.sequence import MERGE_SIZE
 class _Merger:
     """Four patches to one visual token. `norm` sees patches, or the four of a token side by side."""
 
-    def __init__(self, merger: Any) -> None:
-        self.norm = merger.norm
-        self._fc1, self._fc2 = dense(merger.linear_fc1), dense(merger.linear_fc2)
+    def __init__(self, norm: Any, fc1: Dense, fc2: Dense) -> None:
+        self.norm, self._fc1, self._fc2 = norm, fc1, fc2
 
     def __call__(self, normed: torch.Tensor) -> torch.Tensor:
-        return self._fc2(F.gelu(self._fc1(normed.view(-1, self._fc1.weight.shape[1]))))
+        return self._fc2(F.gelu(self._fc1(normed.view(-1, self._fc1.in_features))))
 
 
 class Qwen3VLVision(VisionModel):
@@ -49,14 +48,17 @@ class Qwen3VLVision(VisionModel):
         tower = model.model.visual
         self._places: torch.Tensor = tower.pos_embed.weight
         self._side = math.isqrt(len(self._places))
-        self._merger = _Merger(tower.merger)
+        self._merger = self._make_merger(tower.merger)
         blocks = model.config.vision_config.deepstack_visual_indexes
-        self._deep_mergers = dict(zip(blocks, map(_Merger, tower.deepstack_merger_list), strict=True))
+        self._deep_mergers = dict(zip(blocks, map(self._make_merger, tower.deepstack_merger_list), strict=True))
         self.num_deep = len(self._deep_mergers)
 
+    def _make_merger(self, merger: Any) -> _Merger:
+        return _Merger(merger.norm, self.dense(merger.linear_fc1), self.dense(merger.linear_fc2))
+
     def make_block(self, block: Any) -> Block:
-        mlp = PlainMlp(dense(block.mlp.linear_fc1), block.mlp.act_fn, dense(block.mlp.linear_fc2))
-        return Block(block.norm1, dense(block.attn.qkv), dense(block.attn.proj), block.norm2, mlp)
+        mlp = PlainMlp(self.dense(block.mlp.linear_fc1), block.mlp.act_fn, self.dense(block.mlp.linear_fc2))
+        return Block(block.norm1, self.dense(block.attn.qkv), self.dense(block.attn.proj), block.norm2, mlp)
 
     def run(self, frames: Sequence[Frames]) -> torch.Tensor:
         hidden = self.embed(self.pixel_values(frames))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +47,13 @@ class DeepFeatures(NamedTuple):
 
 
 class TextModel:
-    def __init__(self, model: Any, architecture: Architecture, kernels: EagerKernels = EAGER) -> None:
-        """`model` is transformers' own, of the family's class; its joined weights become views of ours."""
+    def __init__(
+        self, model: Any, architecture: Architecture, kernels: EagerKernels = EAGER, *, release: bool = False
+    ) -> None:
+        """`model` is transformers' own, of the family's class; its joined weights become views of ours.
+
+        `release`: the model loses the weights of which this holds a copy.
+        """
         config = model.config.text_config
         language = model.model.language_model
         self.kernels = kernels
@@ -59,15 +65,17 @@ class TextModel:
         self.embed_weight: torch.Tensor = language.embed_tokens.weight
         self.dtype = self.embed_weight.dtype
         self.final_norm: torch.Tensor = language.norm.weight
-        self.lm_head = dense(model.lm_head)
+        is_tied = model.lm_head.weight is self.embed_weight
+        self.lm_head = dense(model.lm_head, release=release and not is_tied)
+        join = partial(dense, release=release)
         self.layers = [
             _Layer(
                 layer.input_layernorm.weight,
-                dense(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-                dense(layer.self_attn.o_proj),
+                join(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                join(layer.self_attn.o_proj),
                 layer.post_attention_layernorm.weight,
-                dense(layer.mlp.gate_proj, layer.mlp.up_proj),
-                dense(layer.mlp.down_proj),
+                join(layer.mlp.gate_proj, layer.mlp.up_proj),
+                join(layer.mlp.down_proj),
                 self._head_norm(layer.self_attn),
             )
             for layer in language.layers

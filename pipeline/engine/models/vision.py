@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.engine.attention.interface import AttentionBackend
-from pipeline.engine.dense import Dense
+from pipeline.engine.dense import Dense, dense
 from pipeline.engine.device import upload
 from pipeline.engine.kernels.eager import EAGER, EagerKernels
 from pipeline.engine.pixels import PixelTable
@@ -50,7 +50,7 @@ class PlainMlp:
 
     @property
     def width(self) -> int:
-        return self.fc1.weight.shape[0]
+        return self.fc1.out_features
 
     def __call__(self, x: torch.Tensor, kernels: EagerKernels) -> torch.Tensor:
         wide = self.fc1(x)
@@ -66,7 +66,7 @@ class GatedMlp:
 
     @property
     def width(self) -> int:
-        return self.down.weight.shape[1]
+        return self.down.in_features
 
     def __call__(self, x: torch.Tensor, kernels: EagerKernels) -> torch.Tensor:
         return self.down(kernels.silu_times_up(self.gate_up(x)))
@@ -132,9 +132,17 @@ class VisionModel(ABC):
     """Layers of the text model, from the first on, to which the tower hands features of their own."""
 
     def __init__(
-        self, model: Any, attention: AttentionBackend, pixels: PixelTable, kernels: EagerKernels = EAGER
+        self,
+        model: Any,
+        attention: AttentionBackend,
+        pixels: PixelTable,
+        kernels: EagerKernels = EAGER,
+        *,
+        release: bool = False,
     ) -> None:
-        """`model` is transformers' own, of the family's class."""
+        """`model` is transformers' own, of the family's class. `release`: it loses the weights of which this holds a
+        copy."""
+        self._release = release
         tower = model.model.visual
         config = model.config.vision_config
         self.attention = attention
@@ -143,15 +151,18 @@ class VisionModel(ABC):
         self.num_heads: int = config.num_heads
         # The convolution's kernel is as large as its stride, so it is one product over flattened patches.
         self.embed = Dense(tower.patch_embed.proj.weight.flatten(1), tower.patch_embed.proj.bias)
-        self.head_dim: int = self.embed.weight.shape[0] // self.num_heads
+        self.head_dim: int = self.embed.out_features // self.num_heads
         self.blocks = [self.make_block(block) for block in tower.blocks]
-        self.device = self.embed.weight.device
+        self.device = self.embed.device
         theta = float((getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0))
         spatial = self.head_dim // 2
         steps = torch.arange(0, spatial, 2, dtype=torch.float32)
         self.inv_freq = (1.0 / (theta ** (steps / spatial))).to(self.device)
         on_gpu = self.device.type == "cuda"
         self._copies: Any = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def dense(self, *linears: Any) -> Dense:
+        return dense(*linears, release=self._release)
 
     @property
     def mlp_width(self) -> int:

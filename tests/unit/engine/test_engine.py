@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipeline.engine import Completion, Engine, EngineOptions, Request, SamplingParams
+from pipeline.engine.dense import Dense
 from pipeline.engine.engine import NativeEngine
 from pipeline.engine.reference import ReferenceEngine
 from pipeline.engine.weights import from_model
@@ -98,8 +99,8 @@ def test_endless_repetition_ends_a_row_where_asked(tiny_model: Any) -> None:
     engine = native(tiny_model)
     forced = row(max_tokens=200, stop_on_repetition=True)
     # The model is made to say one word for ever.
-    weight = torch.zeros_like(engine.runner.text.lm_head.weight)
-    engine.runner.text.lm_head.weight = weight
+    head = engine.runner.text.lm_head
+    engine.runner.text.lm_head = Dense(torch.zeros(head.out_features, head.in_features), None)
     done = first(engine.generate([forced]))
     assert (done.finish_reason, len(done.token_ids)) == ("repetition", 32)
     assert first(engine.generate([row(max_tokens=60)])).finish_reason == "length"

@@ -23,6 +23,12 @@ from pipeline.errors import CheckpointError
 from tests.unit.engine.tiny import make_config, make_model, mixed_requests, tokens_of
 
 
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are packed on a CPU alone."""
+    monkeypatch.setattr("pipeline.engine.dense.can_pack", lambda dtype: False)
+
+
 @given(st.integers(1, 100), st.integers(0, 500), st.integers(0, 300), st.integers(1, 90), st.integers(1, 8))
 def test_layers_are_laid_out_in_runs_of_even_size(layer: int, first: int, last: int, layers: int, devices: int) -> None:
     places = split_layers(layer, first, last, layers, devices)
@@ -109,9 +115,9 @@ def sharded_engine(model: Any, options: EngineOptions, devices: TwoDevices) -> N
     for layer in text.layers[1:]:
         devices.put(layer.input_norm, layer.post_norm)
         for product in (layer.qkv, layer.out, layer.gate_up, layer.down):
-            devices.put(product.weight, product.bias)
-    text.lm_head = Dense(text.lm_head.weight.clone(), None)
-    devices.put(text.final_norm, text.lm_head.weight)
+            devices.put(product._weight, product._bias)
+    text.lm_head = Dense(model.lm_head.weight.clone(), None)
+    devices.put(text.final_norm, text.lm_head._weight)
     devices.put(*engine.cache.keys[1:], *engine.cache.values[1:])
     return engine
 
