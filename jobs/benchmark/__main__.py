@@ -6,6 +6,7 @@
     pipeline     the whole job on the demo dataset, against its stages in a plain loop
     scale        planning and resuming 100 million rows; the job with an engine that answers at once
     kernels      registers, shared memory and spills of every Triton kernel, compiled    (no Ray, no GPU)
+    dense        products by plain and by packed weights on a CPU                        (no Ray)
     report       scoring and reporting a million result rows                              (no Ray)
 
 Each prints a table for people, and as its last line JSON. `python -m jobs.benchmark NAME --help` lists its options.
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 
 from jobs.cli import run_command
 
-BENCHMARKS = ("preprocess", "engine", "stage", "pipeline", "scale", "kernels", "report")
+BENCHMARKS = ("preprocess", "engine", "stage", "pipeline", "scale", "kernels", "dense", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
