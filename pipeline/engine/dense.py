@@ -1,10 +1,12 @@
 """Matrix multiplication by one weight of the checkpoint, or by several joined into one call.
 
 On a CPU the weight is packed once into the layout in which oneDNN multiplies, which it would otherwise do in every
-call: the same bits in bfloat16, and faster for the few rows of a decode pass (`python -m jobs.benchmark dense`, figures in
-docs/performance.md). On a CPU without bfloat16 instructions torch multiplies bfloat16 about seven times slower than float32. There
-the weight is held in float32 and the product rounded to bfloat16 once: the same numbers as a bfloat16 kernel, which
-also accumulates in float32, for twice the memory.
+call: the same bits in bfloat16, and faster for the few rows of a decode pass (`python -m jobs.benchmark dense`;
+figures in docs/performance.md).
+
+On a CPU without bfloat16 instructions torch multiplies bfloat16 about seven times slower than float32. There the weight
+is held in float32 and the product rounded to bfloat16 once: the same numbers as a bfloat16 kernel, which also
+accumulates in float32, for twice the memory.
 """
 
 from __future__ import annotations
