@@ -38,6 +38,11 @@ def read_family(model_path: str, *, revision: str | None = None) -> Family:
     """The published facts of the checkpoint's family. Raises CheckpointError where this pipeline does not run it."""
     config = read_config(model_path, revision=revision)
     if config is None:
+        if adapter := read_json(model_path, "adapter_config.json", revision):
+            base = adapter.get("base_model_name_or_path") or "the checkpoint that it was trained on"
+            raise CheckpointError(
+                f"{model_path!r} is an adapter: set model.path to {base}, and model.adapter to {model_path}"
+            )
         raise CheckpointError(
             f"can't find config.json in {model_path!r}: "
             "set model.path to a folder with a Qwen-VL checkpoint or to a hub name that this machine can reach"

@@ -151,6 +151,8 @@ def _read_config(options: EngineOptions) -> Any:
         raise CheckpointError(f"{path}: can't read the checkpoint's config: {_one_line(error)}") from error
     if config.model_type not in ARCHITECTURES:
         raise CheckpointError(f"{path}: model_type is {config.model_type!r}; supported: {', '.join(ARCHITECTURES)}")
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):  # transformers would load it unmerged
+        raise CheckpointError(f"{path}: there is an adapter beside config.json; move it away, or to model.adapter")
     check_supported(config, path=path, native=options.kind == "native")
     return config
 

@@ -14,7 +14,8 @@ import pyarrow as pa
 from pipeline.checkpoint.adapter import check_tokens, read_adapter_config, resolve_adapter
 from pipeline.checkpoint.cache import DEFAULT_FOLDER, ModelCache
 from pipeline.checkpoint.families.family import Family
-from pipeline.checkpoint.locate import check_model, resolve_model
+from pipeline.checkpoint.locate import check_model, read_config, resolve_model
+from pipeline.checkpoint.plain import check_plain
 from pipeline.checkpoint.processor import read_processor
 from pipeline.config import CaptionConfig, InputConfig, MediaConfig
 from pipeline.engine import EngineOptions
@@ -92,6 +93,7 @@ def check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -
         check_columns(manifest.schema.names, message_options(config))
     local = model_cache(config).local(model_path, weights=False)  # looks at a bucket's listing for the weights
     check_model(local, revision=config.model.revision, weights=local == model_path)
+    check_plain(read_config(local, revision=config.model.revision) or {}, local, revision=config.model.revision)
     family = read_processor(local, revision=config.model.revision)
     media_options(config.media, family)
     prompt = config.prompt

@@ -34,7 +34,11 @@ def check_supported(config: Any, *, path: str, native: bool) -> None:
 
 
 def _everywhere(config: Any, architecture: Architecture) -> Iterator[str]:
-    """What the prompt, the patches and the positions of either engine take for granted."""
+    """What the weights, the prompt, the patches and the positions of either engine take for granted."""
+    if getattr(config, "quantization_config", None) is not None:
+        yield "quantization_config is set, expected weights in bfloat16, float16 or float32"
+    if getattr(config, "auto_map", None):
+        yield "auto_map names code of the checkpoint's own, which is never run"
     text, vision = config.text_config, config.vision_config
     fixed = {
         "patch_size": architecture.patch_size,
@@ -66,5 +70,3 @@ def _native(config: Any) -> Iterator[str]:
     rope_type = (text.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         yield f"rope_type is {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}"
-    if getattr(config, "quantization_config", None) is not None:
-        yield "quantization_config is set, expected weights in bfloat16, float16 or float32"

@@ -13,7 +13,7 @@ import torch
 from pipeline.engine import EngineOptions, load_engine
 from pipeline.engine.attention.choose import attention_candidates
 from pipeline.errors import CheckpointError
-from tests.unit.engine.tiny import mixed_requests, tokens_of
+from tests.unit.engine.tiny import make_config, make_model, mixed_requests, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +110,48 @@ def test_a_gpu_that_is_not_there_is_one_line(folder: Path, monkeypatch: pytest.M
         device="cuda:1",
         num_devices=2,
     )
+
+
+def test_an_old_layout_with_another_vocabulary_loads_as_it_is(tmp_path: Path) -> None:
+    """A flat config.json, `visual.` and `model.` names, and rows of the embedding for tokens of a fine-tune's own."""
+    from safetensors.torch import load_file, save_file
+
+    config = make_config()
+    config.text_config.vocab_size = 333
+    model = make_model(config=config)
+    new, old = tmp_path / "new", tmp_path / "old"
+    model.save_pretrained(new)
+    old.mkdir()
+    values = json.loads((new / "config.json").read_text())
+    text = values.pop("text_config")
+    rope = text.pop("rope_parameters")
+    flat = {**text, **values, "rope_theta": rope["rope_theta"], "torch_dtype": "float32"}
+    flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    flat.pop("dtype", None)
+    (old / "config.json").write_text(json.dumps({**flat, "model_type": "qwen2_vl"}))
+    names = {"model.language_model.": "model.", "model.visual.": "visual."}
+
+    def before(name: str) -> str:
+        found = next((new for new in names if name.startswith(new)), "")
+        return names[found] + name.removeprefix(found) if found else name
+
+    tensors = load_file(new / "model.safetensors")
+    save_file({before(name): tensor for name, tensor in tensors.items()}, old / "model.safetensors", {"format": "pt"})
+    requests = mixed_requests(4, seed=2)
+    engines = [load_engine(EngineOptions(str(folder), dtype="float32")) for folder in (new, old)]
+    first, second = (tokens_of(engine.generate(requests)) for engine in engines)
+    assert first == second
+    (old / "adapter_config.json").write_text("{}")
+    check_refused(old, "an adapter beside config.json")
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_quantised_weights_and_a_checkpoint_s_own_code_are_refused(folder: Path, tmp_path: Path, kind: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for changed, message in (
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config is set"),
+        ({"auto_map": {"AutoModelForImageTextToText": "evil.Model"}}, "auto_map names code"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **changed}))
+        (tmp_path / "evil.py").write_text("raise SystemExit('was run')")
+        check_refused(tmp_path, message, kind=kind)
