@@ -50,6 +50,7 @@ def test_greedy_takes_the_lowest_id_of_equal_logits() -> None:
 
 
 def test_top_k_keeps_the_k_largest() -> None:
+    assert set(distribution(LOGITS, top_k=1)) == {1}
     shares = distribution(LOGITS, top_k=2)
     assert set(shares) == {1, 2}
     assert shares[1] == pytest.approx(softmax([2.0, 1.0])[0], abs=1e-3)
@@ -105,6 +106,7 @@ def test_tokens_of_probability_zero_are_never_drawn() -> None:
 
 
 def test_min_p_drops_what_is_improbable_beside_the_best() -> None:
+    assert set(distribution([0.0, 2.0, 2.0, 1.0], min_p=1.0)) == {1, 2}
     best = softmax(LOGITS)[1]
     assert set(distribution(LOGITS, min_p=softmax(LOGITS)[2] / best - 0.01)) == {1, 2}
 
@@ -259,6 +261,8 @@ def test_draws_depend_on_seed_sample_and_step_and_are_spread_evenly() -> None:
         (list(range(100)), False),
         ([1, 2, 3] + [5] * 32, True),
         ([1, 2, 3] + [5] * 20, False),
+        ([5] * 31, False),
+        ([5] * 32, True),
         ([9] + [1, 2, 3, 4, 5] * 8, True),
         ([9] + [1, 2, 3, 4, 5] * 7, False),
         ([1, 2, 3, 4, 5] * 8 + [6], False),

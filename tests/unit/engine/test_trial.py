@@ -121,3 +121,12 @@ def test_a_lack_of_memory_is_no_candidate_s_fault() -> None:
 def test_a_reference_that_fails_is_not_blamed_on_the_candidate() -> None:
     with pytest.raises(ImportError, match="no eager"):
         choose([Candidate("fused", lambda: VALUES), Candidate("eager", raises(ImportError("no eager")))])
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.03), (torch.float16, 0.005), (torch.float32, 1e-4)])
+def test_what_counts_as_rounding_depends_on_the_dtype(dtype: torch.dtype, share: float) -> None:
+    expected = torch.tensor([4.0, 256.0], dtype=dtype)
+    for factor, is_used in ((0.5, True), (2.0, False)):
+        other = (expected.float() + torch.tensor([256.0 * share * factor, 0.0])).to(dtype)
+        chosen, _ = choose([Candidate("fused", lambda other=other: other), Candidate("eager", lambda: expected)])
+        assert (chosen is other) is is_used

@@ -3,6 +3,7 @@ engine is given of a GPU."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,11 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from pipeline.engine import EngineOptions
 from pipeline.errors import CheckpointError, ClusterError, CredentialError
-from pipeline.execution.dataset import _for_placement, _job_error
+from pipeline.execution.actors import unpack
+from pipeline.execution.dataset import ManifestSource, _for_placement, _job_error
 from pipeline.generate import GenerateOptions
+from pipeline.manifest.find import open_manifest
+from tests.unit.manifest.manifests import cut, write_jsonl
 
 ADVICE = (
     "Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).\n"
@@ -78,3 +82,14 @@ def test_an_engine_takes_the_share_of_a_gpu_that_the_job_reserves_for_it(
     placement: Any = SimpleNamespace(gpus_per_engine=gpus)
     engine = _for_placement(stages, placement).engine
     assert (engine.num_devices, engine.gpu_share) == (devices, share)
+
+
+def test_a_read_task_gives_the_wanted_columns_of_each_of_its_units(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {number}.", "other": "x"} for number in range(5)]
+    manifest = open_manifest(str(write_jsonl(tmp_path / "m.jsonl", rows)))
+    tasks = ManifestSource(manifest.spec, cut(manifest, 2), ["prompt"]).get_read_tasks(1)
+    tables = [unpack(block) for task in tasks for block in task()]
+    assert [table.column("prompt").to_pylist() for table in tables] == [
+        ["Say 0.", "Say 1."], ["Say 2.", "Say 3."], ["Say 4."],
+    ]  # fmt: skip
+    assert all("other" not in table.column_names for table in tables)

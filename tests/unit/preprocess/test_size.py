@@ -13,6 +13,7 @@ Where the two published references differ from each other, ours is transformers'
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -24,7 +25,7 @@ from pipeline.checkpoint.families import FAMILIES, family
 from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.engine.sequence import MERGE_SIZE, patch_bytes
 from pipeline.errors import AspectRatioError, DecompressionBomb, UnsupportedMedia
-from pipeline.preprocess.size import ShownSize, check_source_size, pixel_bounds, smart_resize, video_max_pixels
+from pipeline.preprocess.size import ShownSize, check_source_size, fit_row, pixel_bounds, smart_resize, video_max_pixels
 from tests.options import media_options
 
 MAX_PIXELS = 12_845_056
@@ -129,6 +130,13 @@ def test_a_row_bound_within_the_jobs_leaves_the_other_bound_alone() -> None:
     assert pixel_bounds("image", MediumSettings(max_pixels=12_544), options) == (3136, 12_544)
     assert pixel_bounds("image", MediumSettings(max_pixels=1568), options) == (1568, 1568)
     assert pixel_bounds("image", MediumSettings(min_pixels=2_000_000), options) == (2_000_000, 2_000_000)
+
+
+def test_a_rows_budget_may_show_a_picture_below_the_least_area() -> None:
+    least = ShownSize("image", 56, 56, 1, MediumSettings(), media_options(min_pixels=8 * FACTOR**2))
+    assert least.num_visual_tokens == 9
+    fit_row([SimpleNamespace(size=least)], 4)
+    assert least.resized == (56, 56) and least.note is not None
 
 
 def test_the_engine_and_preprocessing_agree_on_the_size_of_a_patch() -> None:

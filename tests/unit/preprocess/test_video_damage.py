@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Iterator
+from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -14,6 +16,7 @@ import pytest
 from pipeline.conversation import MediumSettings
 from pipeline.errors import SettingError, UnsupportedMedia
 from pipeline.preprocess.video import frames
+from pipeline.preprocess.video.stated import stated_seconds
 from tests.unit.preprocess.conftest import VideoFrames, decode_video, encode_video, picture
 
 CONTAINERS: dict[str, dict[str, Any]] = {
@@ -136,3 +139,17 @@ def test_a_file_without_frames_whose_streams_are_damaged_is_unsupported(monkeypa
     monkeypatch.setattr(frames, "open_container", lambda file: Damaged(opened(file)))
     with pytest.raises(UnsupportedMedia, match="damaged: streams appear inside"):
         shown(clip("flv"))
+
+
+def test_a_stream_states_its_length_itself_or_in_matroskas_tag_or_the_file_does() -> None:
+    container: Any = SimpleNamespace(duration=7_500_000)
+
+    def stated(duration: int | None, **metadata: str) -> tuple[float, bool]:
+        stream: Any = SimpleNamespace(duration=duration, time_base=Fraction(1, 90), metadata=metadata)
+        return stated_seconds(container, stream)
+
+    assert stated(180, DURATION="00:00:09.0") == (2.0, True)
+    assert stated(None, DURATION="01:02:03.500000000") == (3723.5, True)
+    assert stated(None) == stated(None, DURATION="unknown") == (7.5, False)
+    container.duration = None
+    assert stated(None) == (0.0, False)

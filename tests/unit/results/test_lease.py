@@ -58,6 +58,21 @@ def test_a_dead_process_does_not_hold_the_lease(tmp_path: Path) -> None:
     assert_free(path)
 
 
+def test_a_live_process_holds_its_lease_where_nobody_knows_when_it_began(tmp_path: Path) -> None:
+    path = tmp_path / ".lease"
+    held = {"token": "x", "host": socket.gethostname(), "pid": os.getppid(), "renewed": time.time()}
+    for began in ({}, {"began": None}):
+        path.write_text(json.dumps({**held, **began}))
+        assert_refused(path)
+
+
+def test_a_lease_that_somebody_has_deleted_can_be_left(tmp_path: Path) -> None:
+    path = tmp_path / ".lease"
+    with Lease(str(path)):
+        path.unlink()
+    assert not path.exists()
+
+
 def test_a_lease_of_another_machine_ends_when_it_is_not_renewed(tmp_path: Path) -> None:
     path = tmp_path / ".lease"
     held = {"token": "x", "host": "elsewhere", "pid": 1, "renewed": time.time()}

@@ -105,3 +105,17 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "__run" / "run.json").write_text("[]")
     with pytest.raises(OutputError, match="holds a list; expected an object"):
         RunReader(str(tmp_path))
+
+
+def test_fetched_rows_leave_out_whole_files_wherever_they_are_inside_a_value(tmp_path: Path) -> None:
+    file = pa.struct([("bytes", pa.large_binary()), ("path", pa.string())])
+    kept = pa.schema([("image", pa.binary()), ("images", pa.list_(file)), ("tags", pa.list_(pa.string()))])
+    folder, schema = RunFolder(str(tmp_path / "run")), result_schema(kept)
+    folder.prepare()
+    row = result_row(0) | {"image": b"x", "images": [{"bytes": b"x", "path": "a"}], "tags": ["new"]}
+    writer = FragmentWriter(folder, RowNumbering([1]), schema, 4, 60.0)
+    writer.add(pa.Table.from_pylist([row], schema=schema))
+    writer.flush()
+    folder.write_run({"state": "interrupted"})
+    (fetched,) = RunReader(folder.path).fetch([0]).values()
+    assert fetched["tags"] == ["new"] and not {"image", "images", "logprobs"} & set(fetched)

@@ -45,6 +45,7 @@ class HttpError(Exception):
         (ClientError("AccessDenied", 403), False),
         (ClientError("ExpiredToken", 400), False),
         (HttpError(429), True),
+        (HttpError(504), True),
         (HttpError(404), False),
         (PermissionError("The provided token has expired."), False),
         (FileNotFoundError("no"), False),

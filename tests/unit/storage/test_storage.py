@@ -11,6 +11,8 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ import pytest
 from fsspec.spec import AbstractBufferedFile
 
 from pipeline import storage
-from pipeline.storage import CredentialsRefused, StorageError, buckets
+from pipeline.storage import CredentialsRefused, FileInfo, StorageError, buckets
+from pipeline.storage.read import _remote_info
 from pipeline.storage.write import replaced
 
 
@@ -348,3 +351,30 @@ def test_options_reach_the_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsspec.core, "url_to_fs", spy)
     storage.exists("s3://bucket/x", {"endpoint_url": "http://127.0.0.1:9000"})
     assert seen["endpoint_url"] == "http://127.0.0.1:9000"
+
+
+def test_an_object_s_version_is_its_etag_where_it_has_one_and_else_its_time() -> None:
+    when = datetime(2026, 1, 2, tzinfo=UTC)
+    etag = _remote_info("s3://b/k", {"size": 3, "ETag": '"abc"', "LastModified": when})
+    assert etag == FileInfo("s3://b/k", 3, "abc")
+    times = [_remote_info("m://b/k", {"size": None, "created": time}) for time in (when, when.timestamp())]
+    assert times == [FileInfo("m://b/k", 0, str(when.timestamp()))] * 2
+    assert _remote_info("m://b/k", {}) == FileInfo("m://b/k", 0, None)
+
+
+def test_a_link_to_nothing_does_not_exist(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    assert not storage.exists(str(tmp_path / "link")) and storage.list_files(str(tmp_path)) == []
+
+
+def test_a_download_of_another_size_than_the_listing_s_leaves_nothing(root: str, tmp_path: Path) -> None:
+    path, local = storage.join(root, "weights.bin"), tmp_path / "local" / "weights.bin"
+    local.parent.mkdir()
+    put(path, b"12345")
+    info = storage.file_info(path)
+    storage.download(info, str(local))
+    assert local.read_bytes() == b"12345"
+    local.unlink()
+    with pytest.raises(StorageError, match=r"5 bytes came; the listing says 6"):
+        storage.download(replace(info, size=6), str(local))
+    assert list(local.parent.iterdir()) == []

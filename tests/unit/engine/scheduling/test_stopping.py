@@ -70,3 +70,8 @@ def test_the_end_of_the_answer_is_searched_and_not_all_of_it() -> None:
 
 def test_of_two_stop_strings_the_first_in_the_text_is_named() -> None:
     assert answer(b"a.b", stop_strings=("a.b", ".b")).stop_reason == "a.b"
+
+
+def test_an_end_token_ends_an_answer_unless_it_is_to_be_ignored() -> None:
+    assert len(answer([7, END, 7, STOP, 7]).output_ids) == 2
+    assert len(answer([7, END, 7, STOP, 7], ignore_eos=True, stop_token_ids=(STOP,)).output_ids) == 4

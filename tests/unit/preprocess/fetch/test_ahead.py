@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.preprocess.fetch import ahead
 from pipeline.preprocess.fetch.ahead import FetchAhead, FetchPool
 
 
@@ -86,4 +88,48 @@ def test_a_fetch_that_cannot_be_begun_does_not_count(monkeypatch: pytest.MonkeyP
     with pytest.raises(RuntimeError):
         pool.submit("a.jpg")
     assert pool.has_room
+    pool.close()
+
+
+def test_rows_behind_slow_ones_begin_while_a_finished_row_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_SLOW_S", 0.01)
+    released = threading.Event()
+
+    def fetch(source: Any) -> bytes:
+        return b"x" if source == "fast" or released.wait(60) else b""
+
+    pool = FetchPool(fetch, ahead=1, at_most=2)
+    rows = FetchAhead(pool, rows_of(pool, ["slow", "fast"]), lambda: None)
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(rows.take(1)), daemon=True)
+    thread.start()
+    thread.join(20)
+    released.set()
+    assert found and [place for place, _ in found[0]] == [1]
+    pool.close()
+
+
+def test_a_pool_closes_while_a_fetch_hangs() -> None:
+    released = threading.Event()
+    pool = FetchPool(lambda source: b"x" if released.wait(60) else b"", ahead=1, at_most=1)
+    hung, queued = pool.submit("a"), pool.submit("b")
+    thread = threading.Thread(target=pool.close, daemon=True)
+    thread.start()
+    thread.join(20)
+    closed = not thread.is_alive()
+    released.set()
+    assert closed and queued.cancelled() and hung.result() == b"x"
+
+
+def test_the_time_in_which_every_working_unit_waits_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    pool = FetchPool(lambda source: b"", ahead=1, at_most=1)
+    for seconds, change in [
+        (1, {"units": 1}), (2, {"waiting": 1}), (4, {"units": 1}), (8, {"waiting": 1}),
+        (16, {"waiting": -1}), (32, {"waiting": -1}), (64, {"units": -2}), (128, {}),
+    ]:  # fmt: skip
+        now[0] += seconds
+        pool.count(**change)
+    assert pool.waited_s == 4 + 16
     pool.close()
