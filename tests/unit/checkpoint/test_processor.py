@@ -23,9 +23,9 @@ def checkpoint(folder: Path, **files: dict[str, Any]) -> str:
     ("stated", "expected"),
     [
         ({}, (QWEN2_VL.min_pixels, QWEN2_VL.max_pixels)),
-        ({"min_pixels": 3136, "max_pixels": 50_176}, (3136, 50_176)),
-        ({"size": {"shortest_edge": 3136, "longest_edge": 50_176}}, (3136, 50_176)),
-        ({"size": {"min_pixels": 3136, "max_pixels": 50_176}}, (3136, 50_176)),
+        ({"min_pixels": 6272, "max_pixels": 50_176}, (6272, 50_176)),
+        ({"size": {"shortest_edge": 6272, "longest_edge": 50_176}}, (6272, 50_176)),
+        ({"size": {"min_pixels": 6272, "max_pixels": 50_176}}, (6272, 50_176)),
         ({"max_pixels": 50_176, "size": {"longest_edge": 100_352}}, (QWEN2_VL.min_pixels, 50_176)),
     ],
 )
@@ -47,7 +47,7 @@ def test_a_video_has_bounds_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["patch_size", "temporal_patch_size", "merge_size"])
 def test_other_patches_than_the_familys_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"has {name} 16; .* has "):
+    with pytest.raises(CheckpointError, match=f"{name} 16; .* has "):
         read_processor(checkpoint(tmp_path, preprocessor_config={name: 16}))
     with pytest.raises(CheckpointError, match=r"can't find preprocessor_config\.json"):
         (tmp_path / "preprocessor_config.json").unlink()

@@ -86,7 +86,7 @@ def test_an_engine_takes_the_share_of_a_gpu_that_the_job_reserves_for_it(
 
 def test_a_read_task_gives_the_wanted_columns_of_each_of_its_units(tmp_path: Path) -> None:
     rows = [{"prompt": f"Say {number}.", "other": "x"} for number in range(5)]
-    manifest = open_manifest(str(write_jsonl(tmp_path / "m.jsonl", rows)))
+    manifest = open_manifest(str(write_jsonl(tmp_path / "m.jsonl", rows)), listing_path=str(tmp_path / "listing"))
     tasks = ManifestSource(manifest.spec, cut(manifest, 2), ["prompt"]).get_read_tasks(1)
     tables = [unpack(block) for task in tasks for block in task()]
     assert [table.column("prompt").to_pylist() for table in tables] == [
