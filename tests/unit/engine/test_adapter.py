@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from pipeline.engine import EngineOptions, load_engine
+from pipeline.engine.models.registry import ARCHITECTURES
 from pipeline.errors import CheckpointError
 from tests.unit.engine.plain_generate import clip_pixels, numbered_alike, plain_generate
-from tests.unit.engine.tiny import make_model, mixed_requests, tokens_of
+from tests.unit.engine.tiny import make_config, make_model, mixed_requests, tokens_of
 
 TOWER_AND_TEXT = ["qkv", "attn.proj", "fc1", "merger.mlp.0", "q_proj", "v_proj", "o_proj", "down_proj"]
 
@@ -47,11 +48,11 @@ def train(tmp_path: Path) -> Train:
     return save
 
 
-def merged_by_peft(base: Path, adapter: Path) -> Any:
+def merged_by_peft(base: Path, adapter: Path, family: str = "qwen2_vl") -> Any:
+    import transformers
     from peft import PeftModel
-    from transformers import Qwen2VLForConditionalGeneration
 
-    model = Qwen2VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    model = getattr(transformers, ARCHITECTURES[family].model_class).from_pretrained(base, dtype=torch.float32)
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().eval()
 
 
@@ -73,6 +74,23 @@ def test_tokens_equal_those_of_peft_s_merged_model(base: Path, train: Train, set
         engine = load_engine(options)
         assert engine.describe()["model"] == f"{base} with {adapter}"
         assert tokens_of(engine.generate(requests)) == expected
+    assert tokens_of(load_engine(EngineOptions(str(base), dtype="float32")).generate(requests)) != expected
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_an_adapter_of_another_family_is_merged(
+    train: Train, tmp_path_factory: pytest.TempPathFactory, family: str
+) -> None:
+    base, config = tmp_path_factory.mktemp("base"), make_config(family)
+    make_model(config=config).save_pretrained(base)
+    adapter = train(make_model(config=config), target_modules=["qkv", "attn.proj", "q_proj", "down_proj"])
+    rule = ARCHITECTURES[family].positions(config)
+    drawn = mixed_requests(10, seed=5, family=family)
+    requests = [request for request in drawn if numbered_alike(request, rule)][:4]
+    model = merged_by_peft(base, adapter, family)
+    expected = [plain_generate(model, request, clip_pixels)[0] for request in requests]
+    options = EngineOptions(str(base), adapter=str(adapter), dtype="float32")
+    assert tokens_of(load_engine(options).generate(requests)) == expected
     assert tokens_of(load_engine(EngineOptions(str(base), dtype="float32")).generate(requests)) != expected
 
 
