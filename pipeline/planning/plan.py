@@ -289,7 +289,9 @@ def _dtype(config: PlanConfig, gpu: Gpu | None) -> PickedDtype:
     """What an engine on this GPU, or on this machine's CPU, computes in."""
     device = arithmetic("cpu") if gpu is None else Arithmetic(gpu.name, True, gpu.has_bfloat16)
     stated = read_config(resolve_model(config.model.path), revision=config.model.revision) or {}
-    return pick_dtype(config.model.dtype, own_dtype(stated) or "bfloat16", device)
+    # Sizes given by name are those of a published checkpoint, whatever model.path is.
+    own = None if config.plan.shape else own_dtype(stated)
+    return pick_dtype(config.model.dtype, own or "bfloat16", device)
 
 
 def _in_dtype(config: PlanConfig, shape: ModelShape, gpu: Gpu | None) -> ModelShape:
