@@ -49,7 +49,8 @@ def test_every_first_difference_lies_at_a_margin_that_rounding_explains(rounded:
     assert rows_that_differ(requests, rounded, exact) < len(requests) // 2
 
 
-@pytest.mark.parametrize("num_rows", [24, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_rows", [200])
 def test_the_demo_checkpoint_parts_from_transformers_only_where_rounding_explains_it(num_rows: int) -> None:
     """Its weights are bfloat16 already, so the exact model has the same."""
     half, full = (

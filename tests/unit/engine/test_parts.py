@@ -84,6 +84,7 @@ def test_a_forced_backend_that_fails_its_trial_is_an_error(monkeypatch: pytest.M
         make_engine(monkeypatch, attention="flash")
 
 
+@pytest.mark.slow
 def test_graphs_that_can_not_be_captured_or_replay_the_wrong_pass_are_left_out_unless_forced(
     monkeypatch: pytest.MonkeyPatch, gpu: PretendedGpu
 ) -> None:

@@ -58,6 +58,7 @@ def test_permutation_p_values_agree_with_all_sign_flips() -> None:
     assert permutation_p_value(differences, 100_000) == pytest.approx(exact, abs=0.005)
 
 
+@pytest.mark.slow
 def test_permutation_p_values_of_many_distinct_differences_agree_with_the_normal_distribution() -> None:
     differences = np.random.default_rng(6).normal(0.01, 1.0, 40_000)
     z = abs(differences.sum()) / math.sqrt((differences**2).sum())

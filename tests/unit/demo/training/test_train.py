@@ -25,6 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_two_steps_and_one_more_write_a_loadable_checkpoint(tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
