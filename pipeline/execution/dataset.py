@@ -119,7 +119,7 @@ def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], superv
         batch_format="pyarrow",
         compute=_pool(placement.preprocess_pool, placement.preprocess_actors, UNITS_AT_ONCE, spare=0),
         num_cpus=placement.preprocess_cpus,
-        ray_remote_args_fn=flow.reservation.for_preprocessing,
+        ray_remote_args_fn=flow.reservation.preprocessing().options,
         runtime_env={"env_vars": _ONE_THREAD},
     )
     # map_batches itself refuses whole tables (batch_size None) with GPUs; this is the same without that check.
@@ -131,7 +131,7 @@ def run_dataset(flow: Flow, spec: ManifestSpec, work: Sequence[WorkUnit], superv
         compute=_pool(placement.engine_pool, placement.engine_actors, placement.blocks_in_flight, spare=2),
         num_cpus=placement.engine_reserved_cpus,
         num_gpus=placement.gpus_per_engine or None,
-        ray_remote_args_fn=flow.reservation.for_engine,
+        ray_remote_args_fn=flow.reservation.engines().options,
     )
     try:
         yield from map(unpack, dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=4))

@@ -26,32 +26,41 @@ _PATIENCE_S = 5.0
 _REMIND_S = 60.0
 
 
+@dataclass
+class Share:
+    """Where the actors of a stage start: one after the other in the bundles [next, stop) of the group, then outside."""
+
+    group: PlacementGroup | None
+    next: int
+    stop: int
+    outside: Mapping[str, Any]
+    """Ray's options for an actor outside the group."""
+
+    def options(self) -> dict[str, Any]:
+        """Ray's options for the next actor."""
+        if self.group is None or self.next >= self.stop:
+            return dict(self.outside)
+        self.next += 1
+        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, self.next - 1)}
+
+
 @dataclass(frozen=True)
 class Reservation:
+    """What a job holds of the cluster."""
+
     placement: Placement
     group: PlacementGroup | None = None
 
-    def for_engine(self) -> dict[str, Any]:
-        """Ray's options for the next engine's actor; the engines have the first bundles."""
-        return self._in_bundle(range(self.placement.engine_pool[0])) or {}
+    def engines(self) -> Share:
+        """For the engines' actors, which have the first bundles."""
+        return Share(self.group, 0, self.placement.engine_pool[0], {})
 
-    def for_preprocessing(self) -> dict[str, Any]:
-        """Ray's options for the next preprocessing actor: outside the group it goes to the engines' nodes first, whose
-        object store its tables then need not leave."""
+    def preprocessing(self) -> Share:
+        """For the preprocessing actors: outside the group they go to the engines' nodes first, whose object store their
+        tables then need not leave."""
         first, nodes = self.placement.engine_pool[0], ",".join(self.placement.first_nodes)
         near = {"label_selector": {"ray.io/node-id": f"in({nodes})"}, "fallback_strategy": [{"label_selector": {}}]}
-        return self._in_bundle(range(first, first + self.placement.preprocess_pool[0])) or (near if nodes else {})
-
-    def _in_bundle(self, indices: range) -> dict[str, Any] | None:
-        """Options for an actor in the first bundle that no actor is in. An actor's name says which one it is in: Ray
-        ends actors of a pool that shrinks, and the next one is to find the bundle again."""
-        if self.group is None:
-            return None
-        taken = set(ray.util.list_named_actors())
-        for index in indices:
-            if (name := f"bundle {index} of {self.group.id.hex()}") not in taken:
-                return {"name": name, "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, index)}
-        return None
+        return Share(self.group, first, first + self.placement.preprocess_pool[0], near if nodes else {})
 
 
 def bundles(placement: Placement) -> list[dict[str, float]]:

@@ -56,12 +56,7 @@ def lose_once_rows_are_done(cluster: Any, node: Any, output: Path) -> threading.
     return thread
 
 
-# Fails since reservations have one bundle for an engine and its core: the restarted run ends with Ray's "Actor creation
-# cancelled" in place of reserving what is left. The same command resumes by hand.
-_TOO_SMALL = pytest.param(False, id="the-rest-is-too-small", marks=pytest.mark.xfail(strict=False))
-
-
-@pytest.mark.parametrize("fits", [pytest.param(True, id="there-is-room-for-all"), _TOO_SMALL])
+@pytest.mark.parametrize("fits", [True, False], ids=["there-is-room-for-all", "the-rest-is-too-small"])
 def test_a_lost_node_costs_no_row(tmp_path: Path, cluster: Any, fits: bool) -> None:
     """Where everything fits on what is left, Ray recovers by itself; where it does not, the command starts again."""
     # In one case all four actors fit the head alone; in the other one stage fills it, and the other, which was lost,

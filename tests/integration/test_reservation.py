@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -43,22 +42,3 @@ def test_a_second_job_waits_with_nothing_in_its_hands(monkeypatch: pytest.Monkey
             is_held.clear()
         is_done.set()
         job.result(timeout=60)
-
-
-def test_an_actor_finds_the_bundle_of_one_that_ended() -> None:
-    @ray.remote(num_cpus=0.4)
-    class Actor:
-        def bundle(self) -> str:
-            return str(ray.get_runtime_context().get_actor_name())
-
-    asked = ResourcesConfig(preprocess_actors=PoolSize(2, 4), preprocess_cpus=0.4, engine_cpus=0.4)
-    with reserve(place(asked, [Node("a", cpus=2, gpus=0)]), print) as held:
-        actors = [Actor.options(**held.for_preprocessing()).remote() for _ in range(3)]
-        names = ray.get([actor.bundle.remote() for actor in actors])
-        assert [name and name.split(" of ")[0] for name in names] == ["bundle 1", "bundle 2", ""]
-        del actors[0]  # as Ray Data ends an actor of a pool that shrinks
-        deadline = time.monotonic() + 30
-        while "name" not in (options := held.for_preprocessing()):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        assert ray.get(Actor.options(**options).remote().bundle.remote()) == names[0]

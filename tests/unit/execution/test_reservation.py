@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from ray import PlacementGroupID
 
 from pipeline.config import PoolSize, ResourcesConfig
 from pipeline.errors import RestartNeeded
@@ -20,8 +19,6 @@ GPU_NODE, CPU_NODE = Node("a", cpus=8, gpus=2), Node("b", cpus=8, gpus=0)
 
 class FakeGroup:
     """A placement group that is ready after so many waits."""
-
-    id = PlacementGroupID(bytes(18))
 
     def __init__(self, waits: int) -> None:
         self.waits = waits
@@ -47,32 +44,22 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-@pytest.fixture
-def alive(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the actors that run."""
-    names: list[str] = []
-    monkeypatch.setattr(reservation.ray.util, "list_named_actors", lambda: names)
-    return names
-
-
-def start(options: Mapping[str, Any], alive: list[str]) -> int | None:
+def start(options: Mapping[str, Any]) -> int | None:
     """The bundle that an actor with these options starts in."""
     found = options.get("scheduling_strategy")
-    if found is None:
-        return None
-    alive.append(options["name"])
-    return int(found.placement_group_bundle_index)
+    return None if found is None else int(found.placement_group_bundle_index)
 
 
-def test_all_that_the_job_needs_is_reserved_at_once_and_given_back(calls: list[Any], alive: list[str]) -> None:
+def test_all_that_the_job_needs_is_reserved_at_once_and_given_back(calls: list[Any]) -> None:
     placement = place(ResourcesConfig(preprocess_actors=PoolSize(3, 3)), [GPU_NODE, CPU_NODE])
     said: list[str] = []
     with reserve(placement, said.append) as held:
         cpus = {"CPU": placement.preprocess_cpus}
         engine = {"GPU": 1.0, "CPU": placement.engine_cpus}
         assert calls == [([engine, engine, cpus, cpus, cpus], "PACK")]
-        assert [start(held.for_engine(), alive) for _ in range(2)] == [0, 1]
-        assert [start(held.for_preprocessing(), alive) for _ in range(3)] == [2, 3, 4]
+        engines, preprocessing = held.engines(), held.preprocessing()
+        assert [start(engines.options()) for _ in range(2)] == [0, 1]
+        assert [start(preprocessing.options()) for _ in range(3)] == [2, 3, 4]
     assert calls[1:] == ["removed"]
     assert len(said) == 2 and said[0] == waiting_line(placement, {"CPU": 16, "GPU": 2}, {"CPU": 3.5})
     assert "2 engine and 3 preprocessing actors need " in said[0]
@@ -84,20 +71,20 @@ def test_engines_on_the_cpu_are_spread_with_their_cpus() -> None:
     assert bundles(placement) == [{"CPU": 3.6}] * 2 + [{"CPU": 1.0}] * 6
 
 
-def test_actors_beyond_the_fewest_start_outside_near_the_engines(calls: list[Any], alive: list[str]) -> None:
+def test_actors_beyond_the_fewest_start_outside_near_the_engines(calls: list[Any]) -> None:
     resources = ResourcesConfig(preprocess_actors=PoolSize(2, 6))
     with reserve(place(resources, [GPU_NODE, CPU_NODE]), print) as held:
-        assert [start(held.for_preprocessing(), alive) for _ in range(4)] == [2, 3, None, None]
-        assert held.for_preprocessing()["label_selector"] == {"ray.io/node-id": "in(a)"}
-        del alive[0]  # the pool shrinks
-        assert [start(held.for_preprocessing(), alive) for _ in range(2)] == [2, None]
+        preprocessing = held.preprocessing()
+        found = [preprocessing.options() for _ in range(4)]
+    assert [start(options) for options in found] == [2, 3, None, None]
+    assert found[3]["label_selector"] == {"ray.io/node-id": "in(a)"}
 
 
 def test_a_job_that_the_cluster_is_too_small_for_reserves_nothing(calls: list[Any]) -> None:
     placement = place(ResourcesConfig(engine_actors=PoolSize(4, 8)), [GPU_NODE])
     assert placement.notes and not placement.fits
     with reserve(placement, print) as held:
-        assert held == Reservation(placement) and held.for_engine() == {}
+        assert held == Reservation(placement) and held.engines().options() == {}
     assert calls == []
 
 
