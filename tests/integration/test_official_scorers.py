@@ -18,6 +18,7 @@ from pipeline.evaluation.metrics.text import anls
 from pipeline.evaluation.paired import compare, permutation_p_value, sign_p_value
 
 NUM_PAIRS = 1_000
+INSTALL = "pip install 'qwen2-vl-batch[dev]' to run this"
 _PLAIN = """
     a the man woman children red blue cat dog sits standing on in with holding street kitchen and near two people's
     well-known t-shirt café
@@ -51,8 +52,8 @@ def _corpus_score(score: object, predictions: Sequence[str], references: Sequenc
 
 @pytest.mark.parametrize("vocabulary", [_PLAIN, _PLAIN + _SIGNS])
 def test_bleu_and_chrf_are_sacrebleus_and_rouge_l_is_rouge_scores(vocabulary: str) -> None:
-    sacrebleu = pytest.importorskip("sacrebleu")
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    sacrebleu = pytest.importorskip("sacrebleu", reason=INSTALL)
+    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason=INSTALL).RougeScorer(["rougeL"])
     predictions, references = _pairs(vocabulary)
     streams = list(zip(*references, strict=True))
     for score, official in ((bleu, sacrebleu.corpus_bleu), (chrf, sacrebleu.corpus_chrf)):
@@ -64,9 +65,9 @@ def test_bleu_and_chrf_are_sacrebleus_and_rouge_l_is_rouge_scores(vocabulary: st
 
 def _coco_caption(tokens: Sequence[str], reference_tokens: Sequence[Sequence[str]]) -> tuple[float, list[float], float]:
     """BLEU-4, ROUGE-L of each row and CIDEr-D of tokenised texts."""
-    bleu_scorer = pytest.importorskip("pycocoevalcap.bleu.bleu").Bleu(4)
-    rouge_scorer = pytest.importorskip("pycocoevalcap.rouge.rouge").Rouge()
-    cider_scorer = pytest.importorskip("pycocoevalcap.cider.cider").Cider()
+    bleu_scorer = pytest.importorskip("pycocoevalcap.bleu.bleu", reason=INSTALL).Bleu(4)
+    rouge_scorer = pytest.importorskip("pycocoevalcap.rouge.rouge", reason=INSTALL).Rouge()
+    cider_scorer = pytest.importorskip("pycocoevalcap.cider.cider", reason=INSTALL).Cider()
     expected, found = dict(enumerate(map(list, reference_tokens))), {row: [text] for row, text in enumerate(tokens)}
     bleus, _ = bleu_scorer.compute_score(expected, found, verbose=0)
     _, rouges = rouge_scorer.compute_score(expected, found)
@@ -96,7 +97,7 @@ def test_caption_scores_of_the_same_tokens_are_coco_captions(vocabulary: str) ->
 @pytest.mark.skipif(shutil.which("java") is None, reason="no Java: apt-get install default-jre-headless")
 @pytest.mark.parametrize("vocabulary", [_PLAIN, _PLAIN + _SIGNS])
 def test_caption_scores_are_those_of_coco_captions_own_tokenizer(vocabulary: str) -> None:
-    tokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer()
+    tokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer", reason=INSTALL).PTBTokenizer()
     predictions, references = _pairs(vocabulary)
     texts = [*predictions, *(text for row in references for text in row)]
     tokens = [
@@ -115,7 +116,7 @@ def test_caption_scores_are_those_of_coco_captions_own_tokenizer(vocabulary: str
 
 
 def test_anls_is_that_of_the_package_but_counts_exactly_one_half() -> None:
-    official = pytest.importorskip("anls").anls_score
+    official = pytest.importorskip("anls", reason=INSTALL).anls_score
     rng, num_halves = random.Random(2), 0
     for _ in range(3_000):
         prediction = "".join(rng.choices("abC ", k=rng.randint(1, 9))).strip() or "a"
@@ -133,8 +134,8 @@ def test_anls_is_that_of_the_package_but_counts_exactly_one_half() -> None:
 
 @pytest.mark.parametrize("trials", [1, 2, 5, 30, 263])
 def test_wilsons_interval_is_that_of_scipy_and_statsmodels(trials: int) -> None:
-    stats = pytest.importorskip("scipy.stats")
-    proportion = pytest.importorskip("statsmodels.stats.proportion")
+    stats = pytest.importorskip("scipy.stats", reason=INSTALL)
+    proportion = pytest.importorskip("statsmodels.stats.proportion", reason=INSTALL)
     for successes in range(trials + 1):
         found = wilson_interval(successes, trials)
         expected = stats.binomtest(successes, trials).proportion_ci(method="wilson")
@@ -143,14 +144,14 @@ def test_wilsons_interval_is_that_of_scipy_and_statsmodels(trials: int) -> None:
 
 
 def test_the_sign_test_is_the_exact_mcnemar_test_of_statsmodels() -> None:
-    tables = pytest.importorskip("statsmodels.stats.contingency_tables")
+    tables = pytest.importorskip("statsmodels.stats.contingency_tables", reason=INSTALL)
     for won in range(0, 40, 3):
         for lost in range(1, 40, 4):
             assert sign_p_value(won, lost) == pytest.approx(tables.mcnemar([[7, won], [lost, 9]], exact=True).pvalue)
 
 
 def test_permutation_p_values_are_those_of_scipy() -> None:
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason=INSTALL)
     rng = np.random.default_rng(3)
     for shift in (0.0, 0.2, 0.5):
         differences = rng.normal(shift, 1, 12)
@@ -159,7 +160,7 @@ def test_permutation_p_values_are_those_of_scipy() -> None:
 
 
 def test_bootstrap_intervals_are_those_of_scipy() -> None:
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason=INSTALL)
     scores = np.random.default_rng(4).beta(2, 3, 500)
     tally = Tally()
     tally.add(scores)
@@ -168,7 +169,7 @@ def test_bootstrap_intervals_are_those_of_scipy() -> None:
 
 
 def test_intervals_by_group_are_as_wide_as_statsmodels_cluster_robust_ones() -> None:
-    models = pytest.importorskip("statsmodels.regression.linear_model")
+    models = pytest.importorskip("statsmodels.regression.linear_model", reason=INSTALL)
     rng = np.random.default_rng(6)
     sizes = rng.integers(1, 9, 400)
     groups = np.repeat(np.arange(400), sizes)
