@@ -10,8 +10,9 @@ Knows Ray's placement groups; not what the actors do.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -24,24 +25,46 @@ from pipeline.execution.placement import Placement
 
 _PATIENCE_S = 5.0
 _REMIND_S = 60.0
+_BUNDLE_UNITS = 1000
+_SETTLED_S = 20.0
+"""Seconds after which Ray's view of the cluster shows an actor in the bundle that it was sent to."""
 
 
 @dataclass
 class Share:
-    """Where the actors of a stage start: one after the other in the bundles [next, stop) of the group, then outside."""
+    """Where the actors of a stage start: each in a bundle of its own, and outside where there is none left."""
 
     group: PlacementGroup | None
-    next: int
-    stop: int
+    bundles: range
+    """Those of the group that are this stage's."""
     outside: Mapping[str, Any]
     """Ray's options for an actor outside the group."""
+    taken: dict[int, float] = field(default_factory=dict)
+    """When an actor was sent to each bundle, on the monotonic clock."""
 
     def options(self) -> dict[str, Any]:
         """Ray's options for the next actor."""
-        if self.group is None or self.next >= self.stop:
+        index = self._free_bundle()
+        if index is None:
             return dict(self.outside)
-        self.next += 1
-        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, self.next - 1)}
+        self.taken[index] = time.monotonic()
+        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, index)}
+
+    def _free_bundle(self) -> int | None:
+        """A bundle without an actor: one that none was sent to, or whose actor has ended, as Ray ends the oldest
+        actors of a pool that shrinks."""
+        if self.group is None:
+            return None
+        if unused := [index for index in self.bundles if index not in self.taken]:
+            return unused[0]
+        sent_by, free = time.monotonic() - _SETTLED_S, ray.available_resources()
+        left = (index for index in self.bundles if self.taken[index] < sent_by and self._is_empty(index, free))
+        return next(left, None)
+
+    def _is_empty(self, index: int, free: Mapping[str, float]) -> bool:
+        """By a resource of which Ray gives every bundle so much, and a little of it to each actor inside."""
+        assert self.group is not None
+        return free.get(f"bundle_group_{index}_{self.group.id.hex()}") == _BUNDLE_UNITS
 
 
 @dataclass(frozen=True)
@@ -53,14 +76,14 @@ class Reservation:
 
     def engines(self) -> Share:
         """For the engines' actors, which have the first bundles."""
-        return Share(self.group, 0, self.placement.engine_pool[0], {})
+        return Share(self.group, range(self.placement.engine_pool[0]), {})
 
     def preprocessing(self) -> Share:
         """For the preprocessing actors: outside the group they go to the engines' nodes first, whose object store their
         tables then need not leave."""
         first, nodes = self.placement.engine_pool[0], ",".join(self.placement.first_nodes)
         near = {"label_selector": {"ray.io/node-id": f"in({nodes})"}, "fallback_strategy": [{"label_selector": {}}]}
-        return Share(self.group, first, first + self.placement.preprocess_pool[0], near if nodes else {})
+        return Share(self.group, range(first, first + self.placement.preprocess_pool[0]), near if nodes else {})
 
 
 def bundles(placement: Placement) -> list[dict[str, float]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray import PlacementGroupID
 
 from pipeline.config import PoolSize, ResourcesConfig
 from pipeline.errors import RestartNeeded
@@ -19,6 +20,8 @@ GPU_NODE, CPU_NODE = Node("a", cpus=8, gpus=2), Node("b", cpus=8, gpus=0)
 
 class FakeGroup:
     """A placement group that is ready after so many waits."""
+
+    id = PlacementGroupID(bytes(range(18)))
 
     def __init__(self, waits: int) -> None:
         self.waits = waits
@@ -78,6 +81,22 @@ def test_actors_beyond_the_fewest_start_outside_near_the_engines(calls: list[Any
         found = [preprocessing.options() for _ in range(4)]
     assert [start(options) for options in found] == [2, 3, None, None]
     assert found[3]["label_selector"] == {"ray.io/node-id": "in(a)"}
+
+
+def test_a_bundle_whose_actor_has_ended_is_used_again(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(reservation.time, "monotonic", lambda: now[0])
+    with reserve(place(ResourcesConfig(preprocess_actors=PoolSize(2, 6)), [GPU_NODE, CPU_NODE]), print) as held:
+        preprocessing = held.preprocessing()
+        empty = {f"bundle_group_3_{FakeGroup.id.hex()}": 1000.0, f"bundle_group_2_{FakeGroup.id.hex()}": 999.999}
+        monkeypatch.setattr(reservation.ray, "available_resources", lambda: empty)
+        found = [start(preprocessing.options()) for _ in range(3)]
+        assert found == [2, 3, None], "an actor that was sent a moment ago may not be there yet"
+        now[0] += 60
+        assert [start(preprocessing.options()) for _ in range(2)] == [3, None]
+        now[0] += 60
+        assert start(preprocessing.options()) == 3
+        assert start(held.engines().options()) == 0
 
 
 def test_a_job_that_the_cluster_is_too_small_for_reserves_nothing(calls: list[Any]) -> None:
