@@ -1,20 +1,25 @@
-"""What Ray raises, as the job's error: the cause, by its own type where it is ours, without Ray's advice; and what an
-engine is given of a GPU."""
+"""What Ray raises, as the job's error: the cause, by its own type where it is ours, without Ray's advice; what Ray is
+asked for, and what an engine is given of a GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from ray.data import ActorPoolStrategy
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from pipeline.config import PoolSize, ResourcesConfig
 from pipeline.engine import EngineOptions
 from pipeline.errors import CheckpointError, ClusterError, CredentialError
-from pipeline.execution.actors import unpack
-from pipeline.execution.dataset import ManifestSource, _for_placement, _job_error
+from pipeline.execution.actors import UNITS_AT_ONCE, unpack
+from pipeline.execution.dataset import Flow, ManifestSource, _for_placement, _job_error, run_dataset
+from pipeline.execution.placement import Node, place
+from pipeline.execution.reservation import Reservation
 from pipeline.generate import GenerateOptions
 from pipeline.manifest.find import open_manifest
 from tests.unit.manifest.manifests import cut, write_jsonl
@@ -93,3 +98,59 @@ def test_a_read_task_gives_the_wanted_columns_of_each_of_its_units(tmp_path: Pat
         ["Say 0.", "Say 1."], ["Say 2.", "Say 3."], ["Say 4."],
     ]  # fmt: skip
     assert all("other" not in table.column_names for table in tables)
+
+
+class FakeDataset:
+    """Takes note of what the stages ask Ray for, and has no rows."""
+
+    def __init__(self) -> None:
+        self.read: dict[str, Any] = {}
+        self.stages: list[dict[str, Any]] = []
+
+    def read_datasource(self, source: ManifestSource, **options: Any) -> FakeDataset:
+        self.read = options
+        return self
+
+    def map_batches(self, actor: type, **options: Any) -> FakeDataset:
+        self.stages.append(options)
+        return self
+
+    map_batches_internal = map_batches
+
+    def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
+        return iter(())
+
+
+def test_ray_is_asked_for_the_actors_that_were_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeDataset()
+    monkeypatch.setattr("ray.data.read_datasource", fake.read_datasource)
+    nodes = [Node("a", cpus=16, gpus=2), Node("b", cpus=16, gpus=0)]
+    resources = ResourcesConfig(
+        preprocess_actors=PoolSize(6, 20), preprocess_cpus=1.5, engine_actors=PoolSize(2, 2), blocks_in_flight=30
+    )
+    placement = place(resources, nodes)
+    stages: Any = SimpleNamespace(
+        columns=["prompt"], preprocess=None, generate=GenerateOptions(EngineOptions("a model"), pa.schema([]))
+    )
+    flow = Flow(stages, Reservation(placement), block_bytes=5, rows_per_block=7)
+    assert list(run_dataset(flow, SimpleNamespace(), [], None)) == []  # type: ignore[arg-type]
+    preprocess, engines = fake.stages
+    assert (fake.read["num_cpus"], fake.read["concurrency"]) == (0, 10)
+    assert (preprocess["num_cpus"], engines["num_cpus"], engines["num_gpus"]) == (1.5, 0, 1)
+    # Ray grows a pool once it has twice as many calls as its actors run; one of a fixed size only needs the next ones.
+    assert preprocess["compute"] == ActorPoolStrategy(
+        min_size=6,
+        max_size=20,
+        initial_size=placement.preprocess_actors,
+        max_concurrent_calls_per_actor=UNITS_AT_ONCE,
+        max_tasks_in_flight_per_actor=2 * UNITS_AT_ONCE,
+        enable_true_multi_threading=True,
+    )
+    assert engines["compute"] == ActorPoolStrategy(
+        min_size=2,
+        max_size=2,
+        initial_size=2,
+        max_concurrent_calls_per_actor=30,
+        max_tasks_in_flight_per_actor=32,
+        enable_true_multi_threading=True,
+    )
