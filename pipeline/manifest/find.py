@@ -125,13 +125,13 @@ def _find(path: str, format: str, options: StorageOptions, *, aside: Sequence[Ma
         raise ManifestError(f"input.path {storage.escaped(path)} is not UTF-8: rename the folder, or link to it")
     if storage.is_dir(path, options):
         base = path if path.endswith("://") or path == "/" else path.rstrip("/")
-        found = storage.list_files(base, options)
+        found = storage.list_files(base, options, dangling=True)
     elif storage.exists(path, options):  # before the glob: brackets are allowed in file names
         base, found = storage.parent(path), [storage.file_info(path, options)]
         if format in FORMATS:  # forced, whatever the file's name
             return _Found(base, format, found)
     elif storage.is_glob(path):
-        base, found = storage.glob_base(path), storage.glob(path, options)
+        base, found = storage.glob_base(path), storage.glob(path, options, dangling=True)
         if not found:
             raise ManifestError(f"no file matches {path}; input.path takes a file, a folder or a glob of files")
     else:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import first_line
 from pipeline.manifest.files import CsvDialect
-from pipeline.manifest.text import Lines, Record, TextFormat
+from pipeline.manifest.text import Lines, Record, TextFormat, as_text
 
 _EXCERPT_CHARS = 60
 
@@ -43,6 +43,8 @@ def _parse(line: str, number: int) -> tuple[dict[str, Any] | None, str | None]:
         return None, f"line {number} is not JSON: {first_line(fault)}; found {_excerpt(line)}"
     if not isinstance(values, dict):
         return None, f"line {number} is a JSON {type(values).__name__}; expected an object: found {_excerpt(line)}"
+    if any(not name.isascii() for name in values):
+        values = {as_text(name): value for name, value in values.items()}
     return values, None
 
 

@@ -90,11 +90,12 @@ def supplement_listing(
     listed: Manifest, media: Sequence[FileInfo], notes: Sequence[str], listing_path: str, options: StorageOptions
 ) -> Manifest:
     """The manifest with the media that it does not list yet, in one more listing behind the others."""
-    known: set[str] = set()
+    known: set[str | None] = set()  # by the media's names, since two ids may be alike once they are escaped
     for file in listed.files:
         with storage.open_input(file.path, options, random_access=True) as source:
-            known.update(pq.read_table(source, columns=["id"]).column("id").to_pylist())
-    new = [info for info in media if _row_id(info.path, listed.base) not in known]
+            table = pq.read_table(source, columns=["image", "video"])
+            known.update(*(column.to_pylist() for column in table.columns))
+    new = [info for info in media if _media_name(info.path, listed.base) not in known]
     if not new:
         return listed
     write_listing(listed.path, listed.base, new, notes, _supplement(listing_path, len(listed.files)), options)

@@ -38,6 +38,11 @@ _NOT_TEXT = (
     (b"\xfe\xff", "UTF-16; save it as UTF-8"),
     (b"PAR1", "a Parquet file by its first bytes; name it .parquet or set input.format"),
     (b"PK\x03\x04", "a ZIP archive, as Excel's workbooks are; save it as CSV"),
+    (b"\x1f\x8b", "gzipped twice; unpack it once"),
+    (b"\x28\xb5\x2f\xfd", "compressed by Zstandard; unpack it, or compress it by gzip"),
+    (b"BZh", "compressed by bzip2; unpack it, or compress it by gzip"),
+    (b"\xfd7zXZ\x00", "compressed by xz; unpack it, or compress it by gzip"),
+    (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
 )
 """(how files begin, what they are)"""
 _BOM = b"\xef\xbb\xbf"
@@ -170,6 +175,8 @@ def _open_text(path: str, options: StorageOptions) -> Iterator[BinaryIO]:
             start = text.read(_LOOKED_AT_BYTES)
             if found := next((found for first, found in _NOT_TEXT if start.startswith(first)), None):
                 raise ManifestError(f"{path} is {found}")
+            if b"\x00" in start[:2]:
+                raise ManifestError(f"{path} is UTF-16 without its mark, or no text; save it as UTF-8")
             if b"\n" not in start and b"\r" in start.strip():
                 raise ManifestError(f"the lines of {path} end in carriage returns alone; write them with line feeds")
             yield text
@@ -195,13 +202,14 @@ def _table(records: Sequence[Record], schema: pa.Schema, names: Sequence[str], u
     return pa.table(columns)
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as text that can be stored: JSON of what is none, and `?` for half a character."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     # A lone surrogate (`\ud800`) is allowed in JSON but not in UTF-8.
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-_CONVERSIONS: Mapping[pa.DataType, Callable[[Any], Any]] = {pa.string(): _as_text, pa.float64(): float}
+_CONVERSIONS: Mapping[pa.DataType, Callable[[Any], Any]] = {pa.string(): as_text, pa.float64(): float}
 
 
 def _kind(value: Any) -> str:

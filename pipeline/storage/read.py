@@ -10,6 +10,7 @@ import glob as local_glob
 import io
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +93,15 @@ def download(file: FileInfo, local: str, storage_options: StorageOptions = None)
             raise StorageError(f"{file.path}: {size:,} bytes came; the listing says {file.size:,}")
 
 
-def list_files(prefix: str, storage_options: StorageOptions = None, *, recursive: bool = True) -> list[FileInfo]:
-    """Files below a folder or prefix, sorted by path; a missing one has none. Hidden files and folders are left out."""
+def list_files(
+    prefix: str, storage_options: StorageOptions = None, *, recursive: bool = True, dangling: bool = False
+) -> list[FileInfo]:
+    """Files below a folder or prefix, sorted by path; a missing one has none. Hidden files and folders are left out.
+
+    With `dangling`, links to files that are not there are files too.
+    """
     if not is_remote(prefix):
-        return _visible(_walk(prefix, local_path(prefix) or ".", recursive, ()), prefix)
+        return _visible(_walk(prefix, local_path(prefix) or ".", recursive, dangling, ()), prefix)
     depth = {} if recursive else {"maxdepth": 1}
     entries: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError):
@@ -103,17 +109,19 @@ def list_files(prefix: str, storage_options: StorageOptions = None, *, recursive
     return _visible(_remote_files(prefix, storage_options, entries), prefix)
 
 
-def glob(pattern: str, storage_options: StorageOptions = None) -> list[FileInfo]:
-    """Files that match a pattern with `*`, `?`, `[...]` or `**`, sorted by path; hidden ones are left out."""
+def glob(pattern: str, storage_options: StorageOptions = None, *, dangling: bool = False) -> list[FileInfo]:
+    """Files that match a pattern with `*`, `?`, `[...]` or `**`, as in `list_files`."""
     base = glob_base(pattern)
     if not is_remote(pattern):
         paths = local_glob.glob(local_path(pattern), recursive=True)
-        return _visible((file_info(path) for path in paths if os.path.isfile(path)), "" if base == "." else base)
+        return _visible(filter(None, (_listed(path, path, dangling) for path in paths)), "" if base == "." else base)
     entries = call(pattern, storage_options, lambda fs, key: fs.glob(key, detail=True))
     return _visible(_remote_files(base, storage_options, entries), base)
 
 
-def _walk(shown: str, folder: str, recursive: bool, above: tuple[tuple[int, int], ...]) -> Iterator[FileInfo]:
+def _walk(
+    shown: str, folder: str, recursive: bool, dangling: bool, above: tuple[tuple[int, int], ...]
+) -> Iterator[FileInfo]:
     try:
         entries = list(os.scandir(folder))
     except FileNotFoundError:
@@ -126,12 +134,24 @@ def _walk(shown: str, folder: str, recursive: bool, above: tuple[tuple[int, int]
         if entry.name.startswith("."):
             continue
         path = join(shown, entry.name)
-        if entry.is_dir():
+        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
             if recursive:
-                yield from _walk(path, entry.path, True, (*above, identity))
-        elif entry.is_file():
-            with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
-                yield _local_info(path, entry.stat())
+                yield from _walk(path, entry.path, True, dangling, (*above, identity))
+        elif info := _listed(path, entry.path, dangling):
+            yield info
+
+
+def _listed(shown: str, path: str, dangling: bool) -> FileInfo | None:
+    """The file at a path of a listing; None where there is none any more, or only a pipe or device."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        if os.path.islink(path):  # to nothing, or to itself
+            return _local_info(shown, os.lstat(path)) if dangling else None
+        if isinstance(error, FileNotFoundError):
+            return None
+        raise
+    return _local_info(shown, status) if stat.S_ISREG(status.st_mode) else None
 
 
 def _remote_files(

@@ -32,7 +32,7 @@ from pipeline.errors import (
 from pipeline.preprocess.fetch.allow import AllowList
 from pipeline.preprocess.fetch.http import HttpClient
 from pipeline.preprocess.fetch.proxy import Proxies
-from pipeline.preprocess.fetch.uri import WEB_SCHEMES, base64_header, data_uri_content, missing_hint, scheme_of, shown
+from pipeline.preprocess.fetch.uri import WEB_SCHEMES, base64_header, data_uri_content, local_path, missing_hint, scheme_of, shown
 from pipeline.preprocess.frame_list import pack_frames
 from pipeline.preprocess.limits import MAX_FETCHES, FetchOptions
 from pipeline.storage.credentials import credential_fault
@@ -155,7 +155,7 @@ class Fetcher:
 
     def _read_file(self, source: str, start: int = 0, stop: int | None = None) -> tuple[bytes, int]:
         """(bytes [start, stop), size of the whole file)."""
-        if "\x00" in source or any("\ud800" <= letter <= "\udfff" for letter in source):
+        if "\x00" in local_path(source) or any("\ud800" <= letter <= "\udfff" for letter in source):
             raise MediaNotFound(f"{source[:120]!r} is no path: it holds characters that no file name can have")
         path = self._allowed.file(source)
         try:

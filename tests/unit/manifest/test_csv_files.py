@@ -96,6 +96,8 @@ def test_a_dialect_is_named_by_the_file_or_the_config(
 
 def test_a_column_without_a_name_gets_one(tmp_path: Path, load: Callable[..., Manifest]) -> None:
     assert load(write(tmp_path / "m.csv", ",image\n0,a.jpg\n")).schema.names == ["column_0", "image"]
+    found = load(write(tmp_path / "m.csv", b"id,\xed\xa0\x80\n0,1\n"))
+    assert rows_of(found)[0]["?"] == "1", "a name that is half of a character"
 
 
 def test_a_field_may_be_as_long_as_a_data_url(tmp_path: Path, load: Callable[..., Manifest]) -> None:

@@ -81,6 +81,10 @@ def test_a_bad_line_is_a_row_with_a_reason(tmp_path: Path, load: Callable[..., M
         ("id,image\n1,a.jpg\n", r"no line of .*m\.jsonl is a row: line 1 is not JSON.*found 'id,image'"),
         ('{"id": 1}\r{"id": 2}\r', r"the lines of .*m\.jsonl end in carriage returns alone"),
         (b"PK\x03\x04xlsx", r"is a ZIP archive, as Excel's workbooks are"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", r"m\.jsonl is compressed by Zstandard"),
+        (gzip.compress(gzip.compress(b"{}")), r"m\.jsonl is gzipped twice"),
+        ('{"id": 1}\n'.encode("utf-16-le"), r"m\.jsonl is UTF-16"),
+        ("version https://git-lfs.github.com/spec/v1\noid\n", r"m\.jsonl is a Git LFS pointer"),
     ],
 )
 def test_a_file_of_another_form_says_so_and_shows_its_first_line(
@@ -131,3 +135,5 @@ def test_a_file_that_was_changed_since_the_plan_is_noticed(tmp_path: Path, load:
 
 def test_lone_surrogates_in_json_do_not_end_the_job(tmp_path: Path, load: Callable[..., Manifest]) -> None:
     assert rows_of(load(write(tmp_path / "m.jsonl", '{"prompt": "a\\ud800b"}\n')))[0]["prompt"] == "a?b"
+    found = load(write(tmp_path / "m.jsonl", b'{"id": 1, "\\ud800": 2}\n{"id": 3, "\xed\xa0\x80": 4, "\xc3\xa9": 5}\n'))
+    assert [(row["id"], row["?"], row["é"]) for row in rows_of(found)] == [(1, 2, None), (3, 4, 5)]

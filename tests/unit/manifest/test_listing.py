@@ -118,6 +118,27 @@ def test_names_that_are_no_plain_paths_become_rows_that_find_their_files(
     assert rows_of(load(folder, new_media=True)) == found, "known by these names the next time"
 
 
+def test_links_to_files_that_are_not_there_are_rows(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    folder = tmp_path / "photos"
+    write(folder / "a.png", "x")
+    for name, target in (("gone.png", "/nowhere.png"), ("loop.png", "loop.png"), ("linked.png", "a.png")):
+        (folder / name).symlink_to(target)
+    os.mkfifo(folder / "pipe.png")
+    for path in (folder, folder / "*.png"):
+        assert [row["image"] for row in rows_of(load(path))] == ["a.png", "gone.png", "linked.png", "loop.png"]
+        (tmp_path / "run" / "listing.parquet").unlink()
+
+
+def test_a_new_name_that_is_shown_like_an_old_one_is_added(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    folder = os.fsencode(tmp_path / "photos")
+    os.makedirs(folder)
+    for name in (b"caf\xe9.png", rb"caf\xe9.png"):
+        with open(os.path.join(folder, name), "wb"):
+            pass
+        found = load(tmp_path / "photos", new_media=True)
+    assert [row["id"] for row in rows_of(found)] == [r"caf\xe9.png"] * 2
+
+
 def test_a_manifest_whose_own_name_is_no_text_says_so(tmp_path: Path, load: Callable[..., Manifest]) -> None:
     os.makedirs(os.path.join(os.fsencode(tmp_path), b"d\xe9"))
     write_jsonl(tmp_path / "m.jsonl", [{"id": 1}])

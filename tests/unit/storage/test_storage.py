@@ -364,7 +364,9 @@ def test_an_object_s_version_is_its_etag_where_it_has_one_and_else_its_time() ->
 
 def test_a_link_to_nothing_does_not_exist(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "itself").symlink_to("itself")
     assert not storage.exists(str(tmp_path / "link")) and storage.list_files(str(tmp_path)) == []
+    assert len(storage.list_files(str(tmp_path), dangling=True)) == 2
 
 
 def test_a_download_of_another_size_than_the_listing_s_leaves_nothing(root: str, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_file_is_found_by_every_way_of_naming_it(tree: Path) -> None:
 
 
 def test_a_missing_file_is_not_found(tree: Path) -> None:
-    for source in ("nothing.jpg", "sub/a b.jpg/inside", "sub/\x00"):
+    for source in ("nothing.jpg", "sub/a b.jpg/inside", "sub/\x00", f"file://{tree}/%00.png", "file:///%ff/%00"):
         with pytest.raises(MediaNotFound):
             fetcher(tree).fetch(source)
 
