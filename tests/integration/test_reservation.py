@@ -1,8 +1,9 @@
-"""Two jobs on one cluster: each gets all that it needs, or waits and holds nothing."""
+"""Two jobs on one cluster: each gets all that it needs, or waits and holds nothing. What is held is used again."""
 
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -42,3 +43,29 @@ def test_a_second_job_waits_with_nothing_in_its_hands(monkeypatch: pytest.Monkey
             is_held.clear()
         is_done.set()
         job.result(timeout=60)
+
+
+class Actor:
+    def is_up(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("num_cpus", [0.4, 0])  # an engine on a GPU reserves no CPUs of its bundle
+def test_a_bundle_is_free_while_no_actor_is_in_it(monkeypatch: pytest.MonkeyPatch, num_cpus: float) -> None:
+    monkeypatch.setattr(reservation, "_SETTLED_S", 0.0)
+    asked = ResourcesConfig(preprocess_actors=PoolSize(1, 2), preprocess_cpus=0.4, engine_cpus=0.4)
+
+    def wait_for(bundle: int | None) -> None:
+        deadline = time.monotonic() + 60
+        while (found := share._free_bundle()) != bundle and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert found == bundle
+
+    with reserve(place(asked, [Node("a", cpus=2, gpus=0)]), print) as held:
+        share = held.preprocessing()
+        for _ in range(2):
+            wait_for(1)
+            actor = ray.remote(num_cpus=num_cpus)(Actor).options(**share.options()).remote()
+            assert ray.get(actor.is_up.remote(), timeout=60)
+            wait_for(None)
+            ray.kill(actor)
