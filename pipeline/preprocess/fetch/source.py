@@ -32,7 +32,15 @@ from pipeline.errors import (
 from pipeline.preprocess.fetch.allow import AllowList
 from pipeline.preprocess.fetch.http import HttpClient
 from pipeline.preprocess.fetch.proxy import Proxies
-from pipeline.preprocess.fetch.uri import WEB_SCHEMES, base64_header, data_uri_content, local_path, missing_hint, scheme_of, shown
+from pipeline.preprocess.fetch.uri import (
+    WEB_SCHEMES,
+    base64_header,
+    data_uri_content,
+    local_path,
+    missing_hint,
+    scheme_of,
+    shown,
+)
 from pipeline.preprocess.frame_list import pack_frames
 from pipeline.preprocess.limits import MAX_FETCHES, FetchOptions
 from pipeline.storage.credentials import credential_fault
