@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -121,15 +123,16 @@ class ReferenceEngine(Engine):
     @torch.inference_mode()
     def _generate(self, batch: list[Sequence]) -> None:
         follow = _Follow(batch, self.rules)
-        self.checkpoint.model.generate(
-            **self.inputs(batch),
-            generation_config=plain_generation_config(
-                max_new_tokens=max(sequence.sampling.max_tokens for sequence in batch),
-                pad_token_id=min(self.rules.eos_token_ids, default=0),
-            ),
-            logits_processor=[_Choose(follow)] if any(map(_needs_sampler, batch)) else [],
-            stopping_criteria=[follow],
-        )
+        with without_defaults(self.checkpoint.model) as model:
+            model.generate(
+                **self.inputs(batch),
+                generation_config=plain_generation_config(
+                    max_new_tokens=max(sequence.sampling.max_tokens for sequence in batch),
+                    pad_token_id=min(self.rules.eos_token_ids, default=0),
+                ),
+                logits_processor=[_Choose(follow)] if any(map(_needs_sampler, batch)) else [],
+                stopping_criteria=[follow],
+            )
         self._stats["batches"] += 1
         self._stats["prefill_tokens"] += sum(sequence.num_prompt_tokens for sequence in batch)
         self._stats["decode_tokens"] += sum(len(sequence.output_ids) for sequence in batch)
@@ -166,8 +169,19 @@ def _needs_sampler(sequence: Sequence) -> bool:
     return bool(sampling.temperature > 0 or sampling.logprobs or sampling.min_tokens or sampling.is_penalized)
 
 
+@contextmanager
+def without_defaults(model: Any) -> Iterator[Any]:
+    """The model without the checkpoint's generation config, from which `generate` fills whatever a given one leaves
+    open: penalties, end tokens, forbidden tokens."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield model
+    finally:
+        model.generation_config = own
+
+
 def plain_generation_config(**settings: Any) -> Any:
-    """Greedy, with none of the checkpoint's sampling defaults; `_Follow` decides when a row ends."""
+    """Greedy; `_Follow` decides when a row ends."""
     return GenerationConfig(do_sample=False, eos_token_id=None, use_cache=True, **settings)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,19 @@ def test_end_tokens_of_the_checkpoint_end_a_row_unless_ignored(tiny_model: Any) 
 
 def test_both_end_tokens_of_the_generation_config_count(tiny_model: Any) -> None:
     assert native(tiny_model).describe()["eos_token_ids"] == [300, 302]
+
+
+def test_neither_engine_follows_the_checkpoint_s_generation_defaults(
+    build: Build, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = first(build().generate([row(max_tokens=8)])).token_ids
+    defaults = copy.deepcopy(tiny_model.generation_config)
+    defaults.update(repetition_penalty=50.0, suppress_tokens=[free[0]], do_sample=True, temperature=9.0, min_length=99)
+    defaults.eos_token_id = free[1]
+    engine = build()
+    monkeypatch.setattr(tiny_model, "generation_config", defaults)
+    assert first(engine.generate([row(max_tokens=8, ignore_eos=True)])).token_ids == free
+    assert tiny_model.generation_config is defaults
 
 
 def test_endless_repetition_ends_a_row_where_asked(tiny_model: Any) -> None:
