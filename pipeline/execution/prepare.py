@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.checkpoint.adapter import other_base, read_adapter_config, resolve_adapter
+from pipeline.checkpoint.generation import greedy_note
 from pipeline.checkpoint.locate import resolve_model
 from pipeline.checkpoint.prompts import untrained_prompt
 from pipeline.config import CaptionConfig
@@ -231,7 +232,10 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
         fresh,
         record or {},
         RunCounts(numbering.num_rows, len(finished.done), len(finished.failed)),
-        (*([f"the run goes on in {picked}, in which it began"] if picked else []), *_notes(config, manifest, local)),
+        (
+            *([f"the run goes on in {picked}, in which it began"] if picked else []),
+            *_notes(config, manifest, local, model_facts),
+        ),
     )
 
 
@@ -240,13 +244,17 @@ def _picked_dtype(record: Mapping[str, Any]) -> str | None:
     return record.get("model", {}).get("dtype") or (record.get("engine") or {}).get("dtype")
 
 
-def _notes(config: CaptionConfig, manifest: Manifest, local_model: str) -> Iterator[str]:
+def _notes(
+    config: CaptionConfig, manifest: Manifest, local_model: str, model_facts: Mapping[str, Any]
+) -> Iterator[str]:
     """What may surprise, in a sentence each."""
     if adapter := resolve_adapter(config.model.adapter):
         stated = read_adapter_config(model_cache(config).local_adapter(adapter), revision=config.model.adapter_revision)
         if base := other_base(stated, config.model.path):
             yield f"the adapter {adapter} says that it was trained on {base}; model.path is {config.model.path}"
     if note := untrained_prompt(local_model, config.prompt.template, revision=config.model.revision):
+        yield note
+    if note := greedy_note(model_facts["published_sampling"], asdict(config.sampling)):
         yield note
     if names := unread_settings(manifest.schema.names, message_options(config)):
         yield (

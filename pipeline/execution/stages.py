@@ -6,6 +6,7 @@ Knows the config, the checkpoint's facts and the manifest's columns; nothing of 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 from pipeline.checkpoint.adapter import check_tokens, read_adapter_config, resolve_adapter
 from pipeline.checkpoint.cache import DEFAULT_FOLDER, ModelCache
 from pipeline.checkpoint.families.family import Family
+from pipeline.checkpoint.generation import published_sampling
 from pipeline.checkpoint.locate import check_model, read_config, resolve_model
 from pipeline.checkpoint.plain import check_plain
 from pipeline.checkpoint.processor import read_processor
@@ -51,6 +53,8 @@ class OpenedStages:
     stages: Stages
     manifest: Manifest
     numbering: RowNumbering
+    model_facts: Mapping[str, Any]
+    """What run.json is to say of how the model is asked."""
 
     def whole_manifest(self, *, rows_per_unit: int = 32) -> list[WorkUnit]:
         """Units of work over every row, finished or not."""
@@ -67,8 +71,9 @@ def open_stages(config: CaptionConfig) -> OpenedStages:
     """
     folder = RunFolder(config.output.path, config.output.storage_options)
     model_path, manifest = resolve_model(config.model.path), open_input(config, folder)
-    check_settings(config, manifest, model_path)
-    return OpenedStages(build_stages(config, model_path, manifest), manifest, number_rows(manifest, config.input.limit))
+    facts = check_settings(config, manifest, model_path)
+    numbering = number_rows(manifest, config.input.limit)
+    return OpenedStages(build_stages(config, model_path, manifest), manifest, numbering, facts)
 
 
 def check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -> dict[str, Any]:
@@ -110,6 +115,10 @@ def check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -
         "video_prompt": family.video_prompt + (" in the template's marks" if family.video_prompt != "one run" else ""),
         "text_positions": "largest so far + 1",
         "thinks": tokenizer.thinks,
+        # A job's own is config.sampling.
+        "published_sampling": asdict(
+            published_sampling(local, family, thinks=tokenizer.thinks, revision=config.model.revision)
+        ),
     }
 
 

@@ -12,13 +12,14 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator
 
+from pipeline.checkpoint.generation import greedy_note
 from pipeline.checkpoint.locate import read_config, resolve_model
 from pipeline.config import CaptionConfig, Fraction, NotNegative, Positive, Section
 from pipeline.engine.dtype import Arithmetic, PickedDtype, arithmetic, own_dtype, pick_dtype
@@ -157,6 +158,7 @@ def make_plan(config: PlanConfig) -> Plan:
             measured, output_tokens = _probe(config, opened, works, sample, engines)
             output_share = _output_share(sample, asked.output_tokens or output_tokens)
     times, notes = _times_by_data_sheet(config, sample, rows, shape, gpu, engines, output_share)
+    by_default = greedy_note(opened.model_facts["published_sampling"], asdict(config.sampling))
     for_advice = times[0] if gpu is not None and times else measured
     return Plan(
         input=config.input.path,
@@ -175,7 +177,7 @@ def make_plan(config: PlanConfig) -> Plan:
         ),
         times=(*([measured] if measured else []), *times),
         advice=tuple(advise(sample, rows, for_advice, engines, fitted, max_length=max_length)),
-        notes=(*opened.manifest.notes, *notes),
+        notes=(*opened.manifest.notes, *([by_default] if by_default else []), *notes),
     )
 
 

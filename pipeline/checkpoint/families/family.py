@@ -20,6 +20,18 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a family's makers choose tokens, by the names of the config's section `sampling`. A job takes none of it by
+    itself; the defaults here are that section's, greedy and without penalties."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A model family, or one of its checkpoints where the checkpoint's own processor config says otherwise."""
 
@@ -42,6 +54,10 @@ class Family:
     """Frames at equal steps from the first and an even number of them, or spread from the first to the last."""
     video_prompt: Literal["one run", "timed steps"]
     """A video's tokens stand in one run, or each temporal step by itself after its time in seconds."""
+    sampling: Sampling = Sampling()
+    """By the cards, for questions about media."""
+    thinking_sampling: Sampling = Sampling()
+    """The same for checkpoints that think before they answer."""
     image_mean: tuple[float, ...] = CLIP_MEAN
     """Of each channel, for normalization."""
     image_std: tuple[float, ...] = CLIP_STD

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.checkpoint.families.family import Family
+from pipeline.checkpoint.families.family import Family, Sampling
 
 QWEN3_VL = Family(
     model_type="qwen3_vl",
@@ -16,6 +16,8 @@ QWEN3_VL = Family(
     video_total_pixels=None,
     frame_sampling="ends",
     video_prompt="timed steps",
+    sampling=Sampling(temperature=0.7, top_k=20, top_p=0.8, presence_penalty=1.5),
+    thinking_sampling=Sampling(temperature=1.0, top_k=20, top_p=0.95),
     image_mean=(0.5, 0.5, 0.5),
     image_std=(0.5, 0.5, 0.5),
 )

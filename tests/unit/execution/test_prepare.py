@@ -79,6 +79,7 @@ def test_a_run_goes_on_in_the_dtype_that_its_first_engine_picked(tmp_path: Path)
     engine = {"kind": "engine", "describe": {"dtype": "bfloat16", "dtype_reason": "native to this CPU"}}
     assert job.note_engines([engine]) == "model in bfloat16: native to this CPU"
     assert job.note_engines([engine]) is None
+    assert job.record["model"]["published_sampling"]["temperature"] == 0.0 and job.notes == ()
     again = prepare(config, folder)  # after a crash, perhaps on another machine
     assert again is not None and again.stages.generate.engine.dtype == "bfloat16"
     assert "the run goes on in bfloat16, in which it began" in again.notes
