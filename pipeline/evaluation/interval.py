@@ -1,10 +1,10 @@
 """How certain a score is: streamed means and corpus scores with their 95 % intervals.
 
 Memory does not grow with rows. A `Tally` keeps one sum for each of 4,093 buckets; row i belongs to bucket i mod 4,093
-(a prime, so that no period in the data lines up with it), and the bootstrap draws buckets. Up to 4,093 rows that is
-the ordinary bootstrap; beyond, it is the bootstrap over random groups, whose variance has the same expectation.
-Rows that belong together, such as the questions about one video, are added with the number of their group and share
-its bucket. scipy's bootstrap holds all rows. Knows numbers only.
+(a prime, so that no period in the data lines up with it). A mean's variance is that of the buckets, and the bootstrap
+of corpus scores draws buckets. Up to 4,093 rows that is each row by itself; beyond, random groups of them, whose
+variance has the same expectation. Rows that belong together, such as the questions about one video, are added with the
+number of their group and share its bucket. scipy's bootstrap holds all rows. Knows numbers only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ Combine = Callable[[Floats], Floats]
 
 NUM_BUCKETS = 4_093
 _CHUNK = 64  # bootstrap samples drawn at once: 64 x 4,093 indices are 2 MB
+_LEAST_VARIANCE = 1e-18  # of rows that are all equal, with some rounding
 Z95 = 1.959963984540054
 
 
@@ -35,7 +36,7 @@ class Estimate:
     high: float | None
     num_rows: int
     method: Literal["bootstrap", "wilson", "none"]
-    """`wilson` for a proportion: rows, in no groups, that score 0 or 1; `none` for one row or one group."""
+    """`wilson` for means, `bootstrap` for corpus scores, `none` for one row or one group."""
 
 
 class Tally:
@@ -78,16 +79,27 @@ class Tally:
         value, num_groups = self.value(), len(self._filled()) if self._has_groups else self.num_rows
         if num_groups < 2:
             return Estimate(value, None, None, self.num_rows, "none")
+        if self._combine is not None:
+            return Estimate(value, *self.bootstrap_interval(num_samples, seed), self.num_rows, "bootstrap")
+        share = min(max(value / self._maximum, 0.0), 1.0)
+        size = self._effective_size(share, num_groups)
+        low, high = wilson_interval(share * size, size)
+        # Scores that hardly differ tell too little of what has not been seen: the interval reaches at least as far as
+        # that of a proportion whose groups all failed, or all succeeded.
+        unseen = wilson_interval(0, num_groups)[1]
+        low, high = min(low, 1 - unseen), max(high, unseen)
+        return Estimate(value, self._maximum * low, self._maximum * high, self.num_rows, "wilson")
+
+    def _effective_size(self, share: float, num_groups: int) -> float:
+        """Independent right or wrong rows that would have the mean's variance (Korn and Graubard 1998)."""
         if self._is_proportion and not self._has_groups:
-            low, high = wilson_interval(value * self.num_rows, self.num_rows)
-            return Estimate(value, low, high, self.num_rows, "wilson")
-        low, high = self.bootstrap_interval(num_samples, seed)
-        if self._combine is None:
-            # Where all rows score nothing, or all but a few, the bootstrap knows too little of what it has not seen:
-            # the interval reaches at least as far as a proportion's whose groups all failed, or all succeeded.
-            unseen = self._maximum * wilson_interval(0, num_groups)[1]
-            low, high = min(low, self._maximum - unseen), max(high, unseen)
-        return Estimate(value, low, high, self.num_rows, "bootstrap")
+            return self.num_rows
+        if share in (0.0, 1.0):
+            return num_groups
+        sums = self._filled()
+        residuals = sums[:, 0] / self._maximum - share * sums[:, 1]
+        variance = len(sums) / (len(sums) - 1) * float((residuals**2).sum()) / self.num_rows**2
+        return share * (1 - share) / max(variance, _LEAST_VARIANCE)
 
     def _filled(self) -> Floats:
         """The buckets that have rows."""
@@ -106,7 +118,7 @@ class Tally:
         return float(low), float(high)
 
 
-def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
     """95 % interval of a proportion: Wilson 1927. Informative even if all or none succeeded."""
     share, spread = successes / trials, Z95**2 / trials
     centre = (share + spread / 2) / (1 + spread)

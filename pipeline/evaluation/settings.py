@@ -44,11 +44,11 @@ class ScoringSettings(Section):
     """Column with the list of options, for multiple choice; the list may be text."""
     cluster: str | None = None
     """Column whose equal values mark rows that belong together, such as the video of several questions: intervals and
-    tests resample these groups in place of rows. The configs of published sets name it."""
+    tests count these groups in place of rows. The configs of published sets name it."""
     slices: list[str] = Field(default_factory=lambda: ["media_kind", "resolution_bucket"])
     """Columns for whose values scores are shown separately; also media_kind, num_media and resolution_bucket."""
     num_samples: Positive = 1_000
-    """Bootstrap samples for each interval that needs them."""
+    """Bootstrap samples for the interval of each corpus score."""
     seed: NotNegative = 0
     """Seed of bootstrap, permutation test and the choice of rows in the report."""
 

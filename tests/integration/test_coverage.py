@@ -33,18 +33,24 @@ def test_paired_proportions_where_few_rows_differ_or_many(num_rows: int, won: fl
     assert covered / NUM_DRAWS >= 0.92
 
 
-@pytest.mark.parametrize("num_groups, size, correlation", [(20, 3, 0.5), (50, 9, 0.5), (200, 9, 0.3), (900, 3, 0.5)])
-def test_groups_are_covered_where_single_rows_are_not(num_groups: int, size: int, correlation: float) -> None:
-    rng, share = np.random.default_rng(2), 0.7
+@pytest.mark.parametrize(
+    "num_groups, size, correlation, share",
+    [(20, 3, 0.5, 0.7), (50, 9, 0.5, 0.7), (200, 9, 0.3, 0.7), (900, 3, 0.5, 0.7), (200, 9, 0.8, 0.95),
+     (50, 9, 0.8, 0.95), (20, 5, 0.5, 0.9), (100, 5, 0.5, 0.02), (300, 3, 0.9, 0.99)],
+)  # fmt: skip
+def test_groups_are_covered_where_single_rows_are_not(
+    num_groups: int, size: int, correlation: float, share: float
+) -> None:
+    rng = np.random.default_rng(2)
     covered = np.zeros(4)
-    for draw in range(NUM_DRAWS // 2):
+    for draw in range(NUM_DRAWS):
         sizes = np.full(num_groups, size) if draw % 2 else rng.integers(1, 2 * size, num_groups)
         groups = np.repeat(np.arange(num_groups), sizes)
         odds = 1 / correlation - 1
         right = rng.random(len(groups)) < rng.beta(share * odds, (1 - share) * odds, num_groups)[groups]
         tally = Tally()
         tally.add(right, groups)
-        estimate = tally.estimate(400, draw)
+        estimate = tally.estimate(1, 0)
         of_row = wilson_interval(right.sum(), len(right))
         covered[:2] += of_row[0] <= share <= of_row[1], (estimate.low or 0) <= share <= (estimate.high or 1)
         # Two runs: 60 % of the rows of some groups gain or lose.
@@ -54,8 +60,22 @@ def test_groups_are_covered_where_single_rows_are_not(num_groups: int, size: int
             paired_interval(np.bincount(groups, gains), sizes.astype(float)),
         )
         covered[2:] += [low <= 0.05 * 0.6 <= high for low, high in (by_row, by_group)]
-    row, group, paired_row, paired_group = covered / (NUM_DRAWS // 2)
-    assert max(row, paired_row) < 0.9 <= min(group, paired_group)
+    row, group, paired_row, paired_group = covered / NUM_DRAWS
+    assert max(row, paired_row) < 0.9 and 0.91 <= group <= 0.99 and paired_group >= 0.92
+
+
+@pytest.mark.parametrize("num_rows", [30, 100])
+@pytest.mark.parametrize(
+    "maximum, zeros, a, b", [(1, 0.3, 9, 1), (1, 0.1, 40, 2), (1, 0, 2, 3), (10, 0, 0.5, 4.5), (1, 0.95, 1, 1)]
+)
+def test_means_of_other_scores(num_rows: int, maximum: float, zeros: float, a: float, b: float) -> None:
+    rng, covered, truth = np.random.default_rng(4), 0, maximum * (1 - zeros) * a / (a + b)
+    for _ in range(NUM_DRAWS):
+        tally = Tally(maximum=maximum)
+        tally.add(maximum * rng.beta(a, b, num_rows) * (rng.random(num_rows) >= zeros))
+        found = tally.estimate(1, 0)
+        covered += (found.low or 0) <= truth <= (found.high or 0)
+    assert 0.92 <= covered / NUM_DRAWS <= 0.99
 
 
 @pytest.mark.parametrize("num_rows", [50, 200])

@@ -1,4 +1,4 @@
-"""Our scores against the packages that papers use, over drawn pairs. Those of no package have tables in tests/unit."""
+"""Our scores against the packages that papers use, on drawn pairs. test_lmms_eval_scorers has those of the sets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.evaluation.interval import Tally, wilson_interval
 from pipeline.evaluation.metrics.cider import Cider
 from pipeline.evaluation.metrics.coco import caption_tokens, coco_bleu, coco_rouge_l
 from pipeline.evaluation.metrics.overlap import bleu, chrf, rouge_l
-from pipeline.evaluation.metrics.text import anls
+from pipeline.evaluation.metrics.text import anls, normalised_match, token_f1
 from pipeline.evaluation.paired import compare, permutation_p_value, sign_p_value
 
 NUM_PAIRS = 1_000
@@ -29,16 +29,18 @@ _SIGNS = """
 """
 
 
-def _pairs(vocabulary: str, num_pairs: int = NUM_PAIRS, seed: int = 0) -> tuple[list[str], list[list[str]]]:
+def _pairs(
+    vocabulary: str, num_pairs: int = NUM_PAIRS, seed: int = 0, longest: int = 14
+) -> tuple[list[str], list[list[str]]]:
     """Sentences, and three references of each that share most of its words."""
     rng, words = random.Random(seed), vocabulary.split()
     predictions, references = [], []
     for _ in range(num_pairs):
-        drawn = rng.choices(words, k=rng.randint(1, 14))
+        drawn = rng.choices(words, k=rng.randint(1, longest))
 
         def near(drawn: Sequence[str] = drawn) -> str:
             changed = [word if rng.random() < 0.7 else rng.choice(words) for word in drawn]
-            return " ".join(changed[: rng.randint(1, 14)])
+            return " ".join(changed[: rng.randint(1, longest)])
 
         predictions.append(near())
         references.append([near() for _ in range(3)])
@@ -115,6 +117,20 @@ def test_caption_scores_are_those_of_coco_captions_own_tokenizer(vocabulary: str
     assert _cider(predictions, references) == pytest.approx(cider, abs=5e-3)
 
 
+def test_f1_and_normalised_match_are_those_of_squads_script() -> None:
+    squad = pytest.importorskip("torchmetrics.functional.text", reason=INSTALL).squad
+    predictions, references = _pairs(_PLAIN + _SIGNS + " A The an naïve-café 'a' theme ", longest=4)
+    predictions[:4], references[:4] = ["", "", "the", "a -"], [["", "x"], ["x"], ["", "an"], ["the!", "x"]]
+    num_partial = 0
+    for prediction, row in zip(predictions, references, strict=True):
+        answer, target = {"prediction_text": prediction, "id": "1"}, {"answers": {"text": row}, "id": "1"}
+        expected = {name: value.item() / 100 for name, value in squad(answer, target).items()}
+        assert token_f1(prediction, row) == pytest.approx(expected["f1"]), (prediction, row)
+        assert normalised_match(prediction, row) == expected["exact_match"], (prediction, row)
+        num_partial += 0 < expected["f1"] < 1
+    assert NUM_PAIRS / 4 < num_partial < NUM_PAIRS * 0.9
+
+
 def test_anls_is_that_of_the_package_but_counts_exactly_one_half() -> None:
     official = pytest.importorskip("anls", reason=INSTALL).anls_score
     rng, num_halves = random.Random(2), 0
@@ -182,8 +198,9 @@ def test_intervals_by_group_are_as_wide_as_statsmodels_cluster_robust_ones() -> 
 
     tally = Tally()
     tally.add(mine, groups)
-    low, high = tally.bootstrap_interval(4_000, 0)
-    assert high - low == pytest.approx(width(mine), rel=0.06)
+    one = tally.estimate(1, 0)
+    assert one.low is not None and one.high is not None
+    assert one.high - one.low == pytest.approx(width(mine), rel=0.02)
     found = compare(mine, theirs, groups=groups)
     assert found.low is not None and found.high is not None
     assert found.high - found.low == pytest.approx(width(mine.astype(float) - theirs), rel=0.06)

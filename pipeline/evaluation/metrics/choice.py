@@ -1,9 +1,9 @@
 """Multiple choice: which option did a free answer choose, and MMMU's rule for its open questions.
 
 The rules start from MMMU's `parse_multi_choice_response` (Yue et al. 2023, https://arxiv.org/abs/2311.16502,
-eval_utils.py), and differ: an option's exact text comes before letters, "the answer is B" before other letters, and an
-answer that names no option is wrong, not guessed, so that a score does not depend on a random number. Knows strings
-only.
+eval_utils.py), and differ: an option's exact text comes before letters in other words, "the answer is B" before other
+letters, and an answer that names no option is wrong, not guessed, so that a score does not depend on a random number.
+Knows strings only.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ _STANDING = re.compile(r"(?<![\w'])([B-HJ-Z]|[AI](?!\s+[a-z]))(?![\w'])")
 def extract_letter(response: str, choices: Sequence[str] = ()) -> str | None:
     """The letter of the chosen option, or None if the response names none.
 
-    Tried in turn: an option's exact text; the letter alone; the text apart from case, articles and closing signs; the
-    last "the answer is B"; an opening "B."; the last "option B", "(B)" or capital standing alone; an option's text in
-    a sentence, the last and longest.
+    Tried in turn: a capital alone, which is no text even where options are letters in another order; an option's exact
+    text; the letter alone; the text apart from case, articles and closing signs; the last "the answer is B"; "B." that
+    opens the response or its last line; the last "option B", "(B)" or capital standing alone; an option's text in a
+    sentence, the last and longest.
     """
     allowed = _letters(choices)
     response, texts = _unmarked(response), _without_labels([_unmarked(choice) for choice in choices[: len(LETTERS)]])
+    if len(response) == 1 and response in allowed:
+        return response
     if response and texts.count(response) == 1:
         return LETTERS[texts.index(response)]
     alone = _ALONE.fullmatch(response)
@@ -48,14 +51,16 @@ def extract_letter(response: str, choices: Sequence[str] = ()) -> str | None:
     plain = [_plain(text) for text in texts]
     if (answer := _plain(response)) and plain.count(answer) == 1:
         return LETTERS[plain.index(answer)]
+    labelled = [f"{letter.lower()}{text}" for letter, text in zip(LETTERS, plain, strict=False)]  # "Answer: H2"
     for statement in reversed(list(_STATED.finditer(response))):
         rest = response[statement.end() :]
-        if rest[:1].isalpha() and (named := _opening_option(rest, plain)):
+        if rest[:1].isalpha() and (named := _opening_option(rest, plain) or _opening_option(rest, labelled)):
             return named
         if (letter := _LETTER.match(rest)) and (found := (letter[1] or letter[2]).upper()) in allowed:
             return found
-    if (label := _LABELLED.match(response)) and label[1] in allowed:
-        return label[1]
+    for part in (response, response.rpartition("\n")[2]):
+        if (label := _LABELLED.match(part)) and label[1] in allowed:
+            return label[1]
     for pattern in (_OPTION, _BRACKETED, _STANDING):
         letters = [letter for letter in pattern.findall(response) if letter in allowed]
         if letters:
@@ -94,8 +99,8 @@ def _plain(text: str) -> str:
 
 
 def _positions(text: str, option: str) -> list[int]:
-    """Where the option stands as whole words: "5" is neither in "-5" nor in "1.5"."""
-    if not re.search(r"\w", option):
+    """Where the option stands as whole words: "5" is neither in "-5" nor in "1.5", and one letter is no word."""
+    if not re.search(r"\w", option) or re.fullmatch(r"[a-z]", option):
         return []
     return [found.end() for found in re.finditer(rf"(?<![\w+\-])(?<!\d[.,]){re.escape(option)}(?!\w|[.,]\d)", text)]
 
@@ -112,12 +117,12 @@ def _mentioned(text: str, plain: Sequence[str]) -> str | None:
 
 
 def _opening_option(text: str, plain: Sequence[str]) -> str | None:
-    """The option whose text, of more than a letter, the text opens with after an article: "A cat."."""
+    """The option whose text the text opens with after an article: "A cat."."""
     opening = _plain(text)
     fitting = [
         (len(option), letter)
         for option, letter in zip(plain, LETTERS, strict=False)
-        if len(option) > 1 and plain.count(option) == 1 and len(option) in _positions(opening, option)
+        if plain.count(option) == 1 and len(option) in _positions(opening, option)
     ]
     return max(fitting)[1] if fitting else None
 

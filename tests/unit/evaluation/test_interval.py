@@ -1,4 +1,4 @@
-"""Streamed estimates, bootstrap intervals, and the paired comparison."""
+"""Streamed estimates and their intervals."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def test_rows_that_are_all_right_or_all_wrong_give_wilsons_interval() -> None:
     assert right.method == wrong.method == "wilson"
     assert right.value == right.high == 1 and right.low == pytest.approx(0.886, abs=0.001)
     assert wrong.value == wrong.low == 0 and wrong.high == pytest.approx(0.114, abs=0.001)
-    assert _estimate([0.5] * 30).method == "bootstrap", "only for proportions"
+    equal = _estimate([0.3] * 30)
+    assert (equal.low, equal.high) == pytest.approx((0.3, 0.3)), "equal scores other than 0 and 1 show no spread"
+    assert (_estimate([0.02] * 30).high or 0) == pytest.approx(0.114, abs=0.001), "but not below what 30 rows can tell"
 
 
 def test_the_bootstrap_draws_only_buckets_that_have_rows() -> None:
@@ -112,7 +114,7 @@ def test_intervals_at_the_edge_are_monotone(num_rows: int) -> None:
     lows = [one.low for one in [_estimate(np.arange(num_rows) >= wrong) for wrong in range(4)]]
     assert [1 - (low or 0) for low in lows] == pytest.approx(highs)
     nearly = _estimate(np.where(np.arange(num_rows) < 1, 0.3, 0))
-    assert nearly.method == "bootstrap" and highs[0] <= (nearly.high or 0) <= highs[1]
+    assert highs[0] <= (nearly.high or 0) <= highs[1]
 
 
 def test_groups_are_resampled_as_one() -> None:
@@ -129,6 +131,14 @@ def test_groups_are_resampled_as_one() -> None:
     alone = Tally()
     alone.add(np.ones(3), np.zeros(3, np.int64))
     assert alone.estimate(100, 0).method == "none"
+
+
+def test_groups_of_one_row_have_the_interval_of_rows() -> None:
+    scores = (np.arange(60) % 5 == 0).astype(float)
+    tally = Tally()
+    tally.add(scores, np.arange(60))
+    by_group, by_row = tally.estimate(100, 0), _estimate(scores)
+    assert (by_group.low, by_group.high) == pytest.approx((by_row.low, by_row.high), abs=0.002)
 
 
 def test_the_edge_of_a_metric_with_another_scale_is_of_that_scale() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.evaluation.metrics.choice import choice_letter, extract_letter, mmmu, multiple_choice, open_answer
+from tests.unit.evaluation.stated_answers import STATED
 
 ANIMALS = ("cat", "dog", "a blue bird", "blue")
 
@@ -62,6 +63,8 @@ def test_the_letter_is_read_from_free_answers(response: str, letter: str | None)
         (r"\text{B}", ["cat", "dog"], "B"),
         (r"The answer is $\boxed{\text{B}}$", ["cat", "dog"], "B"),
         ("C", ["cat", "", "dog"], "C"),
+        ("The answer is a 5.", ["4", "5"], "B"),
+        ("I see a cat", ["A", "cat"], "B"),
     ],
 )
 def test_signs_labels_and_statements_are_read_as_models_write_them(
@@ -134,6 +137,15 @@ def test_options_are_found_where_mmmu_finds_them_and_where_it_guesses(
 ) -> None:
     assert extract_letter(response, ANIMALS) == letter
     assert official in (letter, None) or response.endswith("grass"), "of texts that end together the longest counts"
+
+
+@pytest.mark.parametrize(
+    ("response", "options", "letter"), [(answer, options, letter) for answer, options, _, letter in STATED]
+)
+def test_answers_are_read_as_stated_where_mmmu_pro_takes_another_letter_of_the_text(
+    response: str, options: list[str], letter: str | None
+) -> None:
+    assert extract_letter(response, options) == letter
 
 
 def test_mmmu_scores_a_row_by_its_options_or_as_an_open_answer() -> None:
