@@ -94,7 +94,7 @@ def _notes(metrics: Mapping[str, Any], comparison: Mapping[str, Any]) -> Iterato
         what = f"of {count:,} multiple-choice answers name an option; others count as wrong"
         yield Note("Parse rate", what, choices["num_parsed"], share=choices["num_parsed"] / count)
     if column := metrics.get("columns", {}).get("cluster"):
-        yield Note(f"Resampled by {column}", "in intervals and tests, in place of single rows", None)
+        yield Note(f"Grouped by {column}", "in intervals and tests, in place of single rows", None)
     for key, title, what in _NOT_COMPARED:
         if count := comparison.get(key):
             yield Note(title, what, count)

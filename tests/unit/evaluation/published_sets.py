@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -182,7 +182,7 @@ SETS: dict[str, PublishedSet] = {
         id="001-1",
     ),
     "nextqa": PublishedSet(
-        columns={  # the card's types of this part of the dataset are not known; any will do
+        columns={  # the widths of the card's types are not known
             "video": _STRING, **_columns(_INT32, "frame_count width height"), "question": _STRING, "answer": _INT32,
             "qid": _INT32, **_columns(_STRING, "type a0 a1 a2 a3 a4"),
         },
@@ -199,3 +199,11 @@ SETS: dict[str, PublishedSet] = {
         id="4010069381-6",
     ),
 }  # fmt: skip
+
+NEXTQA_NUMBERS = replace(
+    SETS["nextqa"],
+    columns={name: _INT64 if kind == _INT32 else kind for name, kind in SETS["nextqa"].columns.items()}
+    | {"video": _INT64},
+    row=dict(SETS["nextqa"].row) | {"video": 4010069381},
+)
+"""NExT-QA as pandas makes it of the authors' CSV: videos are numbers."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 
-from pipeline.evaluation.columns import answer_texts, option_texts, reference_lists, text_column
+from pipeline.evaluation.columns import answer_texts, option_lists, option_texts, reference_lists, text_column
+from pipeline.manifest.find import open_manifest
+from pipeline.manifest.formats import read_units
 
 
 def batch(column: pa.Array) -> pa.RecordBatch:
@@ -59,6 +64,31 @@ def test_a_value_that_python_cannot_hold_ends_nothing() -> None:
 )
 def test_references_in_every_form_in_which_sets_publish_them(value: Any, texts: list[str]) -> None:
     assert answer_texts(value) == texts
+
+
+ANSWERS = ["Three.", ["Three.", "x"], [{"answer": "Three."}, {"answer": "x"}], "['Three.', 'x']", 3, "", [], None]
+
+
+def test_references_of_text_manifests_are_read_where_rows_differ_in_form(tmp_path: Path) -> None:
+    rows = [{"prompt": "?", "reference": answer, "options": ["a", "b"]} for answer in ANSWERS]
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    as_text = [row | {"reference": json.dumps(row["reference"]) if row["reference"] else ""} for row in rows[1:3]]
+    pd.DataFrame(as_text).to_csv(tmp_path / "two.csv", index=False)
+    found = {}
+    for name in ("one.jsonl", "two.csv"):
+        manifest = open_manifest(str(tmp_path / name), listing_path=str(tmp_path / "listing"))
+        unit = manifest.unit(0, 0, manifest.files[0].num_rows)
+        [table] = read_units(manifest.spec, [unit], columns=["reference", "options"])
+        [found[name]] = pa.table(table).combine_chunks().to_batches()
+    both = ["Three.", "x"]
+    assert reference_lists(found["one.jsonl"], "reference") == [["Three."], both, both, both, ["3"], [], [], []]
+    assert reference_lists(found["two.csv"], "reference") == [both, both]
+    assert option_lists(found["two.csv"], "options") == [["a", "b"]] * 2
+
+
+def test_whole_numbers_that_pandas_writes_beside_a_null_have_no_point() -> None:
+    table = pa.Table.from_pandas(pd.DataFrame({"x": [3, None, 2.5]}))
+    assert reference_lists(table.to_batches()[0], "x") == [["3"], [], ["2.5"]]
 
 
 def test_options_may_be_text_and_a_missing_one_keeps_its_place() -> None:

@@ -22,7 +22,7 @@ from pipeline.evaluation.published_set import prepare_manifest
 from pipeline.evaluation.scoring import Scorer
 from pipeline.manifest.find import open_manifest
 from pipeline.schema import result_schema
-from tests.unit.evaluation.published_sets import PICTURE, SETS
+from tests.unit.evaluation.published_sets import NEXTQA_NUMBERS, PICTURE, SETS, PublishedSet
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "evaluation"
 
@@ -31,9 +31,11 @@ def test_every_published_dataset_has_a_test() -> None:
     assert set(SETS) == {path.stem for path in CONFIGS.glob("*.yaml")}
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_a_published_dataset_becomes_questions_that_are_scored_as_in_its_paper(name: str, tmp_path: Path) -> None:
-    one, source = SETS[name], tmp_path / "set"
+@pytest.mark.parametrize(("name", "one"), [*SETS.items(), ("nextqa", NEXTQA_NUMBERS)])
+def test_a_published_dataset_becomes_questions_that_are_scored_as_in_its_paper(
+    name: str, one: PublishedSet, tmp_path: Path
+) -> None:
+    source = tmp_path / "set"
     answers = {one.split: one.row[one.answer], **one.other_splits}
     for split, answer in answers.items():
         row = {**dict.fromkeys(one.columns), **one.row, one.answer: answer}

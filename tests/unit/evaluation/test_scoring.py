@@ -143,6 +143,8 @@ def test_corpus_scores_do_not_depend_on_the_batches() -> None:
     expected = sacrebleu.corpus_bleu([text or "" for text in texts], streams).score / 100
     assert whole.metrics()["overall"]["bleu"]["value"] == pytest.approx(expected)
     assert whole.metrics() == halves.metrics()
+    what = whole.metrics()["definitions"]["cider"]["what"]
+    assert "The interval is about other rows, with these rows' weights" in what, "of n-grams, which other rows change"
     cider = Cider()
     for row in references:
         cider.add_references(row)

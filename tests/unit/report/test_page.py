@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from jobs.evaluate import print_scores
 from pipeline.errors import OutputError
 from pipeline.evaluation.comparison import compare_folders
 from pipeline.planning.roofline import SHAPES
 from pipeline.report import Report, ReportOptions, gather, render, render_html, render_markdown
+from pipeline.results.reader import RunReader
 from tests.unit.report.runs import HOSTILE, RUN, error_row, result_row, write_run, write_scores
 
 _QUICK = ReportOptions(thumbnails=False)
@@ -241,7 +243,9 @@ def test_the_same_folder_gives_the_same_gallery(rich: Path, report: Report) -> N
     assert ids == [[card.id for card in section.cards] for section in report.sections]
 
 
-def test_what_scores_leave_out_is_said_on_the_page_and_in_markdown(tmp_path: Path) -> None:
+def test_what_scores_leave_out_is_said_on_the_page_in_markdown_and_on_the_console(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [result_row(row, text="B", reference="B" if row < 8 else None) for row in range(10)]
     rows[0] = {**error_row(0, "FetchTimeout", "fetch", "late"), "reference": "B"}
     rows[1]["text"] = "no idea"
@@ -254,11 +258,15 @@ def test_what_scores_leave_out_is_said_on_the_page_and_in_markdown(tmp_path: Pat
         "No reference, not scored": (2, None),
         "Failed, counted as 0": (1, None),
         "Parse rate": (6, pytest.approx(6 / 7)),
-        "Resampled by source": (None, None),
+        "Grouped by source": (None, None),
         "Only in this run, not compared": (3, None),
     }
     page, markdown = " ".join(_Tags(render_html(report)).text.split()), render_markdown(report)
+    metrics = RunReader(str(candidate)).metrics or {}
+    print_scores({**metrics, "baseline": compare_folders(str(candidate), str(baseline), num_samples=10)})
+    console = " ".join(capsys.readouterr().out.split())
     for title in found:
-        assert title in page and title in markdown.replace("\\", "")
+        assert title in page and title in markdown.replace("\\", "") and title in console
+    assert "on the 7 rows of both" in console and "85.7 %" in console
     assert "85.7 %" in page and "85.7 % of 7 multiple" in markdown
     assert "| 7 |" in markdown, "the rows that both runs have"
