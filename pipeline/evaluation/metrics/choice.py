@@ -21,7 +21,9 @@ _STATED = re.compile(
     r"(?i:\banswer\b|\b(?:option|choice)(?=\s+(?:is|should|would)))(?i:\s+(?:is|should be|would be))?\s*:?\s*"
 )
 # A capital, or a small letter that ends its clause: "is a cat" has an article.
-_LETTER = re.compile(r"[\W_]*(?:(?:option|choice)\s+\W*)?(?:([A-Z])\b(?!')|([a-z])(?=[\W_]*(?:$|\n)|[).:]))")
+_LETTER = re.compile(
+    r"[\W_]*(?:(?:option|choice)\s+\W*)?(?:([A-Z])\b(?!'|\s+(?:think|believe|guess)\b)|([a-z])(?=[\W_]*(?:$|\n)|[).:]))"
+)
 _LABELLED = re.compile(r"\W*(?:(?i:option|choice)\s+\W*)?([A-Z])\s*(?:[.):](?:\s|\W*$)|\n)")
 _OPTION = re.compile(
     r"(?i:option|choice)\s*:?\s*\**\s*\(?([A-Z])\b(?!')(?!\W*\s*(?:is|are|was|can)\s*(?:not\b|n't|wrong|incorrect))"

@@ -20,6 +20,7 @@ STATED: list[tuple[str, list[str], str | None, str | None]] = [
     ("This leaves two links.\n\nAnswer: C2", ["1", "3", "2"], "C", "C"),
     (r"Answer: \( \text{(I)} \)", TEN, "I", "I"),
     ("**Answer**: D", TEN, "D", "D"),
+    ("The answer, I think, is B.", TEN, "B", "B"),
     ("I'm sorry, I can't help with this.", TEN, "I", None),
     ("I'm unable to see what the picture shows.", ["A", "I", "O"], "C", None),
     ("I'm unable to see it.", TEN, None, None),
