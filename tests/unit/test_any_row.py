@@ -299,6 +299,16 @@ def test_any_manifest_gives_rows_and_nothing_else(stages: Stages, drawn: tuple[p
     assert len(stages.run(table, kept)) == table.num_rows
 
 
+def test_the_traceback_of_an_unforeseen_error_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        try:
+            raise ValueError("of this test alone")
+        except ValueError as error:
+            as_row_error(error)
+    (message,) = caplog.messages
+    assert "Traceback (most recent call last)" in message and "ValueError: of this test alone" in message
+
+
 def test_an_unforeseen_error_is_named_by_its_type_and_text_whatever_its_notes() -> None:
     error = ValueError("boom")
     error.add_note("")

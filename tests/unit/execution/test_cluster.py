@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,22 +131,34 @@ def test_a_first_signal_while_ray_ends_interrupts_afterwards(fake: FakeRay) -> N
     assert fake.calls[-1] == "is down"
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
 def test_ray_s_core_cannot_take_the_handlers_away_while_ray_ends(
-    fake: FakeRay, monkeypatch: pytest.MonkeyPatch
+    fake: FakeRay, monkeypatch: pytest.MonkeyPatch, interrupted: bool
 ) -> None:
-    def shutdown() -> None:
-        ctypes.CDLL(None).signal(signal.SIGTERM, signal.SIG_IGN)  # Ray's core does this, with SIG_DFL
-        deadline = time.monotonic() + 3
-        while cluster._signals._first is None and time.monotonic() < deadline:
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.argtypes, set_handler.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    restored: list[bool] = []
+
+    def until(is_so: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + 5
+        while not is_so() and time.monotonic() < deadline:
             time.sleep(0.001)
-            os.kill(os.getpid(), signal.SIGTERM)
+        return time.monotonic() < deadline
+
+    def shutdown() -> None:
+        if interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert until(lambda: cluster._signals._first is not None)
+        default = int(signal.SIG_DFL)
+        set_handler(signal.SIGTERM, default)  # as Ray's core does
+        restored.append(until(lambda: set_handler(signal.SIGTERM, default) != default))
         fake.shutdown()
 
     monkeypatch.setattr(ray, "shutdown", shutdown)
     stop_on_signals()
-    with pytest.raises(KeyboardInterrupt), ray_cluster(ResourcesConfig(), print):
+    with contextlib.suppress(KeyboardInterrupt), ray_cluster(ResourcesConfig(), print):
         pass
-    assert fake.calls[-1] == "is down"
+    assert fake.calls[-1] == "is down" and restored == [True]
 
 
 def test_a_clean_up_that_never_ends_can_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
