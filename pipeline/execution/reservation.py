@@ -2,8 +2,8 @@
 
 Ray starts actors one by one as resources become free: two jobs on one full cluster could each hold half of what they
 need and wait for ever. A placement group is reserved all or nothing, and here holds the fewest actors that the job is
-content with; those that a pool adds later start outside it, wherever there is room. A job whose fewest actors do not
-fit the cluster as it is (it may be about to grow) reserves nothing and starts with what fits.
+content with; those that a pool adds later start where one has ended, else outside, wherever there is room. A job whose
+fewest actors do not fit the cluster as it is (it may be about to grow) reserves nothing and starts with what fits.
 Knows Ray's placement groups; not what the actors do.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ _REMIND_S = 60.0
 _BUNDLE_UNITS = 1000
 _SETTLED_S = 20.0
 """Seconds after which Ray's view of the cluster shows an actor in the bundle that it was sent to."""
+_RESTART_S = 2.0
+"""Seconds after which a bundle is no longer empty that an actor has left to be restarted."""
 
 
 @dataclass
@@ -57,14 +59,18 @@ class Share:
             return None
         if unused := [index for index in self.bundles if index not in self.taken]:
             return unused[0]
-        sent_by, free = time.monotonic() - _SETTLED_S, ray.available_resources()
-        left = (index for index in self.bundles if self.taken[index] < sent_by and self._is_empty(index, free))
-        return next(left, None)
+        sent_by = time.monotonic() - _SETTLED_S
+        empty = self._empty([index for index in self.bundles if self.taken[index] < sent_by])
+        if empty:
+            time.sleep(_RESTART_S)
+        return next(iter(self._empty(empty)), None)
 
-    def _is_empty(self, index: int, free: Mapping[str, float]) -> bool:
-        """By a resource of which Ray gives every bundle so much, and a little of it to each actor inside."""
+    def _empty(self, bundles: Sequence[int]) -> list[int]:
+        """Those without an actor now: Ray gives every bundle so much of a resource, and a little to each actor in it."""
         assert self.group is not None
-        return free.get(f"bundle_group_{index}_{self.group.id.hex()}") == _BUNDLE_UNITS
+        free = ray.available_resources() if bundles else {}
+        name = f"bundle_group_%d_{self.group.id.hex()}"
+        return [index for index in bundles if free.get(name % index) == _BUNDLE_UNITS]
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class Actor:
 @pytest.mark.parametrize("num_cpus", [0.4, 0])  # an engine on a GPU reserves no CPUs of its bundle
 def test_a_bundle_is_free_while_no_actor_is_in_it(monkeypatch: pytest.MonkeyPatch, num_cpus: float) -> None:
     monkeypatch.setattr(reservation, "_SETTLED_S", 0.0)
+    monkeypatch.setattr(reservation, "_RESTART_S", 0.0)
     asked = ResourcesConfig(preprocess_actors=PoolSize(1, 2), preprocess_cpus=0.4, engine_cpus=0.4)
 
     def wait_for(bundle: int | None) -> None:

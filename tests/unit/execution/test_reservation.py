@@ -86,6 +86,7 @@ def test_actors_beyond_the_fewest_start_outside_near_the_engines(calls: list[Any
 def test_a_bundle_whose_actor_has_ended_is_used_again(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(reservation.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(reservation.time, "sleep", lambda seconds: None)
     with reserve(place(ResourcesConfig(preprocess_actors=PoolSize(2, 6)), [GPU_NODE, CPU_NODE]), print) as held:
         preprocessing = held.preprocessing()
         empty = {f"bundle_group_3_{FakeGroup.id.hex()}": 1000.0, f"bundle_group_2_{FakeGroup.id.hex()}": 999.999}
@@ -95,7 +96,8 @@ def test_a_bundle_whose_actor_has_ended_is_used_again(calls: list[Any], monkeypa
         now[0] += 60
         assert [start(preprocessing.options()) for _ in range(2)] == [3, None]
         now[0] += 60
-        assert start(preprocessing.options()) == 3
+        monkeypatch.setattr(reservation.time, "sleep", lambda seconds: empty.clear())
+        assert start(preprocessing.options()) is None, "the actor was restarting"
         assert start(held.engines().options()) == 0
 
 
