@@ -66,7 +66,7 @@ class Share:
         return next(iter(self._empty(empty)), None)
 
     def _empty(self, bundles: Sequence[int]) -> list[int]:
-        """Those without an actor now: Ray gives every bundle so much of a resource, and a little to each actor in it."""
+        """Those without an actor now: Ray gives every bundle so much of a resource, and some of that to each actor."""
         assert self.group is not None
         free = ray.available_resources() if bundles else {}
         name = f"bundle_group_%d_{self.group.id.hex()}"
