@@ -221,7 +221,22 @@ def test_a_variable_rate_is_sampled_evenly_in_time_from_the_first_frame_to_the_l
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts
 
-# Of the form of Qwen3-VL's template, with the thoughts of its successors.
+# What Qwen3-VL-Instruct's template writes: media are numbered where asked, and shown in a user's turns alone; there is
+# no system prompt by default, and a later one is left out.
+INSTRUCT = """
+{%- set number = namespace(image=0, video=0) %}
+{%- for message in messages %}{% if loop.first or message.role != 'system' %}<|im_start|>{{ message.role }}
+{% for part in message.content %}
+{%- if part.type == 'text' %}{{ part.text }}
+{%- elif message.role == 'user' %}
+{%- if part.type == 'image' %}{% set number.image = number.image + 1 %}
+{%- else %}{% set number.video = number.video + 1 %}{% endif %}
+{%- if add_vision_id %}{{ {'image': 'Picture ', 'video': 'Video '}[part.type] ~ number[part.type] ~ ': ' }}{% endif %}
+{{- '<|vision_start|><|' ~ part.type ~ '_pad|><|vision_end|>' }}
+{%- endif %}{% endfor %}<|im_end|>
+{% endif %}{% endfor %}<|im_start|>assistant
+{{ '' }}"""
+# The end is that of its successors. Qwen3-VL-Thinking's always opens thoughts.
 TEMPLATE = """
 {%- for message in messages %}<|im_start|>{{ message.role }}
 {% for part in message.content %}
@@ -383,6 +398,8 @@ def test_thinking_is_off_unless_the_job_asks_for_it(folder: Path) -> None:
     assert off.render(ask).text.endswith("<think>\n\n</think>\n\n") and not off.thinks
     assert on.render(ask).text.endswith("<think>\n") and on.thinks
     assert not ChatTokenizer(str(CHECKPOINT), thinking=True).thinks
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("enable_thinking is defined", "false"))
+    assert ChatTokenizer(str(folder)).thinks
 
 
 def drawn_conversation(rng: random.Random) -> tuple[tuple[Message, ...], list[tuple[str, tuple[int, int, int], float]]]:
@@ -414,21 +431,22 @@ def test_prompts_and_ids_of_drawn_conversations_are_those_of_transformers(tmp_pa
         shutil.copy(file, tmp_path)
     if family is QWEN3_VL:
         (tmp_path / "chat_template.json").unlink()
-        (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+        (tmp_path / "chat_template.jinja").write_text(INSTRUCT)
     ours, oracle = ChatTokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
     template = (
-        TEMPLATE if family is QWEN3_VL else json.loads((tmp_path / "chat_template.json").read_text())["chat_template"]
+        INSTRUCT if family is QWEN3_VL else json.loads((tmp_path / "chat_template.json").read_text())["chat_template"]
     )
     rng = random.Random(8)
     for _ in range(100):
         messages, media = drawn_conversation(rng)
-        prompt = ours.render(messages)
+        add_vision_id = rng.random() < 0.5
+        prompt = ours.render(messages, add_vision_id=add_vision_id)
         rendered = oracle.apply_chat_template(
             as_transformers(messages),
             chat_template=template,
             tokenize=False,
             add_generation_prompt=True,
-            enable_thinking=False,
+            add_vision_id=add_vision_id,
         )
         assert prompt.text == rendered
         expected, tokens = "", []
