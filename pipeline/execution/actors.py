@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import DeviceLost, EngineCrash
+from pipeline.errors import CheckpointError, DeviceLost, EngineCrash
 from pipeline.execution.profile import profiled
 from pipeline.execution.supervision import MAX_LONE_DEATHS, ActorReporter, ReadWriteLock, RowKey
 from pipeline.generate import GenerateOptions, GenerateStage
@@ -122,6 +122,8 @@ class EngineActor:
         self._stage = self.make_stage(options)
         self._lock = ReadWriteLock()
         description = self._stage.describe()
+        if "dtype" in description:  # an engine that answers without a model has none
+            _check_dtype(description, self._reporter.first_dtype(description["dtype"]))
         self._stats = lambda: {"describe": description, **self._stage.stats()}
         self._reporter.send()
 
@@ -160,6 +162,17 @@ class EngineActor:
                 done.append(self._stage(row))
                 self._reporter.end([key])
         return pa.concat_tables(done)
+
+
+def _check_dtype(engine: Mapping[str, Any], first: str) -> None:
+    """Raise CheckpointError where an engine, by its description, computes in another dtype than the run's first: the
+    rows of one run are answered in one."""
+    if engine["dtype"] != first:
+        raise CheckpointError(
+            f"an engine on {engine.get('gpu') or 'a CPU'} would compute in {engine['dtype']} "
+            f"({engine.get('dtype_reason')}), the run's first engine computes in {first}: set model.dtype to one of "
+            f"them, or start the same command again, which goes on in {first} on every machine"
+        )
 
 
 def row_keys(table: pa.Table, file: str, row: str) -> list[RowKey]:

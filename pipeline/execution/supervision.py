@@ -68,6 +68,7 @@ class Supervisor:
         self._first_engine: float | None = None
         self._traces: list[bytes] = []
         self._handed_over: dict[RowKey, list[npt.NDArray[np.uint32]]] = {}
+        self._dtype: str | None = None
 
     def started(self, actor_id: str, kind: str, handle: Any) -> None:
         """An actor started, or restarted after it died: then its rows in progress are suspects."""
@@ -128,6 +129,11 @@ class Supervisor:
         actor.stats = stats
         if "describe" in stats and self._first_engine is None:
             self._first_engine = time.monotonic()
+
+    def first_dtype(self, dtype: str) -> str:
+        """What the run's first engine computes in: this one, where none was before."""
+        self._dtype = self._dtype or dtype
+        return self._dtype
 
     def stats(self) -> list[dict[str, Any]]:
         return [{"kind": actor.kind, **actor.stats} for actor in self._actors.values()]
@@ -303,6 +309,10 @@ class ActorReporter:
             stats = self._read_stats()
             self._meter.actor(self._kind, stats)
             return self._supervisor.report.remote(self._actor_id, {"node": self._node, **stats})
+
+    def first_dtype(self, dtype: str) -> str:
+        """See Supervisor.first_dtype."""
+        return str(ray.get(self._supervisor.first_dtype.remote(dtype)))
 
     def begin(self, rows: Sequence[RowKey]) -> dict[RowKey, int]:
         """Rows run together from now on; returns those that must not (see Supervisor.begin)."""

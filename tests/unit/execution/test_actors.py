@@ -6,13 +6,16 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
-from pipeline.execution.actors import PreprocessActor, pack, unpack
+from pipeline.errors import CheckpointError
+from pipeline.execution.actors import EngineActor, PreprocessActor, pack, unpack
 from pipeline.execution.supervision import ReadWriteLock, RowKey, Supervisor
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, UnitColumn
 
@@ -172,3 +175,19 @@ def test_the_supervisor_keeps_a_unit_s_tables_in_order() -> None:
     supervisor.hand_over((1, 5_000_000_000), rows(5_000_000_000))
     found = [list(numbers) for numbers in supervisor.handed_over((1, 5_000_000_000))]
     assert found == [[5_000_000_003, 5_000_000_001], [5_000_000_000]]
+
+
+def test_an_engine_that_picks_another_dtype_than_the_first_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = Supervisor()
+    reporter = SimpleNamespace(first_dtype=supervisor.first_dtype, send=lambda: None)
+    monkeypatch.setattr("pipeline.execution.actors.ActorReporter", lambda *args: reporter)
+
+    def start(**description: Any) -> None:
+        stage: Any = SimpleNamespace(describe=lambda: description)
+        EngineActor.__init__(SimpleNamespace(make_stage=lambda options: stage), Any, None)  # type: ignore[arg-type]
+
+    start(kind="fake")
+    start(dtype="bfloat16", gpu="A100")
+    start(dtype="bfloat16", gpu=None)
+    with pytest.raises(CheckpointError, match=r"^an engine on T4 would compute in float16 \(older\).*in bfloat16: set"):
+        start(dtype="float16", gpu="T4", dtype_reason="older")
