@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.checkpoint.families import FAMILIES
 from pipeline.planning.roofline import PATCHES_PER_TOKEN, find_gpu, named_shape
 
 _SECRET = re.compile(r"secret|password|passwd|api_?key|access_?key|credential|auth|private_?key|^token$|_token$", re.I)
@@ -221,6 +222,7 @@ def headline(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What ran: model, prompt, sampling, data, code, hardware."""
     attention, revision = text_at(run, "engine.attention"), text_at(run, "model.revision")
     adapter, adapter_revision = text_at(run, "model.adapter"), text_at(run, "model.adapter_revision")
+    family = FAMILIES.get(text_at(run, "model.family") or "")
     kernels, replaced = text_at(run, "engine.kernels"), at(run, "engine.replaced")
     commit, version = text_at(run, "versions.commit"), text_at(run, "versions.qwen2-vl-batch")
     cpus = number_at(run, "hardware.cpus")
@@ -231,6 +233,7 @@ def headline(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             "Model",
             _joined(
                 text_at(run, "model.path"),
+                family and family.title,
                 revision and f"revision {revision}",
                 "thinks before it answers" if at(run, "model.thinks") else None,
             ),

@@ -101,7 +101,7 @@ def test_every_config_key_that_the_code_names_exists() -> None:
     sections = "|".join({name.partition(".")[0] for name in keys})
     named = re.compile(rf"(?<![\w./-])(?:{sections})\.[a-z_][\w.]*\w")
     not_keys = re.compile(
-        r"run\.json|engine\.(gpu|replaced)|model\.(files|adapter_files|thinks|generate|visual|language_model\b.*)"
+        r"run\.json|engine\.(gpu|replaced)|model\.(files|adapter_files|thinks|family|generate|visual|language_model\b.*)"
     )
     root = Path(__file__).resolve().parents[2]
     unknown = []

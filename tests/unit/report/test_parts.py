@@ -107,9 +107,11 @@ def test_any_content_of_run_json_can_be_shown(data: st.DataObject) -> None:
     list(settings_lines(run))
 
 
-def test_the_headline_says_when_the_model_thinks() -> None:
+def test_the_headline_says_of_which_family_the_model_is_and_when_it_thinks() -> None:
     for thinks, said in ((True, "qwen3, thinks before it answers"), (False, "qwen3")):
         assert ("Model", said) in headline({"model": {"path": "qwen3", "thinks": thinks}})
+    fine_tune = {"path": "/models/mine", "family": "qwen2_5_vl", "revision": "v2"}
+    assert ("Model", "/models/mine, Qwen2.5-VL, revision v2") in headline({"model": fine_tune})
 
 
 def test_rates_follow_the_pace_and_skip_lines_without_the_count() -> None:
