@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,28 @@ def test_an_adapter_with_the_names_of_older_transformers_is_merged(base: Path, t
 
     rename(adapter, before)
     assert tokens_of(load_engine(options).generate(requests)) == expected
+
+
+def test_an_adapter_of_a_hub_name_is_merged_in_its_revision(
+    base: Path, train: Train, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants as hub
+
+    adapter, cache, commit = train(target_modules=["q_proj"]), tmp_path_factory.mktemp("hub"), "a" * 40
+    repository = cache / "models--org--lora"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "v1").write_text(commit)
+    shutil.copytree(adapter, repository / "snapshots" / commit)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    requests = mixed_requests(3, seed=5)
+    expected = tokens_of(
+        load_engine(EngineOptions(str(base), adapter=str(adapter), dtype="float32")).generate(requests)
+    )
+    options = EngineOptions(str(base), adapter="org/lora", adapter_revision="v1", dtype="float32")
+    assert tokens_of(load_engine(options).generate(requests)) == expected
+    with pytest.raises(CheckpointError, match=r"org/lora has no adapter_config\.json or no adapter_model"):
+        load_engine(replace(options, adapter_revision="v2"))
 
 
 def test_a_pattern_that_matches_untrained_modules_changes_nothing_there(base: Path, train: Train) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +51,18 @@ def test_parameters_are_those_of_the_published_checkpoints(name: str, billions: 
 )  # fmt: skip
 def test_a_published_checkpoint_is_known_by_its_name(path: str, name: str | None) -> None:
     assert named_shape(path) == (SHAPES[name] if name else None)
+
+
+def test_the_documentation_states_the_published_sizes() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
+    stated = re.findall(r"^\| (Qwen[^|]*\d+B) \| ([\d.]+ GB) \| (\d+ kB) \|$", page, re.M)
+    found = {name: sizes for names, *sizes in stated for name in names.split(", ")}
+    expected = {
+        f"Qwen/{name}": [f"{2 * shape.num_parameters / 1e9:.1f} GB", f"{shape.kv_bytes() / 1e3:.0f} kB"]
+        for name in found
+        if (shape := named_shape(f"Qwen/{name}")) is not None
+    }
+    assert {f"Qwen/{name}": sizes for name, sizes in found.items()} == expected and len(found) == len(SHAPES)
 
 
 def test_shape_of_a_checkpoint_counts_its_weights() -> None:

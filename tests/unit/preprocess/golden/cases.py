@@ -68,7 +68,7 @@ def image_cases(count: int = 320, *, factor: int = 28) -> list[ImageCase]:
     return cases
 
 
-def video_cases(count: int = 30) -> list[VideoCase]:
+def video_cases(count: int = 60) -> list[VideoCase]:
     """Short clips, even and odd, some of which the total-pixel cap makes smaller."""
     rng = random.Random(21)
     return [
