@@ -233,7 +233,7 @@ def headline(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             "Model",
             _joined(
                 text_at(run, "model.path"),
-                family and family.title,
+                family.title if family else None,
                 revision and f"revision {revision}",
                 "thinks before it answers" if at(run, "model.thinks") else None,
             ),
