@@ -91,12 +91,16 @@ def notes_of(metadata: Mapping[bytes, bytes] | None) -> tuple[str, ...]:
 
 
 def read_footer(info: FileInfo, options: StorageOptions) -> pq.FileMetaData:
-    """The file's footer. Raises ManifestError where it is not a Parquet file."""
+    """The file's footer. Raises ManifestError where it is not a Parquet file, or has types unknown to Arrow."""
     try:
         if not storage.is_remote(info.path):
             return pq.read_metadata(storage.local_path(info.path))
         with storage.open_input(info.path, options) as file:
             return pq.read_metadata(file)
+    except pa.ArrowNotImplementedError as error:
+        raise ManifestError(
+            f"{info.path} has a column that Arrow can't read: {first_line(error)}; write it in another type"
+        ) from error
     except pa.ArrowException as error:
         raise ManifestError(
             f"{info.path} ({info.size} bytes) is not a whole Parquet file: {first_line(error)}; write it again"

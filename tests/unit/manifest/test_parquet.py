@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -91,6 +92,15 @@ def test_text_as_polars_writes_it_can_be_selected(tmp_path: Path, load: Callable
     found = load(tmp_path / "m.parquet")
     table = read_unit(found.spec, found.unit(0, 0, 2))
     assert table.take(pa.array([1, 0])).column("c").to_pylist() == ["b" * 40, "a"]
+
+
+def test_a_type_that_arrow_does_not_know_is_named(tmp_path: Path, load: Callable[..., Manifest]) -> None:
+    frame = polars.DataFrame({"prompt": ["?"], "n": polars.Series([1], dtype=polars.Int128)})
+    frame.write_parquet(tmp_path / "m.parquet")
+    with pytest.raises(
+        ManifestError, match=r"m\.parquet has a column that Arrow can't read: Integers with more than 64"
+    ):
+        load(tmp_path / "m.parquet")
 
 
 def test_structs_with_different_fields_are_unified(tmp_path: Path, load: Callable[..., Manifest]) -> None:
