@@ -236,7 +236,7 @@ class NativeEngine(EngineLoop):
             heads=text.num_heads,
             kv_heads=text.num_kv_heads,
             head_dim=text.head_dim,
-            mlp=text.layers[0].down.in_features,
+            mlp=text.layers[0].mlp.width,
             vision_heads=vision.num_heads,
             vision_head_dim=vision.head_dim,
             vision_mlp=vision.mlp_width,

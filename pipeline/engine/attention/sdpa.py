@@ -40,16 +40,15 @@ class SdpaAttention(AttentionBackend):
         self._frames = _runs(frame_lengths)
 
     def vision(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(q)
+        found = []
         start = 0
         for length, count in self._frames:
             stop = start + length * count
             # Neighbouring frames of one size are one batch: [count, H, length, D].
-            shape = (count, length, *q.shape[1:])
-            parts = (x[start:stop].view(shape).transpose(1, 2) for x in (q, k, v))
-            out[start:stop].view(shape).copy_(_sdpa(*parts).transpose(1, 2))
+            parts = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+            found.append(_sdpa(*parts).transpose(1, 2).flatten(0, 1))
             start = stop
-        return out
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def begin_prefill(self, info: PrefillInfo, cache: KVCache) -> None:
         device = info.slots.device

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from pipeline.engine.device import upload
 from pipeline.engine.models.architecture import Architecture
+from pipeline.engine.models.mlp import GatedMlp
 from pipeline.engine.models.mrope import PositionRule
-from pipeline.engine.models.vision import Block, Frames, GatedMlp, VisionModel, patch_coordinates
+from pipeline.engine.models.vision import Block, Frames, VisionModel, patch_coordinates
 from pipeline.engine.sequence import MERGE_SIZE
 
 _UNIT = MERGE_SIZE**2

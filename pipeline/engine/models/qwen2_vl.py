@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.engine.models.architecture import Architecture
+from pipeline.engine.models.mlp import PlainMlp
 from pipeline.engine.models.mrope import PositionRule
-from pipeline.engine.models.vision import Block, Frames, PlainMlp, VisionModel, patch_coordinates
+from pipeline.engine.models.vision import Block, Frames, VisionModel, patch_coordinates
 from pipeline.engine.sequence import MERGE_SIZE
 
 

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from pipeline.engine.dense import Dense
 from pipeline.engine.device import upload
 from pipeline.engine.models.architecture import Architecture
+from pipeline.engine.models.mlp import PlainMlp
 from pipeline.engine.models.mrope import PositionRule
 from pipeline.engine.models.vision import (
     Block,
     Frames,
-    PlainMlp,
     VisionModel,
     frame_coordinates,
     patch_coordinates,

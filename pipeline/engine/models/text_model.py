@@ -20,6 +20,7 @@ from pipeline.engine.dense import Dense, dense
 from pipeline.engine.kernels.eager import EAGER, EagerKernels
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.models.architecture import Architecture
+from pipeline.engine.models.mlp import GatedMlp
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]; the cache holds k and v already."""
@@ -31,8 +32,7 @@ class _Layer:
     qkv: Dense
     out: Dense
     post_norm: torch.Tensor
-    gate_up: Dense
-    down: Dense
+    mlp: GatedMlp
     head_norm: torch.Tensor | None
     """[H + K, D]: weights of the norm that each query and key head gets before it is rotated."""
 
@@ -74,8 +74,7 @@ class TextModel:
                 join(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
                 join(layer.self_attn.o_proj),
                 layer.post_attention_layernorm.weight,
-                join(layer.mlp.gate_proj, layer.mlp.up_proj),
-                join(layer.mlp.down_proj),
+                GatedMlp(join(layer.mlp.gate_proj, layer.mlp.up_proj), join(layer.mlp.down_proj)),
                 self._head_norm(layer.self_attn),
             )
             for layer in language.layers
@@ -138,7 +137,7 @@ class TextModel:
             q, k, v = kernels.rotate_and_cache(qkv, cos, sin, self.num_heads, cache, index, slots)
             delta = layer.out(attend(index, q, k, v).reshape(num_tokens, -1))
             hidden, normed = kernels.add_rms_norm(hidden, delta, layer.post_norm, self.eps)
-            delta = layer.down(kernels.silu_times_up(layer.gate_up(normed)))
+            delta = layer.mlp(normed, kernels)
             if deep is not None and index < deep.features.shape[1]:
                 hidden, delta = hidden + delta, None
                 rows = deep.rows.to(device)

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,51 +25,9 @@ from pipeline.engine.attention.interface import AttentionBackend
 from pipeline.engine.dense import Dense, dense
 from pipeline.engine.device import upload
 from pipeline.engine.kernels.eager import EAGER, EagerKernels
+from pipeline.engine.models.mlp import Mlp
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sequence import MERGE_SIZE, Medium
-
-
-class Mlp(Protocol):
-    """A block's part after attention: [N, C] -> [N, C]."""
-
-    @property
-    def width(self) -> int:
-        """Of what its activation sees."""
-
-    def __call__(self, x: torch.Tensor, kernels: EagerKernels) -> torch.Tensor: ...
-
-
-@dataclass
-class PlainMlp:
-    """Two products with an activation between them."""
-
-    fc1: Dense
-    act: Any
-    fc2: Dense
-    has_quick_gelu: bool = False
-
-    @property
-    def width(self) -> int:
-        return self.fc1.out_features
-
-    def __call__(self, x: torch.Tensor, kernels: EagerKernels) -> torch.Tensor:
-        wide = self.fc1(x)
-        return self.fc2(kernels.quick_gelu(wide) if self.has_quick_gelu else self.act(wide))
-
-
-@dataclass
-class GatedMlp:
-    """SwiGLU: the product of a gate, through SiLU, and of another product."""
-
-    gate_up: Dense
-    down: Dense
-
-    @property
-    def width(self) -> int:
-        return self.down.in_features
-
-    def __call__(self, x: torch.Tensor, kernels: EagerKernels) -> torch.Tensor:
-        return self.down(kernels.silu_times_up(self.gate_up(x)))
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.engine import EngineOptions
-from pipeline.engine.dense import Dense, can_pack, dense, needs_float32_matmul
+from pipeline.engine.dense import Dense, can_pack, dense, needs_float32_matmul, padded_rows
 from pipeline.engine.engine import NativeEngine
 from pipeline.engine.weights import load_checkpoint
 from tests.unit.engine.tiny import make_model, mixed_requests, tokens_of
@@ -18,7 +18,7 @@ from tests.unit.engine.tiny import make_model, mixed_requests, tokens_of
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("rows", [1, 3, 64, 200])
+@pytest.mark.parametrize("rows", [1, 3, 63, 64, 201])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_packed_weight_gives_the_product_of_a_plain_one(rows: int, has_bias: bool) -> None:
     torch.manual_seed(rows)
@@ -29,6 +29,12 @@ def test_a_packed_weight_gives_the_product_of_a_plain_one(rows: int, has_bias: b
     half, wide = weight.bfloat16(), x.bfloat16()
     expected = F.linear(wide, half, None if bias is None else bias.bfloat16())
     assert torch.equal(Dense(half, None if bias is None else bias.bfloat16())(wide), expected)
+
+
+def test_few_numbers_of_rows_are_multiplied_and_little_is_padded() -> None:
+    padded = {rows: padded_rows(rows) for rows in range(1, 8193)}
+    assert all(rows <= size <= rows * 9 / 8 for rows, size in padded.items())
+    assert len(set(padded.values())) < 100
 
 
 def test_linears_lose_their_weights_where_a_packed_copy_is_held() -> None:

@@ -114,7 +114,7 @@ def sharded_engine(model: Any, options: EngineOptions, devices: TwoDevices) -> N
     text = engine.runner.text
     for layer in text.layers[1:]:
         devices.put(layer.input_norm, layer.post_norm)
-        for product in (layer.qkv, layer.out, layer.gate_up, layer.down):
+        for product in (layer.qkv, layer.out, layer.mlp.gate_up, layer.mlp.down):
             devices.put(product._weight, product._bias)
     text.lm_head = Dense(model.lm_head.weight.clone(), None)
     devices.put(text.final_norm, text.lm_head._weight)
