@@ -50,9 +50,10 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 def multiply_packed(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [N, in] times a packed weight, plus bias: [N, out]."""
     rows = len(x)
-    x = F.pad(x, (0, 0, 0, padded_rows(rows) - rows))
+    if missing := padded_rows(rows) - rows:
+        return multiply_packed(F.pad(x, (0, 0, 0, missing)), packed, bias)[:rows]
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return product[:rows]
+    return product
 
 
 def padded_rows(rows: int) -> int:

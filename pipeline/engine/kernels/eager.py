@@ -86,8 +86,8 @@ def row_slices(x: torch.Tensor) -> list[slice]:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the two halves of the last axis of x [N, ..., D] by the angles of cos and sin [N, ..., D], whose halves are
-    equal."""
+    """Rotate the two halves of the last axis of x [N, ..., D] by angles whose cos and sin [N, ..., D] have two equal
+    halves."""
     rotated, crossed = x * cos, x * sin
     (first, second), (sin_first, sin_second) = rotated.chunk(2, dim=-1), crossed.chunk(2, dim=-1)
     first.sub_(sin_second)
