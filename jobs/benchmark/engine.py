@@ -14,13 +14,15 @@ before. Output lengths are fixed for each row, so every engine does the same wor
     cpu_seconds           processor time of the run: on a busy machine a fairer measure than the clock
     share_of_limit        the same against the workload's own bound: on a GPU the decode's memory traffic too
 
-With --repeats N the run in the middle counts. The last line is JSON.
+With --repeats N the run in the middle counts. With --rounds N all engines run N times in turns, and each ratio is the
+median of its rounds: on a machine whose speed drifts the only fair comparison. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -31,6 +33,7 @@ import torch
 
 from jobs.benchmark.measure import command_line, in_own_process, peak_mb, print_result
 from jobs.benchmark.passes import PassTimes, print_shares, shares, trace_steps
+from jobs.benchmark.vllm import define_missing_operators
 from jobs.benchmark.workload import (
     ROWS,
     SHAPES,
@@ -61,18 +64,25 @@ def main(argv: Sequence[str]) -> int:
         f"shape {args.shape}, {args.dtype}, {args.images} rows ({args.rows}), device {args.device}, "
         f"torch {torch.__version__}"
     )
-    ours = _measure_in_own_process("ours", args)
-    if ours is None:
+    variants = ["ours"]
+    if "reference" in args.peers:
+        variants += [f"reference-{size}" for size in args.batch_sizes.split(",")]
+    if "vllm" in args.peers and _has_vllm(args):
+        variants.append("vllm")
+    rounds = [_measure_round(variants, args) for _ in range(args.rounds)]
+    if not all(rounds):
         return 1
-    peers = args.peers.split(",")
-    sizes = args.batch_sizes.split(",") if "reference" in peers else []
-    fewer = argparse.Namespace(**{**vars(args), "images": min(args.images, args.peer_images)})
-    reference = {size: _measure_in_own_process(f"reference-{size}", fewer) for size in sizes}
-    finished = {size: result for size, result in reference.items() if result}
-    best = max((result["images_per_s"] for result in finished.values()), default=None)
+    ours = [each["ours"] for each in rounds]
+    best = [
+        max((each[name]["images_per_s"] for name in each if name.startswith("reference")), default=None)
+        for each in rounds
+    ]
+    vllm = [each["vllm"]["images_per_s"] if "vllm" in each else None for each in rounds]
+    rates = [each["images_per_s"] for each in ours]
+    result = ours[0]
     # Greedy tokens of one row alone, where that was run; bfloat16 may differ at near-ties.
-    truth = finished.get("1") or next(iter(finished.values()), None)
-    vllm = _measure_in_own_process("vllm", args) if "vllm" in peers and _has_vllm(args) else None
+    references = {name.partition("-")[2]: each for name, each in rounds[0].items() if name.startswith("reference")}
+    truth = references.get("1") or next(iter(references.values()), None)
     print_result(
         "engine",
         shape=args.shape,
@@ -80,19 +90,37 @@ def main(argv: Sequence[str]) -> int:
         dtype=args.dtype,
         rows=args.rows,
         images=args.images,
-        ours_images_per_s=ours["images_per_s"],
-        peer_images=fewer.images,
-        reference_images_per_s={size: result and result["images_per_s"] for size, result in reference.items()},
-        reference_cpu_seconds={size: result and result["cpu_seconds"] for size, result in reference.items()},
-        vllm_images_per_s=vllm and vllm["images_per_s"],
-        vllm_start_up_s=vllm and vllm["start_up_s"],
-        ratio_to_vllm=vllm and ours["images_per_s"] / vllm["images_per_s"],
-        ratio_to_best_reference=best and ours["images_per_s"] / best,
-        mismatched_rows=truth and sum(ours["tokens"][i] != truth["tokens"][i] for i in truth["tokens"]),
-        passes={kind: asdict(share) for kind, share in ours["passes"].items()},
-        **{name: ours[name] for name in REPORTED},
+        ours_images_per_s=rates,
+        peer_images=min(args.images, args.peer_images),
+        reference_images_per_s={size: each["images_per_s"] for size, each in references.items()},
+        reference_cpu_seconds={size: each["cpu_seconds"] for size, each in references.items()},
+        vllm_images_per_s=vllm,
+        ratio_to_vllm=_median_ratio(rates, vllm),
+        ratio_to_best_reference=_median_ratio(rates, best),
+        mismatched_rows=truth and sum(result["tokens"][i] != truth["tokens"][i] for i in truth["tokens"]),
+        passes={kind: asdict(share) for kind, share in result["passes"].items()},
+        **{name: result[name] for name in REPORTED},
     )
     return 0
+
+
+def _measure_round(variants: Sequence[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Each engine once, one after the other; without those that fail, and empty where ours does."""
+    fewer = argparse.Namespace(**{**vars(args), "images": min(args.images, args.peer_images)})
+    found: dict[str, dict[str, Any]] = {}
+    for variant in variants:
+        result = _measure_in_own_process(variant, fewer if variant.startswith("reference") else args)
+        if result is not None:
+            found[variant] = result
+        elif variant == "ours":
+            return {}
+    return found
+
+
+def _median_ratio(rates: Sequence[float], others: Sequence[float | None]) -> float | None:
+    """Of rates measured in the same rounds."""
+    ratios = [rate / other for rate, other in zip(rates, others, strict=True) if other]
+    return statistics.median(ratios) if ratios else None
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -110,6 +138,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="output tokens of every row instead of 16 to 128")
     parser.add_argument("--max-pixels", type=int, help="of an image. Default: 200704 unless --side or mixed rows")
     parser.add_argument("--repeats", type=int, default=1, help="runs of our engine; the median counts")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of all engines in turns")
     parser.add_argument(
         "--trace", type=Path, metavar="FOLDER", help="after the runs, trace passes with prompts and decode passes"
     )
@@ -150,11 +179,13 @@ def _options(args: argparse.Namespace) -> EngineOptions:
 
 
 def _has_vllm(args: argparse.Namespace) -> bool:
-    from jobs.benchmark.vllm import importable
+    from jobs.benchmark.vllm import HOW_TO, importable
 
-    reason = importable() if args.rows == "image" else "it is compared on rows of one image"
-    if reason:
-        print(f"vllm           not measured: {reason}")
+    if args.rows != "image":
+        print("vllm           not measured: it is compared on rows of one image")
+        return False
+    if reason := importable():
+        print(f"vllm           not measured: {reason}\n{HOW_TO}")
     return reason is None
 
 
@@ -187,6 +218,7 @@ def parts(described: Mapping[str, Any]) -> str:
 
 def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:
     """One engine in this process: load, warm up, run the workload."""
+    define_missing_operators()
     if args.threads:
         torch.set_num_threads(args.threads)
     device, on_gpu = torch.device(args.device), args.device.startswith("cuda")

