@@ -1,29 +1,35 @@
-"""Products by one weight, plain and packed for oneDNN, on this CPU.
+"""Products by one weight, plain and packed for oneDNN, and MLPs over all rows and in slices, on this CPU.
 
     python -m jobs.benchmark dense
     python -m jobs.benchmark dense --dtype float32 --rows 1,16 --rounds 30
 
-The weights are those of a text layer of the 2b shape. Both products of a line run in turns.
+The weights are those of layers of the 2b shape. What a line compares runs in turns.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.nn import functional as F
 
 from jobs.benchmark.measure import command_line, print_result, time_in_turns
-from pipeline.engine.dense import can_pack, multiply_packed, pack
-from pipeline.planning.roofline import SHAPES
+from pipeline.engine.dense import Dense, can_pack, multiply_packed, pack
+from pipeline.engine.kernels import eager
+from pipeline.engine.models.mlp import GatedMlp, Mlp, PlainMlp
+from pipeline.planning.roofline import SHAPES, ModelShape
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line("dense", __doc__)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--rows", default="1,4,16,64,512", help="of the inputs")
+    parser.add_argument("--mlp-rows", type=int, default=5476, help="5,476 are the patches of a 1024x1024 image")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args(argv)
@@ -35,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = SHAPES["2b"]
     sizes = {"gate and up": (2 * shape.mlp, shape.hidden), "down": (shape.hidden, shape.mlp)}
     results = []
-    print(f"{'weight':12} {'rows':>5} {'plain ms':>9} {'packed ms':>10} {'ratio':>6}")
+    print("products: plain, packed; MLPs: whole, in slices")
+    print(f"{'':12} {'rows':>5} {'ms':>9} {'ms':>10} {'ratio':>6}")
     for name, size in sizes.items():
         weight = torch.randn(size).to(dtype)
         packed = pack(weight)
@@ -46,8 +53,37 @@ def main(argv: Sequence[str] | None = None) -> int:
             ratio = times["plain"] / times["packed"]
             print(f"{name:12} {rows:5} {times['plain']:9.2f} {times['packed']:10.2f} {ratio:6.2f}", flush=True)
             results.append({"weight": name, "rows": rows, **times})
-    print_result("dense", dtype=args.dtype, threads=args.threads, products=results)
+    mlps = [_time_mlp(*each, dtype, args) for each in _mlps(shape, dtype)]
+    print_result("dense", dtype=args.dtype, threads=args.threads, products=results, mlps=mlps)
     return 0
+
+
+def _mlps(shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, Mlp, int]]:
+    """(name, MLP, input width)"""
+
+    def product(inputs: int, outputs: int) -> Dense:
+        return Dense((torch.randn(outputs, inputs) * inputs**-0.5).to(dtype), None)
+
+    width = shape.vision_width
+    yield "vision", PlainMlp(product(width, 4 * width), None, product(4 * width, width), has_quick_gelu=True), width
+    yield "text", GatedMlp(product(shape.hidden, 2 * shape.mlp), product(shape.mlp, shape.hidden)), shape.hidden
+
+
+def _time_mlp(name: str, mlp: Mlp, width: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
+    x = torch.randn(args.mlp_rows, width).to(dtype)
+
+    def run(rows_in_cache: int) -> torch.Tensor:
+        with patch.object(eager, "ROWS_IN_CACHE", rows_in_cache):
+            return mlp(x, eager.EAGER)
+
+    with torch.inference_mode():
+        assert torch.allclose(run(len(x)), run(eager.ROWS_IN_CACHE), rtol=0.02, atol=0.02)
+        sizes = {"whole": len(x), "slices": eager.ROWS_IN_CACHE}
+        runs = {each: partial(run, size) for each, size in sizes.items()}
+        times = {each: time.wall for each, time in time_in_turns(runs, args.rounds).items()}
+    ratio = times["whole"] / times["slices"]
+    print(f"{name + ' MLP':12} {len(x):5} {times['whole']:9.2f} {times['slices']:10.2f} {ratio:6.2f}", flush=True)
+    return {"mlp": name, "rows": len(x), **times}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SMALL = {
     "pipeline": ["--rows-per-task", "20"],
     "scale": ["--rows", "100000", "--flow", "20"],
     "report": ["--rows", "300"],
-    "dense": ["--rows", "2", "--rounds", "1", "--dtype", "float32"],
+    "dense": ["--rows", "2", "--mlp-rows", "600", "--rounds", "1", "--dtype", "float32"],
     "kernels": ["--shapes", "2b", "--architectures", "90"],
 }
 
