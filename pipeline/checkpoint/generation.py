@@ -23,7 +23,8 @@ def published_sampling(model_path: str, family: Family, *, thinks: bool, revisio
     if stated.get("do_sample") is False:
         stated["temperature"] = 0.0
     of_family = asdict(family.thinking_sampling if thinks else family.sampling)
-    found = Sampling(**{name: value if stated.get(name) is None else stated[name] for name, value in of_family.items()})
+    own = {name: stated[name] for name in of_family if isinstance(stated.get(name), int | float)}
+    found = Sampling(**{**of_family, **own})
     if found.top_k == 1 or found.temperature <= _AS_GOOD_AS_GREEDY:
         return replace(found, temperature=0.0, top_k=0, top_p=1.0)
     return found
