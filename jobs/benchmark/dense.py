@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.nn import functional as F
 
 from jobs.benchmark.measure import command_line, print_result, time_in_turns
 from pipeline.engine.dense import Dense, can_pack, multiply_packed, pack
-from pipeline.engine.kernels import eager
-from pipeline.engine.models.mlp import GatedMlp, Mlp, PlainMlp
+from pipeline.engine.kernels.eager import EAGER
+from pipeline.engine.models.mlp import GatedMlp, PlainMlp
 from pipeline.planning.roofline import SHAPES, ModelShape
+
+Mlp = Callable[[torch.Tensor], torch.Tensor]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,28 +59,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _mlps(shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, Mlp, int]]:
-    """(name, MLP, input width)"""
+def _mlps(shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, Mlp, Mlp, int]]:
+    """(name, the MLP as a function of all rows at once, the engine's, input width)"""
 
     def product(inputs: int, outputs: int) -> Dense:
         return Dense((torch.randn(outputs, inputs) * inputs**-0.5).to(dtype), None)
 
     width = shape.vision_width
-    yield "vision", PlainMlp(product(width, 4 * width), None, product(4 * width, width), has_quick_gelu=True), width
-    yield "text", GatedMlp(product(shape.hidden, 2 * shape.mlp), product(shape.mlp, shape.hidden)), shape.hidden
+    plain = PlainMlp(product(width, 4 * width), None, product(4 * width, width), has_quick_gelu=True)
+    yield "vision", lambda x: plain.fc2(EAGER.quick_gelu(plain.fc1(x))), partial(plain, kernels=EAGER), width
+    gated = GatedMlp(product(shape.hidden, 2 * shape.mlp), product(shape.mlp, shape.hidden))
+    yield (
+        "text",
+        lambda x: gated.down(EAGER.silu_times_up(gated.gate_up(x))),
+        partial(gated, kernels=EAGER),
+        shape.hidden,
+    )
 
 
-def _time_mlp(name: str, mlp: Mlp, width: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
+def _time_mlp(
+    name: str, whole: Mlp, slices: Mlp, width: int, dtype: torch.dtype, args: argparse.Namespace
+) -> dict[str, Any]:
     x = torch.randn(args.mlp_rows, width).to(dtype)
-
-    def run(rows_in_cache: int) -> torch.Tensor:
-        with patch.object(eager, "ROWS_IN_CACHE", rows_in_cache):
-            return mlp(x, eager.EAGER)
-
     with torch.inference_mode():
-        assert torch.allclose(run(len(x)), run(eager.ROWS_IN_CACHE), rtol=0.02, atol=0.02)
-        sizes = {"whole": len(x), "slices": eager.ROWS_IN_CACHE}
-        runs = {each: partial(run, size) for each, size in sizes.items()}
+        torch.testing.assert_close(whole(x), slices(x), rtol=0.02, atol=0.02)
+        runs = {"whole": partial(whole, x), "slices": partial(slices, x)}
         times = {each: time.wall for each, time in time_in_turns(runs, args.rounds).items()}
     ratio = times["whole"] / times["slices"]
     print(f"{name + ' MLP':12} {len(x):5} {times['whole']:9.2f} {times['slices']:10.2f} {ratio:6.2f}", flush=True)

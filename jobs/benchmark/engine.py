@@ -64,25 +64,24 @@ def main(argv: Sequence[str]) -> int:
         f"shape {args.shape}, {args.dtype}, {args.images} rows ({args.rows}), device {args.device}, "
         f"torch {torch.__version__}"
     )
-    variants = ["ours"]
-    if "reference" in args.peers:
-        variants += [f"reference-{size}" for size in args.batch_sizes.split(",")]
-    if "vllm" in args.peers and _has_vllm(args):
+    peers = args.peers.split(",")
+    sizes = args.batch_sizes.split(",") if "reference" in peers else []
+    variants = ["ours", *(f"reference-{size}" for size in sizes)]
+    if "vllm" in peers and _has_vllm(args):
         variants.append("vllm")
     rounds = [_measure_round(variants, args) for _ in range(args.rounds)]
     if not all(rounds):
         return 1
-    ours = [each["ours"] for each in rounds]
+    rates = [each["ours"]["images_per_s"] for each in rounds]
+    vllm = [each["vllm"]["images_per_s"] if "vllm" in each else None for each in rounds]
     best = [
         max((each[name]["images_per_s"] for name in each if name.startswith("reference")), default=None)
         for each in rounds
     ]
-    vllm = [each["vllm"]["images_per_s"] if "vllm" in each else None for each in rounds]
-    rates = [each["images_per_s"] for each in ours]
-    result = ours[0]
+    first = rounds[0]
+    ours, references = first["ours"], {size: first.get(f"reference-{size}") for size in sizes}
     # Greedy tokens of one row alone, where that was run; bfloat16 may differ at near-ties.
-    references = {name.partition("-")[2]: each for name, each in rounds[0].items() if name.startswith("reference")}
-    truth = references.get("1") or next(iter(references.values()), None)
+    truth = references.get("1") or next(filter(None, references.values()), None)
     print_result(
         "engine",
         shape=args.shape,
@@ -92,14 +91,15 @@ def main(argv: Sequence[str]) -> int:
         images=args.images,
         ours_images_per_s=rates,
         peer_images=min(args.images, args.peer_images),
-        reference_images_per_s={size: each["images_per_s"] for size, each in references.items()},
-        reference_cpu_seconds={size: each["cpu_seconds"] for size, each in references.items()},
+        reference_images_per_s={size: each and each["images_per_s"] for size, each in references.items()},
+        reference_cpu_seconds={size: each and each["cpu_seconds"] for size, each in references.items()},
         vllm_images_per_s=vllm,
+        vllm_start_up_s=first["vllm"]["start_up_s"] if "vllm" in first else None,
         ratio_to_vllm=_median_ratio(rates, vllm),
         ratio_to_best_reference=_median_ratio(rates, best),
-        mismatched_rows=truth and sum(result["tokens"][i] != truth["tokens"][i] for i in truth["tokens"]),
-        passes={kind: asdict(share) for kind, share in result["passes"].items()},
-        **{name: result[name] for name in REPORTED},
+        mismatched_rows=truth and sum(ours["tokens"][i] != truth["tokens"][i] for i in truth["tokens"]),
+        passes={kind: asdict(share) for kind, share in ours["passes"].items()},
+        **{name: ours[name] for name in REPORTED},
     )
     return 0
 

@@ -1,7 +1,7 @@
 """The part of a block after attention, of both halves of the model: [N, C] -> [N, C].
 
 On a CPU the rows go through it in slices, so that the wide values between the two products stay in the caches and in
-memory that the process holds already; the same bits, 1.1 to 1.4 times faster (docs/performance.md).
+memory that the process holds already; the same bits, up to 1.2 times faster (docs/performance.md).
 """
 
 from __future__ import annotations
