@@ -49,13 +49,13 @@ class VarlenFrames(FrameAttention):
 
     def __init__(self, name: str, kernel: Varlen) -> None:
         self.name = name
-        self._kernel = kernel
+        self.kernel = kernel
 
     def begin(self, frame_lengths: Sequence[int], device: torch.device) -> None:
         self._frames = pack(frame_lengths, device)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return self._kernel(q, k, v, self._frames)
+        return self.kernel(q, k, v, self._frames)
 
 
 class PackedAttention(AttentionBackend):

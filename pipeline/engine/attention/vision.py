@@ -28,6 +28,9 @@ MIN_WORK = 8e9
 """Sum of the squared lengths of all frames of one length from which on cuDNN takes them: 270 frames of 1024x1024, which
 take FlashAttention 2 several seconds on an H200. Five plans take two."""
 
+MIN_LENGTH = 512
+"""Patches of the shortest frame that cuDNN gets. Runs of shorter ones, such as windows, would take many small calls."""
+
 FRAME_PATCHES = 74 * 74
 """Of an image of 1024x1024, with which kernels are measured."""
 
@@ -70,7 +73,8 @@ class CudnnFrames(FrameAttention):
         return parts
 
     def _takes(self, length: int) -> bool:
-        return self._is_trial or (self._work[length] >= MIN_WORK and length not in self._refused)
+        is_worth_it = length >= MIN_LENGTH and self._work[length] >= MIN_WORK
+        return self._is_trial or (is_worth_it and length not in self._refused)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         sizes = [size for _, size, _ in self._parts]
@@ -115,7 +119,10 @@ def flash_attention_3() -> Varlen | None:
     for package in ("fa3_fwd_interface", "flash_attn_interface"):
         try:
             kernel: Any = importlib.import_module(package).flash_attn_varlen_func
-        except (ImportError, OSError, AttributeError):
+        except ImportError:
+            continue
+        except Exception as error:  # a package of another torch or CUDA may raise anything while it loads
+            log.warning("vision attention: %s can't be used: %s: %s", package, type(error).__name__, error)
             continue
 
         def varlen(
@@ -215,4 +222,11 @@ def choose_vision(
     qkv = torch.randn(sum(lengths), 3, num_heads, head_dim, dtype=dtype, device=device).unbind(1)
     chosen, times = fastest(tried, lengths, qkv, seconds)
     log.info("vision attention: %s; milliseconds: %s", chosen.name, {each: 1e3 * took for each, took in times.items()})
-    attention.frames = CudnnFrames(own) if isinstance(chosen, CudnnFrames) else chosen
+    if isinstance(chosen, CudnnFrames):
+        # Frames of a length that is rare never get to cuDNN, so the next fastest computes them.
+        others = min(
+            (each for each in tried if isinstance(each, VarlenFrames) and each.name in times),
+            key=lambda each: times[each.name],
+        )
+        chosen = CudnnFrames(others.kernel)
+    attention.frames = chosen

@@ -97,10 +97,10 @@ def test_other_devices_than_hopper_keep_the_backend_s_own_kernel(monkeypatch: py
 def test_a_backend_uses_the_kernel_that_was_fastest(monkeypatch: pytest.MonkeyPatch, sharded: bool) -> None:
     backend = PretendedFlash()
     whole = ShardedAttention({CPU: PretendedFlash()}, vision=backend) if sharded else backend
-    own = VarlenFrames("pretended", backend.within_frames)
-    monkeypatch.setattr(vision, "candidates", lambda *_: [own, CudnnFrames(backend.within_frames, is_trial=True)])
+    own, fa3 = VarlenFrames("pretended", backend.within_frames), VarlenFrames("fa3", by_sdpa)
+    monkeypatch.setattr(vision, "candidates", lambda *_: [own, fa3, CudnnFrames(backend.within_frames, is_trial=True)])
     monkeypatch.setattr(vision, "batched", as_sdpa)
-    times = iter([2.0, 1.0])
+    times = iter([3.0, 2.0, 1.0])
     choose_vision(
         whole,
         max_patches=30,
@@ -110,7 +110,9 @@ def test_a_backend_uses_the_kernel_that_was_fastest(monkeypatch: pytest.MonkeyPa
         device=CPU,
         seconds=lambda run: next(times),
     )
-    assert whole.vision_name == "cudnn" and not backend.frames._is_trial  # type: ignore[attr-defined]
+    frames = backend.frames
+    assert whole.vision_name == "cudnn" and isinstance(frames, CudnnFrames) and not frames._is_trial
+    assert frames._others is by_sdpa, "the next fastest computes what cuDNN does not"
 
 
 # ---- cuDNN on equal frames
@@ -131,6 +133,7 @@ def test_frames_go_to_cudnn_in_powers_of_two_once_much_of_their_length_was_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(vision, "MIN_WORK", 16 * 20**2)
+    monkeypatch.setattr(vision, "MIN_LENGTH", 1)
     cudnn = CudnnFrames(by_sdpa)
     few = [20] * 11
     assert cudnn.split(few) == [(few, False)]
@@ -138,8 +141,16 @@ def test_frames_go_to_cudnn_in_powers_of_two_once_much_of_their_length_was_seen(
     assert cudnn.split([3, 3]) == [([3, 3], False)]
 
 
+def test_windows_are_never_cut_into_batches_for_cudnn() -> None:
+    cudnn = CudnnFrames(by_sdpa)
+    windows = [64] * 9 + [16]
+    cudnn._work[64] = 10 * int(vision.MIN_WORK)
+    assert cudnn.split(windows) == [(windows, False)]
+
+
 def test_a_pass_in_parts_equals_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vision, "MIN_WORK", 2 * 8**2)
+    monkeypatch.setattr(vision, "MIN_LENGTH", 1)
     shapes: list[tuple[int, int]] = []
 
     def batch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int) -> torch.Tensor:
@@ -163,6 +174,7 @@ def test_a_length_that_cudnn_refuses_goes_to_the_other_kernel_with_one_warning(
         raise RuntimeError("no execution plans support the graph")
 
     monkeypatch.setattr(vision, "MIN_WORK", 0)
+    monkeypatch.setattr(vision, "MIN_LENGTH", 1)
     monkeypatch.setattr(vision, "batched", refuse)
     cudnn = CudnnFrames(by_sdpa)
     q, k, v = torch.randn(3, 24, 2, 8).unbind(0)
@@ -199,6 +211,11 @@ def test_cudnn_s_operator_accepts_a_packed_pass_and_gives_its_shape() -> None:
     assert (out.shape, out.dtype) == ((400, 16, 80), torch.bfloat16)
 
 
+class _Broken(types.ModuleType):
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError("built for another torch")
+
+
 @pytest.mark.parametrize("package", ["fa3_fwd_interface", "flash_attn_interface"])
 @pytest.mark.parametrize("adds_logarithms", [False, True])
 def test_flash_attention_3_is_called_by_the_names_of_its_arguments(
@@ -212,6 +229,8 @@ def test_flash_attention_3_is_called_by_the_names_of_its_arguments(
         out = by_sdpa(q, k, v, Packing(cu_seqlens_q, max_seqlen_q))
         return (out, None) if adds_logarithms else out
 
+    assert flash_attention_3() is None
+    monkeypatch.setitem(sys.modules, package, _Broken(package))
     assert flash_attention_3() is None
     module = types.ModuleType(package)
     module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
