@@ -6,6 +6,7 @@ first. Padding rows attend to one token and write to the cache's scrap block.
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class DecodeGraphs:
         self.max_width = max_width
         self.scrap_slot = scrap_slot
         self._graphs: dict[int, tuple[Any, torch.Tensor]] = {}
-        self._pool: Any = None
+        self._pool: Any = torch.cuda.graph_pool_handle()
         device = last_tokens.device
         # A stream of our own: torch's belongs to the device that captured first in this process.
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -114,11 +115,21 @@ class DecodeGraphs:
         with torch.cuda.stream(self._stream):
             self._run(size)
         torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            logits = self._run(size)
-        self._pool = self._pool or graph.pool()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                logits = self._run(size)
+        except BaseException:
+            self._end_failed_capture(before)
+            raise
         self._graphs[size] = (graph, logits)
+
+    def _end_failed_capture(self, before: torch.cuda.Stream) -> None:
+        """A capture that the driver has refused leaves its stream the current one, and the allocator waiting for its
+        end: memory that two streams have used, as uploads of patches have, would never be free again."""
+        torch.cuda.set_stream(before)
+        with contextlib.suppress(AttributeError, RuntimeError):  # not public; it raises where the capture did end
+            torch._C._cuda_endAllocateToPool(before.device_index, self._pool)
 
 
 def _fill(buffer: torch.Tensor, values: npt.NDArray[Any]) -> None:

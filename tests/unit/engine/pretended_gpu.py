@@ -231,6 +231,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
             gpu.chosen.index = self.before
 
     class Stream:
+        device_index = GPU.index
+
         def __init__(self, device: torch.device | None = None) -> None:
             if device is None:
                 gpu.check_current()
@@ -253,9 +255,11 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
         gpu.check_current()
         assert stream is not None, "torch's own capture stream may belong to another device"
         gpu.capturing = True
-        with one.record:
-            yield
-        gpu.capturing = False
+        try:
+            with one.record:
+                yield
+        finally:
+            gpu.capturing = False
 
     def current_stream(device: torch.device | None = None) -> Stream:
         return Stream(device)
@@ -268,6 +272,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
         "Event": Event,
         "CUDAGraph": _Graph,
         "graph": graph,
+        "graph_pool_handle": lambda: (0, 1),
+        "set_stream": lambda stream: None,
         "empty_cache": lambda: None,
         "mem_get_info": lambda device: (20_000_000, 40_000_000),
         "memory_allocated": lambda device: 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -170,6 +171,25 @@ def test_a_graph_that_warm_up_had_no_time_for_is_captured_when_needed(
     assert engine.describe()["warm_up_graphs"] == [4, 1]
     assert tokens_of(engine.generate(requests)) == expected
     assert engine.stats()["graphs"] > 1
+
+
+def test_a_capture_that_is_refused_leaves_stream_and_allocator_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, gpu: PretendedGpu
+) -> None:
+    ended: list[object] = []
+
+    @contextlib.contextmanager
+    def refused(graph: object, *, pool: object, stream: object) -> Iterator[None]:
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    monkeypatch.setattr(torch.cuda, "set_stream", ended.append)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *each: ended.append(each), raising=False)
+    engine = make_engine(monkeypatch)
+    assert "previous error" in engine.describe()["replaced"]["cuda_graphs true"]
+    stream, pool = ended
+    assert stream is not None and pool == (GPU.index, (0, 1))
 
 
 @pytest.mark.slow
