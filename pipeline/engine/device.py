@@ -1,13 +1,20 @@
-"""What code for a GPU must mind: the thread's current device, and copies that the host does not wait for."""
+"""What code for a GPU must mind: the thread's current device, copies that the host does not wait for, and which kernels
+torch prefers."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy.typing as npt
 import torch
+
+os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+"""On Hopper and later torch's scaled_dot_product_attention prefers cuDNN, which plans every new shape for tenths of a
+second: each step of `model.generate`, for example. What cuDNN refuses then raises, with no other kernel in its place.
+torch reads this when attention first runs. attention/vision.py calls cuDNN by itself, where it pays."""
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

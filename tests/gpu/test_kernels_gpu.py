@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from pipeline.engine.attention.interface import DecodeInfo
 from pipeline.engine.attention.packed import PackedAttention
@@ -77,6 +78,11 @@ def test_a_backend_gets_one_of_the_kernels_that_run_here() -> None:
     names = [each.name for each in candidates(backend.within_frames, backend.name, device)]
     choose_vision(backend, max_patches=16384, num_heads=16, head_dim=80, dtype=torch.bfloat16, device=device)
     assert backend.vision_name in names
+
+
+def test_torch_s_own_attention_does_not_plan_every_shape() -> None:
+    q = torch.randn(1, 4, 33, 64, device="cuda", dtype=torch.bfloat16)
+    assert SDPBackend(torch._fused_sdp_choice(q, q, q)) == SDPBackend.FLASH_ATTENTION
 
 
 @pytest.mark.parametrize(("num_rows", "length"), [(1, 30_000), (16, 4000), (256, 700)])

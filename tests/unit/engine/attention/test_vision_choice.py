@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -203,6 +204,11 @@ def test_torch_s_operators_take_their_arguments_in_the_order_in_which_we_give_th
         *("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"),
         "return_debug_mask",
     ]
+
+
+def test_torch_s_own_attention_leaves_cudnn_to_this_choice() -> None:
+    # torch reads it when attention first runs on a GPU; tests/gpu asks which kernel it then takes.
+    assert os.environ["TORCH_CUDNN_SDPA_DEPRIORITIZED"] == "1"
 
 
 def test_cudnn_s_operator_accepts_a_packed_pass_and_gives_its_shape() -> None:
