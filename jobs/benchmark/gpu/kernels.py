@@ -204,12 +204,11 @@ def _error(out: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def vision_case(device: torch.device, frames: int, patches: int) -> Packed:
-    """Laid out as the engine has them: q and k rotated side by side, v a part of the joined product."""
+    """Laid out as the engine has them: q, k and v are parts of the joined product, in which q and k were rotated."""
     total = frames * patches
-    rotated = torch.randn(total, 2, 16, 80, device=device, dtype=torch.bfloat16)
-    joined = torch.randn(total, 3, 16, 80, device=device, dtype=torch.bfloat16)
+    q, k, v = torch.randn(total, 3, 16, 80, device=device, dtype=torch.bfloat16).unbind(1)
     ends = torch.arange(0, total + 1, patches, dtype=torch.int32, device=device)
-    return Packed(rotated[:, 0], rotated[:, 1], joined[:, 2], ends, patches, False, 80**-0.5)
+    return Packed(q, k, v, ends, patches, False, 80**-0.5)
 
 
 def prompt_case(device: torch.device, heads: int, kv_heads: int, prompts: int, length: int) -> Packed:
