@@ -38,7 +38,7 @@ class Stage:
     commands: tuple[tuple[str, ...], ...]
     shown: str = ""
     """Lines of the log for the summary: a pattern that a line begins with."""
-    most_lines: int = 40
+    most_lines: int = 60
     log: str = ""
     """Name of the log, if not the stage's: machines hand few files back, so some share one."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -51,7 +51,8 @@ def stages(on_gpu: bool, site: Path) -> list[Stage]:
     )
     facts = Stage("facts", 90, ((*PYTHON, "torch.utils.collect_env"), (*PYTHON, "pip", "list")), about)
     table = (
-        r"(ours|reference-\d+) |  (parts|vision|prefill|decode|between) |  (prompts|decode).json| +[\d.]+% +[\d.]+ ms"
+        r"(ours|reference-\d+) |  (measured|parts|vision|prefill|decode|between) |"
+        r"  (prompts|decode).json| +[\d.]+% +[\d.]+ ms"
     )
     trace = ("--trace", str(site / "trace"))
     kernels = r"(matmul|copy|upload|vision|prompts|decode|eager|fused)\b"
@@ -200,7 +201,7 @@ def run_stage(stage: Stage, log: Path, environment: Mapping[str, str], limit_s: 
 def shown_lines(stage: Stage, lines: Sequence[str]) -> list[str]:
     """What of a log belongs into the summary; its end where nothing does."""
     found = [line for line in lines if re.match(stage.shown, line)]
-    return [line[:170] for line in (found[: stage.most_lines] if found else lines[-5:])]
+    return [line[:260] for line in (found[: stage.most_lines] if found else lines[-5:])]
 
 
 if __name__ == "__main__":

@@ -95,6 +95,20 @@ def test_a_trace_has_prefill_and_decode_passes(tmp_path: Path, capsys: pytest.Ca
     assert "prompts.json: 5 steps, " in printed and "aten::" in printed
 
 
+@pytest.mark.usefixtures("_known_ceilings")
+def test_a_trace_that_fails_costs_no_measurement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        assert "  measured " in capsys.readouterr().out, "the number is printed before the profiler starts"
+        raise RuntimeError("no profiler here")
+
+    monkeypatch.setattr(benchmark, "trace_steps", fail)
+    size = ["--shape", "tiny", "--images", "2", "--side", "56", "--tokens", "3", "--trace", str(tmp_path)]
+    assert benchmark.measure("ours", parse(*size))["images_per_s"] > 0
+    assert "not traced: RuntimeError: no profiler here" in capsys.readouterr().out
+
+
 def test_on_a_gpu_times_are_those_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device on which everything takes a second of its own time and none of the host's."""
     clock = iter(range(100))

@@ -64,8 +64,15 @@ def test_every_stage_runs_a_module_that_is_there_with_options_that_it_has(on_gpu
 
                 assert parse(command[4:]).images <= 256
     (shown,) = {stage.shown for stage in stages if stage.name.startswith("bench")}
-    printed = ["ours    1.0 images/s", "  parts    attention", "  decode   0.04 s", "reference-32   0.1", "$ python"]
-    assert run.shown_lines(run.Stage("bench", 1, (), shown), printed) == printed[:4]
+    printed = [
+        "ours    1.0 images/s",
+        "  measured 1.0 rows/s; tracing",
+        "  parts    attention",
+        "  decode   0.04 s",
+        "reference-32   0.1",
+        "$ python",
+    ]
+    assert run.shown_lines(run.Stage("bench", 1, (), shown), printed) == printed[:5]
 
 
 def test_what_is_packed_is_found_by_the_stages(tmp_path: Path) -> None:
