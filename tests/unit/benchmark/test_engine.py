@@ -95,6 +95,7 @@ def test_a_trace_has_prefill_and_decode_passes(tmp_path: Path, capsys: pytest.Ca
     assert "prompts.json: 5 steps, " in printed and "aten::" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_known_ceilings")
 def test_a_trace_that_fails_costs_no_measurement(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
