@@ -48,7 +48,17 @@ from pipeline.engine import Completion, Engine, EngineOptions, Request
 from pipeline.engine.settings import EngineSettings
 from pipeline.planning.roofline import ModelShape
 
-PARTS = ("gpu", "attention", "vision_attention", "kernels", "cuda_graphs", "replaced", "max_running", "cache_tokens")
+PARTS = (
+    "gpu",
+    "attention",
+    "vision_attention",
+    "prefill_attention",
+    "kernels",
+    "cuda_graphs",
+    "replaced",
+    "max_running",
+    "cache_tokens",
+)
 SETTINGS = [field.name for field in fields(EngineSettings) if field.name not in ("kind", "batch_size")]
 REPORTED = (
     *("output_tokens_per_s", "seconds", "all_seconds", "cpu_seconds", "first_completion_s", "start_up_s", "warm_up_s"),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from pipeline.engine.attention.choose import attention_candidates
+from pipeline.engine.attention.fastest import choose_prefill
 from pipeline.engine.attention.interface import AttentionBackend
 from pipeline.engine.attention.sample import run_every_shape
 from pipeline.engine.attention.vision import choose_vision
@@ -181,6 +182,7 @@ class NativeEngine(EngineLoop):
             "matmul_dtype": str(self.runner.text.lm_head.matmul_dtype).removeprefix("torch."),
             "attention": self.runner.attention.name,
             "vision_attention": self.runner.attention.vision_name,
+            "prefill_attention": self.runner.attention.prefill_name,
             "kernels": self.text.kernels.name,
             "cuda_graphs": self.runner.graphs is not None,
             "replaced": self.trial.replaced,
@@ -243,7 +245,7 @@ class NativeEngine(EngineLoop):
         )
 
     def _use_attention(self, attention: AttentionBackend) -> None:
-        vision = self.vision
+        text, vision = self.text, self.vision
         choose_vision(
             attention,
             max_patches=self.max_batch_patches,
@@ -251,6 +253,15 @@ class NativeEngine(EngineLoop):
             head_dim=vision.head_dim,
             dtype=self.checkpoint.dtype,
             device=vision.device,
+        )
+        choose_prefill(
+            attention,
+            max_tokens=self.max_batch_tokens,
+            num_heads=text.num_heads,
+            num_kv_heads=text.num_kv_heads,
+            head_dim=text.head_dim,
+            dtype=self.checkpoint.dtype,
+            device=self.checkpoint.device,
         )
         self._try_passes(attention)
 

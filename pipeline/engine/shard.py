@@ -75,8 +75,16 @@ class ShardedAttention(AttentionBackend):
         return self._vision.vision_name
 
     @property
+    def prefill_name(self) -> str:
+        return self.for_prefill[0].prefill_name
+
+    @property
     def for_vision(self) -> AttentionBackend:
         return self._vision
+
+    @property
+    def for_prefill(self) -> Sequence[AttentionBackend]:
+        return list(self._backends.values())
 
     def begin_vision(self, frame_lengths: Sequence[int], device: torch.device) -> None:
         self._vision.begin_vision(frame_lengths, device)

@@ -3,15 +3,18 @@ against each other."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+from pipeline.engine.attention.fastest import MAX_DIFFERENCE, by_speed, hopper_kernels, seconds_by_events
 from pipeline.engine.attention.interface import DecodeInfo
-from pipeline.engine.attention.packed import PackedAttention
+from pipeline.engine.attention.packed import PackedAttention, pack
 from pipeline.engine.attention.sdpa import SdpaAttention
 from pipeline.engine.attention.torch_varlen import TorchAttention
-from pipeline.engine.attention.vision import MAX_DIFFERENCE, candidates, choose_vision, fastest, seconds_by_events
+from pipeline.engine.attention.vision import candidates, choose_vision
 from pipeline.engine.kernels.eager import EAGER
 from pipeline.engine.kernels.fused import FusedKernels
 from pipeline.engine.kernels.sample import Widths, run_every_operation
@@ -59,23 +62,35 @@ WINDOWS = [64] * 9 + [16] + [64] * 9 + [16]
 )
 def test_every_kernel_of_vision_attention_computes_the_same(lengths: list[int], head_dim: int) -> None:
     backend = TorchAttention()
-    tried = candidates(backend.within_frames, backend.name, torch.device("cuda"))
+    tried = candidates(backend.varlen, backend.name, torch.device("cuda"))
     qkv = torch.randn(sum(lengths), 3, 16, head_dim, device="cuda", dtype=torch.bfloat16).unbind(1)
-    results = []
     for each in tried:
         each.begin(lengths, qkv[0].device)
-        results.append(each(*qkv).float())
+    results = [each(*qkv).float() for each in tried]
     for each, result in zip(tried, results, strict=True):
         difference = float((result - results[0]).norm() / results[0].norm())
         assert difference <= MAX_DIFFERENCE / 2, each.name
-    _, times = fastest(tried, lengths, qkv, seconds_by_events)
+    times = by_speed("vision", {each.name: partial(each, *qkv) for each in tried}, seconds_by_events)
     assert times.keys() == {each.name for each in tried} and all(took > 0 for took in times.values())
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(12, 2), (28, 4), (16, 8)])
+def test_every_kernel_of_prefill_attention_computes_the_same(heads: int, kv_heads: int) -> None:
+    backend, device = TorchAttention(), torch.device("cuda")
+    lengths, pasts = [1, 300, 64, 1025, 7], [0, 17, 640, 0, 2000]
+    queries, keys = pack(lengths, device), pack([a + b for a, b in zip(lengths, pasts, strict=True)], device)
+    q = torch.randn(sum(lengths), heads, 128, device=device, dtype=torch.bfloat16)
+    k, v = (torch.randn(sum(lengths + pasts), kv_heads, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
+    expected = backend.varlen(q, k, v, queries, keys, True).float()
+    for name, kernel in hopper_kernels(device).items():
+        found = kernel(q, k, v, queries, keys, True).float()
+        assert float((found - expected).norm() / expected.norm()) <= MAX_DIFFERENCE / 2, name
 
 
 def test_a_backend_gets_one_of_the_kernels_that_run_here() -> None:
     backend: PackedAttention = TorchAttention()
     device = torch.device("cuda")
-    names = [each.name for each in candidates(backend.within_frames, backend.name, device)]
+    names = [each.name for each in candidates(backend.varlen, backend.name, device)]
     choose_vision(backend, max_patches=16384, num_heads=16, head_dim=80, dtype=torch.bfloat16, device=device)
     assert backend.vision_name in names
 

@@ -26,11 +26,11 @@ def engine() -> NativeEngine:
     return NativeEngine(from_model(make_model().cuda()), options)
 
 
-def images(count: int) -> list[Request]:
+def images(count: int, first_id: int = 0) -> list[Request]:
     """Rows of an image of 280x280 each."""
     rng = np.random.default_rng(0)
     rows = []
-    for number in range(count):
+    for number in range(first_id, first_id + count):
         patches = rng.integers(0, 256, (400, patch_bytes("image", 14)), dtype=np.uint8)
         ids = [1, VISION_START, *[IMAGE_PAD] * 100, VISION_END, *rng.integers(8, 200, 4)]
         sampling = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -78,7 +78,7 @@ def test_memory_does_not_grow_from_run_to_run() -> None:
     lasting = engine()
 
     def used_after(seed: int) -> tuple[int, int]:
-        lasting.generate(mixed_requests(60, seed=seed) + images(20))
+        lasting.generate(mixed_requests(60, seed=seed) + images(20, first_id=100))
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 

@@ -24,7 +24,7 @@ class FlashAttention(PackedAttention):
         self._with_kvcache = flash_attn_with_kvcache
 
     def varlen(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Packing, keys: Packing, *, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Packing, keys: Packing, causal: bool
     ) -> torch.Tensor:
         out: torch.Tensor = self._varlen_func(
             q, k, v, queries.ends, keys.ends, queries.longest, keys.longest, causal=causal

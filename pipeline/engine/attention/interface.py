@@ -60,9 +60,19 @@ class AttentionBackend(ABC):
         return self.name
 
     @property
+    def prefill_name(self) -> str:
+        """The kernel of prefill attention."""
+        return self.name
+
+    @property
     def for_vision(self) -> AttentionBackend:
         """The backend that computes vision attention."""
         return self
+
+    @property
+    def for_prefill(self) -> Sequence[AttentionBackend]:
+        """The backends that compute prefill attention."""
+        return [self]
 
     @abstractmethod
     def begin_vision(self, frame_lengths: Sequence[int], device: torch.device) -> None:

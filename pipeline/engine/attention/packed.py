@@ -26,8 +26,14 @@ def pack(lengths: Sequence[int], device: torch.device) -> Packing:
     return Packing(upload(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device), max(lengths))
 
 
-Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packing], torch.Tensor]
-"""(q, k, v [N, H, D], where the frames end) -> [N, H, D]"""
+Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packing, Packing, bool], torch.Tensor]
+"""(q [N, H, D], k and v [M, K, D], where the rows of queries and of keys end, causal) -> [N, H, D]; causal is aligned
+at the ends, so a past may precede."""
+
+
+class NamedKernel(NamedTuple):
+    name: str
+    kernel: Varlen
 
 
 class FrameAttention(ABC):
@@ -55,7 +61,7 @@ class VarlenFrames(FrameAttention):
         self._frames = pack(frame_lengths, device)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return self.kernel(q, k, v, self._frames)
+        return self.kernel(q, k, v, self._frames, self._frames, False)
 
 
 class PackedAttention(AttentionBackend):
@@ -64,21 +70,24 @@ class PackedAttention(AttentionBackend):
     allows_graphs = True
 
     def __init__(self) -> None:
-        self.frames: FrameAttention = VarlenFrames(self.name, self.within_frames)
+        self.frames: FrameAttention = VarlenFrames(self.name, self.varlen)
         """For vision; attention/vision.py may put a faster kernel here."""
+        self.prompts = NamedKernel(self.name, self.varlen)
+        """For prefill; attention/fastest.py may put a faster kernel here."""
 
     @property
     def vision_name(self) -> str:
         return self.frames.name
 
-    def within_frames(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, frames: Packing) -> torch.Tensor:
-        return self.varlen(q, k, v, frames, frames, causal=False)
+    @property
+    def prefill_name(self) -> str:
+        return self.prompts.name
 
     @abstractmethod
     def varlen(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Packing, keys: Packing, *, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Packing, keys: Packing, causal: bool
     ) -> torch.Tensor:
-        """Packed q [N, H, D], k and v [M, K, D] -> [N, H, D]; causal is aligned at the ends, so a past may precede."""
+        """The backend's own kernel: see `Varlen`."""
 
     def begin_vision(self, frame_lengths: Sequence[int], device: torch.device) -> None:
         self.frames.begin(frame_lengths, device)
@@ -99,7 +108,7 @@ class PackedAttention(AttentionBackend):
     def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
         if any(past is not None for past in self._pasts):
             k, v = self._with_past(k, v, cache, layer)
-        return self.varlen(q, k, v, self._queries, self._keys, causal=True)
+        return self.prompts.kernel(q, k, v, self._queries, self._keys, True)
 
     def _with_past(
         self, k: torch.Tensor, v: torch.Tensor, cache: KVCache, layer: int

@@ -18,7 +18,7 @@ class TorchAttention(PackedAttention):
     block_size = 64
 
     def varlen(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Packing, keys: Packing, *, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Packing, keys: Packing, causal: bool
     ) -> torch.Tensor:
         # The operator under torch.nn.attention.varlen, whose Python signature changes between releases.
         out: torch.Tensor = torch.ops.aten._flash_attention_forward(

@@ -9,17 +9,18 @@ it has been seen, and batches of it are powers of two.
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from pipeline.engine.attention.fastest import Seconds, by_speed, hopper_kernels, seconds_by_events
 from pipeline.engine.attention.interface import AttentionBackend
-from pipeline.engine.attention.packed import FrameAttention, PackedAttention, Packing, Varlen, VarlenFrames, pack
+from pipeline.engine.attention.packed import FrameAttention, PackedAttention, Varlen, VarlenFrames, pack
 from pipeline.engine.device import is_alive
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,6 @@ MIN_LENGTH = 512
 
 FRAME_PATCHES = 74 * 74
 """Of an image of 1024x1024, with which kernels are measured."""
-
-MAX_DIFFERENCE = 0.02
-"""Between the results of two kernels, as a share of their norm. Rounding to bfloat16 explains less than half of it."""
 
 
 class Part(NamedTuple):
@@ -80,7 +78,7 @@ class CudnnFrames(FrameAttention):
         sizes = [size for _, size, _ in self._parts]
         inputs = zip(self._parts, *(torch.split(each, sizes) for each in (q, k, v)), strict=True)
         found = [
-            self._batch(part.lengths, q, k, v) if frames is None else self._others(q, k, v, frames)
+            self._batch(part.lengths, q, k, v) if frames is None else self._others(q, k, v, frames, frames, False)
             for (part, _, frames), q, k, v in inputs
         ]
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -95,7 +93,8 @@ class CudnnFrames(FrameAttention):
                     raise
                 log.warning("cuDNN does not take frames of %d patches, so another kernel does: %s", length, error)
                 self._refused.add(length)
-        return self._others(q, k, v, pack(lengths, q.device))
+        frames = pack(lengths, q.device)
+        return self._others(q, k, v, frames, frames, False)
 
 
 def _batches(frames: list[int]) -> Iterator[list[int]]:
@@ -114,89 +113,15 @@ def batched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int) -> to
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def flash_attention_3() -> Varlen | None:
-    """FlashAttention 3 from whichever package has it; it runs on Hopper only."""
-    for package in ("fa3_fwd_interface", "flash_attn_interface"):
-        try:
-            kernel: Any = importlib.import_module(package).flash_attn_varlen_func
-        except ImportError:
-            continue
-        except Exception as error:  # a package of another torch or CUDA may raise anything while it loads
-            log.warning("vision attention: %s can't be used: %s: %s", package, type(error).__name__, error)
-            continue
-
-        def varlen(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, frames: Packing, kernel: Any = kernel
-        ) -> torch.Tensor:
-            out = kernel(
-                q,
-                k,
-                v,
-                cu_seqlens_q=frames.ends,
-                cu_seqlens_k=frames.ends,
-                max_seqlen_q=frames.longest,
-                max_seqlen_k=frames.longest,
-                causal=False,
-            )
-            result: torch.Tensor = out[0] if isinstance(out, tuple) else out  # some releases add the logarithms
-            return result
-
-        return varlen
-    return None
-
-
 def candidates(own: Varlen, name: str, device: torch.device) -> list[FrameAttention]:
     """What may run on a device, the backend's own kernel first."""
     found: list[FrameAttention] = [VarlenFrames(name, own)]
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return found
-    if torch.cuda.get_device_capability(device) == (9, 0) and (kernel := flash_attention_3()) is not None:
-        found.append(VarlenFrames("fa3", kernel))
+    found += [VarlenFrames(other, kernel) for other, kernel in hopper_kernels(device).items()]
     if torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
         found.append(CudnnFrames(own, is_trial=True))
     return found
-
-
-def fastest(
-    tried: Sequence[FrameAttention],
-    frame_lengths: Sequence[int],
-    qkv: Sequence[torch.Tensor],
-    seconds: Callable[[Callable[[], object]], float],
-) -> tuple[FrameAttention, dict[str, float]]:
-    """The fastest, and the seconds of each. All run twice: first to plan and to be compared, then on the clock.
-
-    The first one is the reference. Others that raise or compute other numbers are left out, with one warning each.
-    """
-    expected: torch.Tensor | None = None
-    times: dict[str, float] = {}
-    for each in tried:
-        try:
-            each.begin(frame_lengths, qkv[0].device)
-            found = each(*qkv)
-            if expected is None:
-                expected = found
-            difference = float((found.float() - expected.float()).norm() / expected.float().norm())
-            if not difference <= MAX_DIFFERENCE:  # also where it is NaN
-                raise ArithmeticError(
-                    f"its result differs from that of {tried[0].name} by {difference:.2g} of its norm"
-                )
-            del found
-            times[each.name] = seconds(lambda each=each: each(*qkv))  # type: ignore[misc]
-        except Exception as error:
-            if each is tried[0] or not is_alive(qkv[0].device):
-                raise
-            log.warning("vision attention: %s does not work here: %s: %s", each.name, type(error).__name__, error)
-    return min((each for each in tried if each.name in times), key=lambda each: times[each.name]), times
-
-
-def seconds_by_events(run: Callable[[], object]) -> float:
-    """Of a call on the current device."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
 
 
 def choose_vision(
@@ -207,26 +132,23 @@ def choose_vision(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
-    seconds: Callable[[Callable[[], object]], float] = seconds_by_events,
+    seconds: Seconds = seconds_by_events,
 ) -> None:
     """Let a backend use the kernel that is fastest for a full pass of large images."""
     attention = attention.for_vision
     if not isinstance(attention, PackedAttention):
         return
-    own = attention.within_frames
-    tried = candidates(own, attention.name, device)
+    tried = {each.name: each for each in candidates(attention.varlen, attention.name, device)}
     if len(tried) == 1:
         return
     length = min(FRAME_PATCHES, max_patches)
     lengths = [length] * (max_patches // length)
     qkv = torch.randn(sum(lengths), 3, num_heads, head_dim, dtype=dtype, device=device).unbind(1)
-    chosen, times = fastest(tried, lengths, qkv, seconds)
-    log.info("vision attention: %s; milliseconds: %s", chosen.name, {each: 1e3 * took for each, took in times.items()})
-    if isinstance(chosen, CudnnFrames):
+    for each in tried.values():
+        each.begin(lengths, device)
+    times = by_speed("vision", {name: partial(each, *qkv) for name, each in tried.items()}, seconds)
+    fastest, *others = (tried[name] for name in times)
+    if isinstance(fastest, CudnnFrames):
         # Frames of a length that is rare never get to cuDNN, so the next fastest computes them.
-        others = min(
-            (each for each in tried if isinstance(each, VarlenFrames) and each.name in times),
-            key=lambda each: times[each.name],
-        )
-        chosen = CudnnFrames(others.kernel)
-    attention.frames = chosen
+        fastest = CudnnFrames(next(each.kernel for each in others if isinstance(each, VarlenFrames)))
+    attention.frames = fastest

@@ -308,7 +308,7 @@ class PretendedFlash(PackedAttention):
     block_size = 16
 
     def varlen(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Packing, keys: Packing, *, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Packing, keys: Packing, causal: bool
     ) -> torch.Tensor:
         with torch._C.DisableTorchFunction():  # a kernel reads where it likes
             bounds_q, bounds_k = queries.ends.tolist(), keys.ends.tolist()

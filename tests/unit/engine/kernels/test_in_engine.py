@@ -68,7 +68,7 @@ class OneLaunch(PackedAttention):
     allows_graphs = False
 
     def varlen(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Packing, keys: Packing, *, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Packing, keys: Packing, causal: bool
     ) -> torch.Tensor:
         return q.clone(memory_format=torch.contiguous_format)
 
