@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,8 @@ class ModelRunner:
         self.visual_tokens: dict[bytes, torch.Tensor] = {}
         self.last_tokens = torch.zeros(max_running, dtype=torch.int64, device=device)
         self._max_context = max_context
+        self._tables = np.zeros((max_running, -(-max_context // cache.block_size)), dtype=np.int32)
+        """The block table of each running sequence, by its row, padded with block 0."""
         self._seen: SeenTokens | None = None
         """Made when the first sequence with a repetition penalty begins to decode."""
         self.also_timed: Callable[[str], AbstractContextManager[None]] | None = None
@@ -98,7 +101,7 @@ class ModelRunner:
     def run(self, plan: Plan, *, max_batch_patches: int) -> PassResult:
         if isinstance(plan, DecodePlan):
             # Sorted, because backends that pad do so among neighbours.
-            sequences = sorted(plan.sequences, key=lambda sequence: sequence.num_computed)
+            sequences = sorted(plan.sequences, key=attrgetter("num_computed"))
             with self._timed("decode"):
                 logits = self._decode(sequences)
                 result = self._sample(logits, sequences)
@@ -166,6 +169,9 @@ class ModelRunner:
         if max(samples) > 1:
             rows = np.repeat(np.arange(len(last)), samples)
             logits = logits.index_select(0, self._upload(rows).to(logits.device))
+        for sequence in plan.sampled:
+            self._tables[sequence.row] = 0
+            self._tables[sequence.row, : len(sequence.block_table)] = sequence.block_table
         self._restart_seen(plan.sampled, logits)
         return self._sample(logits, plan.sampled)
 
@@ -201,16 +207,15 @@ class ModelRunner:
 
     def _decode(self, sequences: SequenceOf[Sequence]) -> torch.Tensor:
         """Feed each sequence its newest token, number num_computed - 1, whether or not the host knows it yet."""
-        size = self.cache.block_size
-        indices = np.fromiter((s.num_computed - 1 for s in sequences), dtype=np.int64)
-        positions = indices + np.fromiter((s.layout.delta for s in sequences), dtype=np.int64)
+        indices = np.asarray([sequence.num_computed - 1 for sequence in sequences])
+        positions = indices + np.asarray([sequence.layout.delta for sequence in sequences])
         lengths = (indices + 1).astype(np.int32)
-        rows = np.fromiter((s.row for s in sequences), dtype=np.int64)
-        widest = max(len(sequence.block_table) for sequence in sequences)
-        tables = np.zeros((len(sequences), widest), dtype=np.int32)
-        for row, sequence in enumerate(sequences):
-            tables[row, : len(sequence.block_table)] = sequence.block_table
-        slots = tables[np.arange(len(sequences)), indices // size].astype(np.int64) * size + indices % size
+        rows = np.asarray([sequence.row for sequence in sequences])
+        blocks, places = np.divmod(indices, self.cache.block_size)
+        for i in np.flatnonzero(places == 0):  # the token is the first one in its block
+            self._tables[rows[i], blocks[i]] = sequences[i].block_table[-1]
+        tables = self._tables[rows, : blocks.max() + 1]
+        slots = self._tables[rows, blocks].astype(np.int64) * self.cache.block_size + places
         return self.decode_rows(rows, positions, slots, lengths, tables)
 
     def decode_rows(
@@ -264,8 +269,7 @@ class ModelRunner:
         )
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> PassResult:
-        # num_in_flight already counts this pass's own token.
-        steps = [len(s.output_ids) + s.num_in_flight - 1 for s in sequences]
+        steps = [s.num_computed - s.num_prompt_tokens for s in sequences]
         rows = [sample_row(s, self.rules, step) for s, step in zip(sequences, steps, strict=True)]
         index = self._upload(np.asarray([sequence.row for sequence in sequences], dtype=np.int64))
         # The head may lie on another device than the embedding, where the next pass begins.

@@ -179,7 +179,8 @@ def uniform_draw(seed: int, index: int, step: int) -> float:
 
 @dataclass(eq=False)
 class Sequence:
-    """The state of one sample. Only independent facts are stored; everything else is a property.
+    """The state of one sample. Only independent facts are stored, besides three facts of the request that every pass
+    reads; everything else is a property.
 
         prompt tokens ................ | output tokens ......... | in flight
         0            num_prompt_tokens   num_tokens
@@ -206,14 +207,15 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: RowError | None = None
+    sampling: SamplingParams = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    max_num_tokens: int = field(init=False)
+    """Tokens that may ever need a slot in the cache; the last token chosen is never fed back."""
 
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.request.sampling
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.input_ids)
+    def __post_init__(self) -> None:
+        self.sampling = self.request.sampling
+        self.num_prompt_tokens = len(self.request.input_ids)
+        self.max_num_tokens = self.num_prompt_tokens + self.sampling.max_tokens - 1
 
     @property
     def num_tokens(self) -> int:
@@ -221,18 +223,8 @@ class Sequence:
         return self.num_prompt_tokens + len(self.output_ids)
 
     @property
-    def max_num_tokens(self) -> int:
-        """Tokens that may ever need a slot in the cache; the last token chosen is never fed back."""
-        return self.num_prompt_tokens + self.sampling.max_tokens - 1
-
-    @property
     def is_finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
-
-    @property
-    def may_decode(self) -> bool:
-        """Whether `max_tokens` allows another token besides those in flight."""
-        return len(self.output_ids) + self.num_in_flight < self.sampling.max_tokens
 
     def positions(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Three-axis positions [3, stop - start]; output tokens continue where the prompt ended."""

@@ -293,8 +293,9 @@ class Scheduler:
             return
         num_full, rest = divmod(leader.num_prompt_tokens, self.blocks.block_size)
         grows = self.blocks.blocks_for(leader.max_num_tokens) > num_full + bool(rest)
+        reserve = self._growth_reserve()
         while self.waiting and self.waiting[0].request is leader.request and not self.waiting[0].output_ids:
-            if not self._has_room() or self.blocks.num_free < bool(rest) + grows + self._growth_reserve():
+            if not self._has_room() or self.blocks.num_free < bool(rest) + grows + reserve:
                 return
             fork = self.waiting.popleft()
             shared = leader.block_table[:num_full]
@@ -307,33 +308,33 @@ class Scheduler:
             fork.num_computed = leader.num_prompt_tokens
             chunk.forks.append(fork)
             self._start_running(fork)
+            reserve += grows
 
     def _has_room(self) -> bool:
         return bool(self._free_rows) and len(self.running) < self.decoding.value
 
     def _growth_reserve(self) -> int:
         """One block for each running sequence that may still grow, kept free on admission: preemptions stay rare."""
-        return sum(
-            self.blocks.blocks_for(sequence.max_num_tokens) > len(sequence.block_table) for sequence in self.running
-        )
+        size = self.blocks.block_size
+        return sum(sequence.max_num_tokens > len(sequence.block_table) * size for sequence in self.running)
 
     def _plan_decode(self) -> DecodePlan | None:
         planned: list[Sequence] = []
+        size = self.blocks.block_size
         for sequence in list(self.running):
-            if sequence not in self.running or not sequence.may_decode:
-                continue  # just preempted for an older one, or all its tokens are in flight
+            if sequence.row < 0 or sequence.num_computed == sequence.max_num_tokens:
+                continue  # just preempted for an older one, or its last token is in flight
             if len(planned) == self.decoding.value:
                 break
-            if self.blocks.blocks_for(sequence.num_computed + 1) > len(sequence.block_table):
+            if sequence.num_computed == len(sequence.block_table) * size:
                 if not self._make_room_for(sequence):
                     break
                 sequence.block_table += self.blocks.allocate(1)
+            sequence.num_computed += 1
+            sequence.num_in_flight += 1
             planned.append(sequence)
         if not planned:
             return None
-        for sequence in planned:
-            sequence.num_computed += 1
-            sequence.num_in_flight += 1
         self._decodes_since_prefill += 1
         return DecodePlan(planned)
 

@@ -27,13 +27,13 @@ class StopRules:
 
     def append(self, sequence: Sequence, token: int, logprob: float | None = None) -> None:
         """Append the next token, and finish the sequence if that ends it."""
-        sequence.output_ids.append(token)
         sampling = sequence.sampling
-        if sampling.logprobs and logprob is not None:
+        sequence.output_ids.append(token)
+        if logprob is not None and sampling.logprobs:
             sequence.logprobs.append(logprob)
         if (token in self.eos_token_ids and not sampling.ignore_eos) or token in sampling.stop_token_ids:
             sequence.finish("stop", token)
-        elif (found := self._find_stop_string(sequence)) is not None:
+        elif sampling.stop_strings and (found := self._find_stop_string(sequence)) is not None:
             sequence.finish("stop", found)
         elif sampling.stop_on_repetition and repeats_endlessly(sequence.output_ids):
             sequence.finish("repetition")
@@ -42,7 +42,7 @@ class StopRules:
 
     def _find_stop_string(self, sequence: Sequence) -> str | None:
         sampling = sequence.sampling
-        if not sampling.stop_strings or len(sequence.output_ids) < sampling.min_tokens:
+        if len(sequence.output_ids) < sampling.min_tokens:
             return None
         assert self.detokenize is not None, "requests with stop strings are refused without detokenize"
         # A character takes up to four byte-tokens, so the newest match lies within this tail.
