@@ -4,6 +4,7 @@
     engine       images/s of the engine, against model.generate and vLLM                 (no Ray)
     stage        preprocessing through Ray, against plain loops
     pipeline     the whole job on the demo dataset, against its stages in a plain loop
+    feed         the whole job with a model of real size on JPEG files, against its engine alone
     scale        planning and resuming 100 million rows; the job with an engine that answers at once
     kernels      registers, shared memory and spills of every Triton kernel, compiled    (no Ray, no GPU)
     dense        products by plain and by packed weights on a CPU                        (no Ray)
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 
 from jobs.cli import run_command
 
-BENCHMARKS = ("preprocess", "engine", "stage", "pipeline", "scale", "kernels", "dense", "report")
+BENCHMARKS = ("preprocess", "engine", "stage", "pipeline", "feed", "scale", "kernels", "dense", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -280,7 +280,7 @@ def run_engine(
     passes = PassTimes(engine) if isinstance(engine, NativeEngine) else None
     runs = []
     for _ in range(args.repeats if passes else 1):
-        runs.append(_run_once(engine, requests))
+        runs.append(run_once(engine, requests))
         if passes:
             runs[-1] |= {"pass_seconds": passes.seconds(), "pass_counts": passes.counts()}
             passes.reset()
@@ -303,7 +303,7 @@ def run_engine(
     }
 
 
-def _run_once(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
+def run_once(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
     before = engine.stats()
     started, cpu_started = time.perf_counter(), time.process_time()
     for request in requests:

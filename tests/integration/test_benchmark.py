@@ -19,6 +19,7 @@ SMALL = {
     "engine": ["--images", "2", "--tokens", "2", "--side", "56", "--batch-sizes", "1,2", "--threads", "1"],
     "stage": ["--images", "64", "--actors", "1"],
     "pipeline": ["--rows-per-task", "20"],
+    "feed": ["--shape", "tiny", "--large", "3", "--small", "5", "--side", "112", "--tokens", "4", "--actors", "1"],
     "scale": ["--rows", "100000", "--flow", "20"],
     "report": ["--rows", "300"],
     "dense": ["--rows", "2", "--mlp-rows", "600", "--rounds", "1", "--dtype", "float32"],
@@ -40,10 +41,15 @@ def test_a_benchmark_ends_with_its_results_as_json(name: str) -> None:
     if name == "engine":
         assert result["mismatched_rows"] == 0
         assert all(rate for rate in result["reference_images_per_s"].values())
+    if name == "feed":
+        for kind, rows in (("large", 3), ("small", 5)):
+            found = result[kind]
+            assert found["rows"] == rows and found["output_tokens"] == rows * 4
+            assert found["prompt_tokens"][0] == found["prompt_tokens"][1]  # both ran rows of the same sizes
 
 
 def test_measuring_on_a_gpu_machine_as_a_dry_run_without_one(tmp_path: Path) -> None:
-    stages = ["facts", "kernels", "bench_tiny"]  # the job has its own tests
+    stages = ["facts", "kernels", "bench_tiny", "job_tiny"]  # the demo job has its own tests
     command = [sys.executable, "-m", "jobs.benchmark.gpu.run", "--only", *stages, "--site", str(tmp_path / "site")]
     environment = {**os.environ, "OUT": str(tmp_path / "out"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -51,6 +57,14 @@ def test_measuring_on_a_gpu_machine_as_a_dry_run_without_one(tmp_path: Path) -> 
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert summary in done.stdout
     assert [line.split(",")[0] for line in summary.splitlines() if line[0] != " "][1:-1] == [f"{n}: ok" for n in stages]
-    for shown in ("matmul bf16", "vision: sdpa math", "ours", "  decode", "  decode.json: "):
+    for shown in (
+        "matmul bf16",
+        "vision: sdpa math",
+        "ours",
+        "  decode",
+        "  decode.json: ",
+        "large  job ",
+        "small  job ",
+    ):
         assert f"\n    {shown}" in summary
     assert "WRONG" not in summary and "FAILED" not in summary

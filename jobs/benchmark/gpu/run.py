@@ -59,6 +59,8 @@ def stages(on_gpu: bool, site: Path) -> list[Stage]:
     world = str(site / "demo-world")
     # A new folder each time: a finished run would only be looked at.
     output = str(site / f"demo-{os.getpid()}")
+    # Only for the jobs: the other stages take the machine's own packages.
+    with_ray = _path(site / "fa3", site / "job")
     job = Stage(
         "job",
         120,
@@ -70,9 +72,10 @@ def stages(on_gpu: bool, site: Path) -> list[Stage]:
         r"(rows|this run|\w+ +\d+)",
         12,
         log="facts",
-        # Only here: the other stages take the machine's own packages.
-        environment=_path(site / "job"),
+        environment=with_ray,
     )
+    feed = (*PYTHON, "jobs.benchmark", "feed", "--shape")
+    fed = r"(large|small)  |  parts"
     if on_gpu:
         pytest = (*PYTHON, "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider", "--timeout=100", "-rA")
         bench_2b = (*ENGINE, "--shape", "2b", "--peers", "none", "--images", "256")
@@ -90,14 +93,17 @@ def stages(on_gpu: bool, site: Path) -> list[Stage]:
             Stage("kernels", 110, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "90"),), kernels),
             Stage("bench_2b", 170, ((*bench_2b, *LARGE, *trace), bench_2b), table),
             Stage("bench_7b", 130, (bench_7b,), table),
+            Stage("job_2b", 170, ((*feed, "2b"),), fed, environment=with_ray),
             Stage("peer", 120, (peer,), table),
             job,
         ]
     tiny = ("--shape", "tiny", "--images", "2", "--side", "56", "--tokens", "12", "--threads", "1")
+    few = ("--large", "4", "--small", "8", "--side", "112", "--tokens", "4", "--actors", "1")
     return [
         facts,
         Stage("kernels", 60, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "30"),), kernels),
         Stage("bench_tiny", 120, ((*ENGINE, "--peers", "none", *tiny, *trace),), table),
+        Stage("job_tiny", 170, ((*feed, "tiny", *few),), fed, environment=with_ray),
         job,
     ]
 
