@@ -23,6 +23,7 @@ from pipeline.execution.actors import EngineActor, PreprocessActor
 from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.preprocess.size import smart_resize
 from pipeline.preprocess.stage import PreprocessOptions
+from pipeline.schema import UnitColumn
 
 MEASURED = "alone.json"
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 12_845_056
@@ -51,7 +52,13 @@ class WaitingPreprocessActor(PreprocessActor):
 
     def __init__(self, options: PreprocessOptions, *args: Any) -> None:
         super().__init__(options, *args)
-        self._measured = Path(options.model_path).parent / MEASURED
+        folder = Path(options.model_path).parent
+        self._measured = folder / MEASURED
+        row = pq.read_table(folder / "manifest.parquet").slice(0, 1)
+        for name in UnitColumn:
+            row = row.append_column(name, pa.array([0]))
+        self._stage(row)  # the decoder process starts: that belongs to the start-up
+        self._stage._busy_s = 0.0
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         while not self._measured.exists():

@@ -147,6 +147,7 @@ def _run_job(folder: Path, kind: str, actors: int | None) -> dict[str, Any]:
         "alone_rows_per_s": alone["images_per_s"],
         "ratio": pace["rows_per_s"] / alone["images_per_s"],
         "seconds": seconds,
+        "engine_busy_s": engine["busy_s"],
         "idle_s": engine["idle_s"],
         "unfilled_s": engine["unfilled_s"],
         "actors": len(busy),
@@ -162,8 +163,8 @@ def _run_job(folder: Path, kind: str, actors: int | None) -> dict[str, Any]:
 def _line(kind: str, result: Mapping[str, Any]) -> str:
     return (
         f"{kind}  job {result['job_rows_per_s']:.2f} rows/s, engine alone {result['alone_rows_per_s']:.2f}, ratio "
-        f"{result['ratio']:.3f}; engine waited {result['idle_s']:.2f} + {result['unfilled_s']:.2f} s of "
-        f"{result['seconds']:.1f}; {result['actors']} preprocessing actors {result['busy_share']:.0%} busy, "
-        f"{result['cores']:.2f} cores feed it; {result['output_tokens']} tokens; start-up and end "
+        f"{result['ratio']:.3f}; engine waited {result['idle_s']:.2f} + {result['unfilled_s']:.2f} s, worked "
+        f"{result['engine_busy_s']:.1f} of {result['seconds']:.1f} s; {result['actors']} preprocessing actors "
+        f"{result['busy_share']:.0%} busy, {result['cores']:.2f} cores feed it; {result['output_tokens']} tokens; start-up and end "
         f"{result['start_up_s']:.1f} s\n  parts    {result['engine']}"
     )
