@@ -165,6 +165,6 @@ def _line(kind: str, result: Mapping[str, Any]) -> str:
         f"{kind}  job {result['job_rows_per_s']:.2f} rows/s, engine alone {result['alone_rows_per_s']:.2f}, ratio "
         f"{result['ratio']:.3f}; engine waited {result['idle_s']:.2f} + {result['unfilled_s']:.2f} s, worked "
         f"{result['engine_busy_s']:.1f} of {result['seconds']:.1f} s; {result['actors']} preprocessing actors "
-        f"{result['busy_share']:.0%} busy, {result['cores']:.2f} cores feed it; {result['output_tokens']} tokens; start-up and end "
-        f"{result['start_up_s']:.1f} s\n  parts    {result['engine']}"
+        f"{result['busy_share']:.0%} busy, {result['cores']:.2f} cores feed it; {result['output_tokens']} tokens; "
+        f"start-up and end {result['start_up_s']:.1f} s\n  parts    {result['engine']}"
     )
