@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,15 +27,6 @@ def graph_sizes(max_running: int) -> list[int]:
     return [size for size in sizes if size < max_running] + [max_running]
 
 
-@dataclass
-class _Buffers:
-    rows: torch.Tensor  # [R] rows of last_tokens
-    positions: torch.Tensor  # [R]
-    slots: torch.Tensor  # [R]
-    lengths: torch.Tensor  # [R] int32
-    tables: torch.Tensor  # [R, width] int32
-
-
 class DecodeGraphs:
     def __init__(
         self,
@@ -51,20 +41,16 @@ class DecodeGraphs:
         self.last_tokens = last_tokens
         self.sizes = graph_sizes(max_running)
         self.max_width = max_width
-        self.scrap_slot = scrap_slot
         self._graphs: dict[int, tuple[Any, torch.Tensor]] = {}
         self._pool: Any = torch.cuda.graph_pool_handle()
         device = last_tokens.device
         # A stream of our own: torch's belongs to the device that captured first in this process.
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         size = self.sizes[-1]
-        self._buffers = _Buffers(
-            rows=torch.zeros(size, dtype=torch.int64, device=device),
-            positions=torch.zeros(size, dtype=torch.int64, device=device),
-            slots=torch.full((size,), scrap_slot, dtype=torch.int64, device=device),
-            lengths=torch.ones(size, dtype=torch.int32, device=device),
-            tables=torch.zeros(size, max_width, dtype=torch.int32, device=device),
-        )
+        self._padding = np.repeat(np.asarray([[0], [0], [scrap_slot], [1]]), size, axis=1)
+        """[4, R], as the numbers of a pass. Padding rows read block 0, whatever it holds: their result is discarded."""
+        self._numbers = torch.from_numpy(self._padding).to(device)
+        self._tables = torch.zeros(size, max_width, dtype=torch.int32, device=device)
 
     @property
     def captured(self) -> list[int]:
@@ -74,36 +60,25 @@ class DecodeGraphs:
     def fits(self, num_rows: int, width: int) -> bool:
         return num_rows <= self.sizes[-1] and width <= self.max_width
 
-    def replay(
-        self,
-        rows: npt.NDArray[np.int64],
-        positions: npt.NDArray[np.int64],
-        slots: npt.NDArray[np.int64],
-        lengths: npt.NDArray[np.int32],
-        tables: npt.NDArray[np.int32],
-    ) -> torch.Tensor:
-        num_rows = len(rows)
+    def replay(self, numbers: npt.NDArray[np.int64], tables: npt.NDArray[np.int32]) -> torch.Tensor:
+        """Takes what `ModelRunner.decode_rows` takes."""
+        num_rows, width = tables.shape
         size = self.sizes[bisect_left(self.sizes, num_rows)]
-        padding = size - num_rows
-        buffers = self._buffers
-        _fill(buffers.rows, np.pad(rows, (0, padding)))
-        _fill(buffers.positions, np.pad(positions, (0, padding)))
-        _fill(buffers.slots, np.pad(slots, (0, padding), constant_values=self.scrap_slot))
-        _fill(buffers.lengths, np.pad(lengths, (0, padding), constant_values=1))
-        # Padding rows read block 0, whatever it holds: their result is discarded.
-        padded = np.zeros((size, tables.shape[1]), dtype=np.int32)
-        padded[:num_rows] = tables
-        buffers.tables[:size, : tables.shape[1]].copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
+        padded = self._padding.copy()
+        padded[:, :num_rows] = numbers
+        _fill(self._numbers, padded)
+        padded_tables = np.zeros((size, width), dtype=np.int32)
+        padded_tables[:num_rows] = tables
+        _fill(self._tables[:size, :width], padded_tables)
         self.capture(size)
         graph, logits = self._graphs[size]
         graph.replay()
         return logits[:num_rows]
 
     def _run(self, size: int) -> torch.Tensor:
-        buffers = self._buffers
-        info = DecodeInfo(buffers.slots[:size], buffers.lengths[:size], buffers.tables[:size])
-        tokens = self.last_tokens.index_select(0, buffers.rows[:size])
-        return self.forward(tokens, buffers.positions[:size], info)
+        rows, positions, slots, lengths = self._numbers[:, :size]
+        info = DecodeInfo(slots, lengths.int(), self._tables[:size])
+        return self.forward(self.last_tokens.index_select(0, rows), positions, info)
 
     def capture(self, size: int) -> None:
         """Make the graph for this batch size, unless there is one."""
@@ -133,4 +108,4 @@ class DecodeGraphs:
 
 
 def _fill(buffer: torch.Tensor, values: npt.NDArray[Any]) -> None:
-    buffer[: len(values)].copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)
+    buffer.copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)

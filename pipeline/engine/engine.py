@@ -386,8 +386,9 @@ class NativeEngine(EngineLoop):
             tokens = torch.arange(num_rows, device=self.runner.last_tokens.device) * 37 + length
             self.runner.last_tokens[:num_rows] = tokens % self.text.lm_head.out_features
             lengths, blocks = rows % 2 + length - 1, rows[::-1].copy()
-            slots, tables = blocks * self.cache.block_size + lengths - 1, blocks.astype(np.int32)[:, None]
-            logits = self.runner.decode_rows(rows, lengths - 1, slots, lengths.astype(np.int32), tables)
+            slots = blocks * self.cache.block_size + lengths - 1
+            numbers = np.stack([rows, lengths - 1, slots, lengths])
+            logits = self.runner.decode_rows(numbers, blocks.astype(np.int32)[:, None])
             results.append(logits.clone())
         return results
 

@@ -86,6 +86,8 @@ class ModelRunner:
         self._max_context = max_context
         self._tables = np.zeros((max_running, -(-max_context // cache.block_size)), dtype=np.int32)
         """The block table of each running sequence, by its row, padded with block 0."""
+        self._deltas = np.zeros(max_running, dtype=np.int64)
+        """`layout.delta` of each running sequence, by its row."""
         self._seen: SeenTokens | None = None
         """Made when the first sequence with a repetition penalty begins to decode."""
         self.also_timed: Callable[[str], AbstractContextManager[None]] | None = None
@@ -170,6 +172,7 @@ class ModelRunner:
             rows = np.repeat(np.arange(len(last)), samples)
             logits = logits.index_select(0, self._upload(rows).to(logits.device))
         for sequence in plan.sampled:
+            self._deltas[sequence.row] = sequence.layout.delta
             self._tables[sequence.row] = 0
             self._tables[sequence.row, : len(sequence.block_table)] = sequence.block_table
         self._restart_seen(plan.sampled, logits)
@@ -207,36 +210,25 @@ class ModelRunner:
 
     def _decode(self, sequences: SequenceOf[Sequence]) -> torch.Tensor:
         """Feed each sequence its newest token, number num_computed - 1, whether or not the host knows it yet."""
-        indices = np.asarray([sequence.num_computed - 1 for sequence in sequences])
-        positions = indices + np.asarray([sequence.layout.delta for sequence in sequences])
-        lengths = (indices + 1).astype(np.int32)
+        lengths = np.asarray([sequence.num_computed for sequence in sequences])
         rows = np.asarray([sequence.row for sequence in sequences])
-        blocks, places = np.divmod(indices, self.cache.block_size)
-        for i in np.flatnonzero(places == 0):  # the token is the first one in its block
+        blocks, places = np.divmod(lengths - 1, self.cache.block_size)
+        for i in np.flatnonzero(places == 0).tolist():  # the token is the first one in its block
             self._tables[rows[i], blocks[i]] = sequences[i].block_table[-1]
         tables = self._tables[rows, : blocks.max() + 1]
         slots = self._tables[rows, blocks].astype(np.int64) * self.cache.block_size + places
-        return self.decode_rows(rows, positions, slots, lengths, tables)
+        return self.decode_rows(np.stack([rows, lengths - 1 + self._deltas[rows], slots, lengths]), tables)
 
-    def decode_rows(
-        self,
-        rows: npt.NDArray[np.int64],
-        positions: npt.NDArray[np.int64],
-        slots: npt.NDArray[np.int64],
-        lengths: npt.NDArray[np.int32],
-        tables: npt.NDArray[np.int32],
-    ) -> torch.Tensor:
-        """Logits [R, vocabulary] of one decode pass: a graph's, where there are graphs and the pass fits them."""
+    def decode_rows(self, numbers: npt.NDArray[np.int64], tables: npt.NDArray[np.int32]) -> torch.Tensor:
+        """Logits [R, vocabulary] of one decode pass: a graph's, where there are graphs and the pass fits them.
+
+        The numbers [4, R] of each token are its row in `last_tokens`, its position, its slot and the row's length.
+        """
         if self.graphs is not None and self.graphs.fits(*tables.shape):
-            return self.graphs.replay(rows, positions, slots, lengths, tables)
-        info = DecodeInfo(
-            slots=self._upload(slots),
-            lengths=self._upload(lengths),
-            tables=self._upload(tables),
-            host_lengths=lengths.tolist(),
-        )
-        tokens = self.last_tokens.index_select(0, self._upload(rows))
-        return self.decode_forward(tokens, self._upload(positions), info)
+            return self.graphs.replay(numbers, tables)
+        rows, positions, slots, lengths = self._upload(numbers)
+        info = DecodeInfo(slots, lengths.int(), self._upload(tables), host_lengths=numbers[3].tolist())
+        return self.decode_forward(self.last_tokens.index_select(0, rows), positions, info)
 
     def decode_forward(
         self,
