@@ -33,7 +33,7 @@ from pipeline.engine.model_runner import ModelRunner
 from pipeline.engine.models.text_model import TextModel
 from pipeline.engine.models.vision import VisionModel
 from pipeline.engine.pixels import PixelTable
-from pipeline.engine.sampler import SampleRow, sample
+from pipeline.engine.sampler import sample, sample_rows
 from pipeline.engine.scheduling.admission import AdmissionRules
 from pipeline.engine.scheduling.block_manager import BlockManager
 from pipeline.engine.scheduling.encoded_media import EncodedMedia
@@ -330,11 +330,10 @@ class NativeEngine(EngineLoop):
     @torch.inference_mode()
     def _sample_widest(self) -> None:
         """Sample a full decode batch in the way that takes the most memory."""
-        num_rows = self.options.max_running or MOST_RUNNING
-        head = self.text.lm_head
-        logits = torch.zeros(num_rows, head.out_features, dtype=self.text.dtype, device=head.device)
-        row = SampleRow(SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, logprobs=True), draw=0.5)
-        sample(logits, [row] * num_rows)
+        drawn, head = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, logprobs=True), self.text.lm_head
+        # Beside a greedy row, the others' scores are copied.
+        rows = sample_rows([SamplingParams(), *[drawn] * (self.options.max_running or MOST_RUNNING)])
+        sample(torch.zeros(len(rows), head.out_features, dtype=self.text.dtype, device=head.device), rows)
 
     def _bytes_for_cache(self, device: torch.device) -> int:
         free, total = torch.cuda.mem_get_info(device)

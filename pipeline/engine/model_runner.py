@@ -24,7 +24,7 @@ from pipeline.engine.device import upload
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.models.text_model import DeepFeatures, TextModel
 from pipeline.engine.models.vision import VisionModel
-from pipeline.engine.sampler import SeenTokens, sample, sample_row
+from pipeline.engine.sampler import SAMPLE_ROW, SeenTokens, forbidden_tokens, sample, sample_rows, set_steps
 from pipeline.engine.scheduling.encoded_media import EncodedMedia
 from pipeline.engine.scheduling.scheduler import DecodePlan, Plan, PrefillChunk, PrefillPlan
 from pipeline.engine.scheduling.stopping import StopRules
@@ -88,6 +88,7 @@ class ModelRunner:
         """The block table of each running sequence, by its row, padded with block 0."""
         self._deltas = np.zeros(max_running, dtype=np.int64)
         """`layout.delta` of each running sequence, by its row."""
+        self._sample_rows = np.zeros(max_running, dtype=SAMPLE_ROW)
         self._seen: SeenTokens | None = None
         """Made when the first sequence with a repetition penalty begins to decode."""
         self.also_timed: Callable[[str], AbstractContextManager[None]] | None = None
@@ -171,12 +172,18 @@ class ModelRunner:
         if max(samples) > 1:
             rows = np.repeat(np.arange(len(last)), samples)
             logits = logits.index_select(0, self._upload(rows).to(logits.device))
-        for sequence in plan.sampled:
+        self._begin(plan.sampled)
+        self._restart_seen(plan.sampled, logits)
+        return self._sample(logits, plan.sampled)
+
+    def _begin(self, sequences: SequenceOf[Sequence]) -> None:
+        """Note what decode passes need of these sequences, whose prompts are in the cache."""
+        rows = [sequence.row for sequence in sequences]
+        self._sample_rows[rows] = sample_rows([sequence.sampling for sequence in sequences], sequences)
+        for sequence in sequences:
             self._deltas[sequence.row] = sequence.layout.delta
             self._tables[sequence.row] = 0
             self._tables[sequence.row, : len(sequence.block_table)] = sequence.block_table
-        self._restart_seen(plan.sampled, logits)
-        return self._sample(logits, plan.sampled)
 
     def _slots(self, sequence: Sequence, start: int, stop: int) -> npt.NDArray[np.int64]:
         size = self.cache.block_size
@@ -261,17 +268,19 @@ class ModelRunner:
         )
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> PassResult:
-        steps = [s.num_computed - s.num_prompt_tokens for s in sequences]
-        rows = [sample_row(s, self.rules, step) for s, step in zip(sequences, steps, strict=True)]
-        index = self._upload(np.asarray([sequence.row for sequence in sequences], dtype=np.int64))
-        # The head may lie on another device than the embedding, where the next pass begins.
-        there = index.to(logits.device)
-        if self._seen is None or not any(sequence.sampling.is_penalized for sequence in sequences):
-            tokens, logprobs = sample(logits, rows)
+        places = np.asarray([sequence.row for sequence in sequences])
+        lengths = np.asarray([sequence.num_computed for sequence in sequences])
+        rows = self._sample_rows[places]
+        set_steps(rows, lengths - rows["num_prompt_tokens"])
+        forbidden = forbidden_tokens(rows, sequences, self.rules)
+        index = self._upload(places)
+        if self._seen is None or not rows["is_penalized"].any():
+            tokens, logprobs = sample(logits, rows, forbidden=forbidden)
         else:
-            lengths = [s.num_prompt_tokens + step for s, step in zip(sequences, steps, strict=True)]
-            tokens, logprobs = sample(logits, rows, self._seen.of(there, max(lengths)))
-            self._seen.add([sequence.row for sequence in sequences], lengths, tokens)
+            # The head may lie on another device than the embedding, where the next pass begins.
+            seen = self._seen.of(index.to(logits.device), int(lengths.max()))
+            tokens, logprobs = sample(logits, rows, seen, forbidden)
+            self._seen.add(places, lengths, tokens)
         tokens = tokens.to(self.device)
         logprobs = None if logprobs is None else logprobs.to(self.device)
         self.last_tokens.index_copy_(0, index, tokens)

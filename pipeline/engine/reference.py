@@ -21,7 +21,7 @@ from pipeline.engine.attention.choose import flash_attn_installed
 from pipeline.engine.device import current, gpu_name, is_alive
 from pipeline.engine.interface import Detokenize, Engine
 from pipeline.engine.pixels import PixelTable
-from pipeline.engine.sampler import SeenTokens, sample, sample_row
+from pipeline.engine.sampler import SeenTokens, forbidden_tokens, sample, sample_rows, set_steps
 from pipeline.engine.scheduling.admission import AdmissionRules
 from pipeline.engine.scheduling.stopping import StopRules
 from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, SequenceStatus, error_completions
@@ -215,8 +215,10 @@ class _Choose(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         rules, sequences = self.follow.rules, self.follow.sequences
-        rows = [sample_row(sequence, rules, len(sequence.output_ids)) for sequence in sequences]
-        tokens, logprobs = sample(scores, rows, self._seen(sequences, scores))
+        rows = sample_rows([sequence.sampling for sequence in sequences], sequences)
+        set_steps(rows, np.asarray([len(sequence.output_ids) for sequence in sequences]))
+        forbidden = forbidden_tokens(rows, sequences, rules)
+        tokens, logprobs = sample(scores, rows, self._seen(sequences, scores), forbidden)
         self.follow.logprobs = None if logprobs is None else logprobs.tolist()
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 

@@ -11,7 +11,7 @@ the row's seed, so a row's token does not depend on the other rows.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,24 +28,55 @@ MAX_BEST = 1024
 _BITS_OF_ONE = 0x3F800000
 
 
-@dataclass(frozen=True)
-class SampleRow:
-    """What the sampler needs to know of one row, as plain host values."""
+_LARGEST = 2**62
+"""`top_k` may be any number; no vocabulary has so many tokens."""
 
-    sampling: SamplingParams
-    draw: float
-    """In [0, 1); unused where greedy."""
-    forbidden: tuple[int, ...] = ()
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
-    """In its row of `seen`, the answer follows the prompt."""
+_OF_PARAMS: dict[str, type] = {
+    **dict.fromkeys(("temperature", "top_p", "min_p"), np.float64),
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), np.float64),
+    **dict.fromkeys(("top_k", "min_tokens"), np.int64),
+    **dict.fromkeys(("is_penalized", "logprobs"), np.bool_),
+}
+_OF_SEQUENCE: dict[str, type] = {"num_prompt_tokens": np.int64, "draw_key": np.uint64}
+_OF_TOKEN: dict[str, type] = {"num_output_tokens": np.int64, "draw": np.float64}
+SAMPLE_ROW = np.dtype([*_OF_PARAMS.items(), *_OF_SEQUENCE.items(), *_OF_TOKEN.items()], align=True)
+
+SampleRows = npt.NDArray[np.void]
+"""What the sampler needs to know of the rows: [R] SAMPLE_ROW on the host. `draw` is in [0, 1), unused where greedy."""
 
 
-def sample_row(sequence: Sequence, rules: StopRules, step: int) -> SampleRow:
-    """What the sampler needs for the sequence's output token number `step`."""
-    sampling = sequence.sampling
-    draw = sequence.draw(step) if sampling.temperature > 0 else 0.0
-    return SampleRow(sampling, draw, rules.forbidden_ids(sampling, step), sequence.num_prompt_tokens, step)
+def sample_rows(sampling: SequenceOf[SamplingParams], sequences: SequenceOf[Sequence] = ()) -> SampleRows:
+    """Rows with these parameters, of these sequences where given, before their first token."""
+    rows = np.zeros(len(sampling), dtype=SAMPLE_ROW)
+    for name in _OF_PARAMS:
+        rows[name] = [min(getattr(each, name), _LARGEST) for each in sampling]
+    if sequences:
+        rows["num_prompt_tokens"] = [sequence.num_prompt_tokens for sequence in sequences]
+        seeds = np.asarray([sequence.seed for sequence in sequences], dtype=np.uint64)
+        rows["draw_key"] = _mix(_mix(seeds) ^ np.asarray([sequence.index for sequence in sequences], dtype=np.uint64))
+    return rows
+
+
+def set_steps(rows: SampleRows, steps: npt.NDArray[np.int64]) -> None:
+    """From now on these are the rows of output tokens of these numbers."""
+    rows["num_output_tokens"] = steps
+    # A number in [0, 1) that depends on the seed, the sample's index and the token's number alone.
+    keys: npt.NDArray[np.uint64] = rows["draw_key"]
+    rows["draw"] = (_mix(keys ^ steps.astype(np.uint64)) >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64, a cheap integer hash."""
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def forbidden_tokens(rows: SampleRows, sequences: SequenceOf[Sequence], rules: StopRules) -> list[tuple[int, int]]:
+    """(row, token) of the tokens that may not be chosen yet."""
+    early = np.flatnonzero(rows["num_output_tokens"] < rows["min_tokens"]).tolist()
+    return [(i, token) for i in early for token in rules.end_ids(sequences[i].sampling)]
 
 
 class SeenTokens:
@@ -65,9 +96,9 @@ class SeenTokens:
         places = np.concatenate([row * width + np.arange(len(each)) for row, each in zip(rows, ids, strict=True)])
         self._ids.view(-1).index_copy_(0, upload(places, device), upload(np.concatenate(ids), device))
 
-    def add(self, rows: SequenceOf[int], lengths: SequenceOf[int], tokens: torch.Tensor) -> None:
+    def add(self, rows: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], tokens: torch.Tensor) -> None:
         """Each of the rows, which holds so many tokens, holds one more."""
-        places = np.asarray(rows, dtype=np.int64) * self._ids.shape[1] + np.asarray(lengths)
+        places = rows * self._ids.shape[1] + lengths
         self._ids.view(-1).index_copy_(0, upload(places, self._ids.device), tokens.to(torch.int32))
 
     def of(self, rows: torch.Tensor, longest: int) -> torch.Tensor:
@@ -78,58 +109,59 @@ class SeenTokens:
 @torch.no_grad()
 def sample(
     logits: torch.Tensor,  # [R, V] in the model's dtype
-    rows: SequenceOf[SampleRow],
+    rows: SampleRows,
     seen: torch.Tensor | None = None,  # [R, tokens] of SeenTokens; needed where a row is penalized
+    forbidden: SequenceOf[tuple[int, int]] = (),  # (row, token)
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # tokens [R] int64, log-probabilities [R] or None
     """Choose a token for each row."""
-    if all(_is_plain(row) for row in rows):
+    drawn = np.flatnonzero(rows["temperature"])
+    with_penalties, with_logprobs = rows["is_penalized"].any(), rows["logprobs"].any()
+    if not (len(drawn) or with_penalties or with_logprobs or forbidden):
         # The common case needs no float32 copy: the cast does not change which logit is the largest.
         return logits.argmax(dim=-1), None
     raw = logits.float()
     scores = raw
-    if any(row.sampling.is_penalized for row in rows):
+    if with_penalties:
         assert seen is not None, "penalties need the tokens seen so far"
         scores = penalize(raw, rows, seen)
-    if any(row.forbidden for row in rows):
-        scores = _forbid(scores, rows)
-    tokens = scores.argmax(dim=-1)
-    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
-    if drawn:
-        index = upload(np.asarray(drawn), logits.device)
-        tokens = tokens.index_copy(0, index, _draw(scores[index], [rows[i] for i in drawn]))
-    if not any(row.sampling.logprobs for row in rows):
+    if forbidden:
+        scores = _forbid(scores, forbidden)
+    if len(drawn) == len(rows):
+        tokens = _draw(scores, rows)
+    else:
+        tokens = scores.argmax(dim=-1)
+        if len(drawn):
+            index = upload(drawn, logits.device)
+            tokens = tokens.index_copy(0, index, _draw(scores[index], rows[drawn]))
+    if not with_logprobs:
         return tokens, None
     chosen = raw.gather(1, tokens[:, None]).squeeze(1)
     return tokens, chosen - raw.logsumexp(dim=-1)
 
 
-def _is_plain(row: SampleRow) -> bool:
-    sampling = row.sampling
-    return sampling.temperature == 0 and not (sampling.logprobs or sampling.is_penalized or row.forbidden)
-
-
-def penalize(logits: torch.Tensor, rows: SequenceOf[SampleRow], ids: torch.Tensor) -> torch.Tensor:
+def penalize(logits: torch.Tensor, rows: SampleRows, ids: torch.Tensor) -> torch.Tensor:
     """Scores [R, V] after the penalties, for the tokens [R, tokens] of prompts and answers."""
-    device, sampling, scores, ids = logits.device, [row.sampling for row in rows], logits, ids.long()
-    if any(s.repetition_penalty != 1.0 for s in sampling):
-        found, penalty = scores.gather(1, ids), _column([s.repetition_penalty for s in sampling], device)
+    device, scores, ids = logits.device, logits, ids.long()
+    if (rows["repetition_penalty"] != 1).any():
+        found, penalty = scores.gather(1, ids), _column(rows["repetition_penalty"], device)
         scores = scores.scatter(1, ids, torch.where(found < 0, found * penalty, found / penalty))
-    if any(s.presence_penalty or s.frequency_penalty for s in sampling):
-        start = _column([row.num_prompt_tokens for row in rows], device)
-        stop = start + _column([row.num_output_tokens for row in rows], device)
+    if rows["presence_penalty"].any() or rows["frequency_penalty"].any():
+        # In its row of `ids`, the answer follows the prompt.
+        start = _column(rows["num_prompt_tokens"], device)
+        stop = start + _column(rows["num_output_tokens"], device)
         place = torch.arange(ids.shape[1], device=device)
         counts = torch.zeros_like(scores).scatter_add_(1, ids, ((place >= start) & (place < stop)).float())
-        scores = scores - _column([s.frequency_penalty for s in sampling], device) * counts
-        scores = scores - _column([s.presence_penalty for s in sampling], device) * (counts > 0)
+        scores = scores - _column(rows["frequency_penalty"], device) * counts
+        scores = scores - _column(rows["presence_penalty"], device) * (counts > 0)
     return scores
 
 
-def _column(values: SequenceOf[float], device: torch.device) -> torch.Tensor:
-    return upload(np.asarray(values, dtype=np.float32), device)[:, None]
+def _column(values: npt.NDArray[Any], device: torch.device, dtype: type = np.float32) -> torch.Tensor:
+    return upload(np.array(values, dtype=dtype), device)[:, None]
 
 
-def _forbid(scores: torch.Tensor, rows: SequenceOf[SampleRow]) -> torch.Tensor:
-    pairs = [(i, token) for i, row in enumerate(rows) for token in row.forbidden if token < scores.shape[1]]
+def _forbid(scores: torch.Tensor, forbidden: SequenceOf[tuple[int, int]]) -> torch.Tensor:
+    pairs = [(i, token) for i, token in forbidden if token < scores.shape[1]]
     if not pairs:
         return scores
     index = upload(np.asarray(pairs, dtype=np.int64), scores.device)
@@ -137,31 +169,30 @@ def _forbid(scores: torch.Tensor, rows: SequenceOf[SampleRow]) -> torch.Tensor:
     return scores.index_put((index[:, 0], index[:, 1]), scores.new_full((), -torch.inf))
 
 
-def _draw(scores: torch.Tensor, rows: SequenceOf[SampleRow]) -> torch.Tensor:
+def _draw(scores: torch.Tensor, rows: SampleRows) -> torch.Tensor:
     """Sample [R, V] scores by temperature and filters: tokens [R]."""
     device, vocab_size = scores.device, scores.shape[1]
-    sampling = [row.sampling for row in rows]
-    scores = scores / _column([s.temperature for s in sampling], device)
-    ks = [s.top_k if 0 < s.top_k < vocab_size else 0 for s in sampling]
-    if any(ks):
+    scores = scores / _column(rows["temperature"], device)
+    top_p, ks = rows["top_p"], rows["top_k"]
+    ks = np.where(ks < vocab_size, ks, 0)  # 0: off
+    if ks.any():
         # One top-k with the largest k; each row reads its own threshold at its k-th column.
-        best = scores.topk(max(ks), dim=-1).values
-        last = upload(np.asarray([max(k - 1, 0) for k in ks]), device)[:, None]
-        threshold = best.gather(1, last)
-        off = _column([float(k == 0) for k in ks], device).bool()
+        best = scores.topk(int(ks.max()), dim=-1).values
+        threshold = best.gather(1, _column(np.maximum(ks - 1, 0), device, np.int64))
+        off = _column(ks == 0, device).bool()
         scores = scores.masked_fill((scores < threshold) & ~off, -torch.inf)
-    if any(s.top_p < 1 for s in sampling):
+    if (top_p < 1).any():
         mass = scores.softmax(dim=-1)
         # Where top-p is off, a sum that is never reached keeps everything.
-        wanted = _column([s.top_p if s.top_p < 1 else 2.0 for s in sampling], device)
-        most = max(k or vocab_size for k, s in zip(ks, sampling, strict=True) if s.top_p < 1)  # 0: top-k is off
+        wanted = _column(np.where(top_p < 1, top_p, 2.0), device)
+        most = int(np.where(ks > 0, ks, vocab_size)[top_p < 1].max())
         scores = scores.masked_fill(mass < _smallest_kept(mass, wanted, most), -torch.inf)
     probabilities = scores.softmax(dim=-1)
-    if any(s.min_p > 0 for s in sampling):
-        floor = probabilities.amax(dim=-1, keepdim=True) * _column([s.min_p for s in sampling], device)
+    if rows["min_p"].any():
+        floor = probabilities.amax(dim=-1, keepdim=True) * _column(rows["min_p"], device)
         probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    draws = upload(np.asarray([row.draw for row in rows], dtype=np.float64), scores.device)[:, None]
+    draws = _column(rows["draw"], device, np.float64)
     # The first token whose cumulative mass exceeds the draw has a probability above 0.
     picked = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).squeeze(1)
     return picked.clamp_(max=vocab_size - 1)

@@ -160,23 +160,6 @@ class SequenceStatus(Enum):
     FINISHED = "finished"
 
 
-_MASK = 2**64 - 1
-
-
-def _mix(value: int) -> int:
-    """splitmix64, a cheap integer hash."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-def uniform_draw(seed: int, index: int, step: int) -> float:
-    """A number in [0, 1) that depends on the seed, the sample's index and the token's number alone."""
-    mixed = _mix(_mix(_mix(seed & _MASK) ^ index) ^ step)
-    return (mixed >> 11) * 2.0**-53
-
-
 @dataclass(eq=False)
 class Sequence:
     """The state of one sample. Only independent facts are stored, besides three facts of the request that every pass
@@ -243,10 +226,6 @@ class Sequence:
         first = max(0, start - self.num_prompt_tokens)
         output = np.asarray(self.output_ids[first : stop - self.num_prompt_tokens], dtype=np.int32)
         return np.concatenate([prompt, output]) if len(prompt) else output
-
-    def draw(self, step: int) -> float:
-        """The number in [0, 1) that chooses output token `step`."""
-        return uniform_draw(self.seed, self.index, step)
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         assert not self.is_finished, f"sequence {self.request.request_id}/{self.index} finished twice"

@@ -18,10 +18,8 @@ class StopRules:
     eos_token_ids: frozenset[int]
     detokenize: Callable[[SequenceOf[int]], str] | None = None
 
-    def forbidden_ids(self, sampling: SamplingParams, num_output_tokens: int) -> tuple[int, ...]:
-        """Tokens that may not be chosen yet, because `min_tokens` is not reached."""
-        if num_output_tokens >= sampling.min_tokens:
-            return ()
+    def end_ids(self, sampling: SamplingParams) -> tuple[int, ...]:
+        """Tokens that end an answer, and may not be chosen before `min_tokens`."""
         ends = frozenset(sampling.stop_token_ids)
         return tuple(sorted(ends if sampling.ignore_eos else ends | self.eos_token_ids))
 

@@ -11,17 +11,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.engine.sampler import SampleRow, SeenTokens, _search_smallest_kept, _smallest_kept, penalize, sample
+from pipeline.engine.sampler import (
+    SampleRows,
+    SeenTokens,
+    _search_smallest_kept,
+    _smallest_kept,
+    penalize,
+    sample,
+    sample_rows,
+    set_steps,
+)
 from pipeline.engine.scheduling.stopping import repeats_endlessly
-from pipeline.engine.sequence import uniform_draw
+from pipeline.engine.sequence import PromptLayout, Request, Sequence
 from pipeline.engine.settings import SamplingParams
+
+
+def make_rows(*sampling: SamplingParams, **columns: Any) -> SampleRows:
+    rows = sample_rows(sampling)
+    for name, values in columns.items():
+        rows[name] = values
+    return rows
 
 
 def distribution(logits: list[float], **params: Any) -> dict[int, float]:
     """The share of each token over evenly spread draws."""
     draws = (np.arange(2000) + 0.5) / 2000
     sampling = SamplingParams(**{"temperature": 1.0, **params})
-    tokens, _ = sample(torch.tensor([logits] * len(draws)), [SampleRow(sampling, d) for d in draws])
+    tokens, _ = sample(torch.tensor([logits] * len(draws)), make_rows(*[sampling] * len(draws), draw=draws))
     ids, counts = np.unique(tokens.numpy(), return_counts=True)
     return dict(zip(ids.tolist(), (counts / len(draws)).tolist(), strict=True))
 
@@ -45,12 +61,13 @@ def test_temperature_flattens_and_sharpens() -> None:
 
 
 def test_greedy_takes_the_lowest_id_of_equal_logits() -> None:
-    tokens, _ = sample(torch.tensor([[1.0, 3.0, 3.0]]), [SampleRow(SamplingParams(), 0.9)])
+    tokens, _ = sample(torch.tensor([[1.0, 3.0, 3.0]]), make_rows(SamplingParams(), draw=0.9))
     assert tokens.tolist() == [1]
 
 
 def test_top_k_keeps_the_k_largest() -> None:
     assert set(distribution(LOGITS, top_k=1)) == {1}
+    assert len(distribution(LOGITS, top_k=10**30)) == 4
     shares = distribution(LOGITS, top_k=2)
     assert set(shares) == {1, 2}
     assert shares[1] == pytest.approx(softmax([2.0, 1.0])[0], abs=1e-3)
@@ -92,8 +109,8 @@ def test_rows_with_and_without_top_p_in_one_batch_over_a_large_vocabulary() -> N
     )
     params: list[dict[str, Any]] = [{"top_p": 0.9}, {"top_p": 0.9}, {}, {"top_p": 0.9, "top_k": 7}]
     for draw in (0.0, 0.35, 0.999):
-        rows = [SampleRow(SamplingParams(temperature=1.0, **each), draw) for each in params]
-        alone = [int(sample(logits[i : i + 1], [row])[0]) for i, row in enumerate(rows)]
+        rows = make_rows(*[SamplingParams(temperature=1.0, **each) for each in params], draw=draw)
+        alone = [int(sample(logits[i : i + 1], rows[i : i + 1])[0]) for i in range(len(rows))]
         assert sample(logits, rows)[0].tolist() == alone
 
 
@@ -101,7 +118,7 @@ def test_tokens_of_probability_zero_are_never_drawn() -> None:
     """Draws on the boundaries: 0, and just where a token's share begins that a filter has dropped."""
     logits = [-math.inf, 0.0, -math.inf, 0.0, -math.inf]
     draws = [0.0, 0.25, 0.5, 1.0 - 2**-53]
-    rows = [SampleRow(SamplingParams(temperature=1.0), draw) for draw in draws]
+    rows = make_rows(*[SamplingParams(temperature=1.0)] * 4, draw=draws)
     assert sample(torch.tensor([logits] * 4), rows)[0].tolist() == [1, 1, 3, 3]
 
 
@@ -146,12 +163,12 @@ def test_repetition_penalty_gives_the_scores_of_transformers(penalty: float) -> 
     shares = expected.softmax(-1)[0]
     draws = (np.arange(4000) + 0.5) / 4000
     sampling = SamplingParams(repetition_penalty=penalty, temperature=1.0)
-    rows = [SampleRow(sampling, draw) for draw in draws]
+    rows = make_rows(*[sampling] * 4000, draw=draws)
     tokens, _ = sample(logits[:1].repeat(4000, 1), rows, seen_tokens(ids).repeat(4000, 1))
     found = torch.bincount(tokens, minlength=30) / 4000
     torch.testing.assert_close(found, shares, rtol=0, atol=1e-3)
     # A row without a penalty is not touched, whatever tokens it holds.
-    both = [SampleRow(sampling, 0.3), SampleRow(SamplingParams(temperature=1.0), 0.3)]
+    both = make_rows(sampling, SamplingParams(temperature=1.0), draw=0.3)
     alone = sample(logits[1:], both[1:])[0]
     assert sample(logits, both, seen_tokens(ids, list(range(30))))[0][1] == alone[0]
 
@@ -159,7 +176,7 @@ def test_repetition_penalty_gives_the_scores_of_transformers(penalty: float) -> 
 def test_a_row_s_tokens_grow_by_each_one_chosen_and_are_forgotten_when_it_starts_again() -> None:
     seen = SeenTokens(3, 8, torch.device("cpu"))
     seen.restart([2, 0], [np.asarray([1, 4, 5], dtype=np.int32), np.asarray([7], dtype=np.int32)])
-    seen.add([0, 2], [1, 3], torch.tensor([3, 6]))
+    seen.add(np.asarray([0, 2]), np.asarray([1, 3]), torch.tensor([3, 6]))
     assert [set(row) for row in seen.of(torch.tensor([0, 2]), 8).tolist()] == [{3, 7}, {1, 4, 5, 6}]
     seen.restart([2], [np.asarray([9], dtype=np.int32)])
     assert [set(row) for row in seen.of(torch.tensor([2, 0]), 4).tolist()] == [{9}, {3, 7}]
@@ -189,32 +206,28 @@ def test_penalties_equal_a_plain_definition(rows: list[Any], seed: int) -> None:
     seen = seen_tokens(*[prompt + answer for prompt, answer, *_ in rows])
     found = penalize(
         logits,
-        [
-            SampleRow(
-                SamplingParams(presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition),
-                0.0,
-                num_prompt_tokens=len(prompt),
-                num_output_tokens=len(answer),
-            )
-            for prompt, answer, presence, frequency, repetition in rows
-        ],
+        make_rows(
+            *[
+                SamplingParams(presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition)
+                for _, _, presence, frequency, repetition in rows
+            ],
+            num_prompt_tokens=[len(prompt) for prompt, *_ in rows],
+            num_output_tokens=[len(answer) for _, answer, *_ in rows],
+        ),
         seen,
     )
     torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-5, atol=1e-5)
 
 
 def test_forbidden_tokens_are_never_chosen() -> None:
-    rows = [SampleRow(SamplingParams(), 0.0, forbidden=(1,)), SampleRow(SamplingParams(), 0.0)]
-    assert sample(torch.tensor([LOGITS, LOGITS]), rows)[0].tolist() == [2, 1]
+    rows = make_rows(SamplingParams(), SamplingParams())
+    assert sample(torch.tensor([LOGITS, LOGITS]), rows, forbidden=[(0, 1)])[0].tolist() == [2, 1]
 
 
 def test_logprobs_are_of_the_unfiltered_logits() -> None:
-    rows = [
-        SampleRow(SamplingParams(logprobs=True), 0.0),
-        SampleRow(SamplingParams(logprobs=True, temperature=0.3, top_k=1), 0.5),
-        SampleRow(SamplingParams(logprobs=True), 0.0, forbidden=(1,)),
-    ]
-    tokens, logprobs = sample(torch.tensor([LOGITS] * 3), rows)
+    greedy, drawn = SamplingParams(logprobs=True), SamplingParams(logprobs=True, temperature=0.3, top_k=1)
+    rows = make_rows(greedy, drawn, greedy, draw=0.5)
+    tokens, logprobs = sample(torch.tensor([LOGITS] * 3), rows, forbidden=[(2, 1)])
     assert logprobs is not None and tokens.tolist() == [1, 1, 2]
     expected = [math.log(softmax(LOGITS)[token]) for token in (1, 1, 2)]
     assert logprobs.tolist() == pytest.approx(expected, abs=1e-5)
@@ -233,22 +246,25 @@ def test_a_rows_token_does_not_depend_on_its_neighbours() -> None:
         {"temperature": 2.0, "top_k": 40, "top_p": 0.9},
         {"temperature": 0.2},
     ]
-    rows = [
-        SampleRow(
-            SamplingParams(**kind),
-            uniform_draw(1, 0, i),
-        )
-        for i, kind in enumerate(kinds)
-    ]
+    rows = make_rows(*[SamplingParams(**kind) for kind in kinds], draw=np.arange(0.05, 1, 0.125))
     seen = seen_tokens(*[[1, 2 + i] for i in range(8)])
     together = sample(logits, rows, seen)[0].tolist()
-    alone = [int(sample(logits[i : i + 1], [row], seen[i : i + 1])[0]) for i, row in enumerate(rows)]
+    alone = [int(sample(logits[i : i + 1], rows[i : i + 1], seen[i : i + 1])[0]) for i in range(len(rows))]
     backwards = sample(logits.flip(0), rows[::-1], seen.flip(0))[0].tolist()[::-1]
     assert together == alone == backwards
 
 
 def test_draws_depend_on_seed_sample_and_step_and_are_spread_evenly() -> None:
-    draws = np.asarray([uniform_draw(s, i, t) for s in range(10) for i in range(10) for t in range(100)])
+    sampling, layout = SamplingParams(temperature=1.0), PromptLayout(np.zeros((3, 1), dtype=np.int32), 0, ())
+    request = Request(0, np.zeros(1, dtype=np.int32), (), sampling)
+    sequences = [Sequence(request, index, seed, layout) for seed in range(10) for index in range(10)]
+    rows = sample_rows([sampling] * 100, sequences)
+    drawn = []
+    for step in range(100):
+        set_steps(rows, np.full(100, step))
+        drawn.append(rows["draw"].copy())
+    draws = np.concatenate(drawn)
+    assert draws[[0, 1, 9999]].tolist() == [0.13870941014555427, 0.2691303195904541, 0.10084365414430774]
     assert len(set(draws.tolist())) == len(draws)
     assert draws.min() >= 0 and draws.max() < 1
     counts = np.histogram(draws, bins=10, range=(0, 1))[0]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.engine.sampler import forbidden_tokens, sample_rows, set_steps
 from pipeline.engine.scheduling.stopping import StopRules
 from pipeline.engine.sequence import PromptLayout, Request, Sequence
 from pipeline.engine.settings import SamplingParams
@@ -37,13 +38,15 @@ def answer(tokens: SequenceOf[int], **params: Any) -> Sequence:
     return sequence
 
 
-@pytest.mark.parametrize(("num_tokens", "forbidden"), [(0, (END, STOP)), (2, (END, STOP)), (3, ()), (4, ())])
-def test_end_tokens_are_forbidden_for_just_min_tokens(num_tokens: int, forbidden: tuple[int, ...]) -> None:
+def test_end_tokens_are_forbidden_for_just_min_tokens() -> None:
     rules = StopRules(frozenset({END}))
-    sampling = SamplingParams(min_tokens=3, stop_token_ids=(STOP,))
-    assert rules.forbidden_ids(sampling, num_tokens) == forbidden
-    ignoring = SamplingParams(min_tokens=3, stop_token_ids=(STOP,), ignore_eos=True)
-    assert rules.forbidden_ids(ignoring, 0) == (STOP,)
+    sequence = answer([], min_tokens=3, stop_token_ids=(STOP,))
+    ignoring = answer([], min_tokens=3, stop_token_ids=(STOP,), ignore_eos=True)
+    sequences = [*[sequence] * 4, ignoring]
+    rows = sample_rows([each.sampling for each in sequences])
+    set_steps(rows, np.asarray([0, 2, 3, 4, 0]))
+    expected = [(0, END), (0, STOP), (1, END), (1, STOP), (4, STOP)]
+    assert forbidden_tokens(rows, sequences, rules) == expected
 
 
 def test_a_stop_string_counts_from_min_tokens_on() -> None:
