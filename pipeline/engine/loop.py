@@ -109,7 +109,7 @@ class EngineLoop(Engine):
             for sequence, token, logprob in self._in_flight.popleft().read():
                 sequence.num_in_flight -= 1
                 self.rules.append(sequence, token, logprob)
-                if sequence.is_finished:
+                if sequence.finish_reason is not None:
                     self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:

@@ -55,7 +55,7 @@ class PassResult:
             for sequence, token, logprob, epoch in zip(
                 self.sequences, self.tokens.tolist(), logprobs, self.epochs, strict=True
             )
-            if not sequence.is_finished and sequence.num_preemptions == epoch
+            if sequence.finish_reason is None and sequence.num_preemptions == epoch
         ]
 
 

@@ -27,7 +27,6 @@ MAX_BEST = 1024
 
 _BITS_OF_ONE = 0x3F800000
 
-
 _LARGEST = 2**62
 """`top_k` may be any number; no vocabulary has so many tokens."""
 
@@ -60,9 +59,10 @@ def sample_rows(sampling: SequenceOf[SamplingParams], sequences: SequenceOf[Sequ
 def set_steps(rows: SampleRows, steps: npt.NDArray[np.int64]) -> None:
     """From now on these are the rows of output tokens of these numbers."""
     rows["num_output_tokens"] = steps
-    # A number in [0, 1) that depends on the seed, the sample's index and the token's number alone.
-    keys: npt.NDArray[np.uint64] = rows["draw_key"]
-    rows["draw"] = (_mix(keys ^ steps.astype(np.uint64)) >> np.uint64(11)) * 2.0**-53
+    if rows["temperature"].any():
+        # A number in [0, 1) that depends on the seed, the sample's index and the token's number alone.
+        keys: npt.NDArray[np.uint64] = rows["draw_key"]
+        rows["draw"] = (_mix(keys ^ steps.astype(np.uint64)) >> np.uint64(11)) * 2.0**-53
 
 
 def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -289,7 +289,7 @@ class Scheduler:
         A sample for which there is no room stays in the queue and computes the prompt itself later.
         """
         leader = chunk.sequence
-        if leader.output_ids:
+        if leader.sampling.n == 1 or leader.output_ids:
             return
         num_full, rest = divmod(leader.num_prompt_tokens, self.blocks.block_size)
         grows = self.blocks.blocks_for(leader.max_num_tokens) > num_full + bool(rest)
