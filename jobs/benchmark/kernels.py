@@ -76,7 +76,7 @@ def launches(shape: ModelShape) -> Iterator[Launch]:
     # Imported here: only this benchmark needs triton.
     from pipeline.engine.attention.torch_varlen import TorchAttention
     from pipeline.engine.kernels.fused import FusedKernels
-    from pipeline.engine.kernels.paged_decode import paged_decode
+    from pipeline.engine.kernels.paged_decode import cut, paged_decode
 
     found: list[Launch] = []
 
@@ -96,10 +96,11 @@ def launches(shape: ModelShape) -> Iterator[Launch]:
     nowhere, dtype = torch.device("meta"), torch.bfloat16
     run_every_operation(FusedKernels(record), widths, nowhere, dtype)
     cache = torch.empty(64, TorchAttention.block_size, shape.kv_heads, shape.head_dim, dtype=dtype, device=nowhere)
-    for num_rows in (16, 256):  # keys in several parts, and in one
-        q = torch.empty(num_rows, shape.heads, shape.head_dim, dtype=dtype, device=nowhere)
-        tables = torch.empty(num_rows, 64, dtype=torch.int32, device=nowhere)
-        paged_decode(q, cache, cache, tables, tables[:, 0], launch=record)
+    q = torch.empty(16, shape.heads, shape.head_dim, dtype=dtype, device=nowhere)
+    tables = torch.empty(16, 64, dtype=torch.int32, device=nowhere)
+    lengths = tables[:, 0].contiguous()
+    parts = cut(lengths, block_size=TorchAttention.block_size, num_kv_heads=shape.kv_heads)
+    paged_decode(q, cache, cache, tables, lengths, parts, launch=record)
     seen = set()
     for launch in found:
         key = (launch.kernel.__name__, str(_signature(launch)))

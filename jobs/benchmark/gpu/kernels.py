@@ -218,28 +218,44 @@ def prompt_case(device: torch.device, heads: int, kv_heads: int, prompts: int, l
     return Packed(q, k, v, ends, length, True, 128**-0.5)
 
 
-def decode(found: Measurements, device: torch.device, rows: int, length: int, heads: int, kv_heads: int) -> None:
-    from pipeline.engine.kernels.paged_decode import paged_decode  # needs triton, which a dry run may lack
+def decode(found: Measurements, device: torch.device, name: str, lengths: Sequence[int], kv_heads: int) -> None:
+    """One token of rows with these lengths, with the heads of 2b or 7b."""
+    from pipeline.engine.kernels.paged_decode import cut, paged_decode  # needs triton, which a dry run may lack
 
-    size, width = 64, -(-length // 64)
+    heads = {2: 12, 4: 28}[kv_heads]
+    rows, size, width = len(lengths), 64, -(-max(lengths) // 64)
     cache = torch.randn(2, rows * width + 1, size, kv_heads, 128, device=device, dtype=torch.bfloat16)
     tables = torch.randperm(rows * width, device=device).to(torch.int32).view(rows, width)
-    lengths = torch.full((rows,), length, dtype=torch.int32, device=device)
+    on_device = torch.tensor(lengths, dtype=torch.int32, device=device)
     q = torch.randn(rows, heads, 128, device=device, dtype=torch.bfloat16)
-    keys, values = (part[tables[0].long()].flatten(0, 1)[:length].float() for part in cache)
+    keys, values = (part[tables[0].long()].flatten(0, 1)[: lengths[0]].float() for part in cache)
     truth = _attention(q[:1].float(), keys, values, False, 128**-0.5)[0]
-    moved = 2 * rows * length * kv_heads * 128 * 2
+    moved = 2 * sum(lengths) * kv_heads * 128 * 2
+    parts = cut(on_device, block_size=size, num_kv_heads=kv_heads)  # once a pass
 
     def body() -> tuple[float, str]:
         def call() -> torch.Tensor:
-            return paged_decode(q, cache[0], cache[1], tables, lengths)
+            return paged_decode(q, cache[0], cache[1], tables, on_device, parts)
 
         error = _error(call()[0], truth)
         seconds = device_seconds(call)
         speed = moved / seconds / 1e12
         return speed, f"{seconds * 1e6:8.1f} us {speed:6.2f} TB/s of keys and values   error {error:.1e}"
 
-    found.measure(f"decode {rows} rows x {length}, {heads}/{kv_heads}", body)
+    found.measure(f"decode {name}, {heads}/{kv_heads}", body)
+
+
+DECODES = (
+    ("512 rows x 320", [320] * 512, 2),
+    ("256 rows x 512", [512] * 256, 2),
+    ("64 rows x 400", [400] * 64, 2),
+    ("256 rows x 1450", [1450] * 256, 2),
+    ("256 rows x 1450", [1450] * 256, 4),
+    ("16 rows x 24000 and 48 x 400", [24000] * 16 + [400] * 48, 2),
+    ("1 row x 24000 and 255 x 400", [24000] + [400] * 255, 2),
+    ("8 rows x 16384", [16384] * 8, 2),
+    ("1 row x 30000", [30000], 2),
+)
 
 
 def elementwise(found: Measurements, device: torch.device, kernels: EagerKernels, num_rows: int) -> None:
@@ -295,8 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             device, heads, kv_heads, *((16, 1024) if on_gpu else (2, 32))
         )
     if on_gpu:
-        for shape in ((256, 512, 12, 2), (256, 1500, 12, 2), (256, 1500, 28, 4), (32, 4096, 28, 4), (8, 16384, 12, 2)):
-            decode(found, device, *shape)
+        for name, lengths, kv_heads in DECODES:
+            decode(found, device, name, lengths, kv_heads)
     for each in reversed([candidate.load() for candidate in kernel_candidates("auto", device)]):
         with torch.inference_mode():
             elementwise(found, device, each, 16384 if on_gpu else 8)

@@ -25,6 +25,8 @@ MAX_DIFFERENCE = 0.02
 PROMPT_TOKENS = 1024
 """Of a prompt, with which kernels are measured; every second one has as many before it in the cache."""
 
+TIMED_CALLS = 8
+
 Call = Callable[[], torch.Tensor]
 Seconds = Callable[[Callable[[], object]], float]
 
@@ -95,13 +97,16 @@ def by_speed(part: str, tried: Mapping[str, Call], seconds: Seconds) -> dict[str
 
 
 def seconds_by_events(run: Callable[[], object]) -> float:
-    """Of a call on the current device."""
+    """Of a call on the current device: the mean of several that are launched at once, since one alone may take longer
+    to launch than to run."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
     run()
+    start.record()
+    for _ in range(TIMED_CALLS):
+        run()
     end.record()
     end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+    return float(start.elapsed_time(end)) / 1e3 / TIMED_CALLS
 
 
 def choose_prefill(

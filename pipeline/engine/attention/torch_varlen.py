@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.engine.attention.interface import DecodeInfo
 from pipeline.engine.attention.packed import PackedAttention, Packing
-from pipeline.engine.kernels.paged_decode import paged_decode
+from pipeline.engine.kernels.paged_decode import cut, paged_decode
 from pipeline.engine.kv_cache import KVCache
 
 
@@ -26,5 +27,11 @@ class TorchAttention(PackedAttention):
         )[0]
         return out
 
+    def begin_decode(self, info: DecodeInfo, cache: KVCache) -> None:
+        super().begin_decode(info, cache)
+        block_size, num_kv_heads = cache.keys[0].shape[1:3]
+        self._parts = cut(info.lengths, block_size=block_size, num_kv_heads=num_kv_heads)
+
     def decode(self, q: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
-        return paged_decode(q, cache.keys[layer], cache.values[layer], self._decode.tables, self._decode.lengths)
+        info = self._decode
+        return paged_decode(q, cache.keys[layer], cache.values[layer], info.tables, info.lengths, self._parts)

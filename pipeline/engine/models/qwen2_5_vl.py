@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from pipeline.engine.device import upload
 from pipeline.engine.models.architecture import Architecture
-from pipeline.engine.models.mlp import GatedMlp
+from pipeline.engine.models.mlp import GatedMlp, align_width
 from pipeline.engine.models.mrope import PositionRule
 from pipeline.engine.models.vision import Block, Frames, VisionModel, patch_coordinates
 from pipeline.engine.sequence import MERGE_SIZE
@@ -40,7 +40,10 @@ class Qwen25VLVision(VisionModel):
         self.merge1, self.merge2 = self.dense(merger.mlp[0]), self.dense(merger.mlp[2])
 
     def make_block(self, block: Any) -> Block:
-        mlp = GatedMlp(self.dense(block.mlp.gate_proj, block.mlp.up_proj), self.dense(block.mlp.down_proj))
+        gate, up, down = block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj
+        if down.weight.device.type == "cuda":
+            align_width(gate, up, down)  # published checkpoints are 3,420 wide
+        mlp = GatedMlp(self.dense(gate, up), self.dense(down))
         return Block(block.norm1, self.dense(block.attn.qkv), self.dense(block.attn.proj), block.norm2, mlp)
 
     def run(self, frames: Sequence[Frames]) -> torch.Tensor:

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm, apply_rotary_pos_emb_vision
 
-from pipeline.engine.dense import Dense
+from pipeline.engine.dense import Dense, dense
 from pipeline.engine.kernels import eager
 from pipeline.engine.kernels.eager import EAGER
-from pipeline.engine.models.mlp import GatedMlp, PlainMlp
+from pipeline.engine.models.mlp import GatedMlp, PlainMlp, align_width
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -31,6 +31,20 @@ def test_mlps_in_slices_give_what_all_rows_give(rows: int, monkeypatch: pytest.M
     monkeypatch.setattr(eager, "ROWS_IN_CACHE", 4)
     for mlp, result in zip((plain, quick, gated), expected, strict=True):
         torch.testing.assert_close(mlp(x, EAGER), result)
+
+
+@pytest.mark.parametrize(("dtype", "width", "aligned"), [(torch.bfloat16, 20, 24), (torch.float32, 20, 20)])
+def test_a_width_that_is_aligned_with_zeros_gives_the_same(dtype: torch.dtype, width: int, aligned: int) -> None:
+    torch.manual_seed(0)
+    gate, up, down = (torch.nn.Linear(*sizes, dtype=dtype) for sizes in ((6, width), (6, width), (width, 6)))
+    x = torch.randn(11, 6, dtype=dtype)
+    with torch.inference_mode():
+        expected = GatedMlp(dense(gate, up), dense(down))(x, EAGER)
+        align_width(gate, up, down)
+        found = GatedMlp(dense(gate, up), dense(down))
+        assert found.width == aligned and gate.weight.shape == (aligned, 6)
+        torch.testing.assert_close(found(x, EAGER), expected)
+        torch.testing.assert_close(down(F.silu(gate(x)) * up(x)), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
