@@ -79,6 +79,10 @@ class ShardedAttention(AttentionBackend):
         return self.for_prefill[0].prefill_name
 
     @property
+    def kernel_seconds(self) -> dict[str, dict[str, float]]:
+        return {**self._vision.kernel_seconds, **self.for_prefill[0].kernel_seconds}
+
+    @property
     def for_vision(self) -> AttentionBackend:
         return self._vision
 

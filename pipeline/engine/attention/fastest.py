@@ -23,7 +23,7 @@ MAX_DIFFERENCE = 0.02
 """Between the results of two kernels, as a share of their norm. Rounding to bfloat16 explains less than half of it."""
 
 PROMPT_TOKENS = 1024
-"""Of a prompt, with which kernels are measured; every second one has as many before it in the cache."""
+"""Of a prompt, with which kernels are measured; one has as many before it in the cache."""
 
 TIMED_CALLS = 8
 
@@ -91,9 +91,7 @@ def by_speed(part: str, tried: Mapping[str, Call], seconds: Seconds) -> dict[str
             if name == reference or (expected is not None and not is_alive(expected.device)):
                 raise
             log.warning("%s attention: %s does not work here: %s: %s", part, name, type(error).__name__, error)
-    times = dict(sorted(times.items(), key=lambda each: each[1]))
-    log.info("%s attention, milliseconds: %s", part, {name: round(1e3 * took, 3) for name, took in times.items()})
-    return times
+    return dict(sorted(times.items(), key=lambda each: each[1]))
 
 
 def seconds_by_events(run: Callable[[], object]) -> float:
@@ -128,15 +126,16 @@ def choose_prefill(
     kernels: dict[str, Varlen] = {packed[0].name: packed[0].varlen, **others}
     length = min(PROMPT_TOKENS, max_tokens)
     count = max_tokens // length
-    lengths, totals = [length] * count, [length * (1 + row % 2) for row in range(count)]
+    lengths, totals = [length] * count, [2 * length, *[length] * (count - 1)]
     queries, keys = pack(lengths, device), pack(totals, device)
     q = _random([sum(lengths), num_heads, head_dim], dtype, device)
     k, v = (_random([sum(totals), num_kv_heads, head_dim], dtype, device) for _ in range(2))
     tried = {name: partial(kernel, q, k, v, queries, keys, True) for name, kernel in kernels.items()}
-    fastest = next(iter(by_speed("prefill", tried, seconds)))
-    if fastest in others:
-        for each in packed:
-            each.prompts = NamedKernel(fastest, others[fastest])
+    times = by_speed("prefill", tried, seconds)
+    fastest = next(iter(times))
+    for each in packed:
+        each.kernel_seconds["prefill"] = times
+        each.prompts = NamedKernel(fastest, kernels[fastest])
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -65,6 +65,11 @@ class AttentionBackend(ABC):
         return self.name
 
     @property
+    def kernel_seconds(self) -> dict[str, dict[str, float]]:
+        """Of vision and prefill, where several kernels were tried: seconds of a full pass, the fastest first."""
+        return {}
+
+    @property
     def for_vision(self) -> AttentionBackend:
         """The backend that computes vision attention."""
         return self

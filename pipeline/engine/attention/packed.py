@@ -74,6 +74,7 @@ class PackedAttention(AttentionBackend):
         """For vision; attention/vision.py may put a faster kernel here."""
         self.prompts = NamedKernel(self.name, self.varlen)
         """For prefill; attention/fastest.py may put a faster kernel here."""
+        self._kernel_seconds: dict[str, dict[str, float]] = {}
 
     @property
     def vision_name(self) -> str:
@@ -82,6 +83,10 @@ class PackedAttention(AttentionBackend):
     @property
     def prefill_name(self) -> str:
         return self.prompts.name
+
+    @property
+    def kernel_seconds(self) -> dict[str, dict[str, float]]:
+        return self._kernel_seconds
 
     @abstractmethod
     def varlen(

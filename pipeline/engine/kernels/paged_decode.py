@@ -28,7 +28,7 @@ MORE_PROGRAMS = 1024
 MIN_PART_BLOCKS = 4
 """Of a part: shorter ones would take longer to combine than they save."""
 
-COMBINED_AT_ONCE = 16
+COMBINED_AT_ONCE = 8
 
 
 class Parts(NamedTuple):
@@ -211,6 +211,7 @@ def paged_decode(
         out,
         parts.ends,
         at_once=COMBINED_AT_ONCE,
+        num_warps=1,  # most programs have nothing to combine, and many small ones end sooner
         head_dim=head_dim,
         padded_dim=padded_dim,
     )

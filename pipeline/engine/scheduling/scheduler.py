@@ -28,6 +28,10 @@ MIN_BATCH_TOKENS = 32
 LAST_BATCHES = 4
 """Once at most this many times `max_running` sequences wait, they are admitted longest first."""
 
+LARGE_PREFILL = 0.75
+"""Of a budget: so large a prefill comes before the next decode pass. To launch one of a few images takes the host about
+as long as a GPU to compute it, and the rows that wait for a large one are few."""
+
 DEFAULT_RUNNING, MOST_RUNNING, ROOM_PER_SEQUENCE = 256, 512, 2048
 
 
@@ -92,7 +96,7 @@ class Scheduler:
         max_running: int,
         max_batch_tokens: int,
         max_batch_patches: int,
-        patience: int = 8,
+        patience: int = 16,
     ) -> None:
         """`patience`: for how many decode passes a small prefill is put off."""
         self.blocks = blocks
@@ -191,7 +195,7 @@ class Scheduler:
         return self._plan_prefill()
 
     def _prefill_is_due(self) -> bool:
-        """Whether a prefill comes before the next decode pass: at once if it fills a quarter of a budget, else after
+        """Whether a prefill comes before the next decode pass: at once if it fills most of a budget, else after
         `patience` decode passes. Only waiting sequences for which there is room count."""
         if self.prefilling or not self.running:
             return True
@@ -208,7 +212,9 @@ class Scheduler:
                 return False
             tokens += sequence.num_tokens
             patches += sum(medium.num_patches for medium in sequence.request.media)
-            if 4 * tokens >= self.batch_tokens.value or 4 * patches >= self.batch_patches.value:
+            if tokens >= LARGE_PREFILL * self.batch_tokens.value:
+                return True
+            if patches >= LARGE_PREFILL * self.batch_patches.value:
                 return True
             if 4 * count >= self.max_running:
                 return True

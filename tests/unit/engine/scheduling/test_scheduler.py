@@ -149,18 +149,18 @@ def test_a_small_prefill_is_put_off_for_some_decode_passes_and_no_longer() -> No
 
 @pytest.mark.parametrize(
     ("prompts", "kind"),
-    [([249], DecodePlan), ([250], PrefillPlan), ([100, 149], DecodePlan), ([100, 150], PrefillPlan)],
+    [([749], DecodePlan), ([750], PrefillPlan), ([600, 149], DecodePlan), ([600, 150], PrefillPlan)],
 )
-def test_a_quarter_of_the_token_budget_is_prefilled_at_once(prompts: list[int], kind: type) -> None:
+def test_most_of_the_token_budget_is_prefilled_at_once(prompts: list[int], kind: type) -> None:
     scheduler = decoding_scheduler()
     for prompt in prompts:
         scheduler.add(make_sequences(prompt)[0])
     assert next_kind(scheduler) is kind
 
 
-@pytest.mark.parametrize(("patches", "kind"), [(65, DecodePlan), (64, PrefillPlan)])
-def test_a_quarter_of_the_patch_budget_is_prefilled_at_once(patches: int, kind: type) -> None:
-    scheduler = decoding_scheduler(patches=4 * patches)
+@pytest.mark.parametrize(("patches", "kind"), [(86, DecodePlan), (85, PrefillPlan)])
+def test_most_of_the_patch_budget_is_prefilled_at_once(patches: int, kind: type) -> None:
+    scheduler = decoding_scheduler(patches=patches)
     for value in range(4):  # 16 patches each
         scheduler.add(make_sequences(10, media=(image(value),))[0])
     assert next_kind(scheduler) is kind
