@@ -103,7 +103,7 @@ def stages(on_gpu: bool, site: Path) -> list[Stage]:
         facts,
         Stage("kernels", 60, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "30"),), kernels),
         Stage("bench_tiny", 120, ((*ENGINE, "--peers", "none", *tiny, *trace),), table),
-        Stage("job_tiny", 300, ((*feed, "tiny", *few),), fed, environment=with_ray),
+        Stage("job_tiny", 250, ((*feed, "tiny", *few),), fed, environment=with_ray),
         job,
     ]
 
