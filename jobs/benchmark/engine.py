@@ -53,6 +53,7 @@ PARTS = (
     "attention",
     "vision_attention",
     "prefill_attention",
+    "attention_ms",
     "kernels",
     "cuda_graphs",
     "replaced",

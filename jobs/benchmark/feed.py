@@ -42,8 +42,8 @@ _PROMPT = "Describe the image."
 def main(argv: Sequence[str]) -> int:
     parser = command_line("feed", __doc__)
     parser.add_argument("--shape", default="small", help="as of the benchmark `engine`")
-    parser.add_argument("--large", type=int, default=384, help="large images")
-    parser.add_argument("--small", type=int, default=1536, help="small images")
+    parser.add_argument("--large", type=int, default=384, help="large images; 0 leaves that job out")
+    parser.add_argument("--small", type=int, default=1536, help="small images; 0 leaves that job out")
     parser.add_argument("--side", type=int, default=1024, help="of large images")
     parser.add_argument("--tokens", type=int, default=100, help="output tokens of every row")
     parser.add_argument("--actors", type=int, help="resources.preprocess_actors. Default: the job's own")
@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
         "large": [(args.side, args.side)] * args.large,
         "small": [(int(height), int(width)) for height, width in rng.integers(240, 641, (args.small, 2))],
     }
+    kinds = {kind: sizes for kind, sizes in kinds.items() if sizes}
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(1) as background:
         folder = Path(temporary)
