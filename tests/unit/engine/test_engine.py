@@ -258,6 +258,32 @@ def test_a_prompt_above_the_cache_says_what_would_fit(tiny_model: Any) -> None:
     assert len(first(engine.generate([fits])).token_ids) == 8
 
 
+def test_a_decode_pass_gets_each_sequence_s_own_blocks(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences take over rows and blocks of others, samples share blocks, and one is preempted now and then."""
+    engine = native(tiny_model, max_running=5, cache_gb=0.0012)
+    decode_rows, scheduler, passes = engine.runner.decode_rows, engine.scheduler, []
+
+    def checked(numbers: Any, tables: Any) -> torch.Tensor:
+        owners = {sequence.row: sequence for sequence in scheduler.running}
+        for (row, _, slot, length), table in zip(numbers.T.tolist(), tables.tolist(), strict=True):
+            blocks = owners[row].block_table
+            assert (length, table[: len(blocks)], set(table[len(blocks) :])) in [
+                (owners[row].num_computed, blocks, padding) for padding in (set(), {0})
+            ]
+            assert divmod(slot, engine.cache.block_size) == (blocks[-1], (length - 1) % engine.cache.block_size)
+        passes.append(len(tables))
+        return decode_rows(numbers, tables)
+
+    monkeypatch.setattr(engine.runner, "decode_rows", checked)
+    for number in range(8):
+        engine.add(row(number, picture=number % 2 == 0, max_tokens=40, n=1 + number % 3, ignore_eos=True))
+    while engine.has_unfinished():
+        engine.step()
+        if len(passes) % 15 == 7 and scheduler.running:
+            scheduler.preempt(next(reversed(scheduler.running)))
+    assert max(passes) == 5 and scheduler.num_preemptions > 0
+
+
 def test_stop_strings_without_a_detokenizer_are_an_error_row(tiny_model: Any) -> None:
     engine = NativeEngine(from_model(tiny_model), EngineOptions("tiny"))
     assert isinstance(engine.generate([row(stop_strings=("x",))])[0].error, GenerateError)
