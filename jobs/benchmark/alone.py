@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.checkpoint.families import FAMILIES
+from pipeline.checkpoint.families.family import Family
 from pipeline.engine import Engine, Medium, Request, SamplingParams
-from pipeline.engine.sequence import patch_bytes
 from pipeline.execution.actors import EngineActor, PreprocessActor
 from pipeline.generate import GenerateOptions, GenerateStage
 from pipeline.preprocess.size import smart_resize
@@ -72,12 +73,13 @@ def _measure(engine: Engine, folder: Path) -> dict[str, float]:
 
     started = time.perf_counter()
     rows = pq.read_table(folder / "manifest.parquet").to_pylist()
-    image_token = json.loads((folder / "checkpoint" / "config.json").read_text())["image_token_id"]
+    config = json.loads((folder / "checkpoint" / "config.json").read_text())
+    family, image_token = FAMILIES[config["model_type"]], config["image_token_id"]
     rng = np.random.default_rng(0)
-    requests = [_request(number, row, image_token, rng) for number, row in enumerate(rows)]
+    requests = [_request(number, row, family, image_token, rng) for number, row in enumerate(rows)]
     few = _WARM_UP_ROWS_CUDNN if engine.describe().get("vision_attention") == "cudnn" else _WARM_UP_ROWS
     short = [{**row, "max_tokens": 3} for row in rows[:few]]
-    engine.generate([_request(number, row, image_token, rng) for number, row in enumerate(short)])
+    engine.generate([_request(number, row, family, image_token, rng) for number, row in enumerate(short)])
     for request in requests:
         _ = request.media[0].content_key  # kept by the medium; in a job the stage's threads compute it
     seconds = run_once(engine, requests)["seconds"]
@@ -88,10 +90,11 @@ def _measure(engine: Engine, folder: Path) -> dict[str, float]:
     }
 
 
-def _request(number: int, row: dict[str, Any], image_token: int, rng: np.random.Generator) -> Request:
-    size = smart_resize(row["height"], row["width"], factor=28, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
-    grid = (1, size[0] // 14, size[1] // 14)
-    patches = rng.integers(0, 256, (grid[1] * grid[2], patch_bytes("image", 14)), dtype=np.uint8)
+def _request(number: int, row: dict[str, Any], family: Family, image_token: int, rng: np.random.Generator) -> Request:
+    bounds = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
+    height, width = smart_resize(row["height"], row["width"], factor=family.factor, **bounds)
+    grid = (1, height // family.patch_size, width // family.patch_size)
+    patches = rng.integers(0, 256, (grid[1] * grid[2], family.patch_bytes("image")), dtype=np.uint8)
     medium = Medium("image", grid, patches)
     text = list(range(_TEXT_TOKENS))
     ids = [*text[:12], *[image_token] * medium.num_visual_tokens, *text[12:]]

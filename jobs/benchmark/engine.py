@@ -2,10 +2,13 @@
 
     python -m jobs.benchmark engine                                     shape small on this machine
     python -m jobs.benchmark engine --shape 2b --side 1024 --tokens 100 --images 1024
+    python -m jobs.benchmark engine --shape qwen3-vl-8b --rows video --images 64 --peers none
 
-Needs torch, transformers and numpy alone. The media are random patches, made and hashed before the clock starts, as the
-job's stages do: this measures engines, not image decoding. Each engine has answered one row and run one full-size pass
-before. Output lengths are fixed for each row, so every engine does the same work.
+Shapes are those of the published checkpoints, Qwen2-VL's with plain sizes, and of models that a CPU runs: small
+(Qwen2-VL), tiny, tiny-2.5 and tiny-3. Needs torch, transformers and numpy alone. The media are random patches, made
+and hashed before the clock starts, as the job's stages do: this measures engines, not image decoding. Each engine has
+answered one row and run one full-size pass before. Output lengths are fixed for each row, so every engine does the
+same work.
 
     images_per_s          rows / seconds from the first request to the last completion; one image a row, unless --rows
     passes                seconds of each kind of pass, on a GPU the device's own, and the share of their bound
@@ -32,18 +35,18 @@ from typing import Any
 import torch
 
 from jobs.benchmark.measure import command_line, in_own_process, peak_mb, print_result
+from jobs.benchmark.model import SHAPES, family_of, make_model
 from jobs.benchmark.passes import PassTimes, print_shares, shares, trace_steps
 from jobs.benchmark.vllm import define_missing_operators
 from jobs.benchmark.workload import (
     ROWS,
-    SHAPES,
     bound_seconds,
     draw_requests,
-    make_model,
     make_requests,
     measure_ceilings,
     total_flops,
 )
+from pipeline.checkpoint.families.qwen2_vl import QWEN2_VL
 from pipeline.engine import Completion, Engine, EngineOptions, Request
 from pipeline.engine.settings import EngineSettings
 from pipeline.planning.roofline import ModelShape
@@ -192,8 +195,8 @@ def _options(args: argparse.Namespace) -> EngineOptions:
 def _has_vllm(args: argparse.Namespace) -> bool:
     from jobs.benchmark.vllm import HOW_TO, importable
 
-    if args.rows != "image":
-        print("vllm           not measured: it is compared on rows of one image")
+    if args.rows != "image" or family_of(SHAPES[args.shape]) is not QWEN2_VL:
+        print("vllm           not measured: it is compared on Qwen2-VL and rows of one image")
         return False
     if reason := importable():
         print(f"vllm           not measured: {reason}\n{HOW_TO}")
@@ -260,7 +263,7 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def _requests(args: argparse.Namespace, count: int, **changes: Any) -> list[Request]:
     settings = {name: getattr(args, name) for name in ("rows", "side", "tokens", "max_pixels")}
-    return make_requests(count, **{**settings, **changes})
+    return make_requests(count, **{"family": family_of(SHAPES[args.shape]), **settings, **changes})
 
 
 def run_engine(
@@ -271,7 +274,7 @@ def run_engine(
 
     started = time.perf_counter()
     engine = make_engine(variant, make_model(shape, args.device, getattr(torch, args.dtype)), args)
-    engine.generate(first_row())
+    engine.generate(first_row(shape))
     start_up = time.perf_counter() - started
     described = engine.describe()
     engine.generate(_full_pass(args, described))
@@ -327,9 +330,9 @@ def run_once(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
     }
 
 
-def first_row() -> list[Request]:
+def first_row(shape: ModelShape) -> list[Request]:
     """What an engine answers before its start-up counts as done."""
-    return make_requests(1, side=224, tokens=3)
+    return make_requests(1, family=family_of(shape), side=224, tokens=3)
 
 
 def _full_pass(args: argparse.Namespace, described: dict[str, Any]) -> list[Request]:
@@ -338,7 +341,8 @@ def _full_pass(args: argparse.Namespace, described: dict[str, Any]) -> list[Requ
     if "batch_size" in described:
         return _requests(args, described["batch_size"], tokens=3, seed=1) if args.device.startswith("cuda") else []
     rows: list[Request] = []
-    drawn = draw_requests(rows=args.rows, side=args.side, tokens=3, max_pixels=args.max_pixels, seed=1)
+    family = family_of(SHAPES[args.shape])
+    drawn = draw_requests(family=family, rows=args.rows, side=args.side, tokens=3, max_pixels=args.max_pixels, seed=1)
     while sum(len(row.input_ids) for row in rows) < described["max_batch_tokens"]:
         rows.append(next(drawn))
     return rows
@@ -351,7 +355,7 @@ def run_vllm(variant: str, shape: ModelShape, requests: Sequence[Request], args:
     started = time.perf_counter()
     dtype, on_gpu = args.dtype, args.device.startswith("cuda")
     llm = vllm.load(make_model(shape, "cpu", getattr(torch, dtype)), requests, on_gpu=on_gpu, dtype=dtype)
-    vllm.run(llm, *vllm.prompts(first_row()))
+    vllm.run(llm, *vllm.prompts(first_row(shape)))
     start_up = time.perf_counter() - started
     vllm.run(llm, *vllm.prompts(_full_pass(args, {"max_batch_tokens": 16384 if on_gpu else 2048})))
     inputs, sampling = vllm.prompts(requests)

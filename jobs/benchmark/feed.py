@@ -33,7 +33,7 @@ from PIL import Image
 from jobs.benchmark.measure import command_line, in_own_process, print_result
 
 # Whatever imports torch is imported where it is needed: the processes that draw images do without.
-_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _SPECIAL_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _END_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _PROMPT = "Describe the image."
@@ -80,7 +80,7 @@ def write_checkpoint(folder: Path, shape: str) -> None:
     """A model of random weights whose special tokens are those of the demo's tokenizer, and that tokenizer."""
     import torch
 
-    from jobs.benchmark.workload import SHAPES, make_model
+    from jobs.benchmark.model import SHAPES, family_of, make_model
     from pipeline.demo import CHECKPOINT
 
     model = make_model(SHAPES[shape], "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
@@ -93,6 +93,8 @@ def write_checkpoint(folder: Path, shape: str) -> None:
     model.save_pretrained(folder)
     for name in _FILES:
         shutil.copy(CHECKPOINT / name, folder)
+    processor = {"patch_size": family_of(SHAPES[shape]).patch_size}  # the rest is as published, or the job's settings
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
 
 
 def write_rows(folder: Path, sizes: Sequence[tuple[int, int]], tokens: int, pool: Executor) -> None:

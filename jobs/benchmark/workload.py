@@ -1,4 +1,4 @@
-"""The engine benchmark's workload: models of random weights, seeded rows, and the least time that they can take.
+"""The engine benchmark's workload: seeded rows, and the least time that they can take.
 
     rows        images of random patches, clips, text, or all of them mixed; output lengths are fixed for each row
     ceilings    what a large matrix product and a large copy reach on this device, measured where the engine runs
@@ -9,6 +9,7 @@ Knows the model's arithmetic; not how an engine is run or timed.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -17,66 +18,19 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
+from jobs.benchmark.model import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from pipeline.checkpoint.families import DEFAULT_FAMILY
+from pipeline.checkpoint.families.family import Family
 from pipeline.engine import Medium, Request, SamplingParams
-from pipeline.engine.sequence import patch_bytes
-from pipeline.planning.roofline import SHAPES as PUBLISHED
 from pipeline.planning.roofline import ModelShape, RowWork, decode_bytes, row_flops
 from pipeline.preprocess.size import smart_resize
-
-IMAGE_PAD, VISION_START, VISION_END, VIDEO_PAD = 4, 5, 6, 7
-
-# A Qwen2-VL for dry runs and one that a CPU runs in seconds, beside those of the published checkpoints.
-SHAPES = {
-    "tiny": ModelShape(64, 2, 4, 2, 96, 4096, True, 32, 1, 2),
-    "small": ModelShape(768, 12, 12, 2, 3072, 4096, True, 512, 8, 8),
-    **{name: PUBLISHED[name] for name in ("2b", "7b", "72b")},  # `make_model` makes Qwen2-VL
-}
 
 Rows = Literal["image", "video", "text", "mixed"]
 ROWS: tuple[Rows, ...] = get_args(Rows)
 MAX_CLIP_TOKENS = 24_000
 """Visual tokens of a clip at most, so that it fits the context."""
-
-
-def make_model(shape: ModelShape, device: str, dtype: torch.dtype) -> Any:
-    """transformers' model with random weights, made on the device."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    third = shape.head_dim // 8
-    sections = [shape.head_dim // 2 - 6 * third // 2, 3 * third // 2, 3 * third // 2]
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": shape.vocab,
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.mlp,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        vision_config={
-            "depth": shape.vision_layers,
-            "embed_dim": shape.vision_width,
-            "num_heads": shape.vision_heads,
-            "hidden_size": shape.hidden,
-        },
-        image_token_id=IMAGE_PAD,
-        video_token_id=VIDEO_PAD,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        tie_word_embeddings=shape.tied,
-    )
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return Qwen2VLForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(default)
+TIME_TOKENS = 7
+"""What a time before a step of a video takes: `<12.5 seconds>`."""
 
 
 def make_requests(num_rows: int, **settings: Any) -> list[Request]:
@@ -86,6 +40,7 @@ def make_requests(num_rows: int, **settings: Any) -> list[Request]:
 
 def draw_requests(
     *,
+    family: Family = DEFAULT_FAMILY,
     rows: Rows = "image",
     side: int | None = None,
     tokens: int | None = None,
@@ -107,10 +62,16 @@ def draw_requests(
         kind = str(rng.choice(["image", "video", "text"], p=[0.6, 0.25, 0.15])) if rows == "mixed" else rows
         num_media = 0 if kind == "text" else int(rng.integers(1, 6)) if (rows, kind) == ("mixed", "image") else 1
         longest = 1600 if (rows, kind) == ("mixed", "image") else 640
-        media = [_medium(rng, kind, side, longest, max_pixels or 12_845_056) for _ in range(num_media)]
+        media = [_medium(rng, family, kind, side, longest, max_pixels or 12_845_056) for _ in range(num_media)]
         text = rng.integers(8, 4000, int(rng.integers(100, 2001)) if kind == "text" else 25)
         ids = [*text[:12]]
         for medium in media:
+            if medium.kind == "video" and family.video_prompt == "timed steps":
+                steps = medium.grid_thw[0]
+                run = [VISION_START, *([VIDEO_PAD] * (medium.num_visual_tokens // steps)), VISION_END]
+                for _ in range(steps):
+                    ids += [*rng.integers(8, 4000, TIME_TOKENS), *run]
+                continue
             pad = IMAGE_PAD if medium.kind == "image" else VIDEO_PAD
             ids += [VISION_START, *([pad] * medium.num_visual_tokens), VISION_END]
         ids += [*text[12:]]
@@ -120,16 +81,18 @@ def draw_requests(
         number += 1
 
 
-def _medium(rng: np.random.Generator, kind: str, side: int | None, longest: int, max_pixels: int) -> Medium:
+def _medium(
+    rng: np.random.Generator, family: Family, kind: str, side: int | None, longest: int, max_pixels: int
+) -> Medium:
     height, width = (side, side) if side else (int(x) for x in rng.integers(240, longest + 1, 2))
-    steps = 1
+    steps, factor = 1, family.factor
     if kind == "video":
         steps = int(rng.integers(10, 61))  # two frames make a step
-        max_pixels = min(max_pixels, MAX_CLIP_TOKENS // steps * 28 * 28)
-    height, width = smart_resize(height, width, factor=28, min_pixels=56 * 56, max_pixels=max_pixels)
-    grid = (steps, height // 14, width // 14)
+        max_pixels = min(max_pixels, MAX_CLIP_TOKENS // steps * factor**2)
+    height, width = smart_resize(height, width, factor=factor, min_pixels=4 * factor**2, max_pixels=max_pixels)
+    grid = (steps, height // family.patch_size, width // family.patch_size)
     name: Literal["image", "video"] = "video" if kind == "video" else "image"
-    patches = rng.integers(0, 256, (grid[0] * grid[1] * grid[2], patch_bytes(name, 14)), dtype=np.uint8)
+    patches = rng.integers(0, 256, (math.prod(grid), family.patch_bytes(name)), dtype=np.uint8)
     return Medium(name, grid, patches)
 
 

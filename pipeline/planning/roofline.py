@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from pipeline.checkpoint.families.family import MERGE_SIZE, TEMPORAL_PATCH_SIZE
 
 PATCHES_PER_TOKEN = MERGE_SIZE**2
-WINDOW_PATCHES = 64
-"""In a full window of the layers that attend within windows."""
+WINDOW_SIDE = 8
+"""Patches on each side of a full window, of the layers that attend within windows; those at the edges are smaller."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,15 @@ def vision_flops(shape: ModelShape, grid_thw: Sequence[int]) -> float:
     in_step = grid_h * grid_w
     weights = shape.vision_body + shape.merger / PATCHES_PER_TOKEN
     windowed = shape.windowed_layers
-    others = (shape.vision_layers - windowed) * in_step + windowed * min(in_step, WINDOW_PATCHES)
-    return 2 * t * in_step * weights + 4 * in_step * t * shape.vision_width * others
+    in_windows = _sum_of_squares(grid_h) * _sum_of_squares(grid_w)
+    pairs = (shape.vision_layers - windowed) * in_step**2 + windowed * in_windows
+    return 2 * t * in_step * weights + 4 * t * shape.vision_width * pairs
+
+
+def _sum_of_squares(side: int) -> int:
+    """Of the parts into which windows cut a side."""
+    full, rest = divmod(side, WINDOW_SIDE)
+    return full * WINDOW_SIDE**2 + rest**2
 
 
 def prefill_flops(shape: ModelShape, prompt: int) -> float:

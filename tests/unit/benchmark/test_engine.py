@@ -78,6 +78,16 @@ def test_a_measured_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()][-4:] == [*KINDS, "between"]
 
 
+@pytest.mark.usefixtures("_known_ceilings")
+@pytest.mark.parametrize(("shape", "rows"), [("tiny-2.5", "image"), ("tiny-3", "video")])
+def test_the_newer_families_give_the_tokens_of_their_peer(shape: str, rows: str) -> None:
+    options = ["--images", "2", "--rows", rows, "--side", "64", "--tokens", "3", "--dtype", "float32"]
+    args = parse("--shape", shape, *options, "--engine.max_batch_tokens", "128", "--engine.cache_gb", "0.1")
+    ours, reference = (benchmark.measure(variant, args) for variant in ("ours", "reference-2"))
+    assert ours["tokens"] == reference["tokens"]
+    assert all(ours["passes"][kind].bound_seconds > 0 for kind in KINDS)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_known_ceilings")
 def test_a_trace_has_prefill_and_decode_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +168,12 @@ def test_engine_settings_are_those_of_a_job(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         parse("--engine.attention", "flsh")
     assert "--engine.attention is 'flsh'; allowed: auto, flash, torch, sdpa" in capsys.readouterr().err
+
+
+def test_vllm_is_left_out_of_what_its_comparison_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not benchmark._has_vllm(parse("--shape", "qwen3-vl-2b"))
+    assert not benchmark._has_vllm(parse("--rows", "video"))
+    assert capsys.readouterr().out.count("it is compared on Qwen2-VL and rows of one image") == 2
 
 
 def test_an_engine_that_fails_is_reported_with_its_reason(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from jobs.benchmark.model import SHAPES
 from jobs.benchmark.workload import (
     ROWS,
-    SHAPES,
+    TIME_TOKENS,
     Ceilings,
     Rows,
     bound_seconds,
@@ -15,10 +18,14 @@ from jobs.benchmark.workload import (
     measure_ceilings,
     row_work,
 )
+from pipeline.checkpoint.families import FAMILIES
+from pipeline.engine.models.mrope import PositionRule
 from pipeline.engine.scheduling.admission import AdmissionRules
 from pipeline.planning.roofline import row_flops
 
 RULES = AdmissionRules(4096, 4, 7, max_context=32768)
+QWEN3_VL = FAMILIES["qwen3_vl"]
+QWEN3_RULES = replace(RULES, positions=PositionRule(separate_steps=True), patch_size=16)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -41,6 +48,20 @@ def test_the_longest_clip_fits_the_context() -> None:
     (request,) = make_requests(1, rows="video", side=700, tokens=256)
     RULES.admit(request)
     assert request.num_visual_tokens > 5000
+    (request,) = make_requests(1, family=QWEN3_VL, rows="video", side=700, tokens=256)
+    QWEN3_RULES.admit(request)
+    assert request.num_visual_tokens > 5000
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_of_qwen3_have_its_patches_and_a_time_before_each_step_of_a_video(rows: Rows) -> None:
+    for request in make_requests(12, family=QWEN3_VL, rows=rows, max_pixels=64 * 64):
+        QWEN3_RULES.admit(request)
+        others = len(request.input_ids) - request.num_visual_tokens
+        steps = [medium.grid_thw[0] for medium in request.media if medium.kind == "video"]
+        images = len(request.media) - len(steps)
+        text = others - sum(steps) * (TIME_TOKENS + 2) - 2 * images
+        assert text == 25 if request.media else 100 <= text <= 2000
 
 
 def test_the_bound_of_a_gpu_counts_the_memory_traffic_of_decoding() -> None:

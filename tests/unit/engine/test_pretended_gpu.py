@@ -20,7 +20,7 @@ from pipeline.engine.engine import NativeEngine
 from pipeline.engine.trial import Candidate
 from pipeline.engine.weights import from_model
 from tests.unit.engine.pretended_gpu import GPU, HostWaits, PretendedFlash, PretendedGpu, pretended_gpu, put_model
-from tests.unit.engine.tiny import make_model, mixed_requests, tokens_of
+from tests.unit.engine.tiny import make_config, make_model, mixed_requests, tokens_of
 
 BUDGETS: dict[str, Any] = {"max_batch_tokens": 48, "max_batch_patches": 64, "max_running": 12, "max_context": 256}
 """Prompts in several passes, media in several passes, rows that wait."""
@@ -47,8 +47,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
         yield pretended
 
 
-def every_sampling() -> list[Request]:
-    requests = mixed_requests(3 * len(SAMPLINGS), seed=6)
+def every_sampling(family: str = "qwen2_vl") -> list[Request]:
+    requests = mixed_requests(3 * len(SAMPLINGS), seed=6, family=family)
     return [
         replace(request, sampling=SamplingParams(max_tokens=6 + i % 9, seed=i, **SAMPLINGS[i % len(SAMPLINGS)]))
         for i, request in enumerate(requests)
@@ -56,10 +56,13 @@ def every_sampling() -> list[Request]:
 
 
 def make_engine(
-    monkeypatch: pytest.MonkeyPatch, backend: type[AttentionBackend] = PretendedFlash, **options: Any
+    monkeypatch: pytest.MonkeyPatch,
+    backend: type[AttentionBackend] = PretendedFlash,
+    family: str = "qwen2_vl",
+    **options: Any,
 ) -> NativeEngine:
     use_backends(monkeypatch, backend)
-    checkpoint = from_model(put_model(make_model()))
+    checkpoint = from_model(put_model(make_model(config=make_config(family))))
     assert checkpoint.device == GPU
     return NativeEngine(checkpoint, EngineOptions("tiny", **{**BUDGETS, "kernels": "eager", **options}))
 
@@ -82,12 +85,12 @@ def run_watched(engine: NativeEngine, gpu: PretendedGpu, requests: list[Request]
     return tokens_of(sorted(done, key=lambda completion: (completion.request_id, completion.index)))
 
 
-def steady(requests: list[Request]) -> tuple[list[Request], list[tuple[int, ...]]]:
+def steady(requests: list[Request], family: str = "qwen2_vl") -> tuple[list[Request], list[tuple[int, ...]]]:
     """Those whose answers on the CPU stay the same when all weights are shaken a little, far more than rounding does,
     with these answers: near-ties, where sums in another order may rightly choose otherwise, are out."""
     answers: list[dict[Any, tuple[tuple[int, ...], ...]]] = []
     for shake in range(5):
-        model = make_model()
+        model = make_model(config=make_config(family))
         torch.manual_seed(shake)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -108,15 +111,20 @@ def steady(requests: list[Request]) -> tuple[list[Request], list[tuple[int, ...]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "graphs"),
-    [(PretendedFlash, True), (PretendedFlash, False), (SdpaAttention, True)],
-    ids=["flash, graphs", "flash, eager", "sdpa"],
+    ("family", "backend", "graphs"),
+    [
+        ("qwen2_vl", PretendedFlash, True),
+        ("qwen2_vl", PretendedFlash, False),
+        ("qwen2_vl", SdpaAttention, True),
+        ("qwen2_5_vl", PretendedFlash, True),
+        ("qwen3_vl", PretendedFlash, True),
+    ],
 )
 def test_no_step_waits_for_the_device_and_tokens_are_those_of_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, gpu: PretendedGpu, backend: type[AttentionBackend], graphs: bool
+    monkeypatch: pytest.MonkeyPatch, gpu: PretendedGpu, family: str, backend: type[AttentionBackend], graphs: bool
 ) -> None:
-    requests, expected = steady(every_sampling())
-    engine = make_engine(monkeypatch, backend, cuda_graphs=None if graphs else False)
+    requests, expected = steady(every_sampling(family), family)
+    engine = make_engine(monkeypatch, backend, family, cuda_graphs=None if graphs else False)
     assert engine.max_lag == 1
     assert (engine.runner.graphs is not None) == (graphs and backend is PretendedFlash)
     assert run_watched(engine, gpu, requests) == expected

@@ -106,6 +106,9 @@ def test_windows_keep_the_towers_attention_small() -> None:
     difference = vision_flops(whole, (2, 40, 40)) - vision_flops(shape, (2, 40, 40))
     assert difference == 2 * 4 * 1280 * 28 * 1600 * (1600 - 64)
     assert vision_flops(whole, (2, 8, 8)) == vision_flops(shape, (2, 8, 8))
+    # Windows of 8 x 8, 8 x 4, 2 x 8 and 2 x 4 patches.
+    difference = vision_flops(whole, (1, 10, 12)) - vision_flops(shape, (1, 10, 12))
+    assert difference == 4 * 1280 * 28 * (120**2 - 64**2 - 32**2 - 16**2 - 8**2)
 
 
 def test_flops_of_a_megapixel_image_on_2b() -> None:
