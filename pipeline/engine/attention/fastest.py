@@ -26,6 +26,8 @@ PROMPT_TOKENS = 1024
 """Of a prompt, with which kernels are measured; one has as many before it in the cache."""
 
 TIMED_CALLS = 8
+HEAD_START_CYCLES = 40_000_000
+"""For which the GPU idles first, some 20 ms: the calls are launched meanwhile, so a busy host does not slow them."""
 
 Call = Callable[[], torch.Tensor]
 Seconds = Callable[[Callable[[], object]], float]
@@ -95,10 +97,10 @@ def by_speed(part: str, tried: Mapping[str, Call], seconds: Seconds) -> dict[str
 
 
 def seconds_by_events(run: Callable[[], object]) -> float:
-    """Of a call on the current device: the mean of several that are launched at once, since one alone may take longer
-    to launch than to run."""
+    """Of a call on the current device: the mean of several, without the time that it takes to launch them."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     run()
+    torch.cuda._sleep(HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
     start.record()
     for _ in range(TIMED_CALLS):
         run()
