@@ -80,6 +80,11 @@ def stages(on_gpu: bool, site: Path) -> list[Stage]:
         pytest = (*PYTHON, "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider", "--timeout=100", "-rA")
         bench_2b = (*ENGINE, "--shape", "2b", "--peers", "none", "--images", "256")
         bench_7b = (*ENGINE, "--shape", "7b", "--peers", "none", "--images", "128", *LARGE)
+        families = [
+            (*ENGINE, "--shape", shape, "--peers", "none", "--images", "64", *LARGE)
+            for shape in ("qwen2.5-vl-7b", "qwen3-vl-8b")
+        ]
+        mixed = (*ENGINE, "--shape", "2b", "--peers", "none", "--images", "128", "--rows", "mixed")
         peer = (*ENGINE, "--shape", "2b", "--peers", "reference", "--images", "128", *LARGE)
         return [
             facts,
@@ -93,7 +98,9 @@ def stages(on_gpu: bool, site: Path) -> list[Stage]:
             Stage("kernels", 110, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "90"),), kernels),
             Stage("bench_2b", 170, ((*bench_2b, *LARGE, *trace), bench_2b), table),
             Stage("bench_7b", 130, (bench_7b,), table),
+            Stage("bench_families", 130, tuple(families), table),
             Stage("job_2b", 170, ((*feed, "2b"),), fed, environment=with_ray),
+            Stage("bench_mixed", 90, (mixed,), table),
             Stage("peer", 120, (peer,), table),
             job,
         ]
