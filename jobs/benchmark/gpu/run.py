@@ -98,9 +98,9 @@ def stages(on_gpu: bool, site: Path) -> list[Stage]:
             Stage("kernels", 110, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "90"),), kernels),
             Stage("bench_2b", 170, ((*bench_2b, *LARGE, *trace), bench_2b), table),
             Stage("bench_7b", 130, (bench_7b,), table),
-            Stage("bench_families", 130, tuple(families), table),
+            Stage("bench_families", 130, tuple(families), table, log="bench_7b"),
             Stage("job_2b", 170, ((*feed, "2b"),), fed, environment=with_ray),
-            Stage("bench_mixed", 90, (mixed,), table),
+            Stage("bench_mixed", 90, (mixed,), table, log="bench_2b"),
             Stage("peer", 120, (peer,), table),
             job,
         ]
