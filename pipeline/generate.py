@@ -322,12 +322,22 @@ def _request_rows(table: pa.Table) -> list[dict[str, Any]]:
     """What the engine needs of each row; token ids and patches are views of the table's memory."""
     rows: list[dict[str, Any]] = table.select(["status", "sampling", "media", "seconds_per_step"]).to_pylist()
     ids = [scalar for chunk in table.column("input_ids").chunks for scalar in chunk]
-    patches = [scalar for chunk in table.column("patches").chunks for scalar in chunk]
-    for row, ids_scalar, patches_scalar in zip(rows, ids, patches, strict=True):
+    patches = [view for chunk in table.column("patches").chunks for view in _views(chunk)]
+    for row, ids_scalar, view in zip(rows, ids, patches, strict=True):
         if row["status"] == Status.OK:
             row["input_ids"] = ids_scalar.values.to_numpy(zero_copy_only=True)
-            row["patches"] = np.frombuffer(patches_scalar.as_buffer(), dtype=np.uint8)
+            row["patches"] = view
     return rows
+
+
+def _views(binaries: pa.LargeBinaryArray) -> list[npt.NDArray[np.uint8]]:
+    """Each value as a view. Arrow's scalars of this type are copies, made with the GIL held: for each of a job's rows
+    the engine's thread would wait for as long as it takes to read the patches from shared memory and write them."""
+    _, ends, values = binaries.buffers()
+    if not values:  # no row has any
+        return [np.empty(0, dtype=np.uint8)] * len(binaries)
+    edges = np.frombuffer(ends, dtype=np.int64, offset=8 * binaries.offset, count=len(binaries) + 1)
+    return np.split(np.frombuffer(values, dtype=np.uint8), edges)[1:-1]
 
 
 def _sampling(row: dict[str, Any]) -> SamplingParams:

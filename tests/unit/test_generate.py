@@ -17,10 +17,10 @@ import torch
 from pipeline.demo import CHECKPOINT
 from pipeline.engine import Completion, EngineOptions, Request, SamplingParams
 from pipeline.errors import CheckpointError, DeviceLost, EngineCrash, InternalError
-from pipeline.generate import EngineThread, GenerateOptions, GenerateStage, _media
+from pipeline.generate import EngineThread, GenerateOptions, GenerateStage, _media, _request_rows
 from pipeline.preprocess.messages.columns import MessageOptions
 from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
-from pipeline.schema import SAMPLING_COLUMNS, UnitColumn
+from pipeline.schema import SAMPLING_COLUMNS, UnitColumn, request_schema
 from tests.options import fetch_options, media_options
 
 
@@ -287,3 +287,23 @@ def test_each_medium_gets_its_patches_of_any_size_and_its_seconds_per_step() -> 
     assert [set(medium.patches.reshape(-1).tolist()) for medium in media] == [{0}, {1}, {2}]
     assert [medium.seconds_per_step for medium in media] == [1.0, 0.25, 1.0]
     assert _media({"media": [], "patches": np.zeros(0, np.uint8), "seconds_per_step": []}) == ()
+
+
+def test_a_row_s_token_ids_and_patches_are_views_of_the_table() -> None:
+    """A copy would be made with the GIL held, while the engine's thread waits for it."""
+    values = {
+        "status": ["ok", "error", "ok", "ok", "ok"],
+        "input_ids": [[1], None, [2, 3], [4], [5]],
+        "patches": [b"aab", None, b"", b"cddd", b"e"],
+    }
+    fields = [field for field in request_schema(pa.schema([])) if field.nullable or field.name in values]
+    whole = pa.table([values.get(field.name, [None] * 5) for field in fields], schema=pa.schema(fields))
+    rows = _request_rows(pa.concat_tables([whole.slice(1, 3), whole.slice(4), whole.slice(0, 0), whole.slice(2, 1)]))
+    answered = [row for row in rows if row["status"] == "ok"]
+    assert [row["patches"].tobytes() for row in answered] == [b"", b"cddd", b"e", b""]
+    assert [row["input_ids"].tolist() for row in answered] == [[2, 3], [4], [5], [2, 3]]
+    ids_buffer, patches_buffer = (whole[name].chunk(0).buffers()[-1] for name in ("input_ids", "patches"))
+    assert all(np.shares_memory(row["input_ids"], np.frombuffer(ids_buffer, np.int32)) for row in answered)
+    assert all(np.shares_memory(row["patches"], np.frombuffer(patches_buffer, np.uint8)) for row in answered[1:3])
+    nothing = _request_rows(whole.slice(1, 1))
+    assert "patches" not in nothing[0]
