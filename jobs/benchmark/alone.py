@@ -67,7 +67,7 @@ class WaitingPreprocessActor(PreprocessActor):
         yield from super().__call__(block)
 
 
-def _measure(engine: Engine, folder: Path) -> dict[str, float]:
+def _measure(engine: Engine, folder: Path) -> dict[str, Any]:
     """The engine's pace with all of the manifest's rows there from the start, as random patches."""
     from jobs.benchmark.engine import run_once  # imports torch
 
@@ -82,8 +82,10 @@ def _measure(engine: Engine, folder: Path) -> dict[str, float]:
     engine.generate([_request(number, row, family, image_token, rng) for number, row in enumerate(short)])
     for request in requests:
         _ = request.media[0].content_key  # kept by the medium; in a job the stage's threads compute it
+    before = engine.stats()
     seconds = run_once(engine, requests)["seconds"]
     return {
+        "stats": [before, engine.stats()],
         "images_per_s": len(requests) / seconds,
         "prompt_tokens": sum(len(request.input_ids) for request in requests),
         "all_seconds": time.perf_counter() - started,

@@ -10,6 +10,8 @@ start; only then preprocessing begins, and the job's pace counts from its first 
     waited       seconds in which the engine had no row, and seconds of steps times the share of its places that were
                  free while no row was waiting; the end of the job, when the last rows are in it, is not counted
     cores        processor cores that prepare rows at the pace of the engine alone
+    steps        passes of the job and of the engine alone, and the host's seconds in each kind of pass: more seconds
+                 for as many passes mean that the engine's thread waits for others of its process
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _SPECIAL_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _END_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _PROMPT = "Describe the image."
+_STEPS = ("passes", "seconds_vision", "seconds_prefill", "seconds_decode")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -159,8 +162,13 @@ def _run_job(folder: Path, kind: str, actors: int | None) -> dict[str, Any]:
         "start_up_s": pace["seconds"] - seconds - alone["all_seconds"],
         "prompt_tokens": [pace["prompt_tokens"], alone["prompt_tokens"]],
         "output_tokens": pace["output_tokens"],
+        "steps": {"job": _steps(alone["stats"][1], engine), "alone": _steps(*alone["stats"])},
         "engine": parts(record["engine"]),
     }
+
+
+def _steps(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(after[name] - before[name], 3) for name in _STEPS}
 
 
 def _line(kind: str, result: Mapping[str, Any]) -> str:
@@ -170,4 +178,5 @@ def _line(kind: str, result: Mapping[str, Any]) -> str:
         f"{result['engine_busy_s']:.1f} of {result['seconds']:.1f} s; {result['actors']} preprocessing actors "
         f"{result['busy_share']:.0%} busy, {result['cores']:.2f} cores feed it; {result['output_tokens']} tokens; "
         f"start-up and end {result['start_up_s']:.1f} s\n  parts    {result['engine']}"
+        + "".join(f"\n  steps    {name:5}  {steps}" for name, steps in result["steps"].items())
     )

@@ -46,6 +46,7 @@ def test_a_benchmark_ends_with_its_results_as_json(name: str) -> None:
             found = result[kind]
             assert found["rows"] == rows and found["output_tokens"] == rows * 4
             assert found["prompt_tokens"][0] == found["prompt_tokens"][1]  # both ran rows of the same sizes
+            assert all(min(of.values()) > 0 for of in found["steps"].values())
 
 
 def test_measuring_on_a_gpu_machine_as_a_dry_run_without_one(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def stages(on_gpu: bool, site: Path) -> list[Stage]:
         environment=with_ray,
     )
     feed = (*PYTHON, "jobs.benchmark", "feed", "--shape")
-    fed = r"(large|small)  |  parts"
+    fed = r"(large|small)  |  (parts|steps)"
     if on_gpu:
         pytest = (*PYTHON, "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider", "--timeout=100", "-rA")
         bench_2b = (*ENGINE, "--shape", "2b", "--peers", "none", "--images", "256")
