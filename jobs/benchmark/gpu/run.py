@@ -61,12 +61,14 @@ def stages(on_gpu: bool, site: Path) -> list[Stage]:
     output = str(site / f"demo-{os.getpid()}")
     # Only for the jobs: the other stages take the machine's own packages.
     with_ray = _path(site / "fa3", site / "job")
+    # In bfloat16: the checkpoint's float32 would leave out most of a GPU's kernels, and CUDA graphs.
+    caption = (*PYTHON, "jobs.caption", "--config", "configs/demo.yaml", "--model.dtype", "bfloat16")
     job = Stage(
         "job",
         120,
         (
             (*PYTHON, "pipeline.demo.manifest", "--output", world, "--rows-per-task", "20" if on_gpu else "2"),
-            (*PYTHON, "jobs.caption", "--config", "configs/demo.yaml", "--input.path", world, "--output.path", output),
+            (*caption, "--input.path", world, "--output.path", output),
             (*PYTHON, "pipeline.demo.check", output),
         ),
         r"(rows|this run|\w+ +\d+)",
