@@ -183,10 +183,7 @@ class NativeEngine(EngineLoop):
             "attention": self.runner.attention.name,
             "vision_attention": self.runner.attention.vision_name,
             "prefill_attention": self.runner.attention.prefill_name,
-            "attention_ms": {
-                part: {name: round(1e3 * seconds, 3) for name, seconds in each.items()}
-                for part, each in self.runner.attention.kernel_seconds.items()
-            },
+            "attention_ms": self.runner.attention.kernel_ms,
             "kernels": self.text.kernels.name,
             "cuda_graphs": self.runner.graphs is not None,
             "replaced": self.trial.replaced,

@@ -79,8 +79,8 @@ class ShardedAttention(AttentionBackend):
         return self.for_prefill[0].prefill_name
 
     @property
-    def kernel_seconds(self) -> dict[str, dict[str, float]]:
-        return {**self._vision.kernel_seconds, **self.for_prefill[0].kernel_seconds}
+    def kernel_ms(self) -> dict[str, dict[str, float]]:
+        return {**self._vision.kernel_ms, **self.for_prefill[0].kernel_ms}
 
     @property
     def for_vision(self) -> AttentionBackend:

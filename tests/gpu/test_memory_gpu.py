@@ -65,8 +65,9 @@ def test_rows_that_do_not_fit_the_cache_together_give_the_answers_that_they_give
 ) -> None:
     sampling = SamplingParams(max_tokens=150, ignore_eos=True)  # rows start small and outgrow the cache
     requests = [Request(i, np.arange(8 + i, 13 + i, dtype=np.int32), (), sampling) for i in range(40)]
-    expected = tokens_of(engine().generate(requests))
-    per_token = engine().cache.num_bytes / engine().cache.num_tokens
+    roomy = engine()
+    expected = tokens_of(roomy.generate(requests))
+    per_token = roomy.cache.num_bytes / roomy.cache.num_tokens
     monkeypatch.setattr(NativeEngine, "_bytes_for_cache", lambda *_: int(1200 * per_token))
     small = engine()
     assert tokens_of(small.generate(requests)) == expected

@@ -44,76 +44,73 @@ class Stage:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+# Lines that the summary shows.
+_ABOUT = r"(PyTorch version|Python version|CUDA runtime|GPU models|GPU \d|Nvidia driver|cuDNN|\[pip3\] (torch|triton))"
+_TESTED = r"(FAILED|ERROR|\d+ (passed|failed)|=+ .*in )"
+_KERNELS = r"(matmul|copy|upload|vision|prompts|decode|eager|fused)\b"
+_TABLE = (
+    r"(ours|reference-\d+) |  (measured|parts|vision|prefill|decode|between) |"
+    r"  (prompts|decode).json| +[\d.]+% +[\d.]+ ms"
+)
+_FED = r"(large|small)  |  (parts|steps)"
+
+
 def stages(on_gpu: bool, site: Path) -> list[Stage]:
     """What runs, in order of value."""
-    about = (
-        r"(PyTorch version|Python version|CUDA runtime|GPU models|GPU \d|Nvidia driver|cuDNN|\[pip3\] (torch|triton))"
-    )
-    facts = Stage("facts", 90, ((*PYTHON, "torch.utils.collect_env"), (*PYTHON, "pip", "list")), about)
-    table = (
-        r"(ours|reference-\d+) |  (measured|parts|vision|prefill|decode|between) |"
-        r"  (prompts|decode).json| +[\d.]+% +[\d.]+ ms"
-    )
-    trace = ("--trace", str(site / "trace"))
-    kernels = r"(matmul|copy|upload|vision|prompts|decode|eager|fused)\b"
+    facts = Stage("facts", 90, ((*PYTHON, "torch.utils.collect_env"), (*PYTHON, "pip", "list")), _ABOUT)
+    measured = _on_gpu(site) if on_gpu else _dry(site)
+    return [facts, *measured, _demo_job(site, "20" if on_gpu else "2")]
+
+
+def _with_ray(site: Path) -> dict[str, str]:
+    """Only for the jobs: the other stages take the machine's own packages."""
+    return _path(site / "fa3", site / "job")
+
+
+def _demo_job(site: Path, rows_per_task: str) -> Stage:
     world = str(site / "demo-world")
     # A new folder each time: a finished run would only be looked at.
     output = str(site / f"demo-{os.getpid()}")
-    # Only for the jobs: the other stages take the machine's own packages.
-    with_ray = _path(site / "fa3", site / "job")
     # In bfloat16: the checkpoint's float32 would leave out most of a GPU's kernels, and CUDA graphs.
     caption = (*PYTHON, "jobs.caption", "--config", "configs/demo.yaml", "--model.dtype", "bfloat16")
-    job = Stage(
-        "job",
-        120,
-        (
-            (*PYTHON, "pipeline.demo.manifest", "--output", world, "--rows-per-task", "20" if on_gpu else "2"),
-            (*caption, "--input.path", world, "--output.path", output),
-            (*PYTHON, "pipeline.demo.check", output),
-        ),
-        r"(rows|this run|\w+ +\d+)",
-        12,
-        log="facts",
-        environment=with_ray,
+    commands = (
+        (*PYTHON, "pipeline.demo.manifest", "--output", world, "--rows-per-task", rows_per_task),
+        (*caption, "--input.path", world, "--output.path", output),
+        (*PYTHON, "pipeline.demo.check", output),
     )
-    feed = (*PYTHON, "jobs.benchmark", "feed", "--shape")
-    fed = r"(large|small)  |  (parts|steps)"
-    if on_gpu:
-        pytest = (*PYTHON, "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider", "--timeout=100", "-rA")
-        bench_2b = (*ENGINE, "--shape", "2b", "--peers", "none", "--images", "256")
-        bench_7b = (*ENGINE, "--shape", "7b", "--peers", "none", "--images", "128", *LARGE)
-        families = [
-            (*ENGINE, "--shape", shape, "--peers", "none", "--images", "64", *LARGE)
-            for shape in ("qwen2.5-vl-7b", "qwen3-vl-8b")
-        ]
-        mixed = (*ENGINE, "--shape", "2b", "--peers", "none", "--images", "128", "--rows", "mixed")
-        peer = (*ENGINE, "--shape", "2b", "--peers", "reference", "--images", "128", *LARGE)
-        return [
-            facts,
-            Stage(
-                "tests",
-                160,
-                ((*pytest, "--tb=short", "--durations=8"),),
-                r"(FAILED|ERROR|\d+ (passed|failed)|=+ .*in )",
-                14,
-            ),
-            Stage("kernels", 110, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "90"),), kernels),
-            Stage("bench_2b", 170, ((*bench_2b, *LARGE, *trace), bench_2b), table),
-            Stage("bench_7b", 130, (bench_7b,), table),
-            Stage("bench_families", 130, tuple(families), table, log="bench_7b"),
-            Stage("job_2b", 170, ((*feed, "2b"),), fed, environment=with_ray),
-            Stage("bench_mixed", 90, (mixed,), table, log="bench_2b"),
-            Stage("peer", 120, (peer,), table),
-            job,
-        ]
-    tiny = ("--shape", "tiny", "--images", "2", "--side", "56", "--tokens", "12", "--threads", "1")
-    few = ("--large", "4", "--small", "8", "--side", "112", "--tokens", "4", "--actors", "1")
+    return Stage("job", 120, commands, r"(rows|this run|\w+ +\d+)", 12, log="facts", environment=_with_ray(site))
+
+
+def _on_gpu(site: Path) -> list[Stage]:
+    def ours(shape: str, images: int, *options: str) -> tuple[str, ...]:
+        return (*ENGINE, "--shape", shape, "--peers", "none", "--images", str(images), *options)
+
+    pytest = (*PYTHON, "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider", "--timeout=100", "-rA")
+    families = tuple(ours(shape, 64, *LARGE) for shape in ("qwen2.5-vl-7b", "qwen3-vl-8b"))
+    traced = ours("2b", 256, *LARGE, "--trace", str(site / "trace"))
+    feed = (*PYTHON, "jobs.benchmark", "feed", "--shape", "2b")
+    peer = (*ENGINE, "--shape", "2b", "--peers", "reference", "--images", "128", *LARGE)
     return [
-        facts,
-        Stage("kernels", 60, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "30"),), kernels),
-        Stage("bench_tiny", 120, ((*ENGINE, "--peers", "none", *tiny, *trace),), table),
-        Stage("job_tiny", 250, ((*feed, "tiny", *few),), fed, environment=with_ray),
-        job,
+        Stage("tests", 160, ((*pytest, "--tb=short", "--durations=8"),), _TESTED, 14),
+        Stage("kernels", 110, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "90"),), _KERNELS),
+        Stage("bench_2b", 170, (traced, ours("2b", 256)), _TABLE),
+        Stage("bench_7b", 130, (ours("7b", 128, *LARGE),), _TABLE),
+        Stage("bench_families", 130, families, _TABLE, log="bench_7b"),
+        Stage("job_2b", 170, (feed,), _FED, environment=_with_ray(site)),
+        Stage("bench_mixed", 90, (ours("2b", 128, "--rows", "mixed"),), _TABLE, log="bench_2b"),
+        Stage("peer", 120, (peer,), _TABLE),
+    ]
+
+
+def _dry(site: Path) -> list[Stage]:
+    tiny = ("--shape", "tiny", "--images", "2", "--side", "56", "--tokens", "12", "--threads", "1")
+    bench = (*ENGINE, "--peers", "none", *tiny, "--trace", str(site / "trace"))
+    few = ("--large", "4", "--small", "8", "--side", "112", "--tokens", "4", "--actors", "1")
+    feed = (*PYTHON, "jobs.benchmark", "feed", "--shape", "tiny", *few)
+    return [
+        Stage("kernels", 60, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "30"),), _KERNELS),
+        Stage("bench_tiny", 120, (bench,), _TABLE),
+        Stage("job_tiny", 250, (feed,), _FED, environment=_with_ray(site)),
     ]
 
 

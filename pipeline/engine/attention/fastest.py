@@ -72,7 +72,7 @@ def _call(
 
 
 def by_speed(part: str, tried: Mapping[str, Call], seconds: Seconds) -> dict[str, float]:
-    """The seconds of each, the fastest first. All run twice: first to plan and to be compared, then on the clock.
+    """The milliseconds of each, the fastest first. All run twice: first to plan and to be compared, then on the clock.
 
     The first one is the reference. Others that raise or compute other numbers are left out, with one warning each.
     """
@@ -88,7 +88,7 @@ def by_speed(part: str, tried: Mapping[str, Call], seconds: Seconds) -> dict[str
             if not difference <= MAX_DIFFERENCE:  # also where it is NaN
                 raise ArithmeticError(f"its result differs from that of {reference} by {difference:.2g} of its norm")
             del found
-            times[name] = seconds(call)
+            times[name] = round(1e3 * seconds(call), 3)
         except Exception as error:
             if name == reference or (expected is not None and not is_alive(expected.device)):
                 raise
@@ -136,7 +136,7 @@ def choose_prefill(
     times = by_speed("prefill", tried, seconds)
     fastest = next(iter(times))
     for each in packed:
-        each.kernel_seconds["prefill"] = times
+        each.kernel_ms["prefill"] = times
         each.prompts = NamedKernel(fastest, kernels[fastest])
 
 

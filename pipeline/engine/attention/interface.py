@@ -65,8 +65,8 @@ class AttentionBackend(ABC):
         return self.name
 
     @property
-    def kernel_seconds(self) -> dict[str, dict[str, float]]:
-        """Of vision and prefill, where several kernels were tried: seconds of a full pass, the fastest first."""
+    def kernel_ms(self) -> dict[str, dict[str, float]]:
+        """Of vision and prefill, where several kernels were tried: milliseconds of a full pass, the fastest first."""
         return {}
 
     @property

@@ -74,7 +74,7 @@ class PackedAttention(AttentionBackend):
         """For vision; attention/vision.py may put a faster kernel here."""
         self.prompts = NamedKernel(self.name, self.varlen)
         """For prefill; attention/fastest.py may put a faster kernel here."""
-        self._kernel_seconds: dict[str, dict[str, float]] = {}
+        self._kernel_ms: dict[str, dict[str, float]] = {}
 
     @property
     def vision_name(self) -> str:
@@ -85,8 +85,8 @@ class PackedAttention(AttentionBackend):
         return self.prompts.name
 
     @property
-    def kernel_seconds(self) -> dict[str, dict[str, float]]:
-        return self._kernel_seconds
+    def kernel_ms(self) -> dict[str, dict[str, float]]:
+        return self._kernel_ms
 
     @abstractmethod
     def varlen(

@@ -147,7 +147,7 @@ def choose_vision(
     for each in tried.values():
         each.begin(lengths, device)
     times = by_speed("vision", {name: partial(each, *qkv) for name, each in tried.items()}, seconds)
-    attention.kernel_seconds["vision"] = times
+    attention.kernel_ms["vision"] = times
     fastest, *others = (tried[name] for name in times)
     if isinstance(fastest, CudnnFrames):
         # Frames of a length that is rare never get to cuDNN, so the next fastest computes them.

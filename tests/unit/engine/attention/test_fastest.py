@@ -54,7 +54,7 @@ def test_the_second_of_two_runs_decides_not_the_one_that_plans(clock: list[float
     times = measure(
         clock, flash=kernel(clock, [1.0, 0.5]), cudnn=kernel(clock, [9.0, 0.25]), fa3=kernel(clock, [0.1, 0.75])
     )
-    assert list(times.items()) == [("cudnn", 0.25), ("flash", 0.5), ("fa3", 0.75)]
+    assert list(times.items()) == [("cudnn", 250), ("flash", 500), ("fa3", 750)]
 
 
 def test_what_raises_or_computes_other_numbers_is_left_out_with_a_warning(
@@ -67,7 +67,7 @@ def test_what_raises_or_computes_other_numbers_is_left_out_with_a_warning(
             fa3=kernel(clock, [], error=RuntimeError("no kernel image")),
             cudnn=kernel(clock, [0.1, 0.1], scale=1.1),
         )
-    assert times == {"flash": 1.0}
+    assert times == {"flash": 1000}
     assert [message.split(":")[1].split()[0] for message in caplog.messages] == ["fa3", "cudnn"]
     assert "no kernel image" in caplog.text and "differs from that of flash by 0.1 of its norm" in caplog.text
 
@@ -146,7 +146,7 @@ def test_prefill_uses_the_kernel_that_was_fastest(
         seconds=lambda run: next(times),
     )
     assert calls == [(4096, 5120, True)], "one of the prompts continues what lies in the cache"
-    assert whole.kernel_seconds["prefill"] == {"pretended": 2.0, "fa3": theirs}
+    assert whole.kernel_ms["prefill"] == {"pretended": 2000, "fa3": 1000 * theirs}
     assert whole.prefill_name == ("fa3" if theirs < 2 else "pretended")
     _prefill(backend)
     assert len(calls) == (2 if theirs < 2 else 1)
