@@ -37,7 +37,7 @@ from pipeline.engine.sampler import sample, sample_rows
 from pipeline.engine.scheduling.admission import AdmissionRules
 from pipeline.engine.scheduling.block_manager import BlockManager
 from pipeline.engine.scheduling.encoded_media import EncodedMedia
-from pipeline.engine.scheduling.scheduler import DEFAULT_RUNNING, MOST_RUNNING, Scheduler, pick_max_running
+from pipeline.engine.scheduling.scheduler import DEFAULT_RUNNING, LONG, MOST_RUNNING, SHORT, Scheduler, pick_max_running
 from pipeline.engine.scheduling.stopping import StopRules
 from pipeline.engine.sequence import Request
 from pipeline.engine.settings import EngineOptions, SamplingParams
@@ -146,6 +146,7 @@ class NativeEngine(EngineLoop):
             max_running=max_running,
             max_batch_tokens=self.max_batch_tokens,
             max_batch_patches=self.max_batch_patches,
+            patience=LONG if checkpoint.device.type == "cuda" else SHORT,
         )
         runner = ModelRunner(
             text,

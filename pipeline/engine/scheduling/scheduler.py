@@ -6,9 +6,9 @@
 
 A pass is either a prefill (prompts packed one after another, up to a token and a patch budget) or a decode (one token
 for every running sequence); never both, so that decode passes keep one shape. Prefill has priority, but a small prefill
-is put off for up to `patience` decode passes, so that more rows can join it. Sequences are admitted in the order of
-arrival. Once only a few batches of them are left, the longest are admitted first, so that no long row runs alone at the
-end. Knows no torch.
+is put off for some decode passes, so that more rows can join it. Sequences are admitted in the order of arrival. Once
+only a few batches of them are left, the longest are admitted first, so that no long row runs alone at the end. Knows no
+torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 from pipeline.engine.scheduling.block_manager import BlockManager
 from pipeline.engine.scheduling.encoded_media import EncodedMedia
@@ -28,9 +29,18 @@ MIN_BATCH_TOKENS = 32
 LAST_BATCHES = 4
 """Once at most this many times `max_running` sequences wait, they are admitted longest first."""
 
-LARGE_PREFILL = 0.75
-"""Of a budget: so large a prefill comes before the next decode pass. To launch one of a few images takes the host about
-as long as a GPU to compute it, and the rows that wait for a large one are few."""
+
+class Patience(NamedTuple):
+    """How long a prefill is put off, so that more rows can join it."""
+
+    share: float
+    """Of a budget: so large a prefill comes before the next decode pass."""
+    passes: int
+    """Decode passes after which one of any size comes."""
+
+
+SHORT, LONG = Patience(0.25, 8), Patience(0.75, 16)
+"""On a CPU, and on a GPU, where to launch a prefill of a few images takes the host as long as the GPU computes."""
 
 DEFAULT_RUNNING, MOST_RUNNING, ROOM_PER_SEQUENCE = 256, 512, 2048
 
@@ -96,9 +106,8 @@ class Scheduler:
         max_running: int,
         max_batch_tokens: int,
         max_batch_patches: int,
-        patience: int = 16,
+        patience: Patience = SHORT,
     ) -> None:
-        """`patience`: for how many decode passes a small prefill is put off."""
         self.blocks = blocks
         self.media = media
         self.max_running = max_running
@@ -195,14 +204,14 @@ class Scheduler:
         return self._plan_prefill()
 
     def _prefill_is_due(self) -> bool:
-        """Whether a prefill comes before the next decode pass: at once if it fills most of a budget, else after
-        `patience` decode passes. Only waiting sequences for which there is room count."""
+        """Whether a prefill comes before the next decode pass: at once if it is large, else when patience ends. Only
+        waiting sequences for which there is room count."""
         if self.prefilling or not self.running:
             return True
         room = self.decoding.value - len(self.running)
         if not self.waiting or room <= 0:
             return False
-        if self._decodes_since_prefill >= self.patience:
+        if self._decodes_since_prefill >= self.patience.passes:
             return True
         tokens = patches = 0
         num_free = self.blocks.num_free - self._growth_reserve()
@@ -212,9 +221,9 @@ class Scheduler:
                 return False
             tokens += sequence.num_tokens
             patches += sum(medium.num_patches for medium in sequence.request.media)
-            if tokens >= LARGE_PREFILL * self.batch_tokens.value:
+            if tokens >= self.patience.share * self.batch_tokens.value:
                 return True
-            if patches >= LARGE_PREFILL * self.batch_patches.value:
+            if patches >= self.patience.share * self.batch_patches.value:
                 return True
             if 4 * count >= self.max_running:
                 return True

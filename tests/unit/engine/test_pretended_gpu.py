@@ -17,6 +17,7 @@ from pipeline.engine.attention.interface import AttentionBackend
 from pipeline.engine.attention.sdpa import SdpaAttention
 from pipeline.engine.device import upload
 from pipeline.engine.engine import NativeEngine
+from pipeline.engine.scheduling.scheduler import LONG
 from pipeline.engine.trial import Candidate
 from pipeline.engine.weights import from_model
 from tests.unit.engine.pretended_gpu import GPU, HostWaits, PretendedFlash, PretendedGpu, pretended_gpu, put_model
@@ -162,6 +163,7 @@ def test_warm_up_leaves_no_graph_to_the_run_and_no_trace_in_its_counts(
     described = engine.describe()
     assert described["warm_up_graphs"] == [4, 12, 8, 2, 1]  # the trial's own, then the largest first
     assert described["warm_up_s"] > 0
+    assert engine.scheduler.patience is LONG
     stats = engine.stats()
     assert stats["graphs"] == 5
     assert all(stats[name] == 0 for name in ("passes", "patches", "prefill_tokens", "seconds_decode", "cache_use"))

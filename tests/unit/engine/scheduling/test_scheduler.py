@@ -15,13 +15,19 @@ from hypothesis import strategies as st
 from pipeline.engine.scheduling.block_manager import BlockManager
 from pipeline.engine.scheduling.encoded_media import EncodedMedia
 from pipeline.engine.scheduling.limit import Limit
-from pipeline.engine.scheduling.scheduler import DecodePlan, PrefillPlan, Scheduler
+from pipeline.engine.scheduling.scheduler import LONG, SHORT, DecodePlan, Patience, PrefillPlan, Scheduler
 from pipeline.engine.sequence import Medium, PromptLayout, Request, Sequence
 from pipeline.engine.settings import SamplingParams
 
 
 def make_scheduler(
-    *, num_blocks: int = 64, block_size: int = 4, max_running: int = 8, tokens: int = 64, patches: int = 256
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_running: int = 8,
+    tokens: int = 64,
+    patches: int = 256,
+    patience: Patience = SHORT,
 ) -> Scheduler:
     return Scheduler(
         BlockManager(num_blocks, block_size),
@@ -29,6 +35,7 @@ def make_scheduler(
         max_running=max_running,
         max_batch_tokens=tokens,
         max_batch_patches=patches,
+        patience=patience,
     )
 
 
@@ -131,9 +138,10 @@ def next_kind(scheduler: Scheduler) -> type:
     return type(plan)
 
 
-def decoding_scheduler(running: int = 1, **options: int) -> Scheduler:
+def decoding_scheduler(running: int = 1, patience: Patience = SHORT, **options: int) -> Scheduler:
     """Some long answers are being decoded."""
-    scheduler = make_scheduler(**{"tokens": 1000, "patches": 4000, "max_running": 64, "num_blocks": 2000, **options})
+    sizes = {"tokens": 1000, "patches": 4000, "max_running": 64, "num_blocks": 2000, **options}
+    scheduler = make_scheduler(patience=patience, **sizes)
     for _ in range(running):
         scheduler.add(make_sequences(100, 200)[0])
     assert next_kind(scheduler) is PrefillPlan
@@ -143,24 +151,34 @@ def decoding_scheduler(running: int = 1, **options: int) -> Scheduler:
 def test_a_small_prefill_is_put_off_for_some_decode_passes_and_no_longer() -> None:
     scheduler = decoding_scheduler()
     scheduler.add(make_sequences(10, 4)[0])
-    kinds = [next_kind(scheduler) for _ in range(scheduler.patience + 1)]
-    assert kinds == [DecodePlan] * scheduler.patience + [PrefillPlan]
+    kinds = [next_kind(scheduler) for _ in range(9)]
+    assert kinds == [DecodePlan] * 8 + [PrefillPlan]
 
 
 @pytest.mark.parametrize(
-    ("prompts", "kind"),
-    [([749], DecodePlan), ([750], PrefillPlan), ([600, 149], DecodePlan), ([600, 150], PrefillPlan)],
+    ("patience", "prompts", "kind"),
+    [
+        *[(SHORT, prompts, DecodePlan) for prompts in ([249], [100, 149])],
+        *[(SHORT, prompts, PrefillPlan) for prompts in ([250], [100, 150])],
+        (LONG, [600, 149], DecodePlan),
+        (LONG, [600, 150], PrefillPlan),
+    ],
 )
-def test_most_of_the_token_budget_is_prefilled_at_once(prompts: list[int], kind: type) -> None:
-    scheduler = decoding_scheduler()
+def test_a_large_share_of_the_token_budget_is_prefilled_at_once(
+    patience: Patience, prompts: list[int], kind: type
+) -> None:
+    scheduler = decoding_scheduler(patience=patience)
     for prompt in prompts:
         scheduler.add(make_sequences(prompt)[0])
     assert next_kind(scheduler) is kind
 
 
-@pytest.mark.parametrize(("patches", "kind"), [(86, DecodePlan), (85, PrefillPlan)])
-def test_most_of_the_patch_budget_is_prefilled_at_once(patches: int, kind: type) -> None:
-    scheduler = decoding_scheduler(patches=patches)
+@pytest.mark.parametrize(
+    ("patience", "patches", "kind"),
+    [(SHORT, 257, DecodePlan), (SHORT, 256, PrefillPlan), (LONG, 86, DecodePlan), (LONG, 85, PrefillPlan)],
+)
+def test_a_large_share_of_the_patch_budget_is_prefilled_at_once(patience: Patience, patches: int, kind: type) -> None:
+    scheduler = decoding_scheduler(patience=patience, patches=patches)
     for value in range(4):  # 16 patches each
         scheduler.add(make_sequences(10, media=(image(value),))[0])
     assert next_kind(scheduler) is kind
