@@ -159,15 +159,16 @@ class ModelRunner:
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return self.attention.prefill(q, k, v, self.cache, layer)
 
-        rotation = self.text.rotation(self._upload(positions))
-        hidden = self.text.forward(hidden, rotation, self.cache, info.slots, attend, deep)
-        self.cache.copy_blocks(plan.copies)
         ends = np.cumsum(info.lengths) - 1
         last = [end for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last]
+        # Of a pass in which no prompt ends nothing is wanted, but kernels take no empty tensors.
+        wanted = self._upload(np.asarray(last or ends[:1], dtype=np.int64))
+        rotation = self.text.rotation(self._upload(positions))
+        hidden = self.text.forward(hidden, rotation, self.cache, info.slots, attend, deep, wanted)
+        self.cache.copy_blocks(plan.copies)
         if not last:
             return PassResult([])
-        ends_of_prompts = self._upload(np.asarray(last, dtype=np.int64)).to(hidden.device)
-        logits = self.text.logits(hidden.index_select(0, ends_of_prompts))
+        logits = self.text.logits(hidden)
         samples = [1 + len(chunk.forks) for chunk in chunks if chunk.is_last]
         if max(samples) > 1:
             rows = np.repeat(np.arange(len(last)), samples)

@@ -119,13 +119,18 @@ class TextModel:
         slots: torch.Tensor,  # [N]
         attend: Attend,
         deep: DeepFeatures | None = None,
+        wanted: torch.Tensor | None = None,  # [W]
     ) -> torch.Tensor:
-        """All layers; keys and values go to these slots of the cache. The last norm is left to `logits`, which few
-        tokens need. Hidden states move to the device of the next layer."""
+        """All layers; keys and values go to these slots of the cache. Returns the hidden states of the wanted tokens:
+        of the last layer the others need keys and values only. The last norm is left to `logits`. Hidden states move to
+        the device of the next layer."""
         cos, sin = rotation
         num_tokens = hidden.shape[0]
         kernels = self.kernels
         delta: torch.Tensor | None = None  # added to the hidden states by the next norm
+        num_deep = 0 if deep is None else deep.features.shape[1]
+        last = len(self.layers) - 1
+        leaves_out = wanted is not None and num_deep <= last  # deep features are numbered by all tokens
         for index, layer in enumerate(self.layers):
             if hidden.device != (device := layer.input_norm.device):
                 hidden = hidden if delta is None else hidden + delta
@@ -135,18 +140,26 @@ class TextModel:
             if layer.head_norm is not None:
                 qkv = kernels.norm_heads(qkv, layer.head_norm, self.eps)
             q, k, v = kernels.rotate_and_cache(qkv, cos, sin, self.num_heads, cache, index, slots)
-            delta = layer.out(attend(index, q, k, v).reshape(num_tokens, -1))
+            attended = attend(index, q, k, v).reshape(num_tokens, -1)
+            if leaves_out and index == last:
+                hidden, attended = _rows(hidden, wanted), _rows(attended, wanted)
+            delta = layer.out(attended)
             hidden, normed = kernels.add_rms_norm(hidden, delta, layer.post_norm, self.eps)
             delta = layer.mlp(normed, kernels)
-            if deep is not None and index < deep.features.shape[1]:
+            if deep is not None and index < num_deep:
                 hidden, delta = hidden + delta, None
                 rows = deep.rows.to(device)
                 hidden[rows] = hidden[rows] + deep.features[:, index].to(device)
-        return hidden if delta is None else hidden + delta
+        hidden = hidden if delta is None else hidden + delta
+        return hidden if leaves_out else _rows(hidden, wanted)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [R, C] -> [R, vocabulary]
         hidden = hidden.to(self.final_norm.device)
         return self.lm_head(self.kernels.add_rms_norm(hidden, None, self.final_norm, self.eps)[1])
+
+
+def _rows(x: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
+    return x if wanted is None else x.index_select(0, wanted.to(x.device))
 
 
 def axis_of_frequency(sections: Sequence[int], *, interleaved: bool) -> list[int]:
