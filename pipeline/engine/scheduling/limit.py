@@ -8,27 +8,32 @@ MAX_WAIT = 1024
 class Limit:
     """Halved when a pass runs out of memory, and doubled after `wait` passes that did not.
 
-    Unless it grows back at once (wait 1), each failure doubles the wait: where the full limit can never be reached,
-    failures become rare.
+    Unless it grows back at once (wait 1), growth that ends in a failure doubles the wait: where the full limit can
+    never be reached, failures become rare. A failure after many passes at a value had another cause than the value,
+    and the wait is again what it was at first: else a few of them in a long job would leave it at small passes.
     """
 
     def __init__(self, full: int, *, smallest: int = 1, wait: int = 32) -> None:
         self.value = self.full = full
         self._smallest = min(smallest, full)
-        self._wait = self._left = wait
+        self._first_wait = self._wait = wait
+        self._passes = 0
+        """Since the value last changed."""
+        self._has_grown = False
+        """Whether it was doubled last, not halved."""
 
     def halve(self, used: int | None = None) -> None:
         """Out of memory, with a pass of `used` where it was smaller than the limit."""
         self.value = max(self._smallest, min(self.value, used or self.value) // 2)
-        if self._wait > 1:
-            self._wait = min(2 * self._wait, MAX_WAIT)
-        self._left = self._wait
+        if self._has_grown and self._passes < self._wait:
+            self._wait = min(2 * self._wait, MAX_WAIT) if self._first_wait > 1 else 1
+        elif self._passes >= self._first_wait:
+            self._wait = self._first_wait
+        self._passes, self._has_grown = 0, False
 
     def succeeded(self) -> None:
         """A pass within the limit had enough memory."""
-        if self.value == self.full:
-            return
-        self._left -= 1
-        if self._left == 0:
+        self._passes += 1
+        if self.value < self.full and self._passes >= self._wait:
             self.value = min(self.full, 2 * self.value)
-            self._left = self._wait
+            self._passes, self._has_grown = 0, True

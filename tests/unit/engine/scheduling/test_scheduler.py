@@ -255,7 +255,7 @@ def test_decode_passes_are_halved_by_out_of_memory_and_grow_back() -> None:
     assert isinstance(plan, DecodePlan)
     scheduler.ran_out_of_memory(plan)
     assert (scheduler.decoding.value, scheduler.batch_tokens.value) == (4, 1000)
-    for _ in range(64):
+    for _ in range(32):
         scheduler.succeeded(plan)
     assert scheduler.decoding.value == 8
     for _ in range(3 * 64):
@@ -274,17 +274,43 @@ def test_a_limit_that_fails_again_waits_longer_and_stays_within_its_bounds() -> 
         return passes
 
     waits = []
-    for _ in range(3):
+    for _ in range(4):
         limit.halve()
         waits.append(passes_to_grow())
-    assert waits == [8, 16, 32] and limit.value == 1000
+    assert waits == [4, 8, 16, 32] and limit.value == 1000
     for _ in range(20):
+        limit.halve()
+    assert limit.value == 100
+    for _ in range(20):
+        passes_to_grow()
         limit.halve()
     assert limit.value == 100 and passes_to_grow() == 1024
     assert Limit(20, smallest=100).value == 20
     short = Limit(20, smallest=100)
     short.halve()
     assert short.value == 20
+
+
+def test_failures_that_come_at_any_size_leave_a_limit_large() -> None:
+    limit, values = Limit(256), []
+    for number in range(20_000):
+        if number % 200 == 199:
+            limit.halve()
+        else:
+            limit.succeeded()
+        values.append(limit.value)
+    assert sum(values[-10_000:]) / 10_000 > 100
+
+
+def test_failures_above_a_size_become_rare() -> None:
+    limit, failures = Limit(256), 0
+    for _ in range(20_000):
+        if limit.value > 100:
+            limit.halve()
+            failures += 1
+        else:
+            limit.succeeded()
+    assert limit.value == 64 and failures < 30
 
 
 def test_the_newest_sequence_is_preempted_and_computed_again_with_its_output() -> None:
