@@ -5,6 +5,7 @@
     stage        preprocessing through Ray, against plain loops
     pipeline     the whole job on the demo dataset, against its stages in a plain loop
     feed         the whole job with a model of real size on JPEG files, against its engine alone
+    soak         the engine for minutes under bursts, preemptions, aborts and failing passes    (no Ray)
     scale        planning and resuming 100 million rows; the job with an engine that answers at once
     kernels      registers, shared memory and spills of every Triton kernel, compiled    (no Ray, no GPU)
     dense        products by plain and by packed weights on a CPU                        (no Ray)
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 
 from jobs.cli import run_command
 
-BENCHMARKS = ("preprocess", "engine", "stage", "pipeline", "feed", "scale", "kernels", "dense", "report")
+BENCHMARKS = ("preprocess", "engine", "stage", "pipeline", "feed", "soak", "scale", "kernels", "dense", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

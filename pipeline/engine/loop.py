@@ -7,6 +7,7 @@ runner's. How both are made is engine.py's.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 
@@ -22,7 +23,20 @@ from pipeline.engine.weights import Checkpoint
 from pipeline.errors import EngineOutOfMemory, RowError
 
 MAX_LONE_FAILURES = 4
-"""A row that runs out of memory alone in its pass this often, with ever smaller budgets, becomes an error."""
+"""A row that runs out of memory alone in its pass this often without a new token in between, with ever smaller budgets,
+becomes an error."""
+
+
+@dataclass
+class _LoneFailures:
+    """Of one request, since its last new token."""
+
+    count: int = 0
+    num_tokens: int = 0
+
+    def add(self, num_tokens: int) -> None:
+        self.count = 1 if num_tokens > self.num_tokens else self.count + 1
+        self.num_tokens = max(self.num_tokens, num_tokens)
 
 
 class EngineLoop(Engine):
@@ -39,7 +53,7 @@ class EngineLoop(Engine):
         self.scheduler, self.runner, self.media, self.admission = scheduler, runner, media, admission
         self._done: list[Completion] = []
         self._in_flight: deque[PassResult] = deque()
-        self._lone_failures: dict[RequestId, int] = {}
+        self._lone_failures: dict[RequestId, _LoneFailures] = {}
         self._num_out_of_memory = 0
 
     # ---- the interface
@@ -135,11 +149,12 @@ class EngineLoop(Engine):
             torch.cuda.empty_cache()
 
     def _count_lone_failure(self, failed: list[Sequence], error: BaseException) -> None:
-        """The samples of one request were alone in the pass that failed; after several such passes they are errors."""
+        """The samples of one request were alone in the pass that failed; after several such passes in which they got
+        no further they are errors."""
         request = failed[0].request
-        failures = self._lone_failures.get(request.request_id, 0) + 1
-        self._lone_failures[request.request_id] = failures
-        if failures < MAX_LONE_FAILURES:
+        failures = self._lone_failures.setdefault(request.request_id, _LoneFailures())
+        failures.add(max(sequence.num_tokens for sequence in failed))
+        if failures.count < MAX_LONE_FAILURES:
             return
         for sequence in failed:
             sequence.error = EngineOutOfMemory(

@@ -214,8 +214,8 @@ def _sum_of_squares(side: int) -> int:
 
 
 def prefill_flops(shape: ModelShape, prompt: int) -> float:
-    """FLOP of a prompt's pass through the decoder, for its first token: all layers over all tokens, as is usual to count
-    them. Of the last layer an engine may leave out most, of 28 layers 3 %."""
+    """FLOP of a prompt's pass through the decoder, for its first token: all layers over all tokens, as is usual to
+    count them. Of the last layer an engine may leave out most: of 28 layers 3 %."""
     return 2 * shape.body * prompt + 2 * prompt**2 * shape.attention_width * shape.layers + 2 * shape.head
 
 

@@ -20,6 +20,7 @@ SMALL = {
     "stage": ["--images", "64", "--actors", "1"],
     "pipeline": ["--rows-per-task", "20"],
     "feed": ["--shape", "tiny", "--large", "3", "--small", "5", "--side", "112", "--tokens", "4", "--actors", "1"],
+    "soak": ["--seconds", "12", "--cache-tokens", "4000", "--fail-every", "20"],
     "scale": ["--rows", "100000", "--flow", "20"],
     "report": ["--rows", "300"],
     "dense": ["--rows", "2", "--mlp-rows", "600", "--rounds", "1", "--dtype", "float32"],
@@ -41,6 +42,9 @@ def test_a_benchmark_ends_with_its_results_as_json(name: str) -> None:
     if name == "engine":
         assert result["mismatched_rows"] == 0
         assert all(rate for rate in result["reference_images_per_s"].values())
+    if name == "soak":
+        assert result["passed"] and result["rows"]["answered"] > 0
+        assert result["preemptions"] > 0 and result["failed_passes"] > 0
     if name == "feed":
         for kind, rows in (("large", 3), ("small", 5)):
             found = result[kind]
@@ -50,8 +54,9 @@ def test_a_benchmark_ends_with_its_results_as_json(name: str) -> None:
 
 
 def test_measuring_on_a_gpu_machine_as_a_dry_run_without_one(tmp_path: Path) -> None:
-    stages = ["facts", "kernels", "bench_tiny", "job_tiny"]  # the demo job has its own tests
-    command = [sys.executable, "-m", "jobs.benchmark.gpu.run", "--only", *stages, "--site", str(tmp_path / "site")]
+    stages = ["facts", "kernels", "bench_tiny", "job_tiny", "soak", "job"]
+    folders = ["--site", str(tmp_path / "site"), "--packages", str(tmp_path)]  # and none that was packed here
+    command = [sys.executable, "-m", "jobs.benchmark.gpu.run", "--only", *stages, *folders]
     environment = {**os.environ, "OUT": str(tmp_path / "out"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -66,6 +71,8 @@ def test_measuring_on_a_gpu_machine_as_a_dry_run_without_one(tmp_path: Path) -> 
         "  decode.json: ",
         "large  job ",
         "small  job ",
+        "killed after ",
+        "text               10 of 10   exact",
     ):
         assert f"\n    {shown}" in summary
     assert "WRONG" not in summary and "FAILED" not in summary

@@ -24,6 +24,8 @@ from pathlib import Path
 
 PYTHON = (sys.executable, "-m")
 ENGINE = (*PYTHON, "jobs.benchmark", "engine")
+SOAK = (*PYTHON, "jobs.benchmark", "soak")
+INTERRUPTED = (*PYTHON, "jobs.benchmark.gpu.interrupted")
 LARGE = ("--side", "1024", "--tokens", "100")
 LEAST_S = 20
 """A stage is not begun with less time left."""
@@ -53,13 +55,14 @@ _TABLE = (
     r"  (prompts|decode).json| +[\d.]+% +[\d.]+ ms"
 )
 _FED = r"(large|small)  |  (parts|steps)"
+_SOAKED = r" +[\d.]+ s   answered|\{\"benchmark\""
 
 
 def stages(on_gpu: bool, site: Path) -> list[Stage]:
     """What runs, in order of value."""
     facts = Stage("facts", 90, ((*PYTHON, "torch.utils.collect_env"), (*PYTHON, "pip", "list")), _ABOUT)
     measured = _on_gpu(site) if on_gpu else _dry(site)
-    return [facts, *measured, _demo_job(site, "20" if on_gpu else "2")]
+    return [facts, *measured, _demo_job(site, "100" if on_gpu else "10")]
 
 
 def _with_ray(site: Path) -> dict[str, str]:
@@ -72,13 +75,15 @@ def _demo_job(site: Path, rows_per_task: str) -> Stage:
     # A new folder each time: a finished run would only be looked at.
     output = str(site / f"demo-{os.getpid()}")
     # In bfloat16: the checkpoint's float32 would leave out most of a GPU's kernels, and CUDA graphs.
-    caption = (*PYTHON, "jobs.caption", "--config", "configs/demo.yaml", "--model.dtype", "bfloat16")
+    caption = ("jobs.caption", "--config", "configs/demo.yaml", "--model.dtype", "bfloat16")
+    often = ("--output.rows_per_fragment", "10")  # so that a killed run leaves finished rows
     commands = (
         (*PYTHON, "pipeline.demo.manifest", "--output", world, "--rows-per-task", rows_per_task),
-        (*caption, "--input.path", world, "--output.path", output),
+        (*INTERRUPTED, output, *caption, "--input.path", world, "--output.path", output, *often),
         (*PYTHON, "pipeline.demo.check", output),
     )
-    return Stage("job", 120, commands, r"(rows|this run|\w+ +\d+)", 12, log="facts", environment=_with_ray(site))
+    shown = r"(killed|rows|this run|\w+ +\d+)"
+    return Stage("job", 240, commands, shown, 12, log="facts", environment=_with_ray(site))
 
 
 def _on_gpu(site: Path) -> list[Stage]:
@@ -97,6 +102,7 @@ def _on_gpu(site: Path) -> list[Stage]:
         Stage("bench_7b", 130, (ours("7b", 128, *LARGE),), _TABLE),
         Stage("bench_families", 130, families, _TABLE, log="bench_7b"),
         Stage("job_2b", 170, (feed,), _FED, environment=_with_ray(site)),
+        Stage("soak", 110, ((*SOAK, "--shape", "2b"),), _SOAKED, log="bench_2b"),
         Stage("bench_mixed", 90, (ours("2b", 128, "--rows", "mixed"),), _TABLE, log="bench_2b"),
         Stage("peer", 120, (peer,), _TABLE),
     ]
@@ -111,6 +117,7 @@ def _dry(site: Path) -> list[Stage]:
         Stage("kernels", 60, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "30"),), _KERNELS),
         Stage("bench_tiny", 120, (bench,), _TABLE),
         Stage("job_tiny", 250, (feed,), _FED, environment=_with_ray(site)),
+        Stage("soak", 150, ((*SOAK, "--seconds", "6"),), _SOAKED),
     ]
 
 

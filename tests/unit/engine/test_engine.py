@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from pipeline.engine import Completion, Engine, EngineOptions, Request, SamplingParams
 from pipeline.engine.dense import Dense, padded_rows
 from pipeline.engine.engine import NativeEngine
+from pipeline.engine.loop import MAX_LONE_FAILURES
 from pipeline.engine.reference import ReferenceEngine
 from pipeline.engine.weights import from_model
 from pipeline.errors import EngineOutOfMemory, GenerateError, PromptTooLong
@@ -365,6 +367,24 @@ def test_a_row_that_fits_no_memory_even_alone_is_one_error_row(
     done = engine.generate(requests)
     assert all(isinstance(completion.error, EngineOutOfMemory) for completion in done[2:4])
     assert tokens_of([done[0], done[1], done[4]]) == [expected[0], expected[1], expected[4]]
+
+
+def test_a_lone_row_that_runs_out_of_memory_now_and_then_is_answered(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [row(0, max_tokens=40, ignore_eos=True)]
+    expected = tokens_of(native(tiny_model).generate(requests))
+    engine = native(tiny_model)
+    decode, passes = engine.runner._decode, itertools.count(1)
+
+    def guarded(sequences: Any) -> Any:
+        if next(passes) % 3 == 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return decode(sequences)
+
+    monkeypatch.setattr(engine.runner, "_decode", guarded)
+    assert tokens_of(engine.generate(requests)) == expected
+    assert engine.stats()["out_of_memory"] > MAX_LONE_FAILURES
 
 
 @pytest.mark.slow
