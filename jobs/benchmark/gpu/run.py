@@ -94,6 +94,7 @@ def _on_gpu(site: Path) -> list[Stage]:
     families = tuple(ours(shape, 64, *LARGE) for shape in ("qwen2.5-vl-7b", "qwen3-vl-8b"))
     traced = ours("2b", 256, *LARGE, "--trace", str(site / "trace"))
     feed = (*PYTHON, "jobs.benchmark", "feed", "--shape", "2b")
+    soak = (*SOAK, "--shape", "2b", "--seconds", "45", "--max-pixels", "100352")
     peer = (*ENGINE, "--shape", "2b", "--peers", "reference", "--images", "128", *LARGE)
     return [
         Stage("tests", 160, ((*pytest, "--tb=short", "--durations=8"),), _TESTED, 14),
@@ -102,7 +103,7 @@ def _on_gpu(site: Path) -> list[Stage]:
         Stage("bench_7b", 130, (ours("7b", 128, *LARGE),), _TABLE),
         Stage("bench_families", 130, families, _TABLE, log="bench_7b"),
         Stage("job_2b", 170, (feed,), _FED, environment=_with_ray(site)),
-        Stage("soak", 110, ((*SOAK, "--shape", "2b"),), _SOAKED, log="bench_2b"),
+        Stage("soak", 150, (soak,), _SOAKED, log="bench_2b"),
         Stage("bench_mixed", 90, (ours("2b", 128, "--rows", "mixed"),), _TABLE, log="bench_2b"),
         Stage("peer", 120, (peer,), _TABLE),
     ]
