@@ -7,7 +7,8 @@ runner's. How both are made is engine.py's.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,20 +24,23 @@ from pipeline.engine.weights import Checkpoint
 from pipeline.errors import EngineOutOfMemory, RowError
 
 MAX_LONE_FAILURES = 4
-"""A row that runs out of memory alone in its pass this often without a new token in between, with ever smaller budgets,
-becomes an error."""
+"""A row that runs out of memory alone in its pass this often, with ever smaller budgets and without getting further in
+between, becomes an error."""
 
 
 @dataclass
 class _LoneFailures:
-    """Of one request, since its last new token."""
+    """Of one request, since it last got further."""
 
     count: int = 0
-    num_tokens: int = 0
+    lengths: dict[int, int] = field(default_factory=dict)
+    """Tokens that each of its samples had when it failed last."""
 
-    def add(self, num_tokens: int) -> None:
-        self.count = 1 if num_tokens > self.num_tokens else self.count + 1
-        self.num_tokens = max(self.num_tokens, num_tokens)
+    def add(self, failed: Iterable[Sequence]) -> None:
+        # A prefill alone gives one token: only a second one shows that a decode pass had enough memory.
+        got_further = any(each.num_tokens > self.lengths.get(each.index, 0) + 1 for each in failed)
+        self.count = 1 if got_further else self.count + 1
+        self.lengths |= {each.index: each.num_tokens for each in failed}
 
 
 class EngineLoop(Engine):
@@ -153,7 +157,7 @@ class EngineLoop(Engine):
         no further they are errors."""
         request = failed[0].request
         failures = self._lone_failures.setdefault(request.request_id, _LoneFailures())
-        failures.add(max(sequence.num_tokens for sequence in failed))
+        failures.add(failed)
         if failures.count < MAX_LONE_FAILURES:
             return
         for sequence in failed:

@@ -6,11 +6,12 @@ MAX_WAIT = 1024
 
 
 class Limit:
-    """Halved when a pass runs out of memory, and doubled after `wait` passes that did not.
+    """Halved when a pass runs out of memory, and doubled after `wait` passes that came near it and did not.
 
     Unless it grows back at once (wait 1), growth that ends in a failure doubles the wait: where the full limit can
-    never be reached, failures become rare. A failure after many passes at a value had another cause than the value,
-    and the wait is again what it was at first: else a few of them in a long job would leave it at small passes.
+    never be reached, failures become rare. A failure after many passes near the same value has another cause than the
+    value, and the wait returns to what it was at first; otherwise a few such failures would leave a long job with small
+    passes.
     """
 
     def __init__(self, full: int, *, smallest: int = 1, wait: int = 32) -> None:
@@ -18,7 +19,7 @@ class Limit:
         self._smallest = min(smallest, full)
         self._first_wait = self._wait = wait
         self._passes = 0
-        """Since the value last changed."""
+        """That came near the value since it last changed."""
         self._has_grown = False
         """Whether it was doubled last, not halved."""
 
@@ -31,8 +32,10 @@ class Limit:
             self._wait = self._first_wait
         self._passes, self._has_grown = 0, False
 
-    def succeeded(self) -> None:
-        """A pass within the limit had enough memory."""
+    def succeeded(self, used: int) -> None:
+        """A pass of this size had enough memory. One of less than half the limit says nothing about it."""
+        if 2 * used < self.value:
+            return
         self._passes += 1
         if self.value < self.full and self._passes >= self._wait:
             self.value = min(self.full, 2 * self.value)

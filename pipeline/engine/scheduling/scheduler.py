@@ -184,11 +184,12 @@ class Scheduler:
 
     def succeeded(self, plan: Plan) -> None:
         """The plan had enough memory."""
-        limits = (
-            (self.decoding,) if isinstance(plan, DecodePlan) else (self.packed, self.batch_tokens, self.batch_patches)
-        )
-        for limit in limits:
-            limit.succeeded()
+        if isinstance(plan, DecodePlan):
+            self.decoding.succeeded(len(plan.sequences))
+            return
+        self.packed.succeeded(len(plan.sequences))
+        self.batch_tokens.succeeded(sum(chunk.num_tokens for chunk in plan.chunks))
+        self.batch_patches.succeeded(sum(medium.num_patches for medium in plan.media))
 
     # ---- planning
 

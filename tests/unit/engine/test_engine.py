@@ -387,6 +387,20 @@ def test_a_lone_row_that_runs_out_of_memory_now_and_then_is_answered(
     assert engine.stats()["out_of_memory"] > MAX_LONE_FAILURES
 
 
+def test_a_row_whose_decode_passes_never_fit_is_soon_an_error_row(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = native(tiny_model)
+
+    def full(sequences: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(engine.runner, "_decode", full)
+    (completion,) = engine.generate([row(0, max_tokens=40, ignore_eos=True)])
+    assert isinstance(completion.error, EngineOutOfMemory)
+    assert engine.stats()["out_of_memory"] == MAX_LONE_FAILURES
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_host_memory_is_flat_over_ten_thousand_requests(tiny_model: Any) -> None:
