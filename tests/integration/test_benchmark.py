@@ -20,7 +20,7 @@ SMALL = {
     "stage": ["--images", "64", "--actors", "1"],
     "pipeline": ["--rows-per-task", "20"],
     "feed": ["--shape", "tiny", "--large", "3", "--small", "5", "--side", "112", "--tokens", "4", "--actors", "1"],
-    "soak": ["--seconds", "12", "--cache-tokens", "4000", "--fail-every", "20"],
+    "soak": ["--seconds", "20", "--cache-tokens", "4000", "--fail-every", "100"],
     "scale": ["--rows", "100000", "--flow", "20"],
     "report": ["--rows", "300"],
     "dense": ["--rows", "2", "--mlp-rows", "600", "--rounds", "1", "--dtype", "float32"],
@@ -56,7 +56,7 @@ def test_a_benchmark_ends_with_its_results_as_json(name: str) -> None:
 def test_measuring_on_a_gpu_machine_as_a_dry_run_without_one(tmp_path: Path) -> None:
     stages = ["facts", "kernels", "bench_tiny", "job_tiny", "soak", "job"]
     folders = ["--site", str(tmp_path / "site"), "--packages", str(tmp_path)]  # and none that was packed here
-    command = [sys.executable, "-m", "jobs.benchmark.gpu.run", "--only", *stages, *folders]
+    command = [sys.executable, "-m", "jobs.benchmark.gpu.run", "--only", *stages, *folders, "--total", "1100"]
     environment = {**os.environ, "OUT": str(tmp_path / "out"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
