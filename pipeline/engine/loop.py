@@ -7,7 +7,6 @@ runner's. How both are made is engine.py's.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -36,7 +35,7 @@ class _LoneFailures:
     lengths: dict[int, int] = field(default_factory=dict)
     """Tokens that each of its samples had when it failed last."""
 
-    def add(self, failed: Iterable[Sequence]) -> None:
+    def add(self, failed: list[Sequence]) -> None:
         # A prefill alone gives one token: only a second one shows that a decode pass had enough memory.
         got_further = any(each.num_tokens > self.lengths.get(each.index, 0) + 1 for each in failed)
         self.count = 1 if got_further else self.count + 1

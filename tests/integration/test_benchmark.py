@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,5 @@ def test_measuring_on_a_gpu_machine_as_a_dry_run_without_one(tmp_path: Path) -> 
     ):
         assert f"\n    {shown}" in summary
     assert "WRONG" not in summary and "FAILED" not in summary
+    resumed = re.search(r"this run +(\d+) rows", summary)
+    assert resumed and 0 < int(resumed[1]) < 70, "the killed job's rows were computed again"

@@ -26,8 +26,8 @@ class Limit:
     def halve(self, used: int | None = None) -> None:
         """Out of memory, with a pass of `used` where it was smaller than the limit."""
         self.value = max(self._smallest, min(self.value, used or self.value) // 2)
-        if self._has_grown and self._passes < self._wait:
-            self._wait = min(2 * self._wait, MAX_WAIT) if self._first_wait > 1 else 1
+        if self._first_wait > 1 and self._has_grown and self._passes < self._wait:
+            self._wait = min(2 * self._wait, MAX_WAIT)
         elif self._passes >= self._first_wait:
             self._wait = self._first_wait
         self._passes, self._has_grown = 0, False
