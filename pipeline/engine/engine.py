@@ -10,7 +10,7 @@ import gc
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,17 +85,11 @@ class NativeEngine(EngineLoop):
             )
         self._devices = tuple(dict.fromkeys((device, *checkpoint.layer_devices)))
         self.trial = Trial(self._devices)
-        self.warm_up_s = 0.0
-        if on_gpu:
-            started = time.perf_counter()
-            with current(device):
-                self._prepare_gpu(candidates)
-            self.warm_up_s = time.perf_counter() - started
-        else:
-            layers = Counter(checkpoint.layer_devices)
-            share = options.cache_gb * 1e9 / layers.total()
-            memory = {each: share * count for each, count in layers.items()}
-            self._assemble(self.vision.attention, memory, setting="engine.cache_gb")
+        started = time.perf_counter()
+        with current(device):
+            prepare = self._prepare_gpu if on_gpu else self._prepare_cpu
+            prepare(candidates)
+        self.warm_up_s = time.perf_counter() - started
         self.warm_up_graphs = self.runner.graphs.captured if self.runner.graphs else []
 
     def _attention_candidates(self) -> Sequence[Candidate[AttentionBackend]]:
@@ -200,7 +194,27 @@ class NativeEngine(EngineLoop):
             "eos_token_ids": sorted(self.checkpoint.eos_token_ids),
         }
 
-    # ---- on a GPU, before the first row
+    # ---- before the first row
+
+    def _prepare_cpu(self, candidates: Sequence[Candidate[AttentionBackend]]) -> None:
+        """Choose attention by trial, for a cache of a size that is set."""
+        attention = self._choose_attention(candidates, use=lambda one: None)
+        layers = Counter(self.checkpoint.layer_devices)
+        share = self.options.cache_gb * 1e9 / layers.total()
+        self._assemble(attention, {each: share * n for each, n in layers.items()}, setting="engine.cache_gb")
+
+    def _choose_attention(
+        self, candidates: Sequence[Candidate[AttentionBackend]], use: Callable[[AttentionBackend], None]
+    ) -> AttentionBackend:
+        widths, device, dtype = self._widths(), self.checkpoint.device, self.checkpoint.dtype
+        return self.trial.choose(
+            "attention",
+            candidates,
+            results=lambda one: run_every_shape(one, widths, device, dtype),
+            use=use,
+            forced=self.options.attention != "auto",
+            not_its_fault=_OUT_OF_MEMORY,
+        )
 
     def _prepare_gpu(self, candidates: Sequence[Candidate[AttentionBackend]]) -> None:
         """Choose the parts by trial, size the cache by what the largest pass leaves, and capture graphs."""
@@ -208,14 +222,7 @@ class NativeEngine(EngineLoop):
         torch.cuda.empty_cache()  # of the weights that loading held twice
         widths = self._widths()
         try:
-            attention = self.trial.choose(
-                "attention",
-                candidates,
-                results=lambda one: run_every_shape(one, widths, device, dtype),
-                use=self._use_attention,
-                forced=options.attention != "auto",
-                not_its_fault=_OUT_OF_MEMORY,
-            )
+            attention = self._choose_attention(candidates, use=self._use_attention)
             self.trial.choose(
                 "kernels",
                 kernel_candidates(options.kernels, device),

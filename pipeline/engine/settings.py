@@ -128,10 +128,11 @@ class EngineSettings:
     kind: Literal["native", "transformers"] = setting(
         "native", "`native`: continuous batching. `transformers`: `model.generate` in static batches, the reference."
     )
-    attention: Literal["auto", "flash", "torch", "sdpa"] = setting(
+    attention: Literal["auto", "flash", "torch", "simd", "sdpa"] = setting(
         "auto",
         "Attention backend. `auto` takes the first that passes a trial while the engine loads: `flash` (the "
-        "flash-attn package), `torch` (torch's own varlen kernels, on CUDA), `sdpa` (anywhere). "
+        "flash-attn package), `torch` (torch's own varlen kernels, on CUDA), `simd` (our own for x86 CPUs; needs a C "
+        "compiler), `sdpa` (anywhere). "
         "A forced one that fails is an error.",
     )
     kernels: Literal["auto", "eager"] = setting(

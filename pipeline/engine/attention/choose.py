@@ -7,6 +7,8 @@ import importlib.util
 import torch
 
 from pipeline.engine.attention.interface import AttentionBackend
+from pipeline.engine.attention.simd import SimdAttention, instruction_set
+from pipeline.engine.c_library import compiler
 from pipeline.engine.trial import Candidate
 from pipeline.errors import CheckpointError
 
@@ -31,21 +33,28 @@ def attention_candidates(
 
     Raises CheckpointError, which says what is missing, for one that can't run here.
     """
-    names = ("flash", "torch") if wanted == "auto" else tuple({wanted} - {"sdpa"})
+    names = ("flash", "torch", "simd") if wanted == "auto" else tuple({wanted} - {"sdpa"})
     problems = {name: _problem(name, device, dtype) for name in names}
     if wanted != "auto" and (problem := problems.get(wanted)) is not None:
         raise CheckpointError(f"engine.attention is {wanted!r}, {problem}")
-    return tuple(_candidate(name) for name in (*names, "sdpa") if problems.get(name) is None)
+    return tuple(_candidate(name, dtype) for name in (*names, "sdpa") if problems.get(name) is None)
 
 
-def _candidate(name: str) -> Candidate[AttentionBackend]:
-    return Candidate(name, lambda: _load(name))
+def _candidate(name: str, dtype: torch.dtype) -> Candidate[AttentionBackend]:
+    return Candidate(name, lambda: _load(name, dtype))
 
 
 def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend can't run here; None if it can."""
-    if name != "sdpa" and (device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16)):
-        dtype_name = str(dtype).removeprefix("torch.")
+    dtype_name = str(dtype).removeprefix("torch.")
+    if name == "simd":
+        if device.type != "cpu" or instruction_set(dtype) is None:
+            return (
+                "which needs a CPU with AVX2 for float32 or with AVX512_BF16 for bfloat16, "
+                f"not {device} in {dtype_name}; use auto or sdpa"
+            )
+        return None if compiler() else "but no C compiler is installed; install gcc or clang"
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return f"which needs an NVIDIA GPU and bfloat16 or float16, not {device} in {dtype_name}; use auto or sdpa"
     if name == "flash" and not flash_attn_installed():
         return f"but flash-attn is missing; install it with {INSTALL_FLASH}"
@@ -54,7 +63,7 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _load(name: str) -> AttentionBackend:
+def _load(name: str, dtype: torch.dtype) -> AttentionBackend:
     # Imported when chosen: the first needs flash-attn, the second triton.
     if name == "flash":
         from pipeline.engine.attention.flash import FlashAttention
@@ -64,6 +73,8 @@ def _load(name: str) -> AttentionBackend:
         from pipeline.engine.attention.torch_varlen import TorchAttention
 
         return TorchAttention()
+    if name == "simd":
+        return SimdAttention(dtype)
     from pipeline.engine.attention.sdpa import SdpaAttention
 
     return SdpaAttention()

@@ -167,7 +167,7 @@ def test_engine_settings_are_those_of_a_job(capsys: pytest.CaptureFixture[str]) 
     assert (options.gpu_memory_fraction, options.cuda_graphs, options.kernels) == (0.5, False, "eager")
     with pytest.raises(SystemExit):
         parse("--engine.attention", "flsh")
-    assert "--engine.attention is 'flsh'; allowed: auto, flash, torch, sdpa" in capsys.readouterr().err
+    assert "--engine.attention is 'flsh'; allowed: auto, flash, torch, simd, sdpa" in capsys.readouterr().err
 
 
 def test_vllm_is_left_out_of_what_its_comparison_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:

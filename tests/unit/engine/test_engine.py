@@ -313,7 +313,8 @@ def test_describe_and_stats_are_plain_values(build: Build) -> None:
     engine = build()
     engine.generate([row()])
     described = json.loads(json.dumps(engine.describe()))
-    assert described["device"] == "cpu" and described["dtype"] == "float32" and described["attention"] == "sdpa"
+    assert (described["device"], described["dtype"]) == ("cpu", "float32")
+    assert described["attention"] in ("simd", "sdpa")
     assert engine.stats()["prefill_tokens"] == len(row().input_ids)
 
 

@@ -147,7 +147,7 @@ def test_budgets_arrivals_and_preemptions_change_no_token_of_300_rows(world: Wor
 @RANDOM
 def test_a_full_cache_preempts_and_changes_no_token(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SdpaAttention, "block_size", 4)  # answers take more than the one that is reserved
-    engine = native(world, cache_tokens=192, max_running=16)
+    engine = native(world, cache_tokens=192, max_running=16, attention="sdpa")
     assert tokens_of(engine.generate(world.requests)) == world.expected
     assert engine.stats()["preemptions"] > 0
 

@@ -1,15 +1,72 @@
-"""Each attention backend against attention written out in float64; on a CPU that is sdpa."""
+"""Each attention backend of a CPU against attention written out in float64: sdpa, and simd with each set of
+instructions that this CPU has."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipeline.engine.attention.interface import DecodeInfo, PrefillInfo
+from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo, PrefillInfo
 from pipeline.engine.attention.sdpa import SdpaAttention, _similar
+from pipeline.engine.attention.simd import INSTRUCTION_SETS, SimdAttention, cpu_features
+from pipeline.engine.c_library import compiler
 from pipeline.engine.kv_cache import KVCache
 
-HEADS, KV_HEADS, DIM, BLOCK = 6, 2, 16, 4
+BLOCK = 16
+CPU = torch.device("cpu")
+TOLERANCE: dict[torch.dtype, Any] = {
+    torch.float32: {"rtol": 1e-4, "atol": 1e-4},
+    torch.bfloat16: {"rtol": 0.02, "atol": 0.02},
+}
+
+
+def simd(dtype: torch.dtype, instructions: tuple[str, ...]) -> Any:
+    missing = set(instructions) - cpu_features()
+    reason = f"this CPU lacks {', '.join(sorted(missing))}" if missing else "install gcc or clang"
+    return pytest.param(
+        (dtype, lambda: SimdAttention(dtype, instructions)),
+        id=f"simd {instructions[-1]}",
+        marks=pytest.mark.skipif(bool(missing) or compiler() is None, reason=reason),
+    )
+
+
+Case = tuple[torch.dtype, Callable[[], AttentionBackend]]
+every_backend = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param((torch.float32, SdpaAttention), id="sdpa"),
+        pytest.param((torch.bfloat16, SdpaAttention), id="sdpa bfloat16"),
+        *(simd(dtype, instructions) for dtype, instructions in INSTRUCTION_SETS),
+    ],
+)
+
+
+class Sizes(NamedTuple):
+    seed: int
+    kv_heads: int
+    group: int
+    dim: int
+    spread: float
+    """Of the queries: with a large one a query sees almost one key alone."""
+
+    def queries(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        return (self.spread * torch.randn(count, self.kv_heads * self.group, self.dim)).to(dtype)
+
+
+SIZES = st.builds(
+    Sizes,
+    seed=st.integers(0, 2**16),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 8),
+    dim=st.sampled_from([2, 16, 64, 72, 80, 128, 130, 256]),
+    spread=st.sampled_from([0.1, 1.0, 30.0]),
+)
+few = settings(max_examples=40, deadline=None)
 
 
 def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
@@ -24,15 +81,10 @@ def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bo
     return torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v).float()
 
 
-def make_cache(num_blocks: int = 64) -> KVCache:
-    return KVCache(
-        [torch.device("cpu")],
-        num_blocks=num_blocks,
-        block_size=BLOCK,
-        num_kv_heads=KV_HEADS,
-        head_dim=DIM,
-        dtype=torch.float32,
-    )
+def make_cache(num_blocks: int, kv_heads: int, dim: int, dtype: torch.dtype) -> KVCache:
+    cache = KVCache([CPU], num_blocks=num_blocks, block_size=BLOCK, num_kv_heads=kv_heads, head_dim=dim, dtype=dtype)
+    cache.storage[CPU].fill_(1e4)  # what other rows left behind must not show
+    return cache
 
 
 def slots_of(table: list[int], start: int, stop: int) -> torch.Tensor:
@@ -43,57 +95,78 @@ def fill(cache: KVCache, lengths: list[int]) -> tuple[list[list[int]], list[tupl
     """Random pasts of these lengths in scattered blocks; their tables and contents."""
     free = torch.randperm(cache.num_blocks).tolist()
     tables, contents = [], []
+    _, _, kv_heads, dim = cache.keys[0].shape
     for length in lengths:
         table = [free.pop() for _ in range(-(-length // BLOCK))]
-        k, v = torch.randn(length, KV_HEADS, DIM), torch.randn(length, KV_HEADS, DIM)
+        k, v = (torch.randn(length, kv_heads, dim).to(cache.keys[0].dtype) for _ in range(2))
         cache.write(0, k, v, slots_of(table, 0, length))
         tables.append(table)
         contents.append((k, v))
     return tables, contents
 
 
-@pytest.mark.parametrize("frames", [[7], [4, 4, 4], [9, 3, 3, 12]])
-def test_vision_stays_within_a_frame(frames: list[int]) -> None:
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, sum(frames), HEADS, DIM).unbind(0)
-    backend = SdpaAttention()
-    backend.begin_vision(frames, torch.device("cpu"))
+def blocks_for(lengths: list[int]) -> int:
+    return sum(-(-length // BLOCK) for length in lengths)
+
+
+@every_backend
+@few
+@given(sizes=SIZES, frames=st.lists(st.integers(1, 300), min_size=1, max_size=4))
+def test_vision_stays_within_a_frame(case: Case, sizes: Sizes, frames: list[int]) -> None:
+    dtype, make = case
+    torch.manual_seed(sizes.seed)
+    one = sizes._replace(spread=1.0)
+    q, k, v = torch.stack([each.queries(sum(frames), dtype) for each in (sizes, one, one)], dim=1).unbind(1)
+    backend = make()
+    backend.begin_vision(frames, CPU)
     expected = [
         written_out(*parts, causal=False)
         for parts in zip(q.split(frames), k.split(frames), v.split(frames), strict=True)
     ]
-    torch.testing.assert_close(backend.vision(q, k, v), torch.cat(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(backend.vision(q, k, v).float(), torch.cat(expected), **TOLERANCE[dtype])
 
 
-def test_prefill_sees_its_own_past_in_the_batch_and_in_the_cache() -> None:
-    torch.manual_seed(0)
-    cache, lengths, starts = make_cache(), [5, 9, 1], [0, 6, 11]
-    tables, contents = fill(cache, [start + n for start, n in zip(starts, lengths, strict=True)])
+@every_backend
+@few
+@given(sizes=SIZES, rows=st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300)), min_size=1, max_size=4))
+def test_prefill_sees_its_own_past_in_the_batch_and_in_the_cache(
+    case: Case, sizes: Sizes, rows: list[tuple[int, int]]
+) -> None:
+    dtype, make = case
+    torch.manual_seed(sizes.seed)
+    lengths, starts = [length for length, _ in rows], [start for _, start in rows]
+    totals = [sum(row) for row in rows]
+    cache = make_cache(blocks_for(totals), sizes.kv_heads, sizes.dim, dtype)
+    tables, contents = fill(cache, totals)
     fresh = [(k[start:], v[start:]) for (k, v), start in zip(contents, starts, strict=True)]
-    q = torch.randn(sum(lengths), HEADS, DIM)
-    backend = SdpaAttention()
+    q = sizes.queries(sum(lengths), dtype)
+    backend = make()
     slots = torch.cat([slots_of(t, s, s + n) for t, s, n in zip(tables, starts, lengths, strict=True)])
     backend.begin_prefill(PrefillInfo(lengths, starts, tables, slots), cache)
     k, v = (torch.cat(parts) for parts in zip(*fresh, strict=True))
     expected = [written_out(part, *past, causal=True) for part, past in zip(q.split(lengths), contents, strict=True)]
     got = backend.prefill(q, k, v, cache, 0)
-    torch.testing.assert_close(got, torch.cat(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.float(), torch.cat(expected), **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("lengths", [[1], [4, 4], [3, 8, 9, 30], [1, 2, 200]])
-def test_decode_sees_all_of_its_row_and_nothing_of_others(lengths: list[int]) -> None:
-    torch.manual_seed(0)
-    cache = make_cache(80)
-    cache.storage[torch.device("cpu")].fill_(1e4)  # what other rows left behind must not show
+@every_backend
+@few
+@given(sizes=SIZES, lengths=st.lists(st.integers(1, 600), min_size=1, max_size=6))
+def test_decode_sees_all_of_its_row_and_nothing_of_others(case: Case, sizes: Sizes, lengths: list[int]) -> None:
+    dtype, make = case
+    torch.manual_seed(sizes.seed)
+    lengths = sorted(lengths)
+    cache = make_cache(blocks_for(lengths), sizes.kv_heads, sizes.dim, dtype)
     tables, contents = fill(cache, lengths)
     widest = max(map(len, tables))
     padded = torch.tensor([table + [0] * (widest - len(table)) for table in tables], dtype=torch.int32)
-    q = torch.randn(len(lengths), HEADS, DIM)
-    backend = SdpaAttention()
+    q = sizes.queries(len(lengths), dtype)
+    backend = make()
     info = DecodeInfo(torch.empty(0), torch.tensor(lengths, dtype=torch.int32), padded, lengths)
     backend.begin_decode(info, cache)
     expected = [written_out(q[i : i + 1], *past, causal=True) for i, past in enumerate(contents)]
-    torch.testing.assert_close(backend.decode(q, cache, 0), torch.cat(expected), rtol=1e-4, atol=1e-4)
+    got = backend.decode(q, cache, 0)
+    torch.testing.assert_close(got.float(), torch.cat(expected), **TOLERANCE[dtype])
 
 
 def test_rows_of_like_length_are_padded_together_and_a_long_one_apart() -> None:
@@ -102,8 +175,8 @@ def test_rows_of_like_length_are_padded_together_and_a_long_one_apart() -> None:
 
 
 def test_a_fresh_cache_holds_zeros_and_copies_blocks_whole() -> None:
-    cache = make_cache()
-    assert not cache.storage[torch.device("cpu")].any()
+    cache = KVCache([CPU], num_blocks=64, block_size=BLOCK, num_kv_heads=2, head_dim=16, dtype=torch.float32)
+    assert not cache.storage[CPU].any()
     fill(cache, [BLOCK])
     source = int(cache.keys[0].flatten(1).any(1).nonzero()[0])
     cache.copy_blocks([(source, 63 if source != 63 else 62)])

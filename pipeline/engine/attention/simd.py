@@ -1,0 +1,210 @@
+"""Attention by code of our own for the vector instructions of x86 CPUs, compiled when an engine first needs it (simd.c).
+
+    bfloat16   AVX512_BF16
+    float32    AVX-512, or AVX2 with FMA
+
+Keys and values of prompts are read out of the cache, block by block, so that a later chunk is nothing special and
+decode copies nothing. Knows the order of tensors; not how the numbers are computed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo, PrefillInfo
+from pipeline.engine.c_library import load_library
+from pipeline.engine.kv_cache import KVCache
+
+SOURCE = Path(__file__).with_suffix(".c")
+_AVX512 = ("fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
+INSTRUCTION_SETS = (
+    (torch.bfloat16, (*_AVX512, "avx512_bf16")),
+    (torch.float32, _AVX512),
+    (torch.float32, ("fma", "avx2")),
+)
+"""What each dtype needs of a CPU, in Linux's words, the fastest first."""
+
+MAX_HEAD_DIM = 256
+LOG2_E = 1.4426950408889634
+PAIR_OF_ELEMENTS = {torch.bfloat16: 2, torch.float32: 1}
+MIN_PART = 96
+"""Queries of a part: for fewer it costs too much to pack the keys again."""
+ALIGNMENT = 64
+
+
+@lru_cache
+def cpu_features() -> frozenset[str]:
+    """What Linux says that this CPU has; nothing on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
+
+
+def instruction_set(dtype: torch.dtype) -> tuple[str, ...] | None:
+    """The fastest one of this CPU for a dtype; None without one."""
+    return next((needed for each, needed in INSTRUCTION_SETS if each == dtype and cpu_features() >= set(needed)), None)
+
+
+def load_attention(dtype: torch.dtype, instructions: Sequence[str]) -> ctypes.CDLL:
+    flags = [f"-m{name.replace('_', '')}" for name in instructions]
+    library = load_library(SOURCE, [*flags, *(["-DBFLOAT16"] if dtype == torch.bfloat16 else [])])
+    library.workspace_bytes.restype = ctypes.c_int64
+    library.workspace_bytes.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    library.attention.restype = None
+    library.attention.argtypes = [ctypes.POINTER(_Pass), ctypes.c_void_p, ctypes.c_uint]
+    return library
+
+
+class _Pass(ctypes.Structure):
+    """`Pass` of simd.c, which says what each field is."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out")),
+        *((name, ctypes.c_int64) for name in ("q_row", "q_head", "kv_row", "kv_head")),
+        *((name, ctypes.c_void_p) for name in ("query_ends", "key_counts", "blocks")),
+        *((name, ctypes.c_int64) for name in ("blocks_per_row", "block_size", "rows", "kv_heads", "group", "dim")),
+        *((name, ctypes.c_int64) for name in ("causal", "parts")),
+        ("scale", ctypes.c_float),
+        ("workspace", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("workspace_size", "threads_started", "tasks_started")),
+    )
+
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where the queries and keys of each row lie."""
+
+    query_ends: Ints
+    """[rows + 1]"""
+    key_counts: Ints
+    """[rows]"""
+    blocks: Ints
+    """[rows, widest]: the first key of each block."""
+    block_size: int
+
+    @property
+    def longest(self) -> int:
+        return int(self.key_counts.max())
+
+    @property
+    def most_queries(self) -> int:
+        return int(np.diff(self.query_ends).max())
+
+
+def _ends(lengths: Sequence[int]) -> Ints:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+class SimdAttention(AttentionBackend):
+    name = "simd"
+    block_size = 32
+
+    def __init__(self, dtype: torch.dtype, instructions: Sequence[str] | None = None) -> None:
+        """For a dtype, with the fastest instructions that this CPU has for it."""
+        instructions = instructions or instruction_set(dtype)
+        if instructions is None:
+            raise RuntimeError(f"this CPU has no instructions that simd attention knows for {dtype}")
+        self._dtype = dtype
+        self._library = load_attention(dtype, instructions)
+        self._parallel = _torch_threads()
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+
+    def begin_vision(self, frame_lengths: Sequence[int], device: torch.device) -> None:
+        ends = _ends(frame_lengths)
+        lengths = np.asarray(frame_lengths, dtype=np.int32)
+        self._frames = _Rows(ends, lengths, ends[:-1, None], block_size=int(lengths.max()))
+
+    def vision(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self._attend(self._frames, q, k, v, causal=False)
+
+    def begin_prefill(self, info: PrefillInfo, cache: KVCache) -> None:
+        totals = [start + length for start, length in zip(info.starts, info.lengths, strict=True)]
+        tables = np.zeros((len(totals), max(map(len, info.tables))), dtype=np.int32)
+        for row, table in enumerate(info.tables):
+            tables[row, : len(table)] = table
+        self._prompts = _Rows(
+            _ends(info.lengths), np.asarray(totals, dtype=np.int32), tables * cache.block_size, cache.block_size
+        )
+
+    def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
+        return self._attend_cache(self._prompts, q, cache, layer)
+
+    def begin_decode(self, info: DecodeInfo, cache: KVCache) -> None:
+        rows = len(info.lengths)
+        blocks = np.ascontiguousarray(info.tables.numpy()) * np.int32(cache.block_size)
+        self._decoded = _Rows(np.arange(rows + 1, dtype=np.int32), info.lengths.numpy(), blocks, cache.block_size)
+
+    def decode(self, q: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
+        return self._attend_cache(self._decoded, q, cache, layer)
+
+    def _attend_cache(self, rows: _Rows, q: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
+        return self._attend(rows, q, cache.keys[layer].flatten(0, 1), cache.values[layer].flatten(0, 1), causal=True)
+
+    def _attend(self, rows: _Rows, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
+        """q [queries, H, D], k and v [keys, K, D] -> [queries, H, D]"""
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        if k.stride() != v.stride():
+            k, v = k.contiguous(), v.contiguous()
+        (_, heads, dim), kv_heads = q.shape, k.shape[1]
+        if q.dtype != self._dtype or dim > MAX_HEAD_DIM or dim % PAIR_OF_ELEMENTS[self._dtype]:
+            raise RuntimeError(f"simd attention of {self._dtype} does not take {q.dtype} with heads of {dim}")
+        out = q.new_empty(q.shape)
+        threads = torch.get_num_threads()
+        size, workspace = self._workspace_for(threads, rows.longest, dim)
+        tasks = len(rows.key_counts) * kv_heads
+        wanted = -(-4 * threads // tasks)  # so that no thread waits long for the last ones
+        most = max(1, rows.most_queries * (heads // kv_heads) // MIN_PART)
+        found = _Pass(
+            q=q.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            out=out.data_ptr(),
+            q_row=q.stride(0),
+            q_head=q.stride(1),
+            kv_row=k.stride(0),
+            kv_head=k.stride(1),
+            query_ends=rows.query_ends.ctypes.data,
+            key_counts=rows.key_counts.ctypes.data,
+            blocks=rows.blocks.ctypes.data,
+            blocks_per_row=rows.blocks.shape[1],
+            block_size=rows.block_size,
+            rows=len(rows.key_counts),
+            kv_heads=kv_heads,
+            group=heads // kv_heads,
+            dim=dim,
+            causal=causal,
+            parts=min(wanted, most),
+            scale=dim**-0.5 * LOG2_E,
+            workspace=workspace,
+            workspace_size=size,
+        )
+        self._library.attention(ctypes.byref(found), self._parallel, threads)
+        return out
+
+    def _workspace_for(self, threads: int, longest: int, dim: int) -> tuple[int, int]:
+        """Bytes of each thread, and the address of the first one's."""
+        size = int(self._library.workspace_bytes(longest, dim))
+        if len(self._workspace) < threads * size + ALIGNMENT:
+            self._workspace = torch.empty(threads * size + ALIGNMENT, dtype=torch.uint8)
+        return size, -(-self._workspace.data_ptr() // ALIGNMENT) * ALIGNMENT
+
+
+def _torch_threads() -> ctypes.c_void_p:
+    """GOMP_parallel of whichever OpenMP torch is linked with: a second one would bring threads of its own, which would
+    take the cores from torch's."""
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    return ctypes.cast(ctypes.CDLL(str(torch_library)).GOMP_parallel, ctypes.c_void_p)

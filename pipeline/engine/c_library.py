@@ -1,0 +1,70 @@
+"""C code that is compiled on the machine where it runs, once for each version of it, as Triton does with its launchers.
+
+Knows compilers and where the results are kept; not what the code computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+FOLDER = Path("~/.cache/qwen2-vl-batch/compiled")
+MAX_SECONDS = 300
+"""For a compiler; two are usual."""
+
+
+def compiler() -> list[str] | None:
+    """The command of a C compiler: that of $CC, else the first that is installed; None without one."""
+    commands = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
+    return next((shlex.split(command) for command in commands if command and _is_installed(command)), None)
+
+
+def _is_installed(command: str) -> bool:
+    return shutil.which(shlex.split(command)[0]) is not None
+
+
+def load_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
+    """The code of one file as a library, compiled unless that was done before.
+
+    Raises RuntimeError with what the compiler says, and OSError where the result can't be loaded.
+    """
+    found = compiler()
+    if found is None:
+        raise RuntimeError("no C compiler is installed; install gcc or clang, or name one by the variable CC")
+    command = [*found, "-O3", "-shared", "-fPIC", *flags]
+    digest = hashlib.sha256(source.read_bytes() + "\0".join(command).encode()).hexdigest()
+    name = f"{source.stem}-{digest[:16]}.so"
+    try:
+        folder = FOLDER.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        library = folder / name
+        if not library.exists():
+            # Engines that start at the same time may all compile it; each puts a whole file in place.
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                os.replace(_compile(command, source, Path(scratch) / name), library)
+        return ctypes.CDLL(str(library))
+    except (PermissionError, FileNotFoundError, NotADirectoryError):  # no home, or one that is not ours to write
+        with tempfile.TemporaryDirectory() as scratch:
+            return ctypes.CDLL(str(_compile(command, source, Path(scratch) / name)))
+
+
+def _compile(command: Sequence[str], source: Path, library: Path) -> Path:
+    finished = subprocess.run(
+        [*command, "-o", str(library), str(source)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=MAX_SECONDS,
+    )
+    if finished.returncode:
+        said = finished.stderr.splitlines()
+        reason = next((line for line in said if "error" in line), said[0] if said else "it says nothing")
+        raise RuntimeError(f"{shlex.join(command)} fails with code {finished.returncode}: {reason}")
+    return library
