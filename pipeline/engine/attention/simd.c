@@ -73,7 +73,11 @@ int64_t workspace_bytes(int64_t longest, int64_t dim) {
 
 /* ---- what differs between the instruction sets */
 
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE floats load(const void *from) {
