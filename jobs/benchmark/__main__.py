@@ -9,6 +9,7 @@
     scale        planning and resuming 100 million rows; the job with an engine that answers at once
     kernels      registers, shared memory and spills of every Triton kernel, compiled    (no Ray, no GPU)
     dense        products by plain and by packed weights on a CPU                        (no Ray)
+    attention    attention on a CPU: torch's own, and ours for its vector instructions    (no Ray)
     report       scoring and reporting a million result rows                              (no Ray)
 
 Each prints a table for people, and as its last line JSON. `python -m jobs.benchmark NAME --help` lists its options.
@@ -21,7 +22,19 @@ from collections.abc import Sequence
 
 from jobs.cli import run_command
 
-BENCHMARKS = ("preprocess", "engine", "stage", "pipeline", "feed", "soak", "scale", "kernels", "dense", "report")
+BENCHMARKS = (
+    "preprocess",
+    "engine",
+    "stage",
+    "pipeline",
+    "feed",
+    "soak",
+    "scale",
+    "kernels",
+    "dense",
+    "attention",
+    "report",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

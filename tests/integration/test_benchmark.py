@@ -25,6 +25,7 @@ SMALL = {
     "scale": ["--rows", "100000", "--flow", "20"],
     "report": ["--rows", "300"],
     "dense": ["--rows", "2", "--mlp-rows", "600", "--rounds", "1", "--dtype", "float32"],
+    "attention": ["--dtype", "float32", "--scale", "0.05", "--rounds", "1"],
     "kernels": ["--shapes", "2b", "--architectures", "90"],
 }
 

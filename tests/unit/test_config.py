@@ -76,7 +76,10 @@ def test_all_mistakes_are_reported_at_once_with_full_names() -> None:
     ("yaml", "expected"),
     [
         ("engine: {max_runing: 3}", "engine.max_runing: unknown key; did you mean engine.max_running?"),
-        ("engine: {attention: fast}", "engine.attention: found 'fast'; allowed: 'auto', 'flash', 'torch', 'simd' or 'sdpa'"),
+        (
+            "engine: {attention: fast}",
+            "engine.attention: found 'fast'; allowed: 'auto', 'flash', 'torch', 'simd' or 'sdpa'",
+        ),
         ("engine: {gpu_memory_fraction: 1.5}", "engine.gpu_memory_fraction: found 1.5; allowed: less than 1"),
         ('input: {csv: {delimiter: "\'", quote: "\'"}}', "input.csv: delimiter, quote and escape must be different"),
         ("input: {csv: {escape: ab}}", "input.csv.escape: found 'ab'"),

@@ -1,4 +1,4 @@
-"""Attention by code of our own for the vector instructions of x86 CPUs, compiled when an engine first needs it (simd.c).
+"""Attention by our own code for the vector instructions of x86 CPUs (simd.c), compiled when an engine first needs it.
 
     bfloat16   AVX512_BF16
     float32    AVX-512, or AVX2 with FMA

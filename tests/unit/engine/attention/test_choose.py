@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from pipeline.engine.attention.choose import flash_attn_installed
+from pipeline.engine import EngineOptions
+from pipeline.engine.attention import choose, simd
+from pipeline.engine.attention.choose import attention_candidates, flash_attn_installed
+from pipeline.engine.engine import NativeEngine
+from pipeline.engine.weights import from_model
+from pipeline.errors import CheckpointError
+from tests.unit.engine.tiny import make_model, mixed_requests, tokens_of
+
+AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 
 def test_a_folder_that_flash_attn_4_leaves_is_not_flash_attn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +31,65 @@ def test_a_folder_that_flash_attn_4_leaves_is_not_flash_attn(tmp_path: Path, mon
     (tmp_path / "flash_attn" / "__init__.py").touch()
     importlib.invalidate_caches()
     assert flash_attn_installed()
+
+
+def names(dtype: torch.dtype, wanted: str = "auto", device: str = "cpu") -> list[str]:
+    return [candidate.name for candidate in attention_candidates(wanted, torch.device(device), dtype)]
+
+
+def test_a_cpu_tries_simd_where_it_has_the_instructions_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "compiler", lambda: ["cc"])
+    for features, with_bfloat16, with_float32 in (
+        (["fma", "avx2"], False, True),
+        (["fma", "avx2", *AVX512], False, True),
+        (["fma", "avx2", *AVX512, "avx512_bf16"], True, True),
+        (["sse4_2"], False, False),
+    ):
+        monkeypatch.setattr(simd, "cpu_features", lambda found=frozenset(features): found)
+        assert names(torch.bfloat16) == ["simd"] * with_bfloat16 + ["sdpa"]
+        assert names(torch.float32) == ["simd"] * with_float32 + ["sdpa"]
+        assert names(torch.float16) == ["sdpa"]
+    with pytest.raises(CheckpointError, match=r"engine.attention is 'simd', which needs a CPU with AVX2 for float32"):
+        names(torch.float32, "simd")
+    monkeypatch.setattr(simd, "cpu_features", lambda: frozenset(["fma", "avx2"]))
+    monkeypatch.setattr(choose, "compiler", lambda: None)
+    assert names(torch.float32) == ["sdpa"]
+    with pytest.raises(CheckpointError, match=r"is 'simd', but no C compiler is installed; install gcc or clang"):
+        names(torch.float32, "simd")
+
+
+def test_the_fastest_instructions_of_a_cpu_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simd, "cpu_features", lambda: frozenset(["fma", "avx2", *AVX512]))
+    assert set(simd.instruction_set(torch.float32) or ()) == {"fma", *AVX512}
+    monkeypatch.setattr(simd, "cpu_features", lambda: frozenset(["fma", "avx2"]))
+    assert simd.instruction_set(torch.float32) == ("fma", "avx2")
+
+
+@pytest.mark.skipif(names(torch.float32)[0] != "simd", reason="needs a CPU with AVX2 and a C compiler")
+def test_simd_that_computes_other_numbers_or_does_not_compile_is_replaced_by_sdpa(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, requests = make_model(), mixed_requests(4)
+
+    def engine(attention: str) -> NativeEngine:
+        return NativeEngine(from_model(model), EngineOptions("tiny", attention=attention))
+
+    expected = tokens_of(engine("sdpa").generate(requests))
+    used = engine("auto")
+    assert (used.describe()["attention"], used.trial.replaced) == ("simd", {})
+    assert tokens_of(used.generate(requests)) == expected
+
+    def shifted(self: simd.SimdAttention, *args: Any, **options: Any) -> torch.Tensor:
+        return 1.01 * attend(self, *args, **options)
+
+    attend = simd.SimdAttention._attend
+    with monkeypatch.context() as patch:
+        patch.setattr(simd.SimdAttention, "_attend", shifted)
+        replaced = engine("auto")
+        assert replaced.describe()["attention"] == "sdpa"
+        assert "computes other numbers than sdpa" in replaced.trial.replaced["attention simd"]
+        assert tokens_of(replaced.generate(requests)) == expected
+    monkeypatch.setattr(simd, "load_library", lambda *_: ctypes.CDLL("/no/such/library.so"))
+    assert "OSError: /no/such/library.so" in engine("auto").trial.replaced["attention simd"]
+    with pytest.raises(CheckpointError, match=r"engine.attention is 'simd', which does not work here: OSError"):
+        engine("simd")

@@ -1,0 +1,84 @@
+"""Code that is compiled at first use: once, whoever asks at the same time, and with the compiler's own words if not."""
+
+from __future__ import annotations
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline.engine import c_library
+from pipeline.engine.c_library import compiler, load_library
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="install gcc or clang")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(c_library, "FOLDER", tmp_path / "compiled")
+    return tmp_path / "compiled"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "answer.c"
+    path.write_text("int answer(void) { return ANSWER; }\n")
+    return path
+
+
+def answer(library: ctypes.CDLL) -> int:
+    found: int = library.answer()
+    return found
+
+
+@needs_compiler
+def test_code_is_compiled_once_for_each_version_and_its_flags(
+    folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert answer(load_library(source, ["-DANSWER=42"])) == 42
+    with monkeypatch.context() as patch:
+        patch.setattr(c_library, "_compile", lambda *_: pytest.fail("compiled again"))
+        assert answer(load_library(source, ["-DANSWER=42"])) == 42
+    assert answer(load_library(source, ["-DANSWER=43"])) == 43
+    source.write_text("int answer(void) { return ANSWER + 1; }\n")
+    assert answer(load_library(source, ["-DANSWER=42"])) == 43
+    assert len(list(folder.glob("answer-*.so"))) == len(list(folder.iterdir())) == 3
+
+
+@needs_compiler
+def test_engines_that_start_together_all_get_whole_libraries(folder: Path, source: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        libraries = list(pool.map(lambda _: load_library(source, ["-DANSWER=7"]), range(8)))
+    assert {answer(library) for library in libraries} == {7}
+    assert len(list(folder.iterdir())) == 1
+
+
+@needs_compiler
+def test_without_a_home_that_can_be_written_the_code_is_compiled_for_this_process_alone(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(c_library, "FOLDER", tmp_path / "file" / "compiled")
+    assert answer(load_library(source, ["-DANSWER=5"])) == 5
+
+
+@needs_compiler
+def test_code_that_does_not_compile_says_what_the_compiler_says(folder: Path, source: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"fails with code \d+: .*ANSWER.* undeclared"):
+        load_library(source, [])
+    assert not list(folder.iterdir())
+
+
+def test_the_compiler_is_the_one_that_cc_names_and_without_one_the_error_says_what_to_install(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert compiler() is None
+    with pytest.raises(RuntimeError, match="no C compiler is installed; install gcc or clang"):
+        load_library(source, [])
+    mine = tmp_path / "my-cc"
+    mine.touch(mode=0o755)
+    monkeypatch.setenv("CC", "my-cc -m64")
+    assert compiler() == ["my-cc", "-m64"]
