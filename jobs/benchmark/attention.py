@@ -36,7 +36,7 @@ class Pass(NamedTuple):
 
     name: str
     length: int
-    count: int
+    rows: int
     prepare: Callable[[AttentionBackend, int, int, torch.dtype], Call]
     work: float
     """10^9 operations, or bytes."""
@@ -68,15 +68,15 @@ def _measure(
     calls: dict[str, Call] = {}
     for name, backend in backends.items():
         torch.manual_seed(0)
-        calls[name] = one.prepare(backend, one.length, one.count, dtype)
+        calls[name] = one.prepare(backend, one.length, one.rows, dtype)
     with torch.inference_mode():
         expected, *others = (call().float() for call in calls.values())
         for other in others:
             torch.testing.assert_close(other, expected, rtol=0, atol=MAX_DIFFERENCE[dtype])
         times = {name: found.wall for name, found in time_in_turns(calls, rounds).items()}
     cells = (f"{ms:11.2f} ms {one.work / ms * 1e3:6.0f} {one.unit}" for ms in times.values())
-    print(f"{one.name:8} {one.count:5} {one.length:6} {''.join(cells)}", flush=True)
-    return {"pass": one.name, "rows": one.count, "length": one.length, **times}
+    print(f"{one.name:8} {one.rows:5} {one.length:6} {''.join(cells)}", flush=True)
+    return {"pass": one.name, "rows": one.rows, "length": one.length, **times}
 
 
 def _passes(dtype: torch.dtype, args: argparse.Namespace) -> list[Pass]:
@@ -90,8 +90,8 @@ def _passes(dtype: torch.dtype, args: argparse.Namespace) -> list[Pass]:
     for length, count in ((280, 16), (1400, 64), (2000, 1)):
         work = 2 * SHAPE.kv_heads * SHAPE.head_dim * dtype.itemsize * length / 1e9
         found.append(Pass("decode", length, count, _decode, work, "GB/s"))
-    counts = [max(1, int(one.count * args.scale)) for one in found]
-    return [one._replace(count=n, work=n * one.work) for one, n in zip(found, counts, strict=True)]
+    counts = [max(1, int(one.rows * args.scale)) for one in found]
+    return [one._replace(rows=n, work=n * one.work) for one, n in zip(found, counts, strict=True)]
 
 
 def _vision(backend: AttentionBackend, length: int, count: int, dtype: torch.dtype) -> Call:
