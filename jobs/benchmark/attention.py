@@ -20,8 +20,9 @@ import torch
 from jobs.benchmark.measure import command_line, print_result, time_in_turns
 from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo, PrefillInfo
 from pipeline.engine.attention.sdpa import SdpaAttention
-from pipeline.engine.attention.simd import INSTRUCTION_SETS, SimdAttention, cpu_features
+from pipeline.engine.attention.simd import SimdAttention
 from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.simd.library import INSTRUCTION_SETS, SimdLibrary, cpu_features
 from pipeline.planning.roofline import SHAPES
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     backends: dict[str, AttentionBackend] = {"sdpa": SdpaAttention()}
     for each, instructions in INSTRUCTION_SETS:
         if each == dtype and cpu_features() >= set(instructions):
-            backends[f"simd {instructions[-1]}"] = SimdAttention(dtype, instructions)
+            backends[f"simd {instructions[-1]}"] = SimdAttention(SimdLibrary(dtype, instructions))
     print(f"{'':8} {'rows':>5} {'length':>6} {''.join(f'{name:>26}' for name in backends)}")
     results = [_measure(one, backends, dtype, args.rounds) for one in _passes(dtype, args)]
     print_result("attention", dtype=args.dtype, threads=args.threads, passes=results)

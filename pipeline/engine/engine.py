@@ -197,8 +197,9 @@ class NativeEngine(EngineLoop):
     # ---- before the first row
 
     def _prepare_cpu(self, candidates: Sequence[Candidate[AttentionBackend]]) -> None:
-        """Choose attention by trial, for a cache of a size that is set."""
+        """Choose attention and kernels by trial, for a cache of a size that is set."""
         attention = self._choose_attention(candidates, use=lambda one: None)
+        self._choose_kernels(use=self._set_kernels)
         layers = Counter(self.checkpoint.layer_devices)
         share = self.options.cache_gb * 1e9 / layers.total()
         self._assemble(attention, {each: share * n for each, n in layers.items()}, setting="engine.cache_gb")
@@ -216,20 +217,26 @@ class NativeEngine(EngineLoop):
             not_its_fault=_OUT_OF_MEMORY,
         )
 
+    def _choose_kernels(self, use: Callable[[EagerKernels], None]) -> None:
+        widths, device, dtype = self._widths(), self.checkpoint.device, self.checkpoint.dtype
+        self.trial.choose(
+            "kernels",
+            kernel_candidates(self.options.kernels, device, dtype),
+            results=lambda one: list(run_every_operation(one, widths, device, dtype).values()),
+            use=use,
+            not_its_fault=_OUT_OF_MEMORY,
+        )
+
+    def _set_kernels(self, kernels: EagerKernels) -> None:
+        self.text.kernels = self.vision.kernels = kernels
+
     def _prepare_gpu(self, candidates: Sequence[Candidate[AttentionBackend]]) -> None:
         """Choose the parts by trial, size the cache by what the largest pass leaves, and capture graphs."""
-        options, device, dtype = self.options, self.checkpoint.device, self.checkpoint.dtype
+        device = self.checkpoint.device
         torch.cuda.empty_cache()  # of the weights that loading held twice
-        widths = self._widths()
         try:
             attention = self._choose_attention(candidates, use=self._use_attention)
-            self.trial.choose(
-                "kernels",
-                kernel_candidates(options.kernels, device),
-                results=lambda one: list(run_every_operation(one, widths, device, dtype).values()),
-                use=lambda one: self._use_kernels(one, attention),
-                not_its_fault=_OUT_OF_MEMORY,
-            )
+            self._choose_kernels(use=lambda one: self._use_kernels(one, attention))
         except _OUT_OF_MEMORY as error:
             raise CheckpointError(
                 f"{device} has too little memory for the weights and one pass of {self.max_batch_tokens} tokens and "
@@ -276,7 +283,7 @@ class NativeEngine(EngineLoop):
 
     def _use_kernels(self, kernels: EagerKernels, attention: AttentionBackend) -> None:
         if kernels is not self.text.kernels:
-            self.text.kernels = self.vision.kernels = kernels
+            self._set_kernels(kernels)
             self._try_passes(attention)
 
     def _try_passes(self, attention: AttentionBackend) -> None:

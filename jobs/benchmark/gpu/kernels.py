@@ -313,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if on_gpu:
         for name, lengths, kv_heads in DECODES:
             decode(found, device, name, lengths, kv_heads)
-    for each in reversed([candidate.load() for candidate in kernel_candidates("auto", device)]):
+    for each in reversed([candidate.load() for candidate in kernel_candidates("auto", device, torch.bfloat16)]):
         with torch.inference_mode():
             elementwise(found, device, each, 16384 if on_gpu else 8)
     with torch.inference_mode():

@@ -7,8 +7,9 @@ import importlib.util
 import torch
 
 from pipeline.engine.attention.interface import AttentionBackend
-from pipeline.engine.attention.simd import SimdAttention, instruction_set
-from pipeline.engine.c_library import compiler
+from pipeline.engine.attention.simd import SimdAttention
+from pipeline.engine.simd.c_library import compiler
+from pipeline.engine.simd.library import SimdLibrary, instruction_set
 from pipeline.engine.trial import Candidate
 from pipeline.errors import CheckpointError
 
@@ -74,7 +75,7 @@ def _load(name: str, dtype: torch.dtype) -> AttentionBackend:
 
         return TorchAttention()
     if name == "simd":
-        return SimdAttention(dtype)
+        return SimdAttention(SimdLibrary(dtype))
     from pipeline.engine.attention.sdpa import SdpaAttention
 
     return SdpaAttention()

@@ -1,7 +1,4 @@
-"""Attention by our own code for the vector instructions of x86 CPUs (simd.c), compiled when an engine first needs it.
-
-    bfloat16   AVX512_BF16
-    float32    AVX-512, or AVX2 with FMA
+"""Attention by our own code for the vector instructions of x86 CPUs (simd/attention.c).
 
 Keys and values of prompts are read out of the cache, block by block, so that a later chunk is nothing special and
 decode copies nothing. Knows the order of tensors; not how the numbers are computed.
@@ -12,62 +9,24 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo, PrefillInfo
-from pipeline.engine.c_library import load_library
 from pipeline.engine.kv_cache import KVCache
-
-SOURCE = Path(__file__).with_suffix(".c")
-_AVX512 = ("fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
-INSTRUCTION_SETS = (
-    (torch.bfloat16, (*_AVX512, "avx512_bf16")),
-    (torch.float32, _AVX512),
-    (torch.float32, ("fma", "avx2")),
-)
-"""What each dtype needs of a CPU, in Linux's words, the fastest first."""
+from pipeline.engine.simd.library import SimdLibrary
 
 MAX_HEAD_DIM = 256
 LOG2_E = 1.4426950408889634
-PAIR_OF_ELEMENTS = {torch.bfloat16: 2, torch.float32: 1}
 MIN_PART = 96
 """Queries of a part: for fewer it costs too much to pack the keys again."""
 ALIGNMENT = 64
 
 
-@lru_cache
-def cpu_features() -> frozenset[str]:
-    """What Linux says that this CPU has; nothing on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return frozenset(flags.partition(":")[2].split())
-
-
-def instruction_set(dtype: torch.dtype) -> tuple[str, ...] | None:
-    """The fastest one of this CPU for a dtype; None without one."""
-    return next((needed for each, needed in INSTRUCTION_SETS if each == dtype and cpu_features() >= set(needed)), None)
-
-
-def load_attention(dtype: torch.dtype, instructions: Sequence[str]) -> ctypes.CDLL:
-    flags = [f"-m{name.replace('_', '')}" for name in instructions]
-    library = load_library(SOURCE, [*flags, *(["-DBFLOAT16"] if dtype == torch.bfloat16 else [])])
-    library.workspace_bytes.restype = ctypes.c_int64
-    library.workspace_bytes.argtypes = [ctypes.c_int64, ctypes.c_int64]
-    library.attention.restype = None
-    library.attention.argtypes = [ctypes.POINTER(_Pass), ctypes.c_void_p, ctypes.c_uint]
-    return library
-
-
 class _Pass(ctypes.Structure):
-    """`Pass` of simd.c, which says what each field is."""
+    """`Pass` of attention.c, which says what each field is."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out")),
@@ -113,14 +72,8 @@ class SimdAttention(AttentionBackend):
     name = "simd"
     block_size = 32
 
-    def __init__(self, dtype: torch.dtype, instructions: Sequence[str] | None = None) -> None:
-        """For a dtype, with the fastest instructions that this CPU has for it."""
-        instructions = instructions or instruction_set(dtype)
-        if instructions is None:
-            raise RuntimeError(f"this CPU has no instructions that simd attention knows for {dtype}")
-        self._dtype = dtype
-        self._library = load_attention(dtype, instructions)
-        self._parallel = _torch_threads()
+    def __init__(self, library: SimdLibrary) -> None:
+        self._library = library
         self._workspace = torch.empty(0, dtype=torch.uint8)
 
     def begin_vision(self, frame_lengths: Sequence[int], device: torch.device) -> None:
@@ -160,8 +113,8 @@ class SimdAttention(AttentionBackend):
         if k.stride() != v.stride():
             k, v = k.contiguous(), v.contiguous()
         (_, heads, dim), kv_heads = q.shape, k.shape[1]
-        if q.dtype != self._dtype or dim > MAX_HEAD_DIM or dim % PAIR_OF_ELEMENTS[self._dtype]:
-            raise RuntimeError(f"simd attention of {self._dtype} does not take {q.dtype} with heads of {dim}")
+        if q.dtype != self._library.dtype or dim > MAX_HEAD_DIM or dim % 2:
+            raise RuntimeError(f"simd attention of {self._library.dtype} does not take heads of {dim} in {q.dtype}")
         out = q.new_empty(q.shape)
         threads = torch.get_num_threads()
         size, workspace = self._workspace_for(threads, rows.longest, dim)
@@ -192,19 +145,12 @@ class SimdAttention(AttentionBackend):
             workspace=workspace,
             workspace_size=size,
         )
-        self._library.attention(ctypes.byref(found), self._parallel, threads)
+        self._library.call("attention", ctypes.byref(found))
         return out
 
     def _workspace_for(self, threads: int, longest: int, dim: int) -> tuple[int, int]:
         """Bytes of each thread, and the address of the first one's."""
-        size = int(self._library.workspace_bytes(longest, dim))
+        size = self._library.workspace_bytes(longest, dim)
         if len(self._workspace) < threads * size + ALIGNMENT:
             self._workspace = torch.empty(threads * size + ALIGNMENT, dtype=torch.uint8)
         return size, -(-self._workspace.data_ptr() // ALIGNMENT) * ALIGNMENT
-
-
-def _torch_threads() -> ctypes.c_void_p:
-    """GOMP_parallel of whichever OpenMP torch is linked with: a second one would bring threads of its own, which would
-    take the cores from torch's."""
-    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    return ctypes.cast(ctypes.CDLL(str(torch_library)).GOMP_parallel, ctypes.c_void_p)

@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from pipeline.engine import EngineOptions
-from pipeline.engine.attention import choose, simd
+from pipeline.engine.attention import choose
 from pipeline.engine.attention.choose import attention_candidates, flash_attn_installed
+from pipeline.engine.attention.simd import SimdAttention
 from pipeline.engine.engine import NativeEngine
+from pipeline.engine.simd import library
+from pipeline.engine.simd.library import instruction_set
 from pipeline.engine.weights import from_model
 from pipeline.errors import CheckpointError
 from tests.unit.engine.tiny import make_model, mixed_requests, tokens_of
@@ -45,13 +48,13 @@ def test_a_cpu_tries_simd_where_it_has_the_instructions_and_a_compiler(monkeypat
         (["fma", "avx2", *AVX512, "avx512_bf16"], True, True),
         (["sse4_2"], False, False),
     ):
-        monkeypatch.setattr(simd, "cpu_features", lambda found=frozenset(features): found)
+        monkeypatch.setattr(library, "cpu_features", lambda found=frozenset(features): found)
         assert names(torch.bfloat16) == ["simd"] * with_bfloat16 + ["sdpa"]
         assert names(torch.float32) == ["simd"] * with_float32 + ["sdpa"]
         assert names(torch.float16) == ["sdpa"]
     with pytest.raises(CheckpointError, match=r"engine.attention is 'simd', which needs a CPU with AVX2 for float32"):
         names(torch.float32, "simd")
-    monkeypatch.setattr(simd, "cpu_features", lambda: frozenset(["fma", "avx2"]))
+    monkeypatch.setattr(library, "cpu_features", lambda: frozenset(["fma", "avx2"]))
     monkeypatch.setattr(choose, "compiler", lambda: None)
     assert names(torch.float32) == ["sdpa"]
     with pytest.raises(CheckpointError, match=r"is 'simd', but no C compiler is installed; install gcc or clang"):
@@ -59,10 +62,10 @@ def test_a_cpu_tries_simd_where_it_has_the_instructions_and_a_compiler(monkeypat
 
 
 def test_the_fastest_instructions_of_a_cpu_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simd, "cpu_features", lambda: frozenset(["fma", "avx2", *AVX512]))
-    assert set(simd.instruction_set(torch.float32) or ()) == {"fma", *AVX512}
-    monkeypatch.setattr(simd, "cpu_features", lambda: frozenset(["fma", "avx2"]))
-    assert simd.instruction_set(torch.float32) == ("fma", "avx2")
+    monkeypatch.setattr(library, "cpu_features", lambda: frozenset(["fma", "avx2", *AVX512]))
+    assert set(instruction_set(torch.float32) or ()) == {"fma", *AVX512}
+    monkeypatch.setattr(library, "cpu_features", lambda: frozenset(["fma", "avx2"]))
+    assert instruction_set(torch.float32) == ("fma", "avx2")
 
 
 @pytest.mark.skipif(names(torch.float32)[0] != "simd", reason="needs a CPU with AVX2 and a C compiler")
@@ -79,17 +82,19 @@ def test_simd_that_computes_other_numbers_or_does_not_compile_is_replaced_by_sdp
     assert (used.describe()["attention"], used.trial.replaced) == ("simd", {})
     assert tokens_of(used.generate(requests)) == expected
 
-    def shifted(self: simd.SimdAttention, *args: Any, **options: Any) -> torch.Tensor:
+    def shifted(self: SimdAttention, *args: Any, **options: Any) -> torch.Tensor:
         return 1.01 * attend(self, *args, **options)
 
-    attend = simd.SimdAttention._attend
+    attend = SimdAttention._attend
     with monkeypatch.context() as patch:
-        patch.setattr(simd.SimdAttention, "_attend", shifted)
+        patch.setattr(SimdAttention, "_attend", shifted)
         replaced = engine("auto")
         assert replaced.describe()["attention"] == "sdpa"
         assert "computes other numbers than sdpa" in replaced.trial.replaced["attention simd"]
         assert tokens_of(replaced.generate(requests)) == expected
-    monkeypatch.setattr(simd, "load_library", lambda *_: ctypes.CDLL("/no/such/library.so"))
-    assert "OSError: /no/such/library.so" in engine("auto").trial.replaced["attention simd"]
+    monkeypatch.setattr(library, "load_library", lambda *_: ctypes.CDLL("/no/such/library.so"))
+    replaced = engine("auto")
+    assert (replaced.describe()["attention"], replaced.describe()["kernels"]) == ("sdpa", "eager")
+    assert all("OSError: /no/such/library.so" in reason for reason in replaced.trial.replaced.values())
     with pytest.raises(CheckpointError, match=r"engine.attention is 'simd', which does not work here: OSError"):
         engine("simd")

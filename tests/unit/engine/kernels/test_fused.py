@@ -136,6 +136,6 @@ def test_what_is_overwritten_is_the_input_and_nothing_between_its_rows() -> None
 
 def test_fused_kernels_are_for_cuda_alone() -> None:
     cuda = torch.device("cuda")
-    asked = (("auto", CPU), ("eager", cuda), ("auto", cuda))
-    loaded = [[candidate.load().name for candidate in kernel_candidates(*each)] for each in asked]
-    assert loaded == [["eager"], ["eager"], ["fused", "eager"]]
+    asked = (("eager", CPU), ("auto", CPU), ("eager", cuda), ("auto", cuda))
+    names = [[candidate.name for candidate in kernel_candidates(*each, torch.float16)] for each in asked]
+    assert names == [["eager"], ["eager"], ["eager"], ["fused", "eager"]]

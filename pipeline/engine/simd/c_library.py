@@ -30,8 +30,8 @@ def _is_installed(command: str) -> bool:
     return shutil.which(shlex.split(command)[0]) is not None
 
 
-def load_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
-    """The code of one file as a library, compiled unless that was done before.
+def load_library(folder: Path, name: str, flags: Sequence[str]) -> ctypes.CDLL:
+    """All C files of a folder as one library, compiled unless that was done before.
 
     Raises RuntimeError with what the compiler says, and OSError where the result can't be loaded.
     """
@@ -39,29 +39,29 @@ def load_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     if found is None:
         raise RuntimeError("no C compiler is installed; install gcc or clang, or name one by the variable CC")
     command = [*found, "-O3", "-shared", "-fPIC", *flags]
-    digest = hashlib.sha256(source.read_bytes() + "\0".join(command).encode()).hexdigest()
-    name = f"{source.stem}-{digest[:16]}.so"
+    sources = sorted(folder.glob("*.[ch]"))
+    digest = hashlib.sha256("\0".join(command).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    command += [str(source) for source in sources if source.suffix == ".c"]
+    file_name = f"{name}-{digest.hexdigest()[:16]}.so"
     try:
-        folder = FOLDER.expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        library = folder / name
+        home = FOLDER.expanduser()
+        home.mkdir(parents=True, exist_ok=True)
+        library = home / file_name
         if not library.exists():
             # Engines that start at the same time may all compile it; each puts a whole file in place.
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                os.replace(_compile(command, source, Path(scratch) / name), library)
+            with tempfile.TemporaryDirectory(dir=home) as scratch:
+                os.replace(_compile(command, Path(scratch) / file_name), library)
         return ctypes.CDLL(str(library))
     except (PermissionError, FileNotFoundError, NotADirectoryError):  # no home, or one that is not ours to write
         with tempfile.TemporaryDirectory() as scratch:
-            return ctypes.CDLL(str(_compile(command, source, Path(scratch) / name)))
+            return ctypes.CDLL(str(_compile(command, Path(scratch) / file_name)))
 
 
-def _compile(command: Sequence[str], source: Path, library: Path) -> Path:
+def _compile(command: Sequence[str], library: Path) -> Path:
     finished = subprocess.run(
-        [*command, "-o", str(library), str(source)],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=MAX_SECONDS,
+        [*command, "-o", str(library)], capture_output=True, text=True, errors="replace", timeout=MAX_SECONDS
     )
     if finished.returncode:
         said = finished.stderr.splitlines()

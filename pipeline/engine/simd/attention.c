@@ -12,29 +12,15 @@
 
    and goes over them with TILE queries at a time, in chunks whose scores stay in the first cache. */
 
-#include <immintrin.h>
-#include <stdint.h>
-#include <string.h>
-
-#ifdef BFLOAT16
-typedef uint16_t element;
-enum { UNIT = 2 };
-#else
-typedef float element;
-enum { UNIT = 1 };
-#endif
+#include "vector.h"
 
 #ifdef __AVX512F__
-enum { LANES = 16, TILE = 12 }; /* 24 of 32 registers are sums */
+enum { TILE = 12 }; /* 24 of 32 registers are sums */
 #else
-enum { LANES = 8, TILE = 6 }; /* 12 of 16 */
+enum { TILE = 6 }; /* 12 of 16 */
 #endif
 
 enum { PANEL = 2 * LANES, CHUNK = 256, MAX_DIM = 256 };
-
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t units __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
 typedef struct {
     const element *q, *k, *v;
@@ -62,40 +48,9 @@ typedef struct {
     int64_t seen[TILE]; /* how many keys each query sees */
 } Tile;
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 int64_t workspace_bytes(int64_t longest, int64_t dim) {
     int64_t keys = round_up(longest, CHUNK);
     return round_up(sizeof(Tile), 64) + round_up(keys * 4 / UNIT * (dim + round_up(dim, LANES)), 64);
-}
-
-/* ---- what differs between the instruction sets */
-
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE floats load(const void *from) {
-    floats x;
-    memcpy(&x, from, sizeof x);
-    return x;
-}
-
-INLINE void store(void *to, floats x) { memcpy(to, &x, sizeof x); }
-
-INLINE floats all(float x) { return x - (floats){0}; }
-
-INLINE floats larger(floats a, floats b) {
-#ifdef __AVX512F__
-    return (floats)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-    return (floats)_mm256_max_ps((__m256)a, (__m256)b);
-#endif
 }
 
 /* sum + a * b, of bfloat16 the products of both elements of a unit. */
@@ -157,28 +112,6 @@ INLINE void transpose(floats rows[LANES]) {
     }
     memcpy(r, t, sizeof t);
 #endif
-}
-
-/* ---- the same for all */
-
-/* 2^x of x <= 0, to 8e-8 of its value (the best polynomial of fifth degree); not less than 2^-126. */
-INLINE floats exp2_of(floats x) {
-    const floats magic = all(12582912.0f); /* 1.5 * 2^23: a sum with it has the nearest whole number in its last bits */
-    x = larger(x, all(-126.0f));
-    floats shifted = x + magic, part = x - (shifted - magic);
-    floats power = all(0.0013276472f) * part + all(0.0096755415f);
-    power = power * part + all(0.0555071328f);
-    power = power * part + all(0.2402211972f);
-    power = power * part + all(0.6931469671f);
-    power = power * part + all(1.0000000717f);
-    return (floats)((ints)power + ((ints)shifted << 23));
-}
-
-/* `count` elements, fewer than a vector, with zeros behind them. */
-INLINE floats load_some(const element *from, int64_t count) {
-    floats x = {0};
-    memcpy(&x, from, count * sizeof(element));
-    return x;
 }
 
 static inline int64_t block_row(const Pass *p, int64_t row, int64_t key) {
@@ -365,7 +298,4 @@ static void work(void *pass) {
     }
 }
 
-/* `parallel` is GOMP_parallel of the OpenMP that torch uses, so that its threads work here too. */
-void attention(Pass *p, void (*parallel)(void (*)(void *), void *, unsigned, unsigned), unsigned threads) {
-    parallel(work, p, threads, 0);
-}
+void attention(Pass *p, Parallel parallel, unsigned threads) { parallel(work, p, threads, 0); }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from pipeline.engine import c_library
-from pipeline.engine.c_library import compiler, load_library
+from pipeline.engine.simd import c_library
+from pipeline.engine.simd.c_library import compiler, load_library
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="install gcc or clang")
 
@@ -21,63 +20,67 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "answer.c"
-    path.write_text("int answer(void) { return ANSWER; }\n")
+def sources(tmp_path: Path) -> Path:
+    path = tmp_path / "sources"
+    path.mkdir()
+    (path / "more.h").write_text("enum { MORE = 0 };\n")
+    (path / "answer.c").write_text('#include "more.h"\nint answer(void) { return ANSWER + MORE; }\n')
+    (path / "other.c").write_text("int other(void) { return -1; }\n")
     return path
 
 
-def answer(library: ctypes.CDLL) -> int:
+def answer(sources: Path, *flags: str) -> int:
+    library = load_library(sources, "answer", flags)
+    assert library.other() == -1
     found: int = library.answer()
     return found
 
 
 @needs_compiler
 def test_code_is_compiled_once_for_each_version_and_its_flags(
-    folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert answer(load_library(source, ["-DANSWER=42"])) == 42
+    assert answer(sources, "-DANSWER=42") == 42
     with monkeypatch.context() as patch:
         patch.setattr(c_library, "_compile", lambda *_: pytest.fail("compiled again"))
-        assert answer(load_library(source, ["-DANSWER=42"])) == 42
-    assert answer(load_library(source, ["-DANSWER=43"])) == 43
-    source.write_text("int answer(void) { return ANSWER + 1; }\n")
-    assert answer(load_library(source, ["-DANSWER=42"])) == 43
+        assert answer(sources, "-DANSWER=42") == 42
+    assert answer(sources, "-DANSWER=43") == 43
+    (sources / "more.h").write_text("enum { MORE = 1 };\n")
+    assert answer(sources, "-DANSWER=42") == 43
     assert len(list(folder.glob("answer-*.so"))) == len(list(folder.iterdir())) == 3
 
 
 @needs_compiler
-def test_engines_that_start_together_all_get_whole_libraries(folder: Path, source: Path) -> None:
+def test_engines_that_start_together_all_get_whole_libraries(folder: Path, sources: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        libraries = list(pool.map(lambda _: load_library(source, ["-DANSWER=7"]), range(8)))
-    assert {answer(library) for library in libraries} == {7}
+        assert set(pool.map(lambda _: answer(sources, "-DANSWER=7"), range(8))) == {7}
     assert len(list(folder.iterdir())) == 1
 
 
 @needs_compiler
 def test_without_a_home_that_can_be_written_the_code_is_compiled_for_this_process_alone(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(c_library, "FOLDER", tmp_path / "file" / "compiled")
-    assert answer(load_library(source, ["-DANSWER=5"])) == 5
+    assert answer(sources, "-DANSWER=5") == 5
 
 
 @needs_compiler
-def test_code_that_does_not_compile_says_what_the_compiler_says(folder: Path, source: Path) -> None:
+def test_code_that_does_not_compile_says_what_the_compiler_says(folder: Path, sources: Path) -> None:
     with pytest.raises(RuntimeError, match=r"fails with code \d+: .*ANSWER.* undeclared"):
-        load_library(source, [])
+        load_library(sources, "answer", [])
     assert not list(folder.iterdir())
 
 
 def test_the_compiler_is_the_one_that_cc_names_and_without_one_the_error_says_what_to_install(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     assert compiler() is None
     with pytest.raises(RuntimeError, match="no C compiler is installed; install gcc or clang"):
-        load_library(source, [])
+        load_library(sources, "answer", [])
     mine = tmp_path / "my-cc"
     mine.touch(mode=0o755)
     monkeypatch.setenv("CC", "my-cc -m64")
