@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,9 +21,9 @@ INSTRUCTION_SETS = (
 """What each dtype needs of a CPU, in Linux's words, the fastest first."""
 
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
-_SHARED = [POINTER, ctypes.c_uint]
+_SHARED: list[Any] = [POINTER, ctypes.c_uint]
 """GOMP_parallel, and the number of threads."""
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, list[Any]] = {
     "attention": [POINTER],
     "add_norm": [POINTER, SIZE, POINTER, SIZE, POINTER, SIZE, POINTER, POINTER, *3 * [SIZE], ctypes.c_float],
     "rotate": [POINTER, SIZE, POINTER, POINTER, *4 * [SIZE]],
