@@ -136,7 +136,9 @@ class EngineSettings:
         "A forced one that fails is an error.",
     )
     kernels: Literal["auto", "eager"] = setting(
-        "auto", "`auto`: fused kernels on a GPU where they pass a trial. `eager`: torch's own operations."
+        "auto",
+        "`auto`: fused kernels on a GPU, and our own for x86 CPUs, where they pass a trial. `eager`: torch's own "
+        "operations.",
     )
     cuda_graphs: bool | None = setting(
         None,

@@ -1,8 +1,8 @@
 """Attention by torch's scaled_dot_product_attention on any device in any dtype: the reference for the others.
 
-On a CPU it is also the fastest. Query heads that share a kv head are folded into the query length or expanded with
-stride 0, so keys and values are never copied per head. Decode rows are grouped by length, so that short rows are not
-padded to the longest.
+On CPUs that simd.py does not know it is also the fastest. Query heads that share a kv head are folded into the query
+length or expanded with stride 0, so keys and values are never copied per head. Decode rows are grouped by length, so
+that short rows are not padded to the longest.
 """
 
 from __future__ import annotations

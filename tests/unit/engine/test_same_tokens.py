@@ -122,8 +122,10 @@ ANY_BUDGETS = {
     "max_batch_patches": st.integers(4, 400),
     "cache_tokens": st.integers(512, 1024),
     "overlap": st.booleans(),
+    "attention": st.sampled_from(["auto", "sdpa"]),
+    "kernels": st.sampled_from(["auto", "eager"]),
 }
-"""The smallest cache holds the longest row and little more."""
+"""The smallest cache holds the longest row and little more. `auto` is code for this CPU, where there is some."""
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
