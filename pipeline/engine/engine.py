@@ -1,6 +1,6 @@
 """The native engine: from a checkpoint and options to everything that a step needs. Its steps are in loop.py.
 
-On a GPU the parts are chosen by trial, and the cache is sized by what the largest pass leaves. The package's docstring
+The parts are chosen by trial; on a GPU the cache is sized by what the largest pass leaves. The package's docstring
 describes the whole.
 """
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 import torch
 
 from pipeline.engine.attention.interface import AttentionBackend
 from pipeline.engine.attention.simd import SimdAttention
 from pipeline.engine.simd.c_library import compiler
-from pipeline.engine.simd.library import SimdLibrary, instruction_set
+from pipeline.engine.simd.library import instruction_set, simd_library
 from pipeline.engine.trial import Candidate
 from pipeline.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 INSTALL_FLASH = "pip install flash-attn==2.8.3 --no-build-isolation (it compiles with torch below 2.14)"
 
@@ -54,7 +57,10 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
                 "which needs a CPU with AVX2 for float32 or with AVX512_BF16 for bfloat16, "
                 f"not {device} in {dtype_name}; use auto or sdpa"
             )
-        return None if compiler() else "but no C compiler is installed; install gcc or clang"
+        if compiler() is None:
+            log.info("attention and kernels for this CPU need a C compiler: install gcc or clang for a faster engine")
+            return "but no C compiler is installed; install gcc or clang"
+        return None
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return f"which needs an NVIDIA GPU and bfloat16 or float16, not {device} in {dtype_name}; use auto or sdpa"
     if name == "flash" and not flash_attn_installed():
@@ -75,7 +81,7 @@ def _load(name: str, dtype: torch.dtype) -> AttentionBackend:
 
         return TorchAttention()
     if name == "simd":
-        return SimdAttention(SimdLibrary(dtype))
+        return SimdAttention(simd_library(dtype))
     from pipeline.engine.attention.sdpa import SdpaAttention
 
     return SdpaAttention()

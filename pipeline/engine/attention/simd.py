@@ -1,14 +1,14 @@
 """Attention by our own code for the vector instructions of x86 CPUs (simd/attention.c).
 
-Keys and values of prompts are read out of the cache, block by block, so that a later chunk is nothing special and
-decode copies nothing. Knows the order of tensors; not how the numbers are computed.
+Keys and values of prompts are read out of the cache, block by block, so that a later chunk is nothing special. Knows
+where tensors lie; not how the numbers are computed.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -36,16 +36,16 @@ class _Pass(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("causal", "parts")),
         ("scale", ctypes.c_float),
         ("workspace", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("workspace_size", "threads_started", "tasks_started")),
+        *((name, ctypes.c_int64) for name in ("workspace_size", "packed_keys", "threads_started", "tasks_started")),
     )
 
 
 Ints = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Rows:
-    """Where the queries and keys of each row lie."""
+    """Where the queries and keys of each row of a pass lie."""
 
     query_ends: Ints
     """[rows + 1]"""
@@ -54,14 +54,22 @@ class _Rows:
     blocks: Ints
     """[rows, widest]: the first key of each block."""
     block_size: int
+    workspace: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    """For all layers. Not kept longer, since with long rows and many threads it is large."""
 
     @property
-    def longest(self) -> int:
+    def most_keys(self) -> int:
         return int(self.key_counts.max())
 
     @property
     def most_queries(self) -> int:
         return int(np.diff(self.query_ends).max())
+
+    def workspace_of(self, num_bytes: int) -> int:
+        """The address of one of this size at least."""
+        if len(self.workspace) < num_bytes + ALIGNMENT:
+            self.workspace = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8)
+        return -(-self.workspace.data_ptr() // ALIGNMENT) * ALIGNMENT
 
 
 def _ends(lengths: Sequence[int]) -> Ints:
@@ -74,7 +82,6 @@ class SimdAttention(AttentionBackend):
 
     def __init__(self, library: SimdLibrary) -> None:
         self._library = library
-        self._workspace = torch.empty(0, dtype=torch.uint8)
 
     def begin_vision(self, frame_lengths: Sequence[int], device: torch.device) -> None:
         ends = _ends(frame_lengths)
@@ -117,10 +124,10 @@ class SimdAttention(AttentionBackend):
             raise RuntimeError(f"simd attention of {self._library.dtype} does not take heads of {dim} in {q.dtype}")
         out = q.new_empty(q.shape)
         threads = torch.get_num_threads()
-        size, workspace = self._workspace_for(threads, rows.longest, dim)
+        most_queries = rows.most_queries * (heads // kv_heads)
+        packed_keys, workspace_size = self._library.workspace(rows.most_keys, most_queries, dim)
         tasks = len(rows.key_counts) * kv_heads
         wanted = -(-4 * threads // tasks)  # so that no thread waits long for the last ones
-        most = max(1, rows.most_queries * (heads // kv_heads) // MIN_PART)
         found = _Pass(
             q=q.data_ptr(),
             k=k.data_ptr(),
@@ -140,17 +147,11 @@ class SimdAttention(AttentionBackend):
             group=heads // kv_heads,
             dim=dim,
             causal=causal,
-            parts=min(wanted, most),
+            parts=min(wanted, max(1, most_queries // MIN_PART)),
             scale=dim**-0.5 * LOG2_E,
-            workspace=workspace,
-            workspace_size=size,
+            workspace=rows.workspace_of(threads * workspace_size),
+            workspace_size=workspace_size,
+            packed_keys=packed_keys,
         )
-        self._library.call("attention", ctypes.byref(found))
+        self._library.call("attention", ctypes.byref(found), threads=threads)
         return out
-
-    def _workspace_for(self, threads: int, longest: int, dim: int) -> tuple[int, int]:
-        """Bytes of each thread, and the address of the first one's."""
-        size = self._library.workspace_bytes(longest, dim)
-        if len(self._workspace) < threads * size + ALIGNMENT:
-            self._workspace = torch.empty(threads * size + ALIGNMENT, dtype=torch.uint8)
-        return size, -(-self._workspace.data_ptr() // ALIGNMENT) * ALIGNMENT

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.engine.kernels.eager import EAGER, EagerKernels
 from pipeline.engine.simd.c_library import compiler
-from pipeline.engine.simd.library import SimdLibrary, instruction_set
+from pipeline.engine.simd.library import instruction_set, simd_library
 from pipeline.engine.trial import Candidate
 
 
@@ -35,4 +35,4 @@ def _load_fused() -> EagerKernels:
 def _load_simd(dtype: torch.dtype) -> EagerKernels:
     from pipeline.engine.kernels.simd import SimdKernels
 
-    return SimdKernels(SimdLibrary(dtype))
+    return SimdKernels(simd_library(dtype))

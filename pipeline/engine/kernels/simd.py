@@ -22,14 +22,20 @@ class SimdKernels(EagerKernels):
     def add_layer_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: torch.nn.LayerNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if norm.bias is None:  # none of the families has one without
+        if norm.bias is None or not self._takes(hidden, delta, norm.weight):  # no family has it so
             return super().add_layer_norm(hidden, delta, norm)
         return self._add_norm(hidden, delta, norm.weight, norm.bias, norm.eps)
 
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._takes(hidden, delta, weight):
+            return super().add_rms_norm(hidden, delta, weight, eps)
         return self._add_norm(hidden, delta, weight, None, eps)
+
+    def _takes(self, *tensors: torch.Tensor | None) -> bool:
+        """Whether the C code reads what these hold: its own dtype, and columns side by side."""
+        return all(x is None or (x.dtype == self._library.dtype and x.stride(-1) == 1) for x in tensors)
 
     def _add_norm(
         self,
@@ -59,6 +65,8 @@ class SimdKernels(EagerKernels):
         return hidden, normed
 
     def norm_heads(self, qkv: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if not self._takes(qkv, weight):
+            return super().norm_heads(qkv, weight, eps)
         heads, width = weight.shape
         x, stride = qkv.data_ptr(), qkv.stride(0)
         self._library.call(

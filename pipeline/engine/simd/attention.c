@@ -10,7 +10,8 @@
        keys     [n / PANEL][dim / UNIT][PANEL]                  of PANEL keys, the units of one place after another
        values   [n / CHUNK][dim / LANES][CHUNK / UNIT][LANES]   of UNIT keys, the elements of LANES places
 
-   and goes over them with TILE queries at a time, in chunks whose scores stay in the first cache. */
+   and goes over them with TILE queries at a time, in chunks whose scores stay in the first cache. Where that is all of
+   its queries, as in decode, each chunk takes the place of the one before. */
 
 #include "vector.h"
 
@@ -35,7 +36,7 @@ typedef struct {
     int64_t parts;                           /* in which the queries of a row are split */
     float scale;                             /* of scores as powers of 2 */
     char *workspace;                         /* for each thread, aligned to 64 bytes */
-    int64_t workspace_size;                  /* of one thread: workspace_bytes() */
+    int64_t workspace_size, packed_keys;     /* of one thread */
     int64_t threads_started, tasks_started;  /* 0 at first */
 } Pass;
 
@@ -48,9 +49,14 @@ typedef struct {
     int64_t seen[TILE]; /* how many keys each query sees */
 } Tile;
 
-int64_t workspace_bytes(int64_t longest, int64_t dim) {
-    int64_t keys = round_up(longest, CHUNK);
-    return round_up(sizeof(Tile), 64) + round_up(keys * 4 / UNIT * (dim + round_up(dim, LANES)), 64);
+/* How many keys are packed at once of rows with these many keys and queries (of all heads in a group) at most. */
+int64_t packed_keys(int64_t most_keys, int64_t most_queries) {
+    return most_queries > TILE ? round_up(most_keys, CHUNK) : CHUNK;
+}
+
+/* Of a thread. */
+int64_t workspace_bytes(int64_t packed_keys, int64_t dim) {
+    return round_up(sizeof(Tile), 64) + round_up(packed_keys * 4 / UNIT * (dim + round_up(dim, LANES)), 64);
 }
 
 /* sum + a * b, of bfloat16 the products of both elements of a unit. */
@@ -249,6 +255,7 @@ static void attend(const Pass *p, int64_t row, int64_t head, int64_t part, Tile 
     /* Heads that share their keys count as queries of their own. */
     int64_t size = round_up((queries * p->group + p->parts - 1) / p->parts, TILE);
     int64_t stop = least((part + 1) * size, queries * p->group);
+    int is_only_tile = queries * p->group <= TILE;
     for (int64_t start = part * size; start < stop; start += TILE) {
         int tile = (int)least(TILE, stop - start);
         element *outs[TILE];
@@ -262,8 +269,9 @@ static void attend(const Pass *p, int64_t row, int64_t head, int64_t part, Tile 
             memset(t->out[i], 0, wide * sizeof(float));
         }
         for (int64_t key = 0; key < t->seen[tile - 1]; key += CHUNK) {
-            uint32_t *chunk_keys = keys + key * (dim / UNIT), *chunk_values = values + key / UNIT * wide;
-            if (key >= packed) { /* when first needed: of a single tile the chunk is still in the cache */
+            int64_t place = is_only_tile ? 0 : key;
+            uint32_t *chunk_keys = keys + place * (dim / UNIT), *chunk_values = values + place / UNIT * wide;
+            if (key >= packed) { /* when first needed, so that it is still in the cache */
                 int64_t count = least(CHUNK, total - key);
                 pack_keys(p, row, head, key, count, chunk_keys);
                 pack_values(p, row, head, key, count, chunk_values);
@@ -284,11 +292,8 @@ static void attend(const Pass *p, int64_t row, int64_t head, int64_t part, Tile 
 static void work(void *pass) {
     Pass *p = pass;
     char *mine = p->workspace + __atomic_fetch_add(&p->threads_started, 1, __ATOMIC_RELAXED) * p->workspace_size;
-    int64_t longest = 0;
-    for (int64_t row = 0; row < p->rows; row++)
-        if (p->key_counts[row] > longest) longest = p->key_counts[row];
     uint32_t *keys = (uint32_t *)(mine + round_up(sizeof(Tile), 64));
-    uint32_t *values = keys + round_up(longest, CHUNK) * (p->dim / UNIT);
+    uint32_t *values = keys + p->packed_keys * (p->dim / UNIT);
     int64_t tasks = p->rows * p->kv_heads * p->parts;
     for (;;) {
         int64_t task = __atomic_fetch_add(&p->tasks_started, 1, __ATOMIC_RELAXED);

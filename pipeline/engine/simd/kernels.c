@@ -1,7 +1,7 @@
 /* The operations between matrix products and attention, for x86 CPUs: those of eager.py, which says what each computes.
 
-   Each reads and writes a row once, computes in float32, and rounds to the element where eager.py rounds. A row's width
-   need not be a multiple of anything. */
+   Each goes over its rows once, computes in float32, and rounds to the element where eager.py rounds. A row's width need
+   not be a multiple of anything. */
 
 #include "vector.h"
 

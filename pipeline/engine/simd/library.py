@@ -64,20 +64,33 @@ class SimdLibrary:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(self._library, name)
             function.restype, function.argtypes = None, [*arguments, *_SHARED]
-        self._library.workspace_bytes.restype = SIZE
-        self._library.workspace_bytes.argtypes = [SIZE, SIZE]
+        for name in ("packed_keys", "workspace_bytes"):
+            function = getattr(self._library, name)
+            function.restype, function.argtypes = SIZE, [SIZE, SIZE]
         self._parallel = _torch_threads()
 
-    def call(self, name: str, *arguments: object) -> None:
-        getattr(self._library, name)(*arguments, self._parallel, torch.get_num_threads())
+    def call(self, name: str, *arguments: object, threads: int | None = None) -> None:
+        getattr(self._library, name)(*arguments, self._parallel, threads or torch.get_num_threads())
 
-    def workspace_bytes(self, longest: int, dim: int) -> int:
-        """Of a thread for attention over rows of `longest` keys at most."""
-        return int(self._library.workspace_bytes(longest, dim))
+    def workspace(self, most_keys: int, most_queries: int, dim: int) -> tuple[int, int]:
+        """Keys that a thread packs at once, and the bytes for it: rows of these many keys and queries at most."""
+        keys = int(self._library.packed_keys(most_keys, most_queries))
+        return keys, int(self._library.workspace_bytes(keys, dim))
+
+
+@lru_cache
+def simd_library(dtype: torch.dtype) -> SimdLibrary:
+    """The fastest one for a dtype, loaded once per process."""
+    return SimdLibrary(dtype)
 
 
 def _torch_threads() -> ctypes.c_void_p:
-    """GOMP_parallel of whichever OpenMP torch is linked with: a second one would bring threads of its own, which would
-    take the cores from torch's."""
-    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    return ctypes.cast(ctypes.CDLL(str(torch_library)).GOMP_parallel, ctypes.c_void_p)
+    """GOMP_parallel of whichever OpenMP torch uses: a second one would bring threads of its own, which would take the
+    cores from torch's."""
+    torch_library = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+    # First in the process's own scope, since one that is preloaded comes before the one that torch is linked with.
+    for path in (None, torch_library):
+        library = ctypes.CDLL(path)
+        if hasattr(library, "GOMP_parallel"):
+            return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p)
+    raise RuntimeError("torch uses an OpenMP without GOMP_parallel")

@@ -66,9 +66,13 @@ def test_the_reference_engine_gives_the_tokens_of_plain_generate(world: World, b
     assert tokens_of(reference(world, batch_size).generate(world.requests[:32])) == world.expected[:32]
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["read at once", "read a pass late"])
-def test_the_native_engine_gives_the_tokens_of_plain_generate(world: World, overlap: bool) -> None:
-    engine = native(world, overlap=overlap)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"overlap": True, "attention": "sdpa", "kernels": "eager"}],
+    ids=["read at once", "read a pass late, by torch's operations alone"],
+)
+def test_the_native_engine_gives_the_tokens_of_plain_generate(world: World, options: dict[str, Any]) -> None:
+    engine = native(world, **options)
     assert tokens_of(engine.generate(world.requests)) == world.expected
     assert engine.stats()["cache_use"] == 0
 

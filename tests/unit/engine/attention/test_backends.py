@@ -165,6 +165,25 @@ def test_decode_sees_all_of_its_row_and_nothing_of_others(case: Case, sizes: Siz
     torch.testing.assert_close(got.float(), torch.cat(expected), **TOLERANCE[dtype])
 
 
+@every_backend
+def test_threads_share_the_work_and_change_nothing(case: Case) -> None:
+    dtype, make = case
+    torch.manual_seed(0)
+    frames = [700, 1, 40]
+    q, k, v = torch.randn(3, sum(frames), 2, 80).to(dtype).unbind(0)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            backend = make()
+            backend.begin_vision(frames, CPU)
+            found.append(backend.vision(q, k, v))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0 if backend.name == "simd" else 0.01)
+
+
 def test_rows_of_like_length_are_padded_together_and_a_long_one_apart() -> None:
     assert _similar([10, 10, 11, 12]) == [(0, 4)]
     assert _similar([10] * 30 + [500]) == [(0, 30), (30, 31)]

@@ -92,6 +92,7 @@ def test_simd_that_computes_other_numbers_or_does_not_compile_is_replaced_by_sdp
         assert replaced.describe()["attention"] == "sdpa"
         assert "computes other numbers than sdpa" in replaced.trial.replaced["attention simd"]
         assert tokens_of(replaced.generate(requests)) == expected
+    library.simd_library.cache_clear()
     monkeypatch.setattr(library, "load_library", lambda *_: ctypes.CDLL("/no/such/library.so"))
     replaced = engine("auto")
     assert (replaced.describe()["attention"], replaced.describe()["kernels"]) == ("sdpa", "eager")

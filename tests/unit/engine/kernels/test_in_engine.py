@@ -27,7 +27,7 @@ def test_tokens_are_those_of_the_eager_kernels(tiny_model: Any) -> None:
     media = [make_medium(rng, "image", max_side=4), make_medium(rng, "video", max_side=2, max_steps=2)]
     sampling = SamplingParams(max_tokens=3, ignore_eos=True)
     requests = [make_request(i, rng, media=media[i : i + 1], sampling=sampling, max_text=4) for i in range(2)]
-    engine = NativeEngine(from_model(tiny_model), EngineOptions("tiny"))
+    engine = NativeEngine(from_model(tiny_model), EngineOptions("tiny", kernels="eager"))
     expected = tokens_of(engine.generate(requests))
     engine.runner.vision.kernels = engine.runner.text.kernels = FusedKernels()
     assert tokens_of(engine.generate(requests)) == expected

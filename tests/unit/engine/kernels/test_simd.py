@@ -62,6 +62,37 @@ def test_values_of_any_size_give_those_of_torch(instructions: tuple[torch.dtype,
     torch.testing.assert_close(kernels.silu_times_up(gate_up.clone()), EAGER.silu_times_up(gate_up.clone()), **same)
 
 
+@every_instruction_set
+def test_threads_share_the_rows_and_change_nothing(instructions: tuple[torch.dtype, tuple[str, ...]]) -> None:
+    kernels = SimdKernels(SimdLibrary(*instructions))
+    x = torch.randn(300, 1030).to(instructions[0])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        shared = kernels.silu_times_up(x)
+        torch.set_num_threads(1)
+        assert torch.equal(kernels.silu_times_up(x), shared)
+    finally:
+        torch.set_num_threads(before)
+
+
+@every_instruction_set
+def test_weights_of_another_dtype_and_columns_apart_are_left_to_torch(
+    instructions: tuple[torch.dtype, tuple[str, ...]],
+) -> None:
+    dtype = instructions[0]
+    kernels = SimdKernels(SimdLibrary(*instructions))
+    x, weight = torch.randn(5, 40).to(dtype), torch.rand(40)
+    other = weight.to(torch.float64)
+    for each, values in ((other, x), (weight.to(dtype), x.T.contiguous().T), (other.expand(3, -1)[:, :20], None)):
+        if values is None:
+            heads = torch.randn(5, 4, 20).to(dtype)
+            found, expected = (one.norm_heads(heads.clone(), each, 1e-6) for one in (kernels, EAGER))
+        else:
+            found, expected = (one.add_rms_norm(values.clone(), None, each, 1e-6)[1] for one in (kernels, EAGER))
+        assert torch.equal(found, expected)
+
+
 def test_a_cpu_tries_them_where_it_has_the_instructions_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def names(wanted: str = "auto", dtype: torch.dtype = torch.float32) -> list[str]:
         return [candidate.name for candidate in kernel_candidates(wanted, CPU, dtype)]

@@ -58,11 +58,17 @@ def test_engines_that_start_together_all_get_whole_libraries(folder: Path, sourc
 
 
 @needs_compiler
-def test_without_a_home_that_can_be_written_the_code_is_compiled_for_this_process_alone(
-    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("home", ["a file", "none", "damaged"])
+def test_where_no_library_can_be_kept_the_code_is_compiled_for_this_process_alone(
+    folder: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
 ) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(c_library, "FOLDER", tmp_path / "file" / "compiled")
+    if home == "a file":
+        (tmp_path / "file").touch()
+        monkeypatch.setattr(c_library, "FOLDER", tmp_path / "file" / "compiled")
+    elif home == "none":
+        monkeypatch.setattr(c_library, "FOLDER", Path("~no-such-user/compiled"))
+    else:
+        monkeypatch.setattr(c_library.os, "replace", lambda _, kept: Path(kept).write_bytes(b"half"))
     assert answer(sources, "-DANSWER=5") == 5
 
 
@@ -85,3 +91,6 @@ def test_the_compiler_is_the_one_that_cc_names_and_without_one_the_error_says_wh
     mine.touch(mode=0o755)
     monkeypatch.setenv("CC", "my-cc -m64")
     assert compiler() == ["my-cc", "-m64"]
+    for nonsense in (" ", 'my-cc "', "no-such-compiler"):
+        monkeypatch.setenv("CC", nonsense)
+        assert compiler() is None
