@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import profiler
+from torch.profiler import record_function
 
 from pipeline.engine.simd.c_library import load_library
 
@@ -70,7 +73,10 @@ class SimdLibrary:
         self._parallel = _torch_threads()
 
     def call(self, name: str, *arguments: object, threads: int | None = None) -> None:
-        getattr(self._library, name)(*arguments, self._parallel, threads or torch.get_num_threads())
+        # torch's profiler sees its own operations alone.
+        in_profile = record_function(f"simd::{name}") if profiler._is_profiler_enabled else nullcontext()
+        with in_profile:
+            getattr(self._library, name)(*arguments, self._parallel, threads or torch.get_num_threads())
 
     def workspace(self, most_keys: int, most_queries: int, dim: int) -> tuple[int, int]:
         """Keys that a thread packs at once, and the bytes for it: rows of these many keys and queries at most."""
