@@ -22,6 +22,7 @@ from pipeline.engine.attention.interface import AttentionBackend, DecodeInfo, Pr
 from pipeline.engine.attention.sdpa import SdpaAttention
 from pipeline.engine.attention.simd import SimdAttention
 from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.simd.c_library import compiler
 from pipeline.engine.simd.library import INSTRUCTION_SETS, SimdLibrary, cpu_features
 from pipeline.planning.roofline import SHAPES
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype: torch.dtype = getattr(torch, args.dtype)
     backends: dict[str, AttentionBackend] = {"sdpa": SdpaAttention()}
     for each, instructions in INSTRUCTION_SETS:
-        if each == dtype and cpu_features() >= set(instructions):
+        if each == dtype and cpu_features() >= set(instructions) and compiler() is not None:
             backends[f"simd {instructions[-1]}"] = SimdAttention(SimdLibrary(dtype, instructions))
     print(f"{'':8} {'rows':>5} {'length':>6} {''.join(f'{name:>26}' for name in backends)}")
     results = [_measure(one, backends, dtype, args.rounds) for one in _passes(dtype, args)]

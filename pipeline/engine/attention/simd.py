@@ -55,7 +55,7 @@ class _Rows:
     """[rows, widest]: the first key of each block."""
     block_size: int
     workspace: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    """For all layers. Not kept longer, since with long rows and many threads it is large."""
+    """For all layers of the pass; it goes with the next pass of the kind, since with long rows it is large."""
 
     @property
     def most_keys(self) -> int:

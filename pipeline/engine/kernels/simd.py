@@ -22,7 +22,7 @@ class SimdKernels(EagerKernels):
     def add_layer_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: torch.nn.LayerNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if norm.bias is None or not self._takes(hidden, delta, norm.weight):  # no family has it so
+        if norm.bias is None or not self._takes(hidden, delta, norm.weight, norm.bias):  # no family has it so
             return super().add_layer_norm(hidden, delta, norm)
         return self._add_norm(hidden, delta, norm.weight, norm.bias, norm.eps)
 
@@ -65,7 +65,7 @@ class SimdKernels(EagerKernels):
         return hidden, normed
 
     def norm_heads(self, qkv: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        if not self._takes(qkv, weight):
+        if not (self._takes(qkv, weight) and weight.is_contiguous()):
             return super().norm_heads(qkv, weight, eps)
         heads, width = weight.shape
         x, stride = qkv.data_ptr(), qkv.stride(0)
