@@ -1,7 +1,6 @@
-"""The native engine: from a checkpoint and options to everything that a step needs. Its steps are in loop.py.
+"""The native engine before its first row: its parts chosen by trial, and on a GPU the cache sized by the largest pass.
 
-The parts are chosen by trial; on a GPU the cache is sized by what the largest pass leaves. The package's docstring
-describes the whole.
+What a choice is put into is assembly.py's; the steps are loop.py's. The package's docstring describes the whole.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ import gc
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.engine.attention.choose import attention_candidates
+from pipeline.engine.assembly import AssembledEngine
 from pipeline.engine.attention.fastest import choose_prefill
 from pipeline.engine.attention.interface import AttentionBackend
 from pipeline.engine.attention.sample import run_every_shape
@@ -26,22 +25,12 @@ from pipeline.engine.device import current, gpu_name
 from pipeline.engine.interface import Detokenize
 from pipeline.engine.kernels.choose import kernel_candidates
 from pipeline.engine.kernels.eager import EagerKernels
-from pipeline.engine.kernels.sample import Widths, run_every_operation
-from pipeline.engine.kv_cache import KVCache, bytes_for_cache, fitting_blocks
-from pipeline.engine.loop import EngineLoop
-from pipeline.engine.model_runner import ModelRunner
-from pipeline.engine.models.text_model import TextModel
-from pipeline.engine.models.vision import VisionModel
-from pipeline.engine.pixels import PixelTable
+from pipeline.engine.kernels.sample import run_every_operation
+from pipeline.engine.kv_cache import bytes_for_cache
 from pipeline.engine.sampler import sample, sample_rows
-from pipeline.engine.scheduling.admission import AdmissionRules
-from pipeline.engine.scheduling.block_manager import BlockManager
-from pipeline.engine.scheduling.encoded_media import EncodedMedia
-from pipeline.engine.scheduling.scheduler import DEFAULT_RUNNING, LONG, MOST_RUNNING, SHORT, Scheduler, pick_max_running
-from pipeline.engine.scheduling.stopping import StopRules
+from pipeline.engine.scheduling.scheduler import MOST_RUNNING
 from pipeline.engine.sequence import Request
 from pipeline.engine.settings import EngineOptions, SamplingParams
-from pipeline.engine.shard import ShardedAttention
 from pipeline.engine.trial import Candidate, Trial
 from pipeline.engine.warm_up import MAX_VISUAL_TOKENS, capture_largest_first, first_request, full_pass
 from pipeline.engine.weights import Checkpoint
@@ -51,11 +40,8 @@ log = logging.getLogger(__name__)
 
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, EngineOutOfMemory)
 
-MAX_KEPT_VISUAL_TOKENS = 2**17
-"""Visual tokens kept for waiting sequences that share media; above it the oldest are encoded again."""
 
-
-class NativeEngine(EngineLoop):
+class NativeEngine(AssembledEngine):
     """The engine of a checkpoint, loaded and ready."""
 
     def __init__(
@@ -67,103 +53,16 @@ class NativeEngine(EngineLoop):
         overlap: bool | None = None,
     ) -> None:
         """With `overlap`, a pass's tokens are read after the next pass is launched; None: on a GPU, not on a CPU."""
-        device, dtype = checkpoint.device, checkpoint.dtype
-        on_gpu = device.type == "cuda"
-        rules = StopRules(checkpoint.eos_token_ids, detokenize)
-        super().__init__(checkpoint, rules, max_lag=int(on_gpu if overlap is None else overlap))
-        self.options = options
-        self.max_context = min(options.max_context or checkpoint.max_context, checkpoint.max_context)
-        self.max_batch_tokens = options.max_batch_tokens or (16384 if on_gpu else 2048)
-        self.max_batch_patches = options.max_batch_patches or 4 * self.max_batch_tokens
-        candidates = self._attention_candidates()
-        with torch.no_grad():
-            self.text = TextModel(checkpoint.model, checkpoint.architecture, release=checkpoint.is_owned)
-            pixels = PixelTable(options, device=device, dtype=dtype)
-            make_vision = checkpoint.architecture.vision
-            self.vision: VisionModel = make_vision(
-                checkpoint.model, candidates[-1].load(), pixels, release=checkpoint.is_owned
-            )
-        self._devices = tuple(dict.fromkeys((device, *checkpoint.layer_devices)))
-        self.trial = Trial(self._devices)
+        super().__init__(checkpoint, options, detokenize=detokenize, overlap=overlap)
+        self.trial = Trial(self.devices)
         started = time.perf_counter()
-        with current(device):
-            prepare = self._prepare_gpu if on_gpu else self._prepare_cpu
-            prepare(candidates)
+        with current(checkpoint.device):
+            if checkpoint.device.type == "cuda":
+                self._prepare_gpu()
+            else:
+                self._prepare_cpu()
         self.warm_up_s = time.perf_counter() - started
         self.warm_up_graphs = self.runner.graphs.captured if self.runner.graphs else []
-
-    def _attention_candidates(self) -> Sequence[Candidate[AttentionBackend]]:
-        checkpoint = self.checkpoint
-        candidates = attention_candidates(self.options.attention, checkpoint.device, checkpoint.dtype)
-        devices = set(checkpoint.layer_devices)
-        if len(devices) == 1:
-            return candidates
-
-        def spread(one: Candidate[AttentionBackend]) -> Candidate[AttentionBackend]:
-            return Candidate(
-                one.name, lambda: ShardedAttention({each: one.load() for each in devices}, vision=one.load())
-            )
-
-        return [spread(one) for one in candidates]
-
-    def _assemble(
-        self,
-        attention: AttentionBackend,
-        memory: Mapping[torch.device, float] | None,
-        *,
-        setting: str = "engine.gpu_memory_fraction",
-        num_tokens: int = 0,
-    ) -> None:
-        """Build what depends on the attention backend and on the size of the cache: as much as this memory of each
-        device holds, or just these tokens. The setting decides about the memory."""
-        checkpoint, text = self.checkpoint, self.text
-        self.vision.attention = attention
-        sizes: dict[str, Any] = {
-            "block_size": attention.block_size,
-            "num_kv_heads": text.num_kv_heads,
-            "head_dim": text.head_dim,
-            "dtype": text.dtype,
-        }
-        if memory is None:
-            num_blocks = -(-num_tokens // attention.block_size)
-        else:
-            num_blocks = fitting_blocks(memory, checkpoint.layer_devices, setting=setting, **sizes)
-        max_running = self.options.max_running or (
-            pick_max_running(num_blocks * attention.block_size) if checkpoint.device.type == "cuda" else DEFAULT_RUNNING
-        )
-        num_blocks = min(num_blocks, max_running * -(-self.max_context // attention.block_size))
-        self.cache = KVCache(checkpoint.layer_devices, num_blocks=num_blocks, **sizes)
-        media = EncodedMedia(MAX_KEPT_VISUAL_TOKENS // (1 + self.vision.num_deep))
-        scheduler = Scheduler(
-            BlockManager(self.cache.num_blocks, self.cache.block_size),
-            media,
-            max_running=max_running,
-            max_batch_tokens=self.max_batch_tokens,
-            max_batch_patches=self.max_batch_patches,
-            patience=LONG if checkpoint.device.type == "cuda" else SHORT,
-        )
-        runner = ModelRunner(
-            text,
-            self.vision,
-            attention,
-            self.cache,
-            media,
-            self.rules,
-            device=checkpoint.device,
-            max_running=max_running,
-            max_context=self.max_context,
-        )
-        admission = AdmissionRules(
-            checkpoint.vocab_size,
-            checkpoint.image_token_id,
-            checkpoint.video_token_id,
-            self.max_context,
-            cache_tokens=self.cache.num_tokens,
-            can_detokenize=self.rules.detokenize is not None,
-            positions=checkpoint.architecture.positions(checkpoint.model.config),
-            patch_size=checkpoint.architecture.patch_size,
-        )
-        self.begin(scheduler, runner, media, admission)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -171,7 +70,7 @@ class NativeEngine(EngineLoop):
             "model": self.checkpoint.name,
             "device": str(self.checkpoint.device),
             "gpu": gpu_name(self.checkpoint.device),
-            "devices": len(self._devices),
+            "devices": len(self.devices),
             "dtype": str(self.checkpoint.dtype).removeprefix("torch."),
             "dtype_reason": self.checkpoint.dtype_reason,
             "matmul_dtype": str(self.runner.text.lm_head.matmul_dtype).removeprefix("torch."),
@@ -196,21 +95,19 @@ class NativeEngine(EngineLoop):
 
     # ---- before the first row
 
-    def _prepare_cpu(self, candidates: Sequence[Candidate[AttentionBackend]]) -> None:
+    def _prepare_cpu(self) -> None:
         """Choose attention and kernels by trial, for a cache of a size that is set."""
-        attention = self._choose_attention(candidates, use=lambda one: None)
-        self._choose_kernels(use=self._set_kernels)
+        attention = self._choose_attention(use=lambda one: None)
+        self._choose_kernels(use=self.set_kernels)
         layers = Counter(self.checkpoint.layer_devices)
         share = self.options.cache_gb * 1e9 / layers.total()
-        self._assemble(attention, {each: share * n for each, n in layers.items()}, setting="engine.cache_gb")
+        self.assemble(attention, {each: share * n for each, n in layers.items()}, setting="engine.cache_gb")
 
-    def _choose_attention(
-        self, candidates: Sequence[Candidate[AttentionBackend]], use: Callable[[AttentionBackend], None]
-    ) -> AttentionBackend:
-        widths, device, dtype = self._widths(), self.checkpoint.device, self.checkpoint.dtype
+    def _choose_attention(self, use: Callable[[AttentionBackend], None]) -> AttentionBackend:
+        widths, device, dtype = self.widths(), self.checkpoint.device, self.checkpoint.dtype
         return self.trial.choose(
             "attention",
-            candidates,
+            self.attention_candidates,
             results=lambda one: run_every_shape(one, widths, device, dtype),
             use=use,
             forced=self.options.attention != "auto",
@@ -218,7 +115,7 @@ class NativeEngine(EngineLoop):
         )
 
     def _choose_kernels(self, use: Callable[[EagerKernels], None]) -> None:
-        widths, device, dtype = self._widths(), self.checkpoint.device, self.checkpoint.dtype
+        widths, device, dtype = self.widths(), self.checkpoint.device, self.checkpoint.dtype
         self.trial.choose(
             "kernels",
             kernel_candidates(self.options.kernels, device, dtype),
@@ -227,15 +124,12 @@ class NativeEngine(EngineLoop):
             not_its_fault=_OUT_OF_MEMORY,
         )
 
-    def _set_kernels(self, kernels: EagerKernels) -> None:
-        self.text.kernels = self.vision.kernels = kernels
-
-    def _prepare_gpu(self, candidates: Sequence[Candidate[AttentionBackend]]) -> None:
+    def _prepare_gpu(self) -> None:
         """Choose the parts by trial, size the cache by what the largest pass leaves, and capture graphs."""
         device = self.checkpoint.device
         torch.cuda.empty_cache()  # of the weights that loading held twice
         try:
-            attention = self._choose_attention(candidates, use=self._use_attention)
+            attention = self._choose_attention(use=self._use_attention)
             self._choose_kernels(use=lambda one: self._use_kernels(one, attention))
         except _OUT_OF_MEMORY as error:
             raise CheckpointError(
@@ -243,22 +137,9 @@ class NativeEngine(EngineLoop):
                 f"{self.max_batch_patches} patches; lower engine.max_batch_tokens or use more GPUs: {first_line(error)}"
             ) from error
         self._free_cache()
-        self._assemble(attention, {each: self._bytes_for_cache(each) for each in self._devices})
+        self.assemble(attention, {each: self._bytes_for_cache(each) for each in self.devices})
         self._choose_graphs()
         self.runner.reset_counts()
-
-    def _widths(self) -> Widths:
-        text, vision = self.text, self.vision
-        return Widths(
-            hidden=text.embed_weight.shape[1],
-            heads=text.num_heads,
-            kv_heads=text.num_kv_heads,
-            head_dim=text.head_dim,
-            mlp=text.layers[0].mlp.width,
-            vision_heads=vision.num_heads,
-            vision_head_dim=vision.head_dim,
-            vision_mlp=vision.mlp_width,
-        )
 
     def _use_attention(self, attention: AttentionBackend) -> None:
         text, vision = self.text, self.vision
@@ -283,7 +164,7 @@ class NativeEngine(EngineLoop):
 
     def _use_kernels(self, kernels: EagerKernels, attention: AttentionBackend) -> None:
         if kernels is not self.text.kernels:
-            self._set_kernels(kernels)
+            self.set_kernels(kernels)
             self._try_passes(attention)
 
     def _try_passes(self, attention: AttentionBackend) -> None:
@@ -303,15 +184,15 @@ class NativeEngine(EngineLoop):
             block_size = attention.block_size
             room = sum(-(-len(request.input_ids) // block_size) + 1 for request in requests)
             self._free_cache()
-            self._assemble(attention, None, num_tokens=max(room * block_size, MAX_VISUAL_TOKENS + 3))
-            for device in self._devices:
+            self.assemble(attention, None, num_tokens=max(room * block_size, MAX_VISUAL_TOKENS + 3))
+            for device in self.devices:
                 torch.cuda.reset_peak_memory_stats(device)
             self._answer([self._first_request()])
             self._answer(requests)
             self._sample_widest()
             self._peaks = {
                 device: torch.cuda.max_memory_allocated(device) - self.cache.storage_bytes(device)
-                for device in self._devices
+                for device in self.devices
             }
             if not self._num_out_of_memory:
                 return
@@ -363,10 +244,10 @@ class NativeEngine(EngineLoop):
 
     def _choose_graphs(self) -> None:
         wanted, runner = self.options.cuda_graphs, self.runner
-        can = runner.attention.allows_graphs and len(self._devices) == 1
+        can = runner.attention.allows_graphs and len(self.devices) == 1
         if wanted and not can:
             raise CheckpointError(
-                f"engine.cuda_graphs is true, but {runner.attention.name} attention over {len(self._devices)} GPU(s) "
+                f"engine.cuda_graphs is true, but {runner.attention.name} attention over {len(self.devices)} GPU(s) "
                 "can't be captured; leave it unset"
             )
 

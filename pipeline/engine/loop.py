@@ -1,7 +1,7 @@
 """The native engine's step: schedule a pass, run it, return what ended.
 
 Knows the order of a step and what to do when memory runs out; the policy is the scheduler's, the tensors are the
-runner's. How both are made is engine.py's.
+runner's. How both are made is assembly.py's.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def make_engine(
 def use_backends(monkeypatch: pytest.MonkeyPatch, *backends: type[AttentionBackend]) -> None:
     """In place of those that need a GPU."""
     candidates = [Candidate(backend.name, backend) for backend in backends]
-    monkeypatch.setattr("pipeline.engine.engine.attention_candidates", lambda *_: candidates)
+    monkeypatch.setattr("pipeline.engine.assembly.attention_candidates", lambda *_: candidates)
 
 
 def run_watched(engine: NativeEngine, gpu: PretendedGpu, requests: list[Request]) -> list[tuple[int, ...]]:
