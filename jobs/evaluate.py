@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
+from pydantic import model_validator
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -47,6 +48,17 @@ class EvaluateConfig(CaptionConfig):
 
     run: EvaluateRunConfig = EvaluateRunConfig()
     evaluate: EvaluateSection = EvaluateSection()
+
+    @model_validator(mode="after")
+    def _canaries_can_be_compared(self) -> Self:
+        settings, sampling = self.input.settings, self.sampling
+        draws = sampling.temperature > 0 or "temperature" in settings
+        if self.evaluate.canaries and draws and sampling.seed is None and "seed" not in settings:
+            raise ValueError(
+                "evaluate.canaries compares answers, and rows with a temperature draw other ones in each run; "
+                "set sampling.seed, or evaluate.canaries to 0"
+            )
+        return self
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,8 +120,9 @@ def run_caption(config: CaptionConfig) -> int:
 
 def run_canaries(config: EvaluateConfig) -> dict[str, Any]:
     """Runs the first rows again, each alone, and compares: does an answer depend on the rows in its batch?"""
-    folder = RunFolder(config.output.path).file("canaries")
     limit = min(config.evaluate.canaries, config.input.limit or config.evaluate.canaries)
+    # A run of its own for each number: one that has ended takes no other limit.
+    folder = RunFolder(config.output.path).file(f"canaries/{limit}")
     alone = config.model_copy(
         update={
             "input": config.input.model_copy(update={"limit": limit}),

@@ -169,9 +169,8 @@ def _packages(schemes: set[str]) -> list[str]:
     """What pip installs on each node: the project's dependencies as constraints.txt pins them, without Ray."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = list(project["dependencies"])
-    for scheme, extra in (("s3", "s3"), ("gs", "gcs")):
-        if scheme in schemes:
-            needed += project["optional-dependencies"][extra]
+    for extra in sorted({storage.EXTRAS[scheme] for scheme in schemes if scheme in storage.EXTRAS}):
+        needed += project["optional-dependencies"][extra]
     # The pins are sent with the code. Ray caches an environment by these lines: the digest makes new pins a new one.
     digest = hashlib.sha256((ROOT / "constraints.txt").read_bytes()).hexdigest()[:12]
     pins = f"-c ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/constraints.txt  # {digest}"

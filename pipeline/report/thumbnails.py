@@ -51,7 +51,9 @@ class ThumbnailMaker:
         self._seconds_left = max_seconds
         path = text_at(run, "manifest.path") or ""
         self._base = "" if storage.is_remote(path) else storage.local_path(path)
-        if not os.path.isdir(self._base):
+        if storage.is_glob(self._base):
+            self._base = storage.glob_base(self._base)
+        elif not os.path.isdir(self._base):
             self._base = os.path.dirname(self._base)
         self._files = [] if storage.is_remote(path) else items_at(run, "manifest.fingerprint.files")
         columns = at(run, "config.input.columns")

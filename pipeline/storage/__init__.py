@@ -12,7 +12,7 @@ through fsspec with the caller's `storage_options`. Whatever goes wrong is an OS
 PermissionError, StorageError); callers say what it means to them. Knows no formats and no rows.
 """
 
-from pipeline.storage.buckets import CredentialsRefused, StorageError, StorageOptions, file_system
+from pipeline.storage.buckets import EXTRAS, CredentialsRefused, StorageError, StorageOptions, file_system
 from pipeline.storage.paths import (
     absolute,
     escaped,
@@ -39,7 +39,7 @@ from pipeline.storage.read import (
 from pipeline.storage.write import create, delete, delete_empty, make_dir, publish, publish_file, sweep
 
 __all__ = [
-    "CredentialsRefused", "FileInfo", "StorageError", "StorageOptions", "absolute", "create", "delete",
+    "EXTRAS", "CredentialsRefused", "FileInfo", "StorageError", "StorageOptions", "absolute", "create", "delete",
     "delete_empty", "download", "escaped", "exists", "file_info", "file_system", "glob", "glob_base", "is_dir",
     "is_glob", "is_remote", "join", "list_files", "local_path", "make_dir", "name", "open_input", "parent", "publish",
     "publish_file", "read_bytes", "sweep", "two_slashes",

@@ -21,7 +21,7 @@ StorageOptions: TypeAlias = Mapping[str, Any] | None
 MAX_ATTEMPTS = 5
 _GOOGLE = "https://storage.googleapis.com"
 _CONNECT_TIMEOUT_S = 10
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """URL scheme to the extra of this package that installs its file system."""
 
 
@@ -40,12 +40,12 @@ def file_system(url: str, storage_options: StorageOptions) -> tuple[Any, str]:
     scheme = url.partition("://")[0]
     # Other processes write to the same folders, so that a remembered listing is soon a wrong one.
     options = {"use_listings_cache": False, **(storage_options or {})}
-    if _EXTRAS.get(scheme) == "gcs" and "session_kwargs" not in options:  # which may name a proxy
+    if EXTRAS.get(scheme) == "gcs" and "session_kwargs" not in options:  # which may name a proxy
         _check_google(options.get("endpoint_url") or os.environ.get("STORAGE_EMULATOR_HOST", "default"))
     try:
         fs, key = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        extra = _EXTRAS.get(scheme)
+        extra = EXTRAS.get(scheme)
         hint = f"pip install 'qwen2-vl-batch[{extra}]'" if extra else first_line(error)
         raise StorageError(f"can't open {url}: the file system for {scheme}:// is not installed; {hint}") from error
     except Exception as error:  # every file system has exceptions of its own

@@ -15,6 +15,7 @@ from jobs import caption
 from jobs.evaluate import EvaluateConfig, main
 from pipeline.config import CaptionConfig
 from pipeline.config_file import load_config
+from pipeline.errors import ConfigError
 from pipeline.evaluation.canaries import compare_canaries
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.results.fragments import FragmentWriter
@@ -139,6 +140,24 @@ def test_canary_rows_run_alone_and_are_compared(
     said = f"{found['num_same']} of 5 rows gave the same answer alone"
     assert said in capsys.readouterr().out
     assert said in (tmp_path / "out" / "_report.html").read_text()
+
+
+def test_another_number_of_canary_rows_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = _Caption("right")
+    monkeypatch.setattr(caption, "run", job.run)
+    for number in ("5", "3"):
+        assert _evaluate("--evaluate.canaries", number, "--output.path", str(tmp_path / "out")) == 0
+    folders = [config.output.path for config in job.configs if config.engine.max_running == 1]
+    assert len(set(folders)) == 2 and all(one.startswith(str(tmp_path / "out" / "__run")) for one in folders)
+
+
+@pytest.mark.parametrize("drawn", [{"sampling.temperature": "1"}, {"input.settings": "[temperature]"}])
+def test_canaries_of_answers_that_are_drawn_need_a_seed(drawn: dict[str, str]) -> None:
+    wanted = {"evaluate.canaries": "3", **drawn}
+    with pytest.raises(ConfigError, match=r"set sampling\.seed, or evaluate\.canaries to 0"):
+        load_config(EvaluateConfig, CONFIG, wanted)
+    for change in ({"sampling.seed": "1"}, {"evaluate.canaries": "0"}):
+        load_config(EvaluateConfig, CONFIG, wanted | change)
 
 
 def test_canaries_compare_token_counts_and_finish_reasons_too(tmp_path: Path) -> None:

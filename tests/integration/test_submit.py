@@ -148,6 +148,12 @@ def test_the_demo_s_checkpoint_is_sent_only_where_it_is_asked_for() -> None:
     assert runtime_environment("none", {"model.path": "demo"})["excludes"] == []
 
 
+@pytest.mark.parametrize(("path", "package"), [("s3a://b/o", "s3fs"), ("gcs://b/o", "gcsfs"), ("gs://b/o", "gcsfs")])
+def test_pip_gets_the_file_system_of_every_spelling_of_a_bucket(path: str, package: str) -> None:
+    packages = runtime_environment("pip", {"model.path": "m", "output.path": path})["pip"]["packages"]
+    assert any(one.startswith(package) for one in packages)
+
+
 def test_pip_gets_the_dependencies_and_their_pins_but_never_ray() -> None:
     packages = runtime_environment("pip", {"model.path": "m", "output.path": "s3://b/o"})["pip"]["packages"]
     assert packages[0].startswith("-c ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/constraints.txt")

@@ -169,6 +169,14 @@ def test_thumbnails_are_made_of_files_urls_and_videos_or_give_a_reason(tmp_path:
     assert gone.missing == remote.missing == "not on this machine"
 
 
+def test_paths_of_a_manifest_of_many_folders_begin_where_the_run_s_did(tmp_path: Path) -> None:
+    (tmp_path / "day1").mkdir()
+    make_image(tmp_path / "day1" / "tall.png", 3)
+    with ThumbnailMaker({"manifest": {"path": str(tmp_path / "*" / "rows.parquet")}}) as maker:
+        (shown,) = maker.thumbnails(_row(medium("image", "day1/tall.png")))
+    assert shown.pictures
+
+
 def test_embedded_images_are_read_from_the_manifest_by_row_key(tmp_path: Path) -> None:
     files = [Path(make_image(tmp_path / f"{number}.png", number)).read_bytes() for number in range(4)]
     column = [[{"bytes": data, "path": "0.png"}] for data in files]
