@@ -1,5 +1,5 @@
-"""What code for a GPU must mind: the thread's current device, copies that the host does not wait for, and which kernels
-torch prefers."""
+"""What code for a GPU must mind: the thread's current device, copies that the host does not wait for, the ways in which
+memory runs out, and which kernels torch prefers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
+
+from pipeline.errors import EngineOutOfMemory
 
 os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 """On Hopper and later torch's scaled_dot_product_attention prefers cuDNN, which plans every new shape for tenths of a
@@ -42,6 +44,23 @@ def is_alive(device: torch.device) -> bool:
     except RuntimeError:  # torch.AcceleratorError is one
         return False
     return True
+
+
+_NO_MEMORY = (
+    "out of memory",  # CUDA and Triton, beside torch's allocator
+    "can't allocate memory",  # torch on a CPU
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "aten::new_empty",  # a package built for torch's stable ABI, as FlashAttention 3: only the operator is named
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether something did not get the memory it needed, so that a smaller pass may succeed. Libraries have no common
+    type for it: all but torch's allocator raise a RuntimeError that only its text tells from others."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, EngineOutOfMemory)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def gpu_name(device: torch.device | None = None) -> str | None:

@@ -21,7 +21,7 @@ from pipeline.engine.attention.interface import AttentionBackend
 from pipeline.engine.attention.sample import run_every_shape
 from pipeline.engine.attention.vision import choose_vision
 from pipeline.engine.cuda_graph import DecodeGraphs
-from pipeline.engine.device import current, gpu_name
+from pipeline.engine.device import current, gpu_name, is_out_of_memory
 from pipeline.engine.interface import Detokenize
 from pipeline.engine.kernels.choose import kernel_candidates
 from pipeline.engine.kernels.eager import EagerKernels
@@ -34,11 +34,9 @@ from pipeline.engine.settings import EngineOptions, SamplingParams
 from pipeline.engine.trial import Candidate, Trial
 from pipeline.engine.warm_up import MAX_VISUAL_TOKENS, capture_largest_first, first_request, full_pass
 from pipeline.engine.weights import Checkpoint
-from pipeline.errors import CheckpointError, EngineOutOfMemory, first_line
+from pipeline.errors import CheckpointError, first_line
 
 log = logging.getLogger(__name__)
-
-_OUT_OF_MEMORY = (torch.OutOfMemoryError, EngineOutOfMemory)
 
 
 class NativeEngine(AssembledEngine):
@@ -111,7 +109,7 @@ class NativeEngine(AssembledEngine):
             results=lambda one: run_every_shape(one, widths, device, dtype),
             use=use,
             forced=self.options.attention != "auto",
-            not_its_fault=_OUT_OF_MEMORY,
+            not_its_fault=is_out_of_memory,
         )
 
     def _choose_kernels(self, use: Callable[[EagerKernels], None]) -> None:
@@ -121,7 +119,7 @@ class NativeEngine(AssembledEngine):
             kernel_candidates(self.options.kernels, device, dtype),
             results=lambda one: list(run_every_operation(one, widths, device, dtype).values()),
             use=use,
-            not_its_fault=_OUT_OF_MEMORY,
+            not_its_fault=is_out_of_memory,
         )
 
     def _prepare_gpu(self) -> None:
@@ -131,7 +129,9 @@ class NativeEngine(AssembledEngine):
         try:
             attention = self._choose_attention(use=self._use_attention)
             self._choose_kernels(use=lambda one: self._use_kernels(one, attention))
-        except _OUT_OF_MEMORY as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"{device} has too little memory for the weights and one pass of {self.max_batch_tokens} tokens and "
                 f"{self.max_batch_patches} patches; lower engine.max_batch_tokens or use more GPUs: {first_line(error)}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.engine.device import current, is_alive
+from pipeline.engine.device import current, is_alive, is_out_of_memory
 from pipeline.engine.interface import Engine
 from pipeline.engine.model_runner import ModelRunner, PassResult
 from pipeline.engine.scheduling.admission import AdmissionRules
@@ -111,10 +111,8 @@ class EngineLoop(Engine):
             try:
                 self._in_flight.append(self.runner.run(plan, max_batch_patches=self.scheduler.batch_patches.value))
                 self.scheduler.succeeded(plan)
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                self._recover(plan, error)
-            except RuntimeError as error:
-                if "can't allocate memory" not in str(error):  # torch's message on a CPU
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
                     raise
                 self._recover(plan, error)
             self.runner.forget_media(self.media.forget(self._media_in_use()))

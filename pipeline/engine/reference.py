@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from pipeline.engine.attention.choose import flash_attn_installed
-from pipeline.engine.device import current, gpu_name, is_alive
+from pipeline.engine.device import current, gpu_name, is_alive, is_out_of_memory
 from pipeline.engine.interface import Detokenize, Engine
 from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sampler import SeenTokens, forbidden_tokens, sample, sample_rows, set_steps
@@ -108,7 +108,9 @@ class ReferenceEngine(Engine):
         """Run one batch. Out of memory halves it; a row that fails alone becomes an error."""
         try:
             self._generate(batch)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             for sequence in batch:
                 sequence.output_ids.clear()
                 sequence.logprobs.clear()

@@ -49,7 +49,7 @@ class Trial:
         results: Callable[[T], Sequence[torch.Tensor]],
         use: Callable[[T], None],
         forced: bool = False,
-        not_its_fault: tuple[type[Exception], ...] = (),
+        not_its_fault: Callable[[Exception], bool] = lambda error: False,
         tolerance: float = 1.0,
     ) -> T:
         """The first candidate that works, already in use.
@@ -57,7 +57,7 @@ class Trial:
         `results` runs a candidate on small inputs, for the comparison; `use` puts it into the engine and runs whole
         passes. If one that is `forced` fails either, that is a CheckpointError; otherwise the next is tried, with one
         warning. The last candidate is not compared with anything, and what it raises is not caught. `tolerance` is a
-        factor on TOLERANCE, for results of many operations. Errors of the types `not_its_fault` are raised: another
+        factor on TOLERANCE, for results of many operations. Errors that are `not_its_fault` are raised: another
         candidate would not help.
         """
         *faster, simplest = candidates
@@ -72,7 +72,7 @@ class Trial:
                     raise ArithmeticError(f"it computes other numbers than {simplest.name}: {difference}")
                 use(loaded)
             except Exception as error:
-                if isinstance(error, (JobError, *not_its_fault)):
+                if isinstance(error, JobError) or not_its_fault(error):
                     raise
                 reason = f"{type(error).__name__}: {first_line(error)}"
             else:

@@ -58,7 +58,7 @@ WINDOWS = [64] * 9 + [16] + [64] * 9 + [16]
 
 @pytest.mark.parametrize("head_dim", [64, 72, 80])
 @pytest.mark.parametrize(
-    "lengths", [[5476] * 3, [1024] * 7 + [300, 300, 17], WINDOWS * 20], ids=["large", "mixed", "windows"]
+    "lengths", [[5476] * 3, [1024] * 7 + [300, 300, 17], WINDOWS * 60], ids=["large", "mixed", "windows"]
 )
 def test_every_kernel_of_vision_attention_computes_the_same(lengths: list[int], head_dim: int) -> None:
     backend = TorchAttention()

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from pipeline.engine import EngineOptions, Medium, Request, SamplingParams
+from pipeline.engine.attention.fastest import hopper_kernels
+from pipeline.engine.attention.packed import pack
+from pipeline.engine.device import is_out_of_memory
 from pipeline.engine.engine import NativeEngine
 from pipeline.engine.sequence import patch_bytes
 from pipeline.engine.weights import from_model
@@ -58,6 +61,23 @@ def test_passes_that_run_out_of_memory_are_split_and_every_row_gets_its_answer(n
     torch.cuda.set_per_process_memory_fraction(1.0)
     assert tokens_of(tight.generate(requests)) == expected
     assert tight.is_usable()
+
+
+def test_a_kernel_of_another_package_that_gets_no_memory_is_known_to_have_run_out_of_it(no_limit: None) -> None:
+    device = torch.device("cuda")
+    if not (kernels := hopper_kernels(device)):
+        pytest.skip("FlashAttention 3 needs a Hopper GPU and the package fa3-fwd")
+    (attend,) = kernels.values()
+    lengths = [5476] * 20
+    qkv = torch.zeros(sum(lengths), 3, 16, 128, device=device, dtype=torch.bfloat16).unbind(1)
+    frames = pack(lengths, device)
+    attend(*qkv, frames, frames, False)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + SPARE) / total)
+    with pytest.raises(RuntimeError) as raised:
+        attend(*qkv, frames, frames, False)
+    assert is_out_of_memory(raised.value), raised.value
 
 
 def test_rows_that_do_not_fit_the_cache_together_give_the_answers_that_they_give_alone(

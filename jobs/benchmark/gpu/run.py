@@ -11,6 +11,7 @@ stops no other. Without a GPU the stages run with tiny shapes, as a dry run.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import subprocess
@@ -48,7 +49,7 @@ class Stage:
 
 # Lines that the summary shows.
 _ABOUT = r"(PyTorch version|Python version|CUDA runtime|GPU models|GPU \d|Nvidia driver|cuDNN|\[pip3\] (torch|triton))"
-_TESTED = r"(FAILED|ERROR|\d+ (passed|failed)|=+ .*in )"
+_TESTED = r"(FAILED|ERROR|(\[gw\d+\]|tests/gpu/).* (FAILED|ERROR)|\d+ (passed|failed)|=+ .*in )"
 _KERNELS = r"(matmul|copy|upload|vision|prompts|decode|eager|fused)\b"
 _TABLE = (
     r"(ours|reference-\d+) |  (measured|parts|vision|prefill|decode|between) |"
@@ -90,19 +91,20 @@ def _on_gpu(site: Path) -> list[Stage]:
     def ours(shape: str, images: int, *options: str) -> tuple[str, ...]:
         return (*ENGINE, "--shape", shape, "--peers", "none", "--images", str(images), *options)
 
-    pytest = (*PYTHON, "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider", "--timeout=100", "-rA")
+    pytest = (*PYTHON, "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider", "--timeout=100", "-vv")
+    processes = ("-n", "4") if importlib.util.find_spec("xdist") else ()  # most of the time is Triton's compiler
     families = tuple(ours(shape, 64, *LARGE) for shape in ("qwen2.5-vl-7b", "qwen3-vl-8b"))
     traced = ours("2b", 256, *LARGE, "--trace", str(site / "trace"))
     feed = (*PYTHON, "jobs.benchmark", "feed", "--shape", "2b")
     soak = (*SOAK, "--shape", "2b", "--seconds", "45", "--max-pixels", "100352")
     peer = (*ENGINE, "--shape", "2b", "--peers", "reference", "--images", "128", *LARGE)
     return [
-        Stage("tests", 160, ((*pytest, "--tb=short", "--durations=8"),), _TESTED, 14),
+        Stage("tests", 200, ((*pytest, *processes, "--tb=short", "--durations=8"),), _TESTED, 14),
         Stage("kernels", 110, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "90"),), _KERNELS),
         Stage("bench_2b", 170, (traced, ours("2b", 256)), _TABLE),
         Stage("bench_7b", 130, (ours("7b", 128, *LARGE),), _TABLE),
         Stage("bench_families", 130, families, _TABLE, log="bench_7b"),
-        Stage("job_2b", 170, (feed,), _FED, environment=_with_ray(site)),
+        Stage("job_2b", 220, (feed,), _FED, environment=_with_ray(site)),
         Stage("soak", 150, (soak,), _SOAKED, log="bench_2b"),
         Stage("bench_mixed", 90, (ours("2b", 128, "--rows", "mixed"),), _TABLE, log="bench_2b"),
         Stage("peer", 120, (peer,), _TABLE),

@@ -21,7 +21,7 @@ import torch
 from pipeline.engine.attention.fastest import Seconds, by_speed, hopper_kernels, seconds_by_events
 from pipeline.engine.attention.interface import AttentionBackend
 from pipeline.engine.attention.packed import FrameAttention, PackedAttention, Varlen, VarlenFrames, pack
-from pipeline.engine.device import is_alive
+from pipeline.engine.device import is_alive, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class CudnnFrames(FrameAttention):
             try:
                 return batched(q, k, v, len(lengths))
             except RuntimeError as error:  # no plan for this shape, for example
-                if self._is_trial or isinstance(error, torch.OutOfMemoryError) or not is_alive(q.device):
+                if self._is_trial or is_out_of_memory(error) or not is_alive(q.device):
                     raise
                 log.warning("cuDNN does not take frames of %d patches, so another kernel does: %s", length, error)
                 self._refused.add(length)

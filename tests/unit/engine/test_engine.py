@@ -321,7 +321,12 @@ def test_describe_and_stats_are_plain_values(build: Build) -> None:
 # ---- memory
 
 
-def fail_once_above(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
+FULL = torch.OutOfMemoryError("out of memory")
+
+
+def fail_once_above(
+    engine: NativeEngine, monkeypatch: pytest.MonkeyPatch, limit: int, error: Exception = FULL
+) -> list[int]:
     """Prefill passes of more than `limit` tokens run out of memory."""
     sizes: list[int] = []
     prefill = engine.runner._prefill
@@ -330,7 +335,7 @@ def fail_once_above(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch, limit
         size = sum(chunk.num_tokens for chunk in plan.chunks)
         sizes.append(size)
         if size > limit:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
         return prefill(plan)
 
     monkeypatch.setattr(engine.runner, "_prefill", guarded)
@@ -349,6 +354,36 @@ def test_out_of_memory_halves_the_budget_and_goes_on(
     assert max(sizes) > 200 and engine.stats()["out_of_memory"] > 0
     assert engine.stats()["max_batch_tokens"] < engine.describe()["max_batch_tokens"]
     engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError(
+            'torch_call_dispatcher( "aten::new_empty", "", stack.data(), 0) API call failed at ops.h, line 933'
+        ),
+    ],
+    ids=["host", "torch on a CPU", "CUDA", "Triton", "cuBLAS", "a package built for torch's stable ABI"],
+)
+def test_every_library_s_way_of_running_out_of_memory_is_known(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    engine = native(tiny_model)
+    fail_once_above(engine, monkeypatch, 200, error)
+    assert all(completion.error is None for completion in engine.generate(mixed_requests(12, seed=4)))
+    assert engine.stats()["out_of_memory"] > 0
+
+
+def test_an_error_that_is_not_about_memory_is_raised(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = native(tiny_model)
+    fail_once_above(engine, monkeypatch, 0, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        engine.generate(mixed_requests(2, seed=4))
 
 
 def test_a_row_that_fits_no_memory_even_alone_is_one_error_row(
