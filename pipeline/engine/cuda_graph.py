@@ -41,7 +41,8 @@ class DecodeGraphs:
         self.last_tokens = last_tokens
         self.sizes = graph_sizes(max_running)
         self.max_width = max_width
-        self._graphs: dict[int, tuple[Any, torch.Tensor]] = {}
+        self._graphs: dict[int, Any] = {}
+        self._logits: torch.Tensor | None = None
         self._pool: Any = torch.cuda.graph_pool_handle()
         device = last_tokens.device
         # A stream of our own: torch's belongs to the device that captured first in this process.
@@ -71,14 +72,18 @@ class DecodeGraphs:
         padded_tables[:num_rows] = tables
         _fill(self._tables[:size, :width], padded_tables)
         self.capture(size)
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits[:num_rows]
+        self._graphs[size].replay()
+        assert self._logits is not None
+        return self._logits[:num_rows]
 
-    def _run(self, size: int) -> torch.Tensor:
+    def _run(self, size: int) -> None:
         rows, positions, slots, lengths = self._numbers[:, :size]
         info = DecodeInfo(slots, lengths.int(), self._tables[:size])
-        return self.forward(self.last_tokens.index_select(0, rows), positions, info)
+        logits = self.forward(self.last_tokens.index_select(0, rows), positions, info)
+        if self._logits is None:
+            self._logits = logits.new_empty(self.sizes[-1], logits.shape[1])
+        # One place for all graphs: the logits of dozens of sizes would take more than a gigabyte.
+        self._logits[:size] = logits
 
     def capture(self, size: int) -> None:
         """Make the graph for this batch size, unless there is one."""
@@ -93,11 +98,11 @@ class DecodeGraphs:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                logits = self._run(size)
+                self._run(size)
         except BaseException:
             self._end_failed_capture(before)
             raise
-        self._graphs[size] = (graph, logits)
+        self._graphs[size] = graph
 
     def _end_failed_capture(self, before: torch.cuda.Stream) -> None:
         """A capture that the driver has refused leaves its stream the current one, and the allocator waiting for its
