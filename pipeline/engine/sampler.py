@@ -27,6 +27,9 @@ MAX_BEST = 1024
 
 _BITS_OF_ONE = 0x3F800000
 
+_LEAST = 1e-6
+"""Of temperatures, shares of top-p and penalties: smaller ones choose as this one does, but would overflow float32."""
+
 _LARGEST = 2**62
 """`top_k` may be any number; no vocabulary has so many tokens."""
 
@@ -143,7 +146,7 @@ def penalize(logits: torch.Tensor, rows: SampleRows, ids: torch.Tensor) -> torch
     """Scores [R, V] after the penalties, for the tokens [R, tokens] of prompts and answers."""
     device, scores, ids = logits.device, logits, ids.long()
     if (rows["repetition_penalty"] != 1).any():
-        found, penalty = scores.gather(1, ids), _column(rows["repetition_penalty"], device)
+        found, penalty = scores.gather(1, ids), _column(np.clip(rows["repetition_penalty"], _LEAST, 1 / _LEAST), device)
         scores = scores.scatter(1, ids, torch.where(found < 0, found * penalty, found / penalty))
     if rows["presence_penalty"].any() or rows["frequency_penalty"].any():
         # In its row of `ids`, the answer follows the prompt.
@@ -172,8 +175,8 @@ def _forbid(scores: torch.Tensor, forbidden: SequenceOf[tuple[int, int]]) -> tor
 def _draw(scores: torch.Tensor, rows: SampleRows) -> torch.Tensor:
     """Sample [R, V] scores by temperature and filters: tokens [R]."""
     device, vocab_size = scores.device, scores.shape[1]
-    scores = scores / _column(rows["temperature"], device)
-    top_p, ks = rows["top_p"], rows["top_k"]
+    scores = scores / _column(np.maximum(rows["temperature"], _LEAST), device)
+    top_p, ks = np.maximum(rows["top_p"], _LEAST), rows["top_k"]
     ks = np.where(ks < vocab_size, ks, 0)  # 0: off
     if ks.any():
         # One top-k with the largest k; each row reads its own threshold at its k-th column.

@@ -1,8 +1,9 @@
 """One run at a time on an output folder: a lease that expires when its run dies.
 
-The holder writes a small file and renews it. A file that was not renewed for STALE_S, or whose process on this machine
-has ended, is taken over. A run that was taken over because it was suspended finds out in `check`, before it writes
-again. Knows a path; not what the folder holds.
+The holder writes a small file and renews it. It is taken over when its process on this machine has ended, or when it was
+not renewed for STALE_S and is not while one looks: machines' clocks differ, so a time alone proves nothing. A run that
+was taken over because it was suspended finds out in `check`, before it writes again. Knows a path; not what the folder
+holds.
 
 Of several runs that start at once one wins: on disk the file is created exclusively, and in a bucket by a conditional
 put where the store supports it; elsewhere the last put wins, and each run looks again a moment later. If two runs still
@@ -30,6 +31,8 @@ RENEW_S = 10.0
 STALE_S = 60.0
 _DOUBTFUL_S = 30.0
 """Seconds without a renewal after which a run looks again before it trusts its lease."""
+WATCH_S = 1.5 * RENEW_S
+"""In which a live run renews its lease at least once."""
 _SETTLE_S = 1.0
 _ATTEMPTS = 10
 _held: set[str] = set()
@@ -52,10 +55,10 @@ class Lease:
         for _ in range(_ATTEMPTS):
             with self._write_errors(), _one_at_a_time(self._path):
                 holder = self._read()
-                if holder is not None and not _is_dead(holder):
+                if holder is not None and self._is_alive(holder):
                     raise OutputError(
                         f"another run is writing to {storage.parent(self._path)}: {_described(holder)}, last renewed "
-                        f"{time.time() - holder['renewed']:.0f} s ago; wait for it, stop it, or choose another "
+                        f"{max(0, _age(holder)):.0f} s ago by its clock; wait for it, stop it, or choose another "
                         f"output.path (a dead run's lease ends after {STALE_S:.0f} s)"
                     )
                 if self._take(holder):
@@ -106,6 +109,14 @@ class Lease:
             version = None if storage.is_remote(self._path) else storage.file_info(self._path).version
             return {"renewed": int(version or 0) / 1e9}
         return None
+
+    def _is_alive(self, holder: dict[str, Any]) -> bool:
+        if _has_ended(holder):
+            return False
+        if abs(_age(holder)) <= STALE_S:
+            return True
+        time.sleep(WATCH_S)
+        return self._read() not in (None, holder)
 
     def _is_ours(self, holder: dict[str, Any] | None) -> bool:
         return holder is not None and holder.get("token") == self._token
@@ -161,10 +172,14 @@ def _described(holder: dict[str, Any]) -> str:
     return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
 
 
-def _is_dead(holder: dict[str, Any]) -> bool:
-    if time.time() - holder["renewed"] > STALE_S:
-        return True
-    if holder.get("host") != socket.gethostname():
+def _age(holder: dict[str, Any]) -> float:
+    """Seconds since the renewal; negative where the holder's clock is ahead."""
+    return time.time() - float(holder["renewed"])
+
+
+def _has_ended(holder: dict[str, Any]) -> bool:
+    """Whether the holder is known to have been a process of this machine that has ended."""
+    if holder.get("host") != socket.gethostname() or "pid" not in holder:
         return False
     if holder["pid"] == os.getpid() and holder.get("began") == _began(os.getpid()):
         return holder.get("token") not in _held

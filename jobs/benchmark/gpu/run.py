@@ -99,9 +99,9 @@ def _on_gpu(site: Path) -> list[Stage]:
     soak = (*SOAK, "--shape", "2b", "--seconds", "45", "--max-pixels", "100352")
     peer = (*ENGINE, "--shape", "2b", "--peers", "reference", "--images", "128", *LARGE)
     return [
-        Stage("tests", 200, ((*pytest, *processes, "--tb=short", "--durations=8"),), _TESTED, 14),
+        Stage("tests", 190, ((*pytest, *processes, "--tb=short", "--durations=8"),), _TESTED, 14),
         Stage("kernels", 110, ((*PYTHON, "jobs.benchmark.gpu.kernels", "--seconds", "90"),), _KERNELS),
-        Stage("bench_2b", 170, (traced, ours("2b", 256)), _TABLE),
+        Stage("bench_2b", 140, (traced, ours("2b", 256)), _TABLE),
         Stage("bench_7b", 130, (ours("7b", 128, *LARGE),), _TABLE),
         Stage("bench_families", 130, families, _TABLE, log="bench_7b"),
         Stage("job_2b", 220, (feed,), _FED, environment=_with_ray(site)),

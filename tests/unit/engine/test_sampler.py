@@ -60,6 +60,26 @@ def test_temperature_flattens_and_sharpens() -> None:
     assert distribution(LOGITS, temperature=0.05) == {1: 1.0}
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1e-40},
+        {"temperature": 1e-300},
+        {"top_p": 1e-46},
+        {"temperature": 1e-40, "top_p": 1e-46, "top_k": 2, "min_p": 1e-300},
+    ],
+)
+def test_settings_below_what_float32_holds_choose_the_likeliest(params: dict[str, float]) -> None:
+    assert distribution(LOGITS, **params) == {1: 1.0}
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e300])
+def test_extreme_penalties_leave_numbers_to_draw_from(penalty: float) -> None:
+    rows = make_rows(SamplingParams(temperature=0.5, repetition_penalty=penalty), draw=0.5)
+    tokens, _ = sample(torch.tensor([LOGITS]), rows, seen=torch.tensor([[2, 2]]))
+    assert tokens.tolist() == [2 if penalty < 1 else 1]
+
+
 def test_greedy_takes_the_lowest_id_of_equal_logits() -> None:
     tokens, _ = sample(torch.tensor([[1.0, 3.0, 3.0]]), make_rows(SamplingParams(), draw=0.9))
     assert tokens.tolist() == [1]

@@ -22,6 +22,11 @@ from pipeline.results.parts import reopen
 from tests.unit.results.result_rows import new_folder
 
 
+@pytest.fixture(autouse=True)
+def _short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "WATCH_S", 0.05)
+
+
 def assert_refused(path: Path | str, reason: str = "another run is writing") -> None:
     with pytest.raises(OutputError, match=reason), Lease(str(path)):
         raise AssertionError("two runs hold the lease")
@@ -79,6 +84,33 @@ def test_a_lease_of_another_machine_ends_when_it_is_not_renewed(tmp_path: Path) 
     path.write_text(json.dumps(held))
     assert_refused(path, "process 1 on elsewhere")
     path.write_text(json.dumps({**held, "renewed": time.time() - lease_module.STALE_S - 1}))
+    assert_free(path)
+
+
+@pytest.mark.parametrize("ahead", [-7200, 7200])
+def test_a_lease_counts_by_its_renewals_and_not_by_another_machine_s_clock(
+    ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ".lease"
+    monkeypatch.setattr(lease_module, "WATCH_S", 0.5)
+    stop = threading.Event()
+
+    def renew() -> None:
+        while True:
+            held = {"token": "x", "host": "elsewhere", "pid": 1, "renewed": time.time() + ahead}
+            storage.publish(str(path), json.dumps(held).encode())
+            if stop.wait(0.1):
+                return
+
+    renewer = threading.Thread(target=renew)
+    renewer.start()
+    try:
+        while not path.exists():
+            time.sleep(0.01)
+        assert_refused(path, "process 1 on elsewhere")
+    finally:
+        stop.set()
+        renewer.join()
     assert_free(path)
 
 
