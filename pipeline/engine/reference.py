@@ -24,7 +24,7 @@ from pipeline.engine.pixels import PixelTable
 from pipeline.engine.sampler import SeenTokens, forbidden_tokens, sample, sample_rows, set_steps
 from pipeline.engine.scheduling.admission import AdmissionRules
 from pipeline.engine.scheduling.stopping import StopRules
-from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, SequenceStatus, error_completions
+from pipeline.engine.sequence import Completion, Request, RequestId, Sequence, error_completions
 from pipeline.engine.settings import EngineOptions
 from pipeline.engine.weights import Checkpoint
 from pipeline.errors import EngineOutOfMemory, RowError
@@ -114,7 +114,7 @@ class ReferenceEngine(Engine):
             for sequence in batch:
                 sequence.output_ids.clear()
                 sequence.logprobs.clear()
-                sequence.status = SequenceStatus.WAITING
+                sequence.finish_reason = sequence.stop_reason = None
             if len(batch) == 1:
                 batch[0].error = EngineOutOfMemory(f"out of memory with this row alone: {error}")
                 batch[0].finish("error")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -150,16 +149,6 @@ class PromptLayout:
     """Where the visual tokens lie, in order."""
 
 
-class SequenceStatus(Enum):
-    WAITING = "waiting"
-    """In the queue: never run, or preempted and to be recomputed."""
-    PREFILLING = "prefilling"
-    """Owns blocks; part of its prompt is still to be computed."""
-    RUNNING = "running"
-    """Decoding."""
-    FINISHED = "finished"
-
-
 @dataclass(eq=False)
 class Sequence:
     """The state of one sample. Only independent facts are stored, besides three facts of the request that every pass
@@ -176,7 +165,6 @@ class Sequence:
     index: int
     seed: int
     layout: PromptLayout
-    status: SequenceStatus = SequenceStatus.WAITING
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     num_computed: int = 0
@@ -207,7 +195,7 @@ class Sequence:
 
     @property
     def is_finished(self) -> bool:
-        return self.status is SequenceStatus.FINISHED
+        return self.finish_reason is not None
 
     def positions(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Three-axis positions [3, stop - start]; output tokens continue where the prompt ended."""
@@ -231,7 +219,6 @@ class Sequence:
         assert not self.is_finished, f"sequence {self.request.request_id}/{self.index} finished twice"
         self.finish_reason = reason
         self.stop_reason = stop_reason
-        self.status = SequenceStatus.FINISHED
 
     def completion(self) -> Completion:
         assert self.finish_reason is not None

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from pipeline.engine.scheduling.block_manager import BlockManager
 from pipeline.engine.scheduling.encoded_media import EncodedMedia
 from pipeline.engine.scheduling.limit import Limit
-from pipeline.engine.sequence import Medium, RequestId, Sequence, SequenceStatus
+from pipeline.engine.sequence import Medium, RequestId, Sequence
 
 MIN_BATCH_TOKENS = 32
 """Halving after out-of-memory stops here."""
@@ -165,7 +165,6 @@ class Scheduler:
             del self.running[sequence]
             self.media.retain(sequence)
         self._release_cache(sequence)
-        sequence.status = SequenceStatus.WAITING
         sequence.num_computed = 0
         sequence.num_in_flight = 0
         sequence.num_preemptions += 1
@@ -254,7 +253,6 @@ class Scheduler:
             self.waiting.popleft()
             sequence.block_table = self.blocks.allocate(needed)
             sequence.row = self._free_rows.pop()
-            sequence.status = SequenceStatus.PREFILLING
             self.prefilling = sequence
             plan.media.extend(media)
             planned.update(medium.content_key for medium in media)
@@ -293,7 +291,6 @@ class Scheduler:
         return chunk.num_tokens
 
     def _start_running(self, sequence: Sequence) -> None:
-        sequence.status = SequenceStatus.RUNNING
         sequence.num_in_flight = 1
         self.running[sequence] = None
         self.media.release(sequence)
