@@ -141,19 +141,9 @@ def choice_letter(answer: str, choices: Sequence[str]) -> str | None:
     return numbered if numbered and numbered in allowed else None
 
 
-def multiple_choice(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """1 if the chosen option is the right one. References are letters, or texts of `choices`."""
-    return is_right(extract_letter(prediction, choices), references, choices)
-
-
 def is_right(letter: str | None, references: Sequence[str], choices: Sequence[str]) -> float:
     """1 if the letter is that of a reference."""
     return float(letter is not None and any(letter == choice_letter(right, choices) for right in references))
-
-
-def mmmu(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """MMMU's accuracy, one for both kinds of question: by option where there are options, else as an open answer."""
-    return multiple_choice(prediction, references, choices) if choices else open_answer(prediction, references)
 
 
 _COMMA_NUMBER = re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b")

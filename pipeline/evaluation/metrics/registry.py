@@ -12,7 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 
 from pipeline.errors import ConfigError
-from pipeline.evaluation.metrics.choice import mmmu, multiple_choice, open_answer
+from pipeline.evaluation.metrics.choice import open_answer
 from pipeline.evaluation.metrics.coco import coco_bleu, coco_rouge_l
 from pipeline.evaluation.metrics.overlap import CorpusScore, bleu, chrf, rouge_l
 from pipeline.evaluation.metrics.text import anls, exact_match, normalised_match, relaxed_accuracy, token_f1
@@ -28,7 +28,7 @@ class Metric:
     what: str
     """One sentence for the reader of a report."""
     score: Callable[[str, Sequence[str]], float] | None
-    """None for CIDEr-D, which needs the references of all rows first: `cider.Cider`."""
+    """None where a row's text and references are not enough: see `Scorer._row_scores`."""
     package: str | None = None
     """What `score` imports from the extra `eval`."""
     maximum: float = 1.0
@@ -42,9 +42,9 @@ _ALL = (
     Metric("textvqa_accuracy", "TextVQA accuracy", "The same, with mmf's normal form.", textvqa_accuracy),
     Metric("anls", "ANLS", "Edit similarity to the nearest reference, 0 below one half.", anls, "rapidfuzz"),
     Metric("relaxed_accuracy", "Relaxed accuracy", "Numbers within 5 %, other answers equal.", relaxed_accuracy),
-    Metric("multiple_choice", "Multiple choice", "The chosen option is the right one.", multiple_choice),
+    Metric("multiple_choice", "Multiple choice", "The chosen option is the right one.", None),
     Metric("open_answer", "Open answer", "The answer contains the reference (MMMU's rule).", open_answer),
-    Metric("mmmu", "MMMU accuracy", "Multiple choice where a row has options, else MMMU's open answer.", mmmu),
+    Metric("mmmu", "MMMU accuracy", "Multiple choice where a row has options, else MMMU's open answer.", None),
     Metric("rouge_l", "ROUGE-L (rouge-score)", "Longest common subsequence of words, F1.", rouge_l, "rouge_score"),
     Metric("bleu", "BLEU (sacrebleu)", "Shared n-grams of one to four words over the whole corpus.", bleu, "sacrebleu"),
     Metric("chrf", "chrF", "Shared n-grams of one to six characters over the whole corpus.", chrf, "sacrebleu"),

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pyarrow as pa
 import pytest
 
-from pipeline.evaluation.metrics.choice import choice_letter, extract_letter, mmmu, multiple_choice, open_answer
+from pipeline.evaluation.metrics.choice import choice_letter, extract_letter, open_answer
+from pipeline.evaluation.scoring import Scorer
+from pipeline.evaluation.settings import ScoringSettings
+from pipeline.schema import result_schema
 from tests.unit.evaluation.stated_answers import STATED
 
 ANIMALS = ("cat", "dog", "a blue bird", "blue")
+TEXTS = pa.list_(pa.string())
+
+
+def score(metric: str, answer: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """The score of one result row."""
+    row = {"id": "0", "text": answer, "status": "ok", "references": list(references), "choices": list(choices)}
+    schema = result_schema(pa.schema([("references", TEXTS), ("choices", TEXTS)]))
+    batch = pa.RecordBatch.from_pylist([row], schema=schema)
+    scorer = Scorer(ScoringSettings(references="references", metrics=(metric,), choices="choices"))
+    value: float = scorer.score(batch).column("score")[0].as_py()
+    return value
+
+
+def multiple_choice(answer: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
+    return score("multiple_choice", answer, references, choices)
+
+
+def mmmu(answer: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
+    return score("mmmu", answer, references, choices)
 
 
 @pytest.mark.parametrize(
