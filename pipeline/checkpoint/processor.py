@@ -10,8 +10,9 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-from pipeline.checkpoint.families.family import MERGE_SIZE, TEMPORAL_PATCH_SIZE, Family
+from pipeline.checkpoint.families.family import Family
 from pipeline.checkpoint.locate import read_family, read_json
+from pipeline.engine.sequence import MERGE_SIZE, TEMPORAL_PATCH_SIZE
 from pipeline.errors import CheckpointError
 
 

@@ -13,10 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.engine.settings import EngineOptions
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from pipeline.engine.settings import CLIP_MEAN, CLIP_STD, EngineOptions
 
 
 def pixel_table(

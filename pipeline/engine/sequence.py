@@ -21,14 +21,16 @@ from pipeline.engine.settings import SamplingParams
 from pipeline.errors import RowError
 
 MERGE_SIZE = 2
-"""2 x 2 patches are merged into one visual token, in every family."""
+"""Patches on each side of the block that becomes one visual token, in every family."""
+TEMPORAL_PATCH_SIZE = 2
+"""Frames that make one temporal step, in every family."""
 
 _CHANNELS = 3
 
 
 def patch_bytes(kind: str, patch_size: int) -> int:
     """Bytes of one patch: (3 channels, side, side), and for a video (3 channels, 2 frames, side, side)."""
-    return _CHANNELS * patch_size**2 * (1 if kind == "image" else 2)
+    return _CHANNELS * patch_size**2 * (1 if kind == "image" else TEMPORAL_PATCH_SIZE)
 
 
 FinishReason = Literal["stop", "length", "repetition", "error"]

@@ -15,6 +15,8 @@ from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def setting(default: Any, description: str, **bounds: float) -> Any:

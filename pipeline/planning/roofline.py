@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipeline.checkpoint.families.family import MERGE_SIZE, TEMPORAL_PATCH_SIZE
+from pipeline.engine.sequence import MERGE_SIZE, TEMPORAL_PATCH_SIZE
 
 PATCHES_PER_TOKEN = MERGE_SIZE**2
 WINDOW_SIDE = 8

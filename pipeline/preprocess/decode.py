@@ -15,8 +15,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from pipeline.checkpoint.families.family import TEMPORAL_PATCH_SIZE
 from pipeline.conversation import MediumKind, MediumSettings
+from pipeline.engine.sequence import TEMPORAL_PATCH_SIZE
 from pipeline.errors import MediaMemoryError
 from pipeline.preprocess.frame_list import unpack_frames
 from pipeline.preprocess.image import OpenImage

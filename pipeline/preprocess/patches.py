@@ -26,7 +26,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.checkpoint.families.family import MERGE_SIZE, TEMPORAL_PATCH_SIZE
+from pipeline.engine.sequence import MERGE_SIZE, TEMPORAL_PATCH_SIZE
 
 Uint8Array: TypeAlias = npt.NDArray[np.uint8]
 Resize: TypeAlias = Literal["torch", "pil"]

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from pipeline.checkpoint.families.family import MERGE_SIZE, TEMPORAL_PATCH_SIZE
 from pipeline.conversation import VIDEO_SETTINGS, MediumKind, MediumSettings
+from pipeline.engine.sequence import MERGE_SIZE, TEMPORAL_PATCH_SIZE
 from pipeline.errors import AspectRatioError, DecompressionBomb, SettingError, UnsupportedMedia
 from pipeline.preprocess.limits import MediaOptions
 

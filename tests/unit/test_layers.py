@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     {"errors"},
     {"conversation", "storage"},
-    {"checkpoint", "engine"},
+    {"engine"},
+    {"checkpoint"},
     {"schema"},
     {"config", "manifest", "preprocess"},
     {"config_file", "generate", "results", "demo"},

@@ -10,13 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.conversation import MediumKind
-
-MERGE_SIZE = 2
-"""Patches on each side of the block that becomes one visual token, in every family."""
-TEMPORAL_PATCH_SIZE = 2
-"""Frames that make one temporal step, in every family."""
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from pipeline.engine.sequence import MERGE_SIZE, patch_bytes
+from pipeline.engine.settings import CLIP_MEAN, CLIP_STD, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +19,11 @@ class Sampling:
     """How a family's makers choose tokens, by the names of the config's section `sampling`. A job takes none of it by
     itself; the defaults here are that section's, greedy and without penalties."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
+    temperature: float = SamplingParams.temperature
+    top_k: int = SamplingParams.top_k
+    top_p: float = SamplingParams.top_p
+    repetition_penalty: float = SamplingParams.repetition_penalty
+    presence_penalty: float = SamplingParams.presence_penalty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,4 +64,4 @@ class Family:
 
     def patch_bytes(self, kind: MediumKind) -> int:
         """Bytes of one patch. An image's two temporal halves are equal, so it has only one."""
-        return 3 * self.patch_size**2 * (TEMPORAL_PATCH_SIZE if kind == "video" else 1)
+        return patch_bytes(kind, self.patch_size)

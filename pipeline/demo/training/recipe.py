@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoint.families.family import MERGE_SIZE, TEMPORAL_PATCH_SIZE
 from pipeline.checkpoint.families.qwen2_vl import QWEN2_VL
 from pipeline.demo import CHECKPOINT
+from pipeline.engine.sequence import MERGE_SIZE, TEMPORAL_PATCH_SIZE
 from pipeline.preprocess.prompt import END_OF_TEXT, IMAGE_PAD, TURN_END, VIDEO_PAD, VISION_END, VISION_START
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.engine.models.architecture import Architecture
 from pipeline.engine.models.registry import ARCHITECTURES
-from pipeline.engine.sequence import MERGE_SIZE
+from pipeline.engine.sequence import MERGE_SIZE, TEMPORAL_PATCH_SIZE
 from pipeline.errors import CheckpointError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -42,7 +42,7 @@ def _everywhere(config: Any, architecture: Architecture) -> Iterator[str]:
     text, vision = config.text_config, config.vision_config
     fixed = {
         "patch_size": architecture.patch_size,
-        "temporal_patch_size": 2,
+        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
         "spatial_merge_size": MERGE_SIZE,
         "in_channels": 3,
     }

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.checkpoint.families.family import TEMPORAL_PATCH_SIZE
 from pipeline.conversation import MediumSettings
+from pipeline.engine.sequence import TEMPORAL_PATCH_SIZE
 from pipeline.errors import SettingError
 from pipeline.preprocess.image import OpenImage
 from pipeline.preprocess.limits import MediaOptions

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.checkpoint.families.family import TEMPORAL_PATCH_SIZE, Family
+from pipeline.checkpoint.families.family import Family
 from pipeline.conversation import MediumSettings
+from pipeline.engine.sequence import TEMPORAL_PATCH_SIZE
 from pipeline.errors import SettingError
 from pipeline.preprocess.limits import MediaOptions
 

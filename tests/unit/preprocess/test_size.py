@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
-from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as reference
 
-from pipeline.checkpoint.families import FAMILIES, family
-from pipeline.conversation import MediumKind, MediumSettings
-from pipeline.engine.sequence import MERGE_SIZE, patch_bytes
+from pipeline.conversation import MediumSettings
 from pipeline.errors import AspectRatioError, DecompressionBomb, UnsupportedMedia
 from pipeline.preprocess.size import ShownSize, check_source_size, fit_row, pixel_bounds, smart_resize, video_max_pixels
 from tests.options import media_options
@@ -137,13 +134,6 @@ def test_a_rows_budget_may_show_a_picture_below_the_least_area() -> None:
     assert least.num_visual_tokens == 9
     fit_row([SimpleNamespace(size=least)], 4)
     assert least.resized == (56, 56) and least.note is not None
-
-
-def test_the_engine_and_preprocessing_agree_on_the_size_of_a_patch() -> None:
-    assert MERGE_SIZE == family.MERGE_SIZE
-    for each in FAMILIES.values():
-        for kind in get_args(MediumKind):
-            assert each.patch_bytes(kind) == patch_bytes(kind, each.patch_size)
 
 
 @pytest.mark.parametrize(
