@@ -25,14 +25,15 @@ class MediumSettings:
     """Largest area in pixels after resizing (for a video: of each frame)."""
     fps: float | None = field(default=None, metadata={"videos_only": True, "gt": 0})
     """Frames a second to sample; videos only."""
-    num_frames: int | None = field(default=None, metadata={"videos_only": True, "ge": 1})
+    num_frames: int | None = field(default=None, metadata={"videos_only": True, "ge": 2})
     """Frames to sample in all; videos only, excludes `fps`."""
     start_s: float | None = field(default=None, metadata={"videos_only": True, "ge": 0})
     """Second at which the segment begins; videos only."""
     end_s: float | None = field(default=None, metadata={"videos_only": True, "gt": 0})
     """Second at which the segment ends; videos only."""
     resized_height: int | None = field(default=None, metadata={"ge": 1, "part_only": True})
-    """Height in pixels after resizing, with `resized_width` in place of the bounds. Columns can't set this or these:"""
+    """Height in pixels after resizing, with `resized_width` in place of the bounds. Only a part of `messages` can
+    set this and the settings below, not a column."""
     resized_width: int | None = field(default=None, metadata={"ge": 1, "part_only": True})
     """Width in pixels after resizing."""
     total_pixels: int | None = field(default=None, metadata={"videos_only": True, "ge": 1, "part_only": True})

@@ -39,7 +39,6 @@ from pipeline.preprocess.video.listed import check_listed
 from pipeline.preprocess.video.stated import stated_seconds
 from pipeline.preprocess.video.timing import (
     Timeline,
-    check_video_settings,
     constant_rate,
     nearest_keyframes,
     prompt_seconds,
@@ -100,7 +99,6 @@ def read_listed_header(
 
 
 def _video(file: RangedFile, settings: MediumSettings, options: MediaOptions) -> MediumHeader:
-    check_video_settings(settings)
     with ffmpeg_errors(file), open_container(file, buffer_size=_READ_BYTES) as container:
         stream = video_stream(container)
         width, height = stream.codec_context.width, stream.codec_context.height

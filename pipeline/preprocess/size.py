@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from pipeline.conversation import VIDEO_SETTINGS, MediumKind, MediumSettings
+from pipeline.conversation import MediumKind, MediumSettings
 from pipeline.engine.sequence import MERGE_SIZE, TEMPORAL_PATCH_SIZE
 from pipeline.errors import AspectRatioError, DecompressionBomb, SettingError, UnsupportedMedia
 from pipeline.preprocess.limits import MediaOptions
@@ -128,9 +128,6 @@ def pixel_bounds(kind: MediumKind, settings: MediumSettings, options: MediaOptio
         low = options.video_min_pixels or options.family.factor**2
         high = options.video_max_pixels or max(low, _NO_BOUND)
         return _bounds(settings, low, high, options.family.factor, slack=_CAP_SLACK)
-    for name in VIDEO_SETTINGS:
-        if getattr(settings, name) is not None:
-            raise SettingError(f"{name} can't be applied to an image: remove it or give a video")
     return _bounds(settings, options.min_pixels, options.max_pixels, options.family.factor)
 
 
@@ -254,12 +251,6 @@ def _bounds(settings: MediumSettings, low: int, high: int, factor: int, *, slack
         value = getattr(settings, name)
         if value is not None and value < factor**2:
             raise SettingError(f"{name} is {value}; expected at least {factor**2}, one visual token")
-    if (
-        settings.min_pixels is not None
-        and settings.max_pixels is not None
-        and settings.min_pixels > settings.max_pixels
-    ):
-        raise SettingError(f"min_pixels {settings.min_pixels} is above max_pixels {settings.max_pixels}")
     if settings.max_pixels is not None:
         high = settings.max_pixels
         low = settings.min_pixels if settings.min_pixels is not None else min(low, int(high / slack))

@@ -34,7 +34,7 @@ from pipeline.preprocess.video.decoder import ForwardDecoder, open_decoder
 from pipeline.preprocess.video.packets import read_packets
 from pipeline.preprocess.video.picture import rgb_pixels
 from pipeline.preprocess.video.stated import shortfall
-from pipeline.preprocess.video.timing import check_video_settings, nearest_keyframes
+from pipeline.preprocess.video.timing import nearest_keyframes
 
 # Seconds of decoding after which its end can be told, and by how much that must exceed the limit to be certain.
 _LEAST_SPENT_S, _CERTAIN = 3.0, 2.0
@@ -48,7 +48,6 @@ class OpenVideo:
     """
 
     def __init__(self, data: bytes | memoryview, settings: MediumSettings, options: MediaOptions) -> None:
-        check_video_settings(settings)
         self._data = data
         self._options = options
         with ffmpeg_errors(data):

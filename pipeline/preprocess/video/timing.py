@@ -27,21 +27,6 @@ _EVEN_SHARE, _EVEN_TICKS = 0.1, 1.5
 _TIME_EPSILON_S = 1e-6
 
 
-def check_video_settings(settings: MediumSettings) -> None:
-    """Refuse settings that can be applied to no video. Raises SettingError."""
-    if settings.fps is not None and settings.num_frames is not None:
-        raise SettingError(f"fps {settings.fps:g} and num_frames {settings.num_frames} exclude each other: set one")
-    if settings.fps is not None and not (math.isfinite(settings.fps) and settings.fps > 0):
-        raise SettingError(f"fps is {settings.fps}; expected a number above 0")
-    if settings.num_frames is not None and settings.num_frames < TEMPORAL_PATCH_SIZE:
-        raise SettingError(f"num_frames is {settings.num_frames}; expected at least {TEMPORAL_PATCH_SIZE}")
-    for name, value in (("start_s", settings.start_s), ("end_s", settings.end_s)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise SettingError(f"{name} is {value}; expected seconds from 0")
-    if settings.end_s is not None and settings.end_s <= (settings.start_s or 0.0):
-        raise SettingError(f"end_s {settings.end_s:g} is not after start_s {settings.start_s or 0.0:g}")
-
-
 def num_sampled_frames(
     total: int, duration_s: float, *, fps: float | None, num_frames: int | None, min_frames: int, max_frames: int
 ) -> int:

@@ -137,10 +137,6 @@ def test_a_videos_own_cap_and_numbers_of_frames_are_applied() -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "said"),
     [
-        ("image", {"fps": 2.0}, "fps can't be applied to an image"),
-        ("image", {"num_frames": 4}, "num_frames can't be applied to an image"),
-        ("image", {"start_s": 0.0}, "start_s can't be applied to an image"),
-        ("image", {"min_pixels": 10_000, "max_pixels": 5000}, "min_pixels 10000 is above max_pixels 5000"),
         ("image", {"max_pixels": 783}, "max_pixels is 783; expected at least 784"),
         ("video", {"min_pixels": 0}, "min_pixels is 0; expected at least 784"),
     ],

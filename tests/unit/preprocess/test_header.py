@@ -185,7 +185,7 @@ def test_a_header_raises_the_same_error_as_decoding() -> None:
         with pytest.raises(type(raised.value)):
             see_medium(kind, data, MediumSettings(), media_options(), source="")
     with pytest.raises(SettingError):
-        header("image", encode_image(Image.new("RGB", (9, 9))), fps=1.0)
+        header("image", encode_image(Image.new("RGB", (9, 9))), max_pixels=9)
     with pytest.raises(SettingError):
         header("video", encode_video(20), start_s=9.0)
     with pytest.raises(DecompressionBomb):

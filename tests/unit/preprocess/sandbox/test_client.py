@@ -136,10 +136,15 @@ def test_the_worker_gives_what_the_function_gives(make_worker: Make) -> None:
 
 
 def test_a_bad_medium_is_its_own_error_and_the_others_are_seen(worker: MediaWorker) -> None:
-    row = [image(), faulty(b""), faulty(b"<html>"), MediumFile("image", image().data, MediumSettings(fps=1.0), "x")]
+    row = [
+        image(),
+        faulty(b""),
+        faulty(b"<html>"),
+        MediumFile("image", image().data, MediumSettings(max_pixels=9), "x"),
+    ]
     results = see_media(worker, row)
     assert [type(result) for result in results] == [SeenMedium, TruncatedMedia, UnsupportedMedia, SettingError]
-    assert str(results[3]) == "fps can't be applied to an image: remove it or give a video"
+    assert str(results[3]) == "max_pixels is 9; expected at least 784, one visual token"
     assert see_media(worker, []) == []
 
 
