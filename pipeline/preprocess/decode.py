@@ -28,7 +28,7 @@ from pipeline.preprocess.patches import (
     resize_frames,
 )
 from pipeline.preprocess.receipt import SeenMedium, shown_source
-from pipeline.preprocess.size import ShownSize, fit_row, pixel_bounds
+from pipeline.preprocess.size import ShownSize, pixel_bounds
 from pipeline.preprocess.video.frames import OpenVideo
 from pipeline.preprocess.video.listed import ListedVideo
 from pipeline.preprocess.video.timing import prompt_seconds
@@ -39,27 +39,11 @@ Allocate = Callable[[int], Uint8Array]
 """Gives a buffer of so many bytes, [bytes], into which patches are written."""
 
 
-def _new_buffer(num_bytes: int) -> Uint8Array:
-    return np.empty(num_bytes, dtype=np.uint8)
-
-
-def see_medium(
-    kind: MediumKind, data: bytes | memoryview, settings: MediumSettings, options: MediaOptions, *, source: str
-) -> SeenMedium:
-    """Decode, resize and patchify one medium in this thread.
-
-    Raises MediaError subclasses for bytes that can't be decoded and SettingError for settings that can't be applied.
-    `max_visual_tokens` is applied to this medium alone; a row with several goes through `fit_row`.
-    """
-    medium = OpenMedium(kind, data, settings, options)
-    fit_row([medium], options.max_visual_tokens)
-    return medium.see(source=source)
-
-
 class OpenMedium:
     """A medium whose size and frames are known and whose pixels have not been decoded.
 
-    Raises as `see_medium`.
+    Raises MediaError subclasses for bytes that can't be decoded and SettingError for settings that can't be applied;
+    `see` does too. `max_visual_tokens` is not applied here but to all media of a row, by `fit_row`.
     """
 
     def __init__(
@@ -78,7 +62,7 @@ class OpenMedium:
         num_frames = 1 if isinstance(self._medium, OpenImage) else self._medium.num_frames
         self.size = ShownSize(kind, self._medium.height, self._medium.width, num_frames, settings, options)
 
-    def see(self, *, source: str, allocate: Allocate = _new_buffer) -> SeenMedium:
+    def see(self, *, source: str, allocate: Allocate) -> SeenMedium:
         """Decode, resize and patchify; once only. Patches go into a buffer from `allocate`."""
         try:
             if isinstance(self._medium, OpenImage):

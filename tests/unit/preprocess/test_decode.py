@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.conversation import MediumSettings
 from pipeline.errors import SettingError, TruncatedMedia
-from pipeline.preprocess.decode import OpenMedium, see_medium
+from pipeline.preprocess.decode import OpenMedium
 from pipeline.preprocess.fetch.ranged import RangedFile
 from pipeline.preprocess.fetch.source import Fetcher, RangedSource
 from pipeline.preprocess.frame_list import pack_frames
@@ -20,6 +20,7 @@ from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.patches import patchify_video, resize_frames
 from pipeline.preprocess.receipt import SeenMedium, source_name
 from pipeline.preprocess.size import fit_row, smart_resize
+from tests.decoding import new_buffer, see_medium
 from tests.options import fetch_options, media_options
 from tests.unit.preprocess.conftest import decode_video, encode_image, encode_video, picture
 
@@ -166,12 +167,12 @@ def test_a_budget_shrinks_media_by_the_same_share_and_leaves_fitting_rows_alone(
     media = row()
     assert [medium.size.num_visual_tokens for medium in media] == [400, 800]
     fit_row(media, 1200)
-    assert [medium.see(source="").receipt.note for medium in media] == [None, None]
+    assert [medium.see(source="", allocate=new_buffer).receipt.note for medium in media] == [None, None]
     media = row()
     fit_row(media, 300)
     first, second = (medium.size.num_visual_tokens for medium in media)
     assert first + second <= 300 and 1.5 < second / first < 2.7
-    note = media[0].see(source="").receipt.note
+    note = media[0].see(source="", allocate=new_buffer).receipt.note
     assert note == f"shrunk from 400 to {first} visual tokens: the row's media wanted 1200, max_visual_tokens is 300"
 
 

@@ -37,7 +37,6 @@ from pipeline.conversation import MediumPart, MediumSettings, Message, Text
 from pipeline.demo import CHECKPOINT
 from pipeline.engine.pixels import pixel_table
 from pipeline.errors import AspectRatioError, CheckpointError, ConfigError, ReservedTokenError, SettingError
-from pipeline.preprocess.decode import see_medium
 from pipeline.preprocess.fetch.ranged import RangedFile
 from pipeline.preprocess.fetch.source import RangedSource
 from pipeline.preprocess.frame_list import pack_frames
@@ -47,6 +46,7 @@ from pipeline.preprocess.prompt import ChatTokenizer, MediumTokens
 from pipeline.preprocess.receipt import SeenMedium
 from pipeline.preprocess.size import ShownSize, fit_row, num_visual_tokens, video_smart_resize
 from pipeline.preprocess.video.timing import Timeline, prompt_seconds
+from tests.decoding import see_medium
 from tests.options import media_options
 from tests.unit.preprocess.conftest import encode_image, encode_video, picture
 from tests.unit.preprocess.golden import cases

@@ -26,11 +26,11 @@ from pipeline.errors import (
     TruncatedMedia,
     UnsupportedMedia,
 )
-from pipeline.preprocess.decode import see_medium
 from pipeline.preprocess.fetch.ranged import RangedFile
 from pipeline.preprocess.fetch.source import RangedSource
 from pipeline.preprocess.header import MediumHeader, read_header
 from pipeline.preprocess.limits import MediaOptions
+from tests.decoding import see_medium
 from tests.options import media_options
 from tests.unit.preprocess.conftest import decode_image, decode_video, encode_image, encode_video, picture
 

@@ -19,9 +19,9 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as refere
 from pipeline.conversation import MediumSettings
 from pipeline.engine.pixels import pixel_table
 from pipeline.preprocess import patches as patches_module
-from pipeline.preprocess.decode import see_medium
 from pipeline.preprocess.patches import _interpolate, resize_frames
 from pipeline.preprocess.size import grid_thw, num_visual_tokens
+from tests.decoding import see_medium
 from tests.options import media_options
 from tests.unit.preprocess.golden import cases
 

@@ -15,8 +15,8 @@ from pipeline.demo.tasks import example
 from pipeline.demo.training import recipe
 from pipeline.demo.training.samples import see_media, tokenize_example
 from pipeline.demo.training.tokens import write_tokenizer
-from pipeline.preprocess.decode import see_medium
 from pipeline.preprocess.prompt import ChatTokenizer
+from tests.decoding import see_medium
 from tests.options import media_options
 
 OPTIONS = media_options(

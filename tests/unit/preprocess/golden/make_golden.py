@@ -22,7 +22,7 @@ import torch
 
 from pipeline.conversation import MediumSettings
 from pipeline.engine.pixels import pixel_table
-from pipeline.preprocess.decode import see_medium
+from tests.decoding import see_medium
 from tests.options import media_options
 from tests.unit.preprocess.golden import cases
 

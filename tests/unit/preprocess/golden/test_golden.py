@@ -17,10 +17,10 @@ from pipeline.checkpoint.families.qwen3_vl import QWEN3_VL
 from pipeline.conversation import MediumSettings
 from pipeline.engine.pixels import pixel_table
 from pipeline.errors import SettingError
-from pipeline.preprocess.decode import see_medium
 from pipeline.preprocess.patches import patchify_video, resize_frames
 from pipeline.preprocess.size import ShownSize, grid_thw, smart_resize, video_max_pixels
 from pipeline.preprocess.video.timing import evenly_spaced, num_sampled_frames
+from tests.decoding import see_medium
 from tests.options import media_options
 from tests.unit.preprocess.golden import cases
 

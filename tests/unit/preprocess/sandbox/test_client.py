@@ -30,10 +30,10 @@ from pipeline.errors import (
     TruncatedMedia,
     UnsupportedMedia,
 )
-from pipeline.preprocess.decode import see_medium
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.receipt import SeenMedium
 from pipeline.preprocess.sandbox.client import MediaWorker, MediumFile
+from tests.decoding import see_medium
 from tests.options import media_options
 from tests.unit.preprocess.conftest import encode_image, encode_video, level, picture
 
