@@ -37,7 +37,7 @@ import torch
 from jobs.benchmark.measure import command_line, in_own_process, peak_mb, print_result
 from jobs.benchmark.model import SHAPES, family_of, make_model
 from jobs.benchmark.passes import PassTimes, print_shares, shares, trace_steps
-from jobs.benchmark.vllm import define_missing_operators
+from jobs.benchmark.torchvision import define_missing_operators
 from jobs.benchmark.workload import (
     ROWS,
     bound_seconds,

@@ -27,6 +27,7 @@ from PIL import Image
 
 from jobs.benchmark.measure import command_line, print_result, time_in_turns
 from jobs.benchmark.media import bare_loop, make_clip, make_photo
+from jobs.benchmark.torchvision import define_missing_operators
 from pipeline.checkpoint.families import DEFAULT_FAMILY
 from pipeline.config import MediaConfig
 from pipeline.conversation import MediumKind, MediumSettings
@@ -145,7 +146,11 @@ def _load_processors(torchvision_folder: str | None) -> Processors:
     found: dict[str, Any] = {}
     try:
         # Before anything of transformers is loaded: it looks for torchvision once.
-        _make_torchvision_loadable(torchvision_folder)
+        if torchvision_folder:
+            sys.path.insert(0, torchvision_folder)
+        elif importlib.util.find_spec("torchvision") is None:
+            raise ImportError("torchvision is not installed")
+        define_missing_operators()
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
         found["torchvision"] = Qwen2VLImageProcessor
@@ -154,25 +159,6 @@ def _load_processors(torchvision_folder: str | None) -> Processors:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return {"pil": Qwen2VLImageProcessorPil, **found}
-
-
-def _make_torchvision_loadable(folder: str | None) -> None:
-    """torchvision's wheel needs two operators that the CPU build of torch lacks; their schemas are enough."""
-    import torch
-
-    if folder:
-        sys.path.insert(0, folder)
-    elif importlib.util.find_spec("torchvision") is None:
-        raise ImportError("torchvision is not installed")
-    library: Any = torch.library.Library(  # type: ignore[no-untyped-call]
-        "torchvision", "FRAGMENT"
-    )
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _LIBRARIES.append(library)
-
-
-_LIBRARIES: list[Any] = []  # operators live as long as their library
 
 
 def _process(processor: Any, data: bytes) -> Any:

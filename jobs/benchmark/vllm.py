@@ -12,13 +12,13 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from jobs.benchmark.torchvision import define_missing_operators
 from pipeline.demo import CHECKPOINT
 from pipeline.engine import Request
 
@@ -40,26 +40,6 @@ HOW_TO = f"""\
                    vllm-env/bin/pip uninstall --yes torchaudio torchcodec
                    vllm-env/bin/python -m jobs.benchmark engine"""
 """torchaudio and torchcodec have no build for a CPU's torch on every package index, and transformers imports them."""
-
-
-def define_missing_operators() -> None:
-    """Two operators of torchvision's library, where it was built for CUDA and does not load beside a torch for CPUs.
-
-    Importing torchvision, as vLLM and transformers do, fails where they are not defined. Nothing here calls them.
-    """
-    try:
-        built_for = version("torchvision")
-    except PackageNotFoundError:
-        return
-    if torch.__version__.endswith("+cpu") and not built_for.endswith("+cpu") and not _torchvision:
-        library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")  # type: ignore[no-untyped-call]
-        _torchvision.append(library)
-
-
-_torchvision: list[torch.library.Library] = []
-"""The definitions last as long as this object."""
 
 
 def importable() -> str | None:

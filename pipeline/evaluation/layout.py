@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import string
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -21,6 +20,7 @@ from pipeline.config import Section
 from pipeline.errors import ManifestError
 from pipeline.evaluation.columns import answer_texts, option_texts, plain_text
 from pipeline.evaluation.metrics.choice import LETTERS
+from pipeline.preprocess.messages.columns import parse_template
 from pipeline.schema import ROW_COLUMNS
 
 _IMAGE_MARK = re.compile(r"<image (\d+)>")
@@ -31,14 +31,7 @@ _MADE_COLUMNS = ("prompt", "messages", "images", "video", "choices", "reference"
 
 def _columns_of(template: str) -> list[str]:
     """Columns a template names. Raises ValueError for anything but `{name}`."""
-    names = []
-    for _, name, specification, conversion in string.Formatter().parse(template):
-        if name is None:
-            continue
-        if not name or specification or conversion or any(mark in name for mark in ".[]"):
-            raise ValueError(f"{template!r} has a field that is not a plain column name; allowed: {{name}}")
-        names.append(name)
-    return names
+    return [name for _, name in parse_template(template) if name is not None]
 
 
 def _template(text: str) -> str:
@@ -126,8 +119,7 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
         texts = {name: _text(values.get(name)) for name in _columns_of(line)}
         if texts and not any(texts.values()):
             continue
-        fields = string.Formatter().parse(line)
-        filled = "".join(literal + (texts[name] if name else "") for literal, name, _, _ in fields)
+        filled = "".join(literal + (texts[name] if name else "") for literal, name in parse_template(line))
         lines.append(filled.strip() if texts else filled)
     return "\n".join(lines).strip()
 

@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pyarrow as pa
@@ -24,7 +24,7 @@ from pipeline.engine import check_length, parse_sampling
 from pipeline.errors import MediaTimeout, SettingError, as_row_error
 from pipeline.planning.sample import SampledRow, kind_of
 from pipeline.preprocess.fetch.ranged import RangedFile
-from pipeline.preprocess.fetch.source import Fetcher
+from pipeline.preprocess.fetch.source import Fetcher, within
 from pipeline.preprocess.header import MediumHeader, read_header, read_listed_header
 from pipeline.preprocess.messages.columns import row_id
 from pipeline.preprocess.messages.row import conversation
@@ -110,17 +110,8 @@ class Survey:
 
     def _header(self, part: MediumPart, row: SampledRow) -> MediumHeader:
         """The header, read in a thread of its own: one that hangs in a parser or a file system is abandoned."""
-        outcome: Future[tuple[MediumHeader, int]] = Future()
-
-        def read() -> None:
-            try:
-                outcome.set_result(self._read(part))
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        threading.Thread(target=read, name="header", daemon=True).start()
         try:
-            header, bytes_read = outcome.result(self._header_timeout_s + _GRACE_S)
+            header, bytes_read = within(lambda: self._read(part), self._header_timeout_s + _GRACE_S)
         except TimeoutError:
             raise MediaTimeout(f"the header was not read within {self._header_timeout_s:g} s") from None
         row.bytes_read += bytes_read

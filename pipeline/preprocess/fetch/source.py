@@ -227,7 +227,7 @@ class Fetcher:
                 raise
 
         try:
-            return _within(answer, self._options.timeout_s)
+            return within(answer, self._options.timeout_s)
         except Exception as error:  # every fsspec implementation has exceptions of its own
             self._check_credentials(source, error)
             raise self._translated(error, source) from error
@@ -289,7 +289,7 @@ def _whole(data: bytes) -> RangedSource:
     return RangedSource(len(data), lambda start, stop: data[start:stop], data)
 
 
-def _within(work: Callable[[], T], seconds: float) -> T:
+def within(work: Callable[[], T], seconds: float) -> T:
     """The result of blocking work. Raises TimeoutError; the thread of a source that hangs is left behind."""
     result: Future[T] = Future()
 

@@ -120,14 +120,14 @@ def _bytes_as_text(value: bytes) -> str:
 
 
 def template_columns(template: str) -> tuple[str, ...]:
-    """The columns that a template names. Raises ConfigError for anything but plain names."""
-    return tuple(dict.fromkeys(name for _, name in _parse_template(template) if name is not None))
+    """The columns that `prompt.template` names. Raises ConfigError for anything but plain names."""
+    return tuple(dict.fromkeys(name for _, name in _pieces(template) if name is not None))
 
 
 def fill_template(template: str, row: Mapping[str, Any]) -> str:
     """The template with the row's values. Raises MessageError where one is null, or neither text, number nor date."""
     text = []
-    for literal, name in _parse_template(template):
+    for literal, name in _pieces(template):
         text.append(literal)
         if name is None:
             continue
@@ -143,23 +143,31 @@ def fill_template(template: str, row: Mapping[str, Any]) -> str:
     return "".join(text)
 
 
-@lru_cache(maxsize=16)
-def _parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
+def _pieces(template: str) -> tuple[tuple[str, str | None], ...]:
+    try:
+        return parse_template(template)
+    except ValueError as error:
+        raise ConfigError(f"prompt.template {error}") from error
+
+
+@lru_cache(maxsize=64)
+def parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
     """Pieces of a template: literal text, and the column that follows it.
 
-    Only `{name}` is allowed: attributes, indexes and format specifications reach into Python.
+    Only `{name}` is allowed: attributes, indexes and format specifications reach into Python. Raises ValueError for
+    any other field, with a message that begins with the template.
     """
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ConfigError(
-            f"prompt.template {template!r} is not a format string: {error}; write braces that are text twice: {{{{ }}}}"
+        raise ValueError(
+            f"{template!r} is not a format string: {error}; write braces that are text twice: {{{{ }}}}"
         ) from error
     for _, name, specification, conversion in pieces:
         reaches = name is not None and (not name.strip() or any(mark in name for mark in ".[]{}"))
         if reaches or specification or conversion:
-            raise ConfigError(
-                f"prompt.template {template!r} has a field that is not a plain column name; "
+            raise ValueError(
+                f"{template!r} has a field that is not a plain column name; "
                 "allowed: {name}, without dots, brackets, colons or exclamation marks. "
                 "Write braces that are text, as in JSON, twice: {{ }}"
             )
