@@ -27,6 +27,7 @@ from pipeline.execution.summary import print_samples, print_summary
 from pipeline.preprocess.messages.values import readable_rows
 from pipeline.results.reader import RunReader
 from pipeline.results.run_folder import RunFolder
+from pipeline.schema import Status
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def _samples(job: CaptionJob) -> list[dict[str, Any]]:
     rows: dict[Any, dict[str, Any]] = {}
     first = next(RunReader(job.folder.path, job.folder.storage_options).batches(columns), None)
     for row in [] if first is None else readable_rows(first):
-        if row["status"] == "ok":
+        if row["status"] == Status.OK:
             row["references"] = answer_texts(row["reference"])
             rows.setdefault(row.get("task", len(rows)), row)
     return list(rows.values())[:_SAMPLE_ROWS]

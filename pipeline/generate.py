@@ -35,7 +35,7 @@ from pipeline.engine import (
     parse_sampling,
 )
 from pipeline.engine.loading import Report, ignore
-from pipeline.errors import DeviceLost, EngineCrash, RowError, SettingError, as_row_error, first_line
+from pipeline.errors import DeviceLost, EngineCrash, RowError, as_row_error, first_line
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.schema import ANSWER_FIELDS, Status, error_values, result_schema
 
@@ -256,7 +256,7 @@ class GenerateStage:
             return lambda: _Answer()
         started = time.perf_counter()
         try:
-            sampling = _sampling(row)
+            sampling = parse_sampling(row["sampling"])
             media = _media(row)
             for medium in media:
                 _ = medium.content_key  # hashed and cached here, so that the engine's thread need not
@@ -338,13 +338,6 @@ def _views(binaries: pa.LargeBinaryArray) -> list[npt.NDArray[np.uint8]]:
         return [np.empty(0, dtype=np.uint8)] * len(binaries)
     edges = np.frombuffer(ends, dtype=np.int64, offset=8 * binaries.offset, count=len(binaries) + 1)
     return np.split(np.frombuffer(values, dtype=np.uint8), edges)[1:-1]
-
-
-def _sampling(row: dict[str, Any]) -> SamplingParams:
-    try:
-        return parse_sampling(row["sampling"])
-    except ValueError as error:
-        raise SettingError(f"sampling: {error}") from error
 
 
 def _media(row: dict[str, Any]) -> tuple[Medium, ...]:

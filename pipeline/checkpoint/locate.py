@@ -14,13 +14,14 @@ from pipeline.checkpoint.families.family import Family
 from pipeline.errors import CheckpointError
 
 DEMO = "demo"
-_DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "checkpoint"
+DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "checkpoint"
+"""What `model.path: demo` stands for: the checkpoint that pipeline/demo/training made, a standard Hugging Face one."""
 
 
 def resolve_model(path: str) -> str:
     """The folder, hub name or bucket prefix that the config's `model.path` stands for."""
     if path == DEMO:
-        return str(_DEMO_FOLDER)
+        return str(DEMO_FOLDER)
     if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
         raise CheckpointError(f"no model folder at {path}: set model.path to a checkpoint folder or a hub name")
     return str(Path(path).expanduser()) if path.startswith("~") else path

@@ -13,7 +13,7 @@ The checkpoint knows these scenes only; it is there so that the whole job runs f
 
 from __future__ import annotations
 
-from pathlib import Path
+from pipeline.checkpoint.locate import DEMO_FOLDER
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+CHECKPOINT = DEMO_FOLDER
 """The folder with the trained checkpoint: a standard Hugging Face one."""

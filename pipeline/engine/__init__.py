@@ -63,30 +63,25 @@ Two engines, one interface
 tests compare `native` with it, and the benchmarks measure both.
 """
 
-from pipeline.engine.interface import Detokenize, Engine
+from pipeline.engine.interface import Engine
 from pipeline.engine.load import load_engine
 from pipeline.engine.scheduling.admission import check_length
 from pipeline.engine.sequence import (
     Completion,
-    FinishReason,
     Medium,
     Request,
-    RequestId,
     error_completions,
 )
 from pipeline.engine.settings import Dtype, EngineOptions, EngineSettings, SamplingParams, parse_sampling
 
 __all__ = [
     "Completion",
-    "Detokenize",
     "Dtype",
     "Engine",
     "EngineOptions",
     "EngineSettings",
-    "FinishReason",
     "Medium",
     "Request",
-    "RequestId",
     "SamplingParams",
     "check_length",
     "error_completions",

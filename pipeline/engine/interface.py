@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.engine.sequence import Completion, Request, RequestId
 
 Detokenize = Callable[[Sequence[int]], str]
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Not thread-safe: one thread owns it."""
 
+    @abstractmethod
     def add(self, request: Request) -> None:
         """Queue a request. One that can't be answered becomes an error completion of a later step."""
 
+    @abstractmethod
     def step(self) -> list[Completion]:
         """Run one pass and return the samples that ended with it; an empty list is normal."""
 
+    @abstractmethod
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do or to return."""
 
+    @abstractmethod
     def abort(self, request_id: RequestId) -> None:
         """Forget a request and all its samples; it gives no completion. Unknown ids are ignored."""
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What was picked: device, dtype, attention, sizes. Fixed over the engine's life; for run.json."""
 
+    @abstractmethod
     def stats(self) -> dict[str, float]:
         """Counters and gauges so far."""
 
+    @abstractmethod
     def is_usable(self) -> bool:
         """Whether it can still answer. False once its device is dead for this process; only a new one helps."""
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from pipeline.errors import SettingError
+
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -116,11 +118,14 @@ class SamplingParams:
 
 
 def parse_sampling(text: str) -> SamplingParams:
-    """The parameters in a request row's JSON. Raises ValueError for one that is out of bounds."""
-    values = json.loads(text)
-    for name in ("stop_strings", "stop_token_ids"):
-        values[name] = tuple(values.get(name) or ())
-    return SamplingParams(**values)
+    """The parameters in a request row's JSON. Raises SettingError for one that is out of bounds."""
+    try:
+        values = json.loads(text)
+        for name in ("stop_strings", "stop_token_ids"):
+            values[name] = tuple(values.get(name) or ())
+        return SamplingParams(**values)
+    except ValueError as error:
+        raise SettingError(f"sampling: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

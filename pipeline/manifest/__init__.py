@@ -1,6 +1,6 @@
 """The manifest: find and fingerprint it, plan and read units of its rows.
 
-    path --find.open_manifest--> Manifest --work.plan_work--> Work ... --work.read_work--> tables of exactly those rows
+    path --find.open_manifest--> Manifest --work.plan_work--> Work ... --work.read_works--> tables of those rows
 
 A row's identity is its row key: (number of the file, number of the row in it). Knows the file formats and their row
 counts; not what the columns mean, nor anything of media, prompts or results.

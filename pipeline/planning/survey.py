@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from pipeline.conversation import MediumPart
 from pipeline.engine import check_length, parse_sampling
-from pipeline.errors import MediaTimeout, SettingError, as_row_error
+from pipeline.errors import MediaTimeout, as_row_error
 from pipeline.planning.sample import SampledRow, kind_of
 from pipeline.preprocess.fetch.ranged import RangedFile
 from pipeline.preprocess.fetch.source import Fetcher, within
@@ -87,10 +87,7 @@ class Survey:
                 prompt = self._tokenizer.render(asked.messages, add_vision_id=options.add_vision_id)
             headers = [self._header(part, row) for part in asked.media]
             fit_row(headers, options.media.max_visual_tokens)
-            try:
-                sampling = parse_sampling(json.dumps({**options.sampling, **asked.sampling}))
-            except ValueError as error:
-                raise SettingError(f"sampling: {error}") from error
+            sampling = parse_sampling(json.dumps({**options.sampling, **asked.sampling}))
             row.max_tokens, row.num_samples, row.ignore_eos = sampling.max_tokens, sampling.n, sampling.ignore_eos
             tokens = [MediumTokens(each.kind, each.size.num_visual_tokens, each.prompt_seconds) for each in headers]
             row.num_visual_tokens = sum(medium.num_visual_tokens for medium in tokens)

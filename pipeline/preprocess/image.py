@@ -29,6 +29,7 @@ from pipeline.errors import (
     MediaMemoryError,
     TruncatedMedia,
     UnsupportedMedia,
+    first_line,
 )
 from pipeline.preprocess.deep import deep_pixels
 from pipeline.preprocess.limits import MediaOptions
@@ -173,7 +174,7 @@ def _pillow_errors(data: Encoded, image: Image.Image | None = None) -> Iterator[
     except MemoryError as error:
         raise MediaMemoryError(f"the image's pixels don't fit into memory ({len(data):,} bytes encoded)") from error
     except _PILLOW_ERRORS as error:
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = first_line(error)
         if _TRUNCATED.search(message) or isinstance(error, EOFError):
             raise TruncatedMedia(f"the image ends too early: {message} ({len(data):,} bytes)") from error
         if _BOMB.search(message):
