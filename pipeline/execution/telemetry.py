@@ -32,11 +32,6 @@ class Definition:
     boundaries: tuple[float, ...] = ()
     """Upper ends of a histogram's buckets."""
 
-    @property
-    def exported(self) -> str:
-        """The name on the endpoint; a histogram's has `_bucket`, `_count` or `_sum` after it."""
-        return f"ray_{PREFIX}{self.name}" + ("_total" if self.kind == "counter" else "")
-
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _TOKENS = (8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)

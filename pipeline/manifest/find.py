@@ -40,9 +40,6 @@ def open_manifest(
     listed again, and media that the listing lacks are added behind it. Data files beside media are the manifest where
     `is_asked` says that rows can be asked from their columns. Raises ManifestError.
     """
-    accepted = ("auto", *FORMATS, MEDIA)
-    if format not in accepted:
-        raise ManifestError(f"input.format is {format!r}; allowed: {', '.join(accepted)}")
     # Readers may run in other folders or processes.
     path, listing_path = storage.absolute(path), storage.absolute(listing_path)
     try:

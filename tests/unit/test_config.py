@@ -83,6 +83,7 @@ def test_all_mistakes_are_reported_at_once_with_full_names() -> None:
         ("engine: {gpu_memory_fraction: 1.5}", "engine.gpu_memory_fraction: found 1.5; allowed: less than 1"),
         ('input: {csv: {delimiter: "\'", quote: "\'"}}', "input.csv: delimiter, quote and escape must be different"),
         ("input: {csv: {escape: ab}}", "input.csv.escape: found 'ab'"),
+        ("input: {format: xml}", "input.format: found 'xml'; allowed: 'auto', 'parquet', 'jsonl', 'csv' or 'media'"),
         ("sampling: {seed: -1}", "sampling.seed: found -1; allowed: greater than or equal to 0"),
         ("sampling: {max_tokens: 5, min_tokens: 9}", "sampling: min_tokens is 9; allowed: 0 to max_tokens (5)"),
         ("sampling: {stop_strings: [a, '']}", "sampling: stop_strings is ('a', ''); allowed: a tuple of strings"),
