@@ -120,10 +120,10 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     return Ceilings(2 * rows * width * width / product, 2 * num_bytes / copy)
 
 
-def best_seconds(function: Callable[[], object], device: torch.device, *, repeats: int = 12) -> float:
-    """The shortest of some calls; on a GPU each is waited for."""
+def best_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """The shortest of twelve calls; on a GPU each is waited for."""
     best = float("inf")
-    for _ in range(repeats):
+    for _ in range(12):
         started = time.perf_counter()
         function()
         if device.type == "cuda":

@@ -38,6 +38,8 @@ from pipeline.preprocess.size import num_visual_tokens
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status, UnitColumn, error_values, request_schema
 
 _ROWS_PER_HANDOVER = 8
+READ_AHEAD = 16
+"""Media that are fetched ahead where none is slow."""
 _PATIENCE_S = 1.0
 """Seconds without a ready row after which finished rows no longer wait for the unit's last ones."""
 
@@ -62,8 +64,6 @@ class PreprocessOptions:
     """Their names in the manifest, where these are others."""
     model_cache: ModelCache = field(default_factory=ModelCache)
     """Where this machine keeps a checkpoint that lies in a bucket."""
-    read_ahead: int = 16
-    """Media that are fetched ahead where none is slow."""
 
 
 def chat_tokenizer(options: PreprocessOptions, model_path: str) -> ChatTokenizer:
@@ -150,9 +150,7 @@ class PreprocessStage:
         self._tokenizer = chat_tokenizer(options, model_path)
         self._fetcher = Fetcher(options.fetch)
         self._worker = MediaWorker(options.media)
-        self._pool = FetchPool(
-            lambda source: self._fetcher.fetch(source), ahead=options.read_ahead, at_most=MAX_FETCHES
-        )
+        self._pool = FetchPool(lambda source: self._fetcher.fetch(source), ahead=READ_AHEAD, at_most=MAX_FETCHES)
         self._schema = request_schema(options.kept)
         self._computing = threading.Lock()
         self._busy_s = 0.0

@@ -27,12 +27,13 @@ from pipeline.manifest.files import ManifestSpec, WorkUnit
 from pipeline.manifest.formats import read_units
 from pipeline.preprocess.fetch.source import Fetcher
 from pipeline.preprocess.limits import MIB
+from pipeline.preprocess.messages.columns import MEDIA_COLUMNS
 from pipeline.preprocess.sandbox.client import MediaWorker
 from pipeline.report.facts import at, items_at, text_at
 
 _MAX_SIDE = 240
 _MAX_MEDIUM_BYTES = 512 * MIB
-_MEDIA_COLUMNS = ("image", "images", "video", "videos")
+_MAX_SECONDS = 180.0
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class Thumbnail:
 class ThumbnailMaker:
     """Makes thumbnails of a run's media until its time or its bytes are used up. A context manager."""
 
-    def __init__(self, run: Mapping[str, Any], *, max_bytes: int = 2_400_000, max_seconds: float = 180.0) -> None:
+    def __init__(self, run: Mapping[str, Any], *, max_bytes: int = 2_400_000) -> None:
         self._bytes_left = max_bytes
-        self._seconds_left = max_seconds
+        self._seconds_left = _MAX_SECONDS
         path = text_at(run, "manifest.path") or ""
         self._base = "" if storage.is_remote(path) else storage.local_path(path)
         if storage.is_glob(self._base):
@@ -57,7 +58,7 @@ class ThumbnailMaker:
             self._base = os.path.dirname(self._base)
         self._files = [] if storage.is_remote(path) else items_at(run, "manifest.fingerprint.files")
         columns = at(run, "config.input.columns")
-        self._columns = [at(columns, name) or name for name in _MEDIA_COLUMNS]
+        self._columns = [at(columns, name) or name for names in MEDIA_COLUMNS.values() for name in names]
         # Paths as the run's manifest has them; results are the user's own, so any file on this machine may be shown.
         paths = InputConfig(path=self._base or os.curdir, allow=["*"])
         self._media = MediaConfig(resize="pil", timeout_s=20.0, max_bytes=_MAX_MEDIUM_BYTES)

@@ -47,20 +47,17 @@ class DeepFeatures(NamedTuple):
 
 
 class TextModel:
-    def __init__(
-        self, model: Any, architecture: Architecture, kernels: EagerKernels = EAGER, *, release: bool = False
-    ) -> None:
+    def __init__(self, model: Any, architecture: Architecture, *, release: bool = False) -> None:
         """`model` is transformers' own, of the family's class; its joined weights become views of ours.
 
         `release`: the model loses the weights of which this holds a copy.
         """
         config = model.config.text_config
         language = model.model.language_model
-        self.kernels = kernels
+        self.kernels: EagerKernels = EAGER
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.num_layers: int = config.num_hidden_layers
         self.eps: float = config.rms_norm_eps
         self.embed_weight: torch.Tensor = language.embed_tokens.weight
         self.dtype = self.embed_weight.dtype

@@ -94,7 +94,6 @@ class VisionModel(ABC):
         model: Any,
         attention: AttentionBackend,
         pixels: PixelTable,
-        kernels: EagerKernels = EAGER,
         *,
         release: bool = False,
     ) -> None:
@@ -105,7 +104,7 @@ class VisionModel(ABC):
         config = model.config.vision_config
         self.attention = attention
         self.pixels = pixels
-        self.kernels = kernels
+        self.kernels: EagerKernels = EAGER
         self.num_heads: int = config.num_heads
         # The convolution's kernel is as large as its stride, so it is one product over flattened patches.
         self.embed = Dense(tower.patch_embed.proj.weight.flatten(1), tower.patch_embed.proj.bias)

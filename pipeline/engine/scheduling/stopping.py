@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pipeline.engine.sequence import Sequence
 from pipeline.engine.settings import SamplingParams
 
+# Repetition: a phrase of so many tokens at most, so many times and over so many tokens at least.
+_MAX_PERIOD, _MIN_REPEATS, _MIN_SPAN = 64, 8, 32
+
 
 @dataclass(frozen=True)
 class StopRules:
@@ -50,17 +53,16 @@ class StopRules:
         return min(found)[1] if found else None
 
 
-def repeats_endlessly(token_ids: SequenceOf[int], *, min_repeats: int = 8, max_period: int = 64) -> bool:
-    """Whether the tokens end with one phrase of up to `max_period` tokens, repeated at least `min_repeats` times and
-    over at least 32 tokens.
+def repeats_endlessly(token_ids: SequenceOf[int]) -> bool:
+    """Whether the tokens end with one phrase, repeated as often and over as many tokens as stated above.
 
     Cheap enough to be asked after every token: only periods at which the last token occurred before are tried.
     """
     length = len(token_ids)
-    for period in range(1, min(max_period, length // min_repeats) + 1):
+    for period in range(1, min(_MAX_PERIOD, length // _MIN_REPEATS) + 1):
         if token_ids[-1 - period] != token_ids[-1]:
             continue
-        span = max(period * min_repeats, 32)
+        span = max(period * _MIN_REPEATS, _MIN_SPAN)
         if span <= length and all(token_ids[i] == token_ids[i + period] for i in range(length - span, length - period)):
             return True
     return False

@@ -76,16 +76,14 @@ class MediaWorker:
         """
         return self._decode(rows, _seen_medium)
 
-    def thumbnails(
-        self, kind: MediumKind, data: bytes, *, max_side: int, num_frames: int = 4, source: str = "the medium"
-    ) -> list[bytes]:
-        """JPEGs of at most `max_side` pixels: one of an image, up to `num_frames` (an even number) of a video.
+    def thumbnails(self, kind: MediumKind, data: bytes, *, max_side: int) -> list[bytes]:
+        """JPEGs of at most `max_side` pixels: one of an image, up to four of a video.
 
         Raises MediaError subclasses, MediaTooLarge, and ResourceError if the decoder process can't be started. With
         `MediaOptions(resize="pil")` the decoder starts without torch, which only videos need then.
         """
-        media = [MediumFile(kind, data, MediumSettings(), source)]
-        ((result,),) = self._decode([media], _jpegs, thumbnails=(max_side, num_frames))
+        media = [MediumFile(kind, data, MediumSettings(), "the medium")]
+        ((result,),) = self._decode([media], _jpegs, thumbnails=max_side)
         if isinstance(result, RowError):
             raise result
         return result
@@ -109,7 +107,7 @@ class MediaWorker:
         self.close()
 
     def _decode(
-        self, rows: Sequence[Sequence[MediumFile]], read: _Read[T], *, thumbnails: tuple[int, int] | None = None
+        self, rows: Sequence[Sequence[MediumFile]], read: _Read[T], *, thumbnails: int | None = None
     ) -> list[list[T | RowError]]:
         numbered = [(row, medium) for row, media in enumerate(rows) for medium in media]
         with self._lock:
@@ -132,7 +130,7 @@ class MediaWorker:
         )
 
     def _exchange(
-        self, numbered: Sequence[tuple[int, MediumFile]], read: _Read[T], thumbnails: tuple[int, int] | None
+        self, numbered: Sequence[tuple[int, MediumFile]], read: _Read[T], thumbnails: int | None
     ) -> list[T | RowError | None]:
         """Results of (row, medium) pairs: of those that the decoder finished, and of the one that ended it, if any."""
         groups = self._write_input(numbered)  # may fail: before an output is taken that would have to be given back

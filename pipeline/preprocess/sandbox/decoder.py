@@ -28,7 +28,7 @@ _ANSWER_INTERVAL_S = 0.5
 
 def serve(connection: Connection, segments: Sequence[Segment]) -> None:
     """Answer with lists of `Answer`, each a line of JSON. The first message must be the MediaOptions, all others are
-    Requests.
+    DecodeRequests.
 
     Raises EOFError when the other side hangs up.
     """
@@ -66,7 +66,7 @@ class _Decoder:
             if request.thumbnails is None:
                 yield from self._patches(group, first, output)
             else:
-                yield from self._thumbnails(group, first, output, *request.thumbnails)
+                yield from self._thumbnails(group, first, output, request.thumbnails)
             first += len(group)
 
     def _patches(self, group: Sequence[StoredMedium], first: int, output: _Output) -> Iterator[Answer]:
@@ -96,16 +96,14 @@ class _Decoder:
             yield answer
 
     def _thumbnails(
-        self, group: Sequence[StoredMedium], first: int, output: _Output, max_side: int, num_frames: int
+        self, group: Sequence[StoredMedium], first: int, output: _Output, max_side: int
     ) -> Iterator[Answer]:
         for number, medium in enumerate(group, first):
             self._begin(number)
             answer = Answer()
             with _caught_in(answer):
                 answer["thumbnails"] = []
-                for picture in encode_thumbnails(
-                    medium.kind, self._bytes(medium), self._options, max_side=max_side, num_frames=num_frames
-                ):
+                for picture in encode_thumbnails(medium.kind, self._bytes(medium), self._options, max_side=max_side):
                     answer["thumbnails"].append((output.used, len(picture)))
                     output.allocate(len(picture))[:] = np.frombuffer(picture, dtype=np.uint8)
             yield answer

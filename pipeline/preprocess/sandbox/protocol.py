@@ -33,8 +33,8 @@ class DecodeRequest(NamedTuple):
     """Media of one group share the budget `max_visual_tokens`."""
     output: int
     """Number of the output segment to write to."""
-    thumbnails: tuple[int, int] | None
-    """(longest side in pixels, frames of a video) if thumbnails are wanted instead of patches."""
+    thumbnails: int | None
+    """The longest side in pixels, if thumbnails are wanted instead of patches."""
 
 
 class Answer(TypedDict, total=False):

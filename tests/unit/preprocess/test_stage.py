@@ -22,7 +22,7 @@ from pipeline.preprocess.messages.columns import MessageOptions
 from pipeline.preprocess.messages.row import conversation
 from pipeline.preprocess.messages.values import ManifestRow
 from pipeline.preprocess.patches import patchify_image, resize_frames
-from pipeline.preprocess.stage import PreprocessOptions, PreprocessStage
+from pipeline.preprocess.stage import READ_AHEAD, PreprocessOptions, PreprocessStage
 from pipeline.schema import SAMPLING_COLUMNS, MediumReceipt, UnitColumn, request_schema
 from tests.options import fetch_options, media_options
 
@@ -159,11 +159,11 @@ def test_rows_that_are_here_pass_slow_ones_and_more_fetches_are_under_way(
     deadline = time.monotonic() + 30
     while fetches.now < 40 and time.monotonic() < deadline:  # their threads may still be starting
         time.sleep(0.001)
-    assert fetches.now == 40 > stage._options.read_ahead and begun == [True]
+    assert fetches.now == 40 > READ_AHEAD and begun == [True]
     fetches.released.set()
     slow = [place for table in tables for place in places(table)]
     assert sorted(slow) == list(range(1, 80, 2))
-    assert fetches.most <= 40 + stage._options.read_ahead
+    assert fetches.most <= 40 + READ_AHEAD
 
 
 def test_finished_rows_do_not_wait_for_the_last_slow_one(

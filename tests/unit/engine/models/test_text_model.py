@@ -31,7 +31,7 @@ def test_wanted_tokens_get_what_all_tokens_get_and_the_others_end_behind_the_las
     wanted = forward(text, deep, WANTED)
     torch.testing.assert_close(wanted, everything[WANTED])
     # Features that are added behind the last layer need all of its tokens.
-    assert counts == [15, 15, 15 if num_deep == text.num_layers else 2]
+    assert counts == [15, 15, 15 if num_deep == len(text.layers) else 2]
 
 
 def forward(text: TextModel, deep: DeepFeatures | None, wanted: torch.Tensor | None) -> torch.Tensor:
@@ -39,7 +39,7 @@ def forward(text: TextModel, deep: DeepFeatures | None, wanted: torch.Tensor | N
     num_tokens = sum(LENGTHS)
     cpu = torch.device("cpu")
     cache = KVCache(
-        [cpu] * text.num_layers,
+        [cpu] * len(text.layers),
         num_blocks=4,
         block_size=32,
         num_kv_heads=text.num_kv_heads,
