@@ -6,39 +6,22 @@ Knows names, types and limits; not what any of them does, nor how files and over
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     field_validator,
     model_validator,
     with_config,
 )
 
+from pipeline.config_values import Fraction, Location, NotNegative, Pool, Positive
 from pipeline.engine import Dtype, EngineSettings, SamplingParams
 from pipeline.errors import row_error_types
 from pipeline.schema import MANIFEST_COLUMNS, MEDIUM_SETTING_COLUMNS, ROW_COLUMNS, SAMPLING_COLUMNS
-from pipeline.storage import two_slashes
-
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-def _is_no_uri_with_one_slash(path: str) -> str:
-    if uri := two_slashes(path):
-        raise ValueError(f"{path} would be taken for a local file; a URI has two slashes: {uri}")
-    return path
-
-
-Location = Annotated[str, AfterValidator(_is_no_uri_with_one_slash)]
-"""A path on disk or a URI."""
 
 
 class Section(BaseModel):
@@ -272,37 +255,6 @@ class OutputConfig(Section):
     """Whether to write `_report.html`, one page about the run, at its end."""
     storage_options: dict[str, Any] = Field(default_factory=dict)
     """Options for the bucket's file system (fsspec)."""
-
-
-@dataclass(frozen=True)
-class PoolSize:
-    """Fewest and most actors of a stage; equal where the number is fixed."""
-
-    min_size: int
-    max_size: int
-
-
-def _pool_size(value: Any) -> Any:
-    """`4` or `2,16` as a person writes it."""
-    if isinstance(value, PoolSize) or value is None:
-        return value
-    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else [value]
-    try:
-        numbers = [int(word) for word in words]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) not in (1, 2) or numbers[0] < 1 or numbers[-1] < numbers[0]:
-        raise ValueError(f"found {value!r}; allowed: a number from 1 on, or fewest and most as in 2,16")
-    return PoolSize(numbers[0], numbers[-1])
-
-
-def _written_pool_size(pool: PoolSize | None) -> Any:
-    if pool is None or pool.min_size == pool.max_size:
-        return pool and pool.min_size
-    return f"{pool.min_size},{pool.max_size}"
-
-
-Pool = Annotated[PoolSize | None, BeforeValidator(_pool_size), PlainSerializer(_written_pool_size)]
 
 
 class ResourcesConfig(Section):

@@ -10,7 +10,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.config import NotNegative, Positive, Section
+from pipeline.config import Section
+from pipeline.config_values import NotNegative, Positive
 from pipeline.evaluation.layout import Layout
 from pipeline.evaluation.metrics.registry import METRICS
 from pipeline.evaluation.slices import DERIVED_SLICES

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import PoolSize, ResourcesConfig
+from pipeline.config import ResourcesConfig
+from pipeline.config_values import PoolSize
 from pipeline.errors import ResourceError
 
 _FOR_ACTORS = 0.9

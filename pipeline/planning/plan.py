@@ -21,7 +21,8 @@ from pydantic import Field, field_validator
 
 from pipeline.checkpoint.generation import greedy_note
 from pipeline.checkpoint.locate import read_config, resolve_model
-from pipeline.config import CaptionConfig, Fraction, NotNegative, Positive, Section
+from pipeline.config import CaptionConfig, Section
+from pipeline.config_values import Fraction, NotNegative, Positive
 from pipeline.engine.dtype import Arithmetic, PickedDtype, arithmetic, own_dtype, pick_dtype
 from pipeline.engine.scheduling.scheduler import pick_max_running
 from pipeline.errors import ConfigError

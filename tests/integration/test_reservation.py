@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import ray
 
-from pipeline.config import PoolSize, ResourcesConfig
+from pipeline.config import ResourcesConfig
+from pipeline.config_values import PoolSize
 from pipeline.execution import reservation
 from pipeline.execution.placement import Node, place
 from pipeline.execution.reservation import reserve

@@ -19,7 +19,7 @@ FLOORS = (
     {"conversation", "storage"},
     {"engine"},
     {"checkpoint"},
-    {"schema"},
+    {"schema", "config_values"},
     {"config", "manifest", "preprocess"},
     {"config_file", "generate", "results", "demo"},
     {"execution", "evaluation"},
@@ -34,6 +34,7 @@ HOMES = {
     "torch": ("pipeline/engine/", "pipeline/preprocess/", "pipeline/demo/", "pipeline/execution/profile.py", "jobs/"),
     "pydantic": (
         "pipeline/config.py",
+        "pipeline/config_values.py",
         "pipeline/config_file.py",
         "pipeline/planning/",
         "pipeline/evaluation/",

@@ -13,7 +13,8 @@ import pytest
 from ray.data import ActorPoolStrategy
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from pipeline.config import PoolSize, ResourcesConfig
+from pipeline.config import ResourcesConfig
+from pipeline.config_values import PoolSize
 from pipeline.engine import EngineOptions
 from pipeline.errors import CheckpointError, ClusterError, CredentialError
 from pipeline.execution.actors import UNITS_AT_ONCE, unpack

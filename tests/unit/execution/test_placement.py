@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import CaptionConfig, PoolSize, ResourcesConfig
+from pipeline.config import CaptionConfig, ResourcesConfig
 from pipeline.config_file import load_config
+from pipeline.config_values import PoolSize
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.execution.placement import Node, Placement, place, place_again
 from pipeline.execution.reservation import bundles

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from ray import PlacementGroupID
 
-from pipeline.config import PoolSize, ResourcesConfig
+from pipeline.config import ResourcesConfig
+from pipeline.config_values import PoolSize
 from pipeline.errors import RestartNeeded
 from pipeline.execution import reservation
 from pipeline.execution.placement import Node, place
