@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipeline.demo import CHECKPOINT
-from pipeline.engine import Completion, EngineOptions, Request, SamplingParams
+from pipeline.engine import Completion, Engine, EngineOptions, Request, SamplingParams
 from pipeline.errors import CheckpointError, DeviceLost, EngineCrash, InternalError
 from pipeline.generate import EngineThread, GenerateOptions, GenerateStage, _media, _request_rows
 from pipeline.preprocess.messages.columns import MessageOptions
@@ -24,7 +24,7 @@ from pipeline.schema import SAMPLING_COLUMNS, UnitColumn, request_schema
 from tests.options import fetch_options, media_options
 
 
-class CountingEngine:
+class CountingEngine(Engine):
     """Answers each request with its own ids, `per_step` requests a step; token 13 makes every step fail."""
 
     def __init__(self, per_step: int = 2) -> None:
