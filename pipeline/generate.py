@@ -305,7 +305,7 @@ class GenerateStage:
     def _text(self, completion: Completion) -> str:
         """The answer as text, up to the stop string that ended it."""
         text = self._tokenizer.decode(completion.token_ids)
-        return text.partition(completion.stop_reason)[0] if isinstance(completion.stop_reason, str) else text
+        return text[: len(text) - completion.num_cut]
 
 
 def _with_errors(answers: Sequence[_Answer], table: pa.Table) -> dict[str, pa.Array]:

@@ -114,7 +114,7 @@ class ReferenceEngine(Engine):
             for sequence in batch:
                 sequence.output_ids.clear()
                 sequence.logprobs.clear()
-                sequence.finish_reason = sequence.stop_reason = None
+                sequence.finish_reason, sequence.stop_reason, sequence.num_cut = None, None, 0
             if len(batch) == 1:
                 batch[0].error = EngineOutOfMemory(f"out of memory with this row alone: {error}")
                 batch[0].finish("error")

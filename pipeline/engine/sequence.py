@@ -119,6 +119,8 @@ class Completion:
     error: RowError | None = None
     stop_reason: int | str | None = None
     """With `stop`: the end token or stop string that ended it."""
+    num_cut: int = 0
+    """Characters at the end of its text that are no part of the answer: from the stop string's start on."""
 
 
 def error_completions(request: Request, error: RowError) -> list[Completion]:
@@ -179,6 +181,7 @@ class Sequence:
     """Whether the scheduler has sorted it into the last waiting sequences."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    num_cut: int = 0
     error: RowError | None = None
     sampling: SamplingParams = field(init=False)
     num_prompt_tokens: int = field(init=False)
@@ -217,10 +220,10 @@ class Sequence:
         output = np.asarray(self.output_ids[first : stop - self.num_prompt_tokens], dtype=np.int32)
         return np.concatenate([prompt, output]) if len(prompt) else output
 
-    def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None, num_cut: int = 0) -> None:
         assert not self.is_finished, f"sequence {self.request.request_id}/{self.index} finished twice"
         self.finish_reason = reason
-        self.stop_reason = stop_reason
+        self.stop_reason, self.num_cut = stop_reason, num_cut
 
     def completion(self) -> Completion:
         assert self.finish_reason is not None
@@ -232,4 +235,5 @@ class Sequence:
             logprobs=tuple(self.logprobs) if self.sampling.logprobs else None,
             error=self.error,
             stop_reason=self.stop_reason,
+            num_cut=self.num_cut,
         )

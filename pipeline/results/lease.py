@@ -1,9 +1,9 @@
 """One run at a time on an output folder: a lease that expires when its run dies.
 
-The holder writes a small file and renews it. It is taken over when its process on this machine has ended, or when it was
-not renewed for STALE_S and is not while one looks: machines' clocks differ, so a time alone proves nothing. A run that
-was taken over because it was suspended finds out in `check`, before it writes again. Knows a path; not what the folder
-holds.
+The holder writes a small file and renews it. It is taken over when its process on this machine has ended, or when it
+was not renewed for STALE_S and is not while one looks: machines' clocks differ, so a time alone proves nothing. A run
+that was taken over because it was suspended finds out in `check`, before it writes again. Knows a path; not what the
+folder holds.
 
 Of several runs that start at once one wins: on disk the file is created exclusively, and in a bucket by a conditional
 put where the store supports it; elsewhere the last put wins, and each run looks again a moment later. If two runs still

@@ -35,13 +35,14 @@ class StopRules:
         if (token in self.eos_token_ids and not sampling.ignore_eos) or token in sampling.stop_token_ids:
             sequence.finish("stop", token)
         elif sampling.stop_strings and (found := self._find_stop_string(sequence)) is not None:
-            sequence.finish("stop", found)
+            sequence.finish("stop", *found)
         elif sampling.stop_on_repetition and repeats_endlessly(sequence.output_ids):
             sequence.finish("repetition")
         elif len(sequence.output_ids) >= sampling.max_tokens:
             sequence.finish("length")
 
-    def _find_stop_string(self, sequence: Sequence) -> str | None:
+    def _find_stop_string(self, sequence: Sequence) -> tuple[str, int] | None:
+        """The stop string that the newest token completes, and how many characters lie from its start to the end."""
         sampling = sequence.sampling
         if len(sequence.output_ids) < sampling.min_tokens:
             return None
@@ -49,8 +50,14 @@ class StopRules:
         # A character takes up to four byte-tokens, so the newest match lies within this tail.
         tail = 4 * max(map(len, sampling.stop_strings)) + 8
         text = self.detokenize(sequence.output_ids[-tail:])
-        found = [(text.find(stop), stop) for stop in sampling.stop_strings if stop in text]
-        return min(found)[1] if found else None
+        # One that was complete before `min_tokens` lies in the tail too, but does not count.
+        before = 0
+        if sampling.min_tokens:
+            # A character that the newest token completes does not count as text before it.
+            before = len(self.detokenize(sequence.output_ids[-tail:-1]).rstrip("\ufffd"))
+        found = [(text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in sampling.stop_strings]
+        start, stop = min((each for each in found if each[0] >= 0), default=(-1, ""))
+        return (stop, len(text) - start) if stop else None
 
 
 def repeats_endlessly(token_ids: SequenceOf[int]) -> bool:

@@ -54,7 +54,24 @@ def test_a_stop_string_counts_from_min_tokens_on() -> None:
     assert len(answer(text, stop_strings=(".",)).output_ids) == 3
     assert len(answer(text, stop_strings=("b.c",), min_tokens=4).output_ids) == 4
     late = answer(text, stop_strings=(".c",), min_tokens=8)
-    assert (len(late.output_ids), late.stop_reason) == (8, ".c")
+    assert (len(late.output_ids), late.finish_reason) == (8, None)  # its only one came too early
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "min_tokens", "kept"),
+    [
+        ("ab.cd.ef", ".", 0, "ab"),
+        ("ab.cd.ef", ".", 4, "ab.cd"),
+        ("x\u00e9x\u00e9", "\u00e9", 4, "x\u00e9x"),
+        ("a.bc..d", "..", 3, "a.bc"),
+    ],
+)
+def test_an_answer_ends_where_the_stop_string_that_counts_begins(
+    text: str, stop: str, min_tokens: int, kept: str
+) -> None:
+    found = answer(text.encode(), stop_strings=(stop,), min_tokens=min_tokens)
+    seen = bytes(found.output_ids).decode()
+    assert found.stop_reason == stop and seen[: len(seen) - found.num_cut] == kept
 
 
 @pytest.mark.parametrize("stop", ["😀", "😀😀😀😀😀", "né"])
