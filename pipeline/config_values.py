@@ -17,13 +17,18 @@ NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-def _is_no_uri_with_one_slash(path: str) -> str:
+def _names_a_place(path: str) -> str:
+    scheme, slashes, place = path.partition("://")
+    if not path.strip():
+        raise ValueError("it is empty (an unset variable?); a path or URI is needed")
+    if slashes and scheme != "file" and (not place or place.startswith("/")):
+        raise ValueError(f"{path} names no bucket (an unset variable?); a URI is like {scheme}://BUCKET/FOLDER")
     if uri := two_slashes(path):
         raise ValueError(f"{path} would be taken for a local file; a URI has two slashes: {uri}")
     return path
 
 
-Location = Annotated[str, AfterValidator(_is_no_uri_with_one_slash)]
+Location = Annotated[str, AfterValidator(_names_a_place)]
 """A path on disk or a URI."""
 
 

@@ -99,6 +99,27 @@ def test_mistakes_in_the_engine_s_own_settings_are_reported_like_all_others(
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("", "output.path: it is empty"),
+        ("s3://", "output.path: s3:// names no bucket"),
+        ("gs:///captions", "output.path: gs:///captions names no bucket"),
+    ],
+)
+def test_a_path_of_which_a_variable_was_unset_is_refused(path: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(CaptionConfig, None, {**REQUIRED, "output.path": path})
+    assert expected in str(caught.value)
+
+
+def test_a_config_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(b"# caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"job\.yaml is not UTF-8 text"):
+        load_config(CaptionConfig, str(path), REQUIRED)
+
+
 def test_every_config_key_that_the_code_names_exists() -> None:
     """Error messages tell users what to change; a key that is no key would send them nowhere."""
     keys = {name for config in (CaptionConfig, PlanConfig, EvaluateConfig) for name, _ in fields_of(config)}
