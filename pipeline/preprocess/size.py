@@ -20,6 +20,8 @@ MAX_ASPECT_RATIO = 200
 # transformers never caps a video's frames below this multiple of their least area.
 _CAP_SLACK = 1.05
 _NO_BOUND = 1 << 62
+_MOST_VISUAL_TOKENS = 1 << 20
+"""Of a row: more than any model's context, and gigabytes of patches."""
 
 
 def check_source_size(kind: MediumKind, width: int, height: int, options: MediaOptions) -> None:
@@ -220,13 +222,18 @@ class _Sized(Protocol):
 def fit_row(media: Sequence[_Sized], max_visual_tokens: int | None) -> None:
     """Shrink a row's media together, each by the same share of its area, until they fit into the budget.
 
-    Raises SettingError where they don't fit even at the smallest size.
+    Raises SettingError where they don't fit even at the smallest size, or are too large for any model without a budget.
     """
-    if max_visual_tokens is None:
-        return
     sizes = [medium.size for medium in media]
     wanted = [size.num_visual_tokens for size in sizes]
     total = asked = sum(wanted)
+    if max_visual_tokens is None:
+        if total > _MOST_VISUAL_TOKENS:
+            raise SettingError(
+                f"the row's {len(media)} media would take {total:,} visual tokens, more than any model reads; lower "
+                "min_pixels, max_pixels or the resized size, or set max_visual_tokens"
+            )
+        return
     while total > max_visual_tokens:
         for size in sizes:
             size.shrink(max_visual_tokens / total)

@@ -157,6 +157,18 @@ def test_a_long_video_is_shrunk_by_the_total_pixel_cap() -> None:
     assert steps == 20 and grid_h == grid_w == 30 and grid_h * grid_w * 196 <= 4_000_000 * 2 / 40 * 1.05 * 1.05
 
 
+@pytest.mark.parametrize(
+    "settings", [MediumSettings(min_pixels=2**62), MediumSettings(resized_height=2**40, resized_width=2**40)]
+)
+def test_a_size_that_no_model_reads_is_refused_before_it_takes_memory(settings: MediumSettings) -> None:
+    options = media_options(max_pixels=2**90)
+    medium = OpenMedium("image", photo(560, 560), settings, options)
+    with pytest.raises(SettingError, match=r"would take [\d,]+ visual tokens, more than any model reads; lower"):
+        fit_row([medium], None)
+    fit_row([medium], 300)
+    assert medium.size.num_visual_tokens <= 300
+
+
 def test_a_budget_shrinks_media_by_the_same_share_and_leaves_fitting_rows_alone() -> None:
     def row() -> list[OpenMedium]:
         return [
