@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import PromptTooLong
 from pipeline.planning.forecast import Engines, Times
-from pipeline.planning.sample import Rows, Sample
+from pipeline.planning.sample import Range, Rows, Sample
 
 _MIN_BAD_SHARE = 0.001
 _MANY_CORES = 8
@@ -25,11 +25,19 @@ class Advice:
 
 
 def advise(
-    sample: Sample, rows: Rows, times: Times | None, engines: Engines, fitted: Engines, *, max_length: int
+    sample: Sample,
+    rows: Rows,
+    times: Times | None,
+    engines: Engines,
+    fitted: Engines,
+    *,
+    max_length: int,
+    rows_per_unit: int,
 ) -> Iterator[Advice]:
     """Settings to change.
 
-    `fitted`: the engines with as many GPUs as the weights need; `max_length`: tokens of prompt and answer that fit.
+    `fitted`: the engines with as many GPUs as the weights need; `max_length`: tokens of prompt and answer that fit;
+    `rows_per_unit`: the fewest rows that a preprocessing actor takes at once.
     """
     if fitted.gpus_per_engine > engines.gpus_per_engine:
         gpus = f"{engines.gpus_per_engine:g} GPU{'' if engines.gpus_per_engine == 1 else 's'}"
@@ -49,19 +57,23 @@ def advise(
         why = f"rows name places that they may not read: {bad['AccessDenied'].example_message}"
         yield Advice("--input.allow [PLACE, ...]", why)
     if rows.num_bad.value > _MIN_BAD_SHARE * rows.num_rows:
-        allowed = min(1.0, math.ceil(200 * rows.num_bad.high / rows.num_rows) / 100)
-        why = "stops the job early where far more rows fail than this plan expects"
-        yield Advice(f"--run.max_error_fraction {allowed:g}", why)
+        allowed = math.ceil(200 * rows.num_bad.high / rows.num_rows) / 100
+        if allowed < 1:
+            why = "stops the job early where far more rows fail than this plan expects"
+            yield Advice(f"--run.max_error_fraction {allowed:g}", why)
+        else:
+            yield Advice("", f"{_percent(rows.num_bad, rows.num_rows)} of the rows will fail: mend them before the run")
     if times is None:
         return
     if engines.gpus_per_engine:
         cores = times.cores_per_engine * engines.num_engines
-        if engines.num_cpus is None or cores.value > engines.num_cpus:
-            setting = f"--resources.preprocess_actors {max(1, math.ceil(cores.value))}"
-            yield Advice(setting, "one core each, so that no GPU waits")
-        elif 2 * cores.high < engines.num_cpus:
-            setting = f"--resources.preprocess_actors {max(1, math.ceil(cores.high))}"
-            yield Advice(setting, "one core each; more would wait for the engines")
+        most = max(1, math.ceil(rows.num_rows / rows_per_unit))
+        enough, plenty = (min(most, max(1, math.ceil(count))) for count in (cores.value, cores.high))
+        if engines.num_cpus is None or enough > engines.num_cpus:
+            why = ", so that no GPU waits" if enough < most else "; more would find no rows to work on"
+            yield Advice(f"--resources.preprocess_actors {enough}", f"one core each{why}")
+        elif 2 * plenty < engines.num_cpus:
+            yield Advice(f"--resources.preprocess_actors {plenty}", "one core each; more would wait for the engines")
     video_s = sum(row.video_core_s for row in sample.answered)
     all_s = sum(row.core_s for row in sample.answered)
     if video_s > all_s / 2 and times.cores_per_engine.value > _MANY_CORES:
@@ -74,3 +86,8 @@ def advise(
             "the pixels save about half of it"
         )
         yield Advice("--media.max_pixels N", why)
+
+
+def _percent(count: Range, num_rows: int) -> str:
+    low, value, high = (f"{number / num_rows:.0%}" for number in (count.low, count.value, count.high))
+    return value if low == high else f"{value} ({low} to {high})"

@@ -19,7 +19,7 @@ def print_plan(console: Console, plan: Plan, *, currency: str = "$") -> None:
     rows = plan.rows
     looked = "every row looked at" if rows.is_exact else f"{rows.num_sampled:,} rows looked at; ranges are 95 %"
     console.print(
-        f"plan for {plan.input} on {plan.model}: {rows.num_rows:,} rows; {looked} "
+        f"plan for {plan.input} on {plan.model}: {rows.num_rows:,} row{'' if rows.num_rows == 1 else 's'}; {looked} "
         f"({_seconds(plan.looked_s)}, {_bytes(plan.bytes_read)} of media read)",
         markup=False,
     )
@@ -58,13 +58,12 @@ def _print_tokens(console: Console, plan: Plan) -> None:
         (name, _shown(of.mean), *(f"{value:,.0f}" for value in (of.median, of.p95, of.largest)), _shown(of.total))
         for name, of in (("prompt", rows.prompt_tokens), ("visual among them", rows.visual_tokens))
     ]
-    _print_table(console, "tokens per row", ["", ">mean", ">median", ">95 %", ">largest", "total"], lines)
+    _print_table(console, "tokens per row", ["", ">mean", ">median", ">95th percentile", ">largest", "total"], lines)
     console.print(f"\nat most {plan.too_long_limit:,} tokens of prompt and answer fit ({plan.too_long_why})")
     print_histogram(console, "visual tokens", rows.visual_tokens)
     if plan.inexact_videos:
-        console.print(
-            f"{plan.inexact_videos:,} sampled videos have no index: their frames follow from their stated duration"
-        )
+        videos = "1 sampled video has" if plan.inexact_videos == 1 else f"{plan.inexact_videos:,} sampled videos have"
+        console.print(f"{videos} no index: their frames follow from their stated duration")
 
 
 def print_histogram(console: Console, title: str, spread: Spread) -> None:
@@ -79,7 +78,7 @@ def print_histogram(console: Console, title: str, spread: Spread) -> None:
 def _print_bytes(console: Console, plan: Plan) -> None:
     rows, store = plan.rows, plan.store
     patches = (
-        f"{_bytes(rows.patch_bytes.mean.value)} a row, 95 % below {_bytes(rows.patch_bytes.p95)}; "
+        f"{_bytes(rows.patch_bytes.mean.value)} a row, 95th percentile {_bytes(rows.patch_bytes.p95)}; "
         f"{_shown(rows.patch_bytes.total, _bytes)} in all, in blocks of {_bytes(store.block_bytes)}"
     )
     in_flight = (

@@ -71,7 +71,8 @@ class PlanSection(Section):
     """What to plan for, and how closely to look."""
 
     gpu: str | None = None
-    """GPU by name, such as `H200`, `A100-80GB` or `8xH200`. Default: this machine's, or a comparison of several."""
+    """GPU by name, such as `H200`, `A100-80GB` or `8xH200`. Default: this machine's; without one, several are compared,
+    unless the model is so small that data sheets say nothing of its pace."""
     price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
     """Price of one GPU hour; adds the cost to the forecast."""
     currency: str = "$"
@@ -177,7 +178,17 @@ def make_plan(config: PlanConfig) -> Plan:
             num_engines=engines.num_engines,
         ),
         times=(*([measured] if measured else []), *times),
-        advice=tuple(advise(sample, rows, for_advice, engines, fitted, max_length=max_length)),
+        advice=tuple(
+            advise(
+                sample,
+                rows,
+                for_advice,
+                engines,
+                fitted,
+                max_length=max_length,
+                rows_per_unit=config.resources.min_rows_per_unit,
+            )
+        ),
         notes=(*opened.manifest.notes, *([by_default] if by_default else []), *notes),
     )
 
@@ -318,12 +329,14 @@ def _times_by_data_sheet(
         return [], ["no time: no sampled row can be answered"]
     notes = []
     if shape.num_parameters < _SMALL_MODEL:
-        notes.append(
+        why = (
             f"the model has {shape.num_parameters / 1e6:,.1f} million weights: so few that launching kernels, which "
-            "the arithmetic leaves out, sets a GPU's pace; --probe measures"
+            "the arithmetic leaves out, sets a GPU's pace"
         )
         if gpu is None:
-            return [], notes
+            none = "no time by data sheet: no GPU was named (--gpu) or found here, and"
+            return [], [f"{none} {why}; --probe measures on this machine"]
+        notes.append(f"{why}; --probe measures")
     chosen = [gpu]
     if gpu is None:
         notes.append("no GPU was named (--gpu) and this machine has none: one of each for comparison")

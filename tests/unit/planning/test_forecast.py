@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -97,8 +98,9 @@ def test_few_cores_make_preprocessing_the_bottleneck_and_many_cores_the_engine()
         return times.bottleneck, times.seconds.value
 
     few, many, unlimited = at(1), at(500), at(None)
-    assert few[0].startswith("preprocessing")
-    assert many[0].startswith("the engine") and unlimited[0].startswith("the engine")
+    assert few[0].startswith("preprocessing: 1 core, ")
+    assert many[0].startswith("the engine")
+    assert re.fullmatch(r"the engine, as long as preprocessing has at least \d+ cores \(.*\)", unlimited[0])
     assert few[1] > 3 * many[1] and many[1] == unlimited[1]
 
 
@@ -137,7 +139,7 @@ def test_suggested_settings_are_those_that_would_help() -> None:
     short = row(medium("video", 1280, 720, 4, 900))
     sample = whole([short] * 8 + [long, denied])
     rows, times = describe(sample), times_of(sample, "2b", "H200", Engines(1, 1))
-    advice = advise(sample, rows, times, Engines(1, 1), Engines(1, 2), max_length=32_768)
+    advice = advise(sample, rows, times, Engines(1, 1), Engines(1, 2), max_length=32_768, rows_per_unit=8)
     settings = [one.setting for one in advice]
     assert f"--media.max_visual_tokens {32_768 - 500 - (63_505 - long.num_visual_tokens)}" in settings
     assert "--resources.gpus_per_engine 2" in settings
@@ -146,4 +148,26 @@ def test_suggested_settings_are_those_that_would_help() -> None:
     assert "--media.video_frames keyframes" in settings
     assert any(setting.startswith("--resources.preprocess_actors ") for setting in settings)
     text = whole([row()] * 4)
-    assert list(advise(text, describe(text), None, Engines(1, 0), Engines(1, 0), max_length=32_768)) == []
+    nothing = advise(text, describe(text), None, Engines(1, 0), Engines(1, 0), max_length=32_768, rows_per_unit=8)
+    assert list(nothing) == []
+
+
+@pytest.mark.parametrize("num_bad", [5, 9, 10])
+def test_where_most_rows_fail_no_cap_is_suggested_but_to_mend_them(num_bad: int) -> None:
+    sample = whole([row(PHOTO)] * (10 - num_bad) + [BAD] * num_bad)
+    rows = describe(sample)
+    (advice,) = advise(sample, rows, None, Engines(1, 0), Engines(1, 0), max_length=32_768, rows_per_unit=8)
+    assert advice.setting == "" and advice.why == f"{10 * num_bad}% of the rows will fail: mend them before the run"
+
+
+def test_no_more_preprocessing_actors_are_suggested_than_the_rows_can_keep_busy() -> None:
+    def suggested(num_rows: int, cpus: float | None = None) -> list[str]:
+        sample, engines = whole([row(CLIP)] * 4, num_rows), Engines(64, 1, cpus)
+        rows, times = describe(sample), times_of(sample, "2b", "H200", engines)
+        advice = advise(sample, rows, times, engines, engines, max_length=32_768, rows_per_unit=8)
+        return [f"{one.setting}: {one.why}" for one in advice if "preprocess_actors" in one.setting]
+
+    assert suggested(56) == ["--resources.preprocess_actors 7: one core each; more would find no rows to work on"]
+    assert suggested(56, cpus=7) == []
+    (many,) = suggested(1_000_000)
+    assert many.endswith(": one core each, so that no GPU waits")
