@@ -8,6 +8,7 @@ This file is the whole run in order: prepare, run, finish, report.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import sys
 from collections.abc import Sequence
@@ -91,11 +92,12 @@ def _samples(job: CaptionJob) -> list[dict[str, Any]]:
     """Some answered rows: one of each task, if the manifest has tasks."""
     columns = ["text", "status", "reference", *(["task"] if "task" in job.kept.names else [])]
     rows: dict[Any, dict[str, Any]] = {}
-    first = next(RunReader(job.folder.path, job.folder.storage_options).batches(columns), None)
-    for row in [] if first is None else readable_rows(first):
-        if row["status"] == Status.OK:
-            row["references"] = answer_texts(row["reference"])
-            rows.setdefault(row.get("task", len(rows)), row)
+    reader = RunReader(job.folder.path, job.folder.storage_options)
+    for batch in itertools.islice(reader.first_batches(columns), _SAMPLE_ROWS):
+        for row in readable_rows(batch):
+            if row["status"] == Status.OK:
+                row["references"] = answer_texts(row["reference"])
+                rows.setdefault(row.get("task", len(rows)), row)
     return list(rows.values())[:_SAMPLE_ROWS]
 
 

@@ -35,7 +35,7 @@ from pipeline.manifest.files import Manifest, WorkUnit
 from pipeline.manifest.find import recorded_manifest
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import Retries, plan_work
-from pipeline.preprocess.messages.columns import unread_settings
+from pipeline.preprocess.messages.columns import template_columns, unread_settings
 from pipeline.results.finished import FinishedRows, read_finished
 from pipeline.results.lease import Lease
 from pipeline.results.parts import reopen
@@ -252,7 +252,9 @@ def _notes(
         stated = read_adapter_config(model_cache(config).local_adapter(adapter), revision=config.model.adapter_revision)
         if base := other_base(stated, config.model.path):
             yield f"the adapter {adapter} says that it was trained on {base}; model.path is {config.model.path}"
-    if note := untrained_prompt(local_model, config.prompt.template, revision=config.model.revision):
+    template = config.prompt.template
+    asks_alike = template is not None and not template_columns(template)  # else the rows' columns make the prompts
+    if asks_alike and (note := untrained_prompt(local_model, template, revision=config.model.revision)):
         yield note
     if note := greedy_note(model_facts["published_sampling"], asdict(config.sampling)):
         yield note

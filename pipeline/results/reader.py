@@ -7,6 +7,7 @@ bytes a row. Knows files and schemas; not what the rows are read for.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -128,6 +129,14 @@ class RunReader:
         """All rows, a few thousand at a time; columns that the files do not have are left out."""
         for file in self._files:
             yield from self._batches(file, columns)
+
+    def first_batches(self, columns: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Some rows of each partition; of a run without partitions, its first ones."""
+        first: dict[str, _ResultFile] = {}
+        for file in self._files:
+            first.setdefault(storage.parent(file.path), file)
+        for file in first.values():
+            yield from itertools.islice(self._batches(file, columns), 1)
 
     def score_batches(self, columns: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The score rows, in the order of `batches` at the time of scoring."""

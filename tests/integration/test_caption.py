@@ -170,6 +170,17 @@ def test_embedded_bytes_and_structs_in_parquet_and_kept_columns(tmp_path: Path, 
     assert kept.field("tags").type == pa.list_(pa.string())
 
 
+def test_the_sample_of_answers_has_a_row_of_each_task_also_where_tasks_are_folders(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "Hello.", "task": f"task-{number % 3}", "reference": "Hi."} for number in range(6)]
+    source = jsonl(tmp_path / "m.jsonl", rows)
+    words = ["--input.keep", "[task, reference]", "--output.partition_by", "task"]
+    assert caption(source, tmp_path / "out", *words) == 0
+    sample = capfd.readouterr().out.partition("a few rows")[2]
+    assert all(f"task-{number}" in sample for number in range(3))
+
+
 def test_a_bare_folder_is_captioned_with_the_config_s_prompt(
     tmp_path: Path, photos: Path, clips: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

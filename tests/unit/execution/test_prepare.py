@@ -64,6 +64,18 @@ def test_a_run_that_is_kept_out_takes_nothing_from_the_one_that_has_begun(tmp_pa
         assert Path(folder.file("manifest.parquet")).exists() and Path(folder.file("fragments")).is_dir()
 
 
+@pytest.mark.parametrize(("template", "is_noted"), [("{question}", False), ("Say it in French.", True)])
+def test_rows_that_make_their_own_prompts_are_not_said_to_be_unknown_to_the_checkpoint(
+    tmp_path: Path, template: str, is_noted: bool
+) -> None:
+    pq.write_table(pa.table({"question": ["How many circles?"], "image": ["a.png"]}), tmp_path / "rows.parquet")
+    values = {"input.path": str(tmp_path / "rows.parquet"), "model.path": "demo", "output.path": str(tmp_path / "out")}
+    config = load_config(CaptionConfig, None, {**values, "prompt.template": template})
+    with hold(folder := RunFolder(config.output.path)):
+        job = prepare(config, folder)
+    assert job is not None and any("trained on a few prompts" in note for note in job.notes) == is_noted
+
+
 def test_a_run_goes_on_in_the_dtype_that_its_first_engine_picked(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["a?"]}), tmp_path / "rows.parquet")
     values = {

@@ -74,6 +74,14 @@ def test_columns_may_be_read_without_the_one_that_the_folders_are_named_by(
     assert all("level" in batch.schema.names for batch in reader.batches(["text", "level"]))
 
 
+def test_the_first_batches_are_of_each_partition_and_of_a_run_without_any_its_beginning(tmp_path: Path) -> None:
+    tasks = {name: run_folder(tmp_path / str(name), name) for name in (None, "task")}
+    first = {name: [batch.column("task").to_pylist() for batch in one.first_batches()] for name, one in tasks.items()}
+    assert len(first[None]) == 1 and len(first["task"]) > 1
+    assert sorted({task for batch in first["task"] for task in batch}) == sorted({row["task"] for row in rows()})
+    assert all(len(set(batch)) == 1 for batch in first["task"])
+
+
 def test_rows_keep_their_number_whether_read_or_fetched(tmp_path: Path) -> None:
     for name, finished in (("parts", True), ("fragments", False)):
         reader = run_folder(tmp_path / name, "task", finished=finished)
