@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         report = gather(arguments.run, baseline=arguments.baseline, options=options)
+        if arguments.price_per_gpu_hour and report.speed.cost is None:
+            print(f"--price-per-gpu-hour is not used: {report.path} records no GPU time", file=sys.stderr)
         if arguments.format == "markdown" and arguments.output is None:
             print(render_markdown(report))
             return 0

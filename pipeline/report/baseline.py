@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.evaluation.comparison import same_manifest
-from pipeline.report.facts import Speed, at, setting_differences, speed
+from pipeline.manifest.files import MEDIA
+from pipeline.report.facts import Speed, at, setting_differences, speed, text_at
 from pipeline.results.reader import Ints, RunReader, row_keys
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW
 
@@ -22,8 +25,10 @@ class Baseline:
 
     name: str
     num_rows: int
-    num_shared: int | None
-    """Rows that both runs have; None where their manifests differ."""
+    other_manifest: bool
+    """Whether the rows are of another manifest, so that their ids pair them and not their places."""
+    num_shared: int
+    """Rows that both runs have."""
     num_same: int
     """Those of them with the same text and status."""
     speed: Speed
@@ -37,19 +42,17 @@ def read_baseline(
     reader: RunReader, other: RunReader, keys: Mapping[int, int], *, price_per_gpu_hour: float | None
 ) -> Baseline:
     """Reads what the page shows of the other run. `keys` are those of its rows by this run's."""
-    num_shared, num_same = None, 0
-    if same_manifest(reader.run, other.run):
-        own_keys, own_answers = _answers(reader)
-        other_keys, other_answers = _answers(other)
-        _, mine, theirs = np.intersect1d(own_keys, other_keys, return_indices=True)
-        num_shared, num_same = len(mine), int((own_answers[mine] == other_answers[theirs]).sum())
+    by_id = not same_manifest(reader.run, other.run)
+    (own_keys, own_answers), (other_keys, other_answers) = (_answers(one, by_id=by_id) for one in (reader, other))
+    _, mine, theirs = np.intersect1d(own_keys, other_keys, assume_unique=True, return_indices=True)
     numbers = other.find(set(keys.values()))
     rows = other.fetch(numbers.values())
     return Baseline(
         name=other.name,
         num_rows=other.num_rows,
-        num_shared=num_shared,
-        num_same=num_same,
+        other_manifest=by_id and not _same_media(reader.run, other.run),
+        num_shared=len(mine),
+        num_same=int((own_answers[mine] == other_answers[theirs]).sum()),
         speed=speed(other.run, price_per_gpu_hour=price_per_gpu_hour),
         settings=tuple(setting_differences(at(reader.run, "config") or {}, at(other.run, "config") or {})),
         texts={
@@ -60,16 +63,29 @@ def read_baseline(
     )
 
 
-def _answers(reader: RunReader) -> tuple[Ints, Ints]:
-    """Row keys, and a hash of each row's text; an error row's text is its error type."""
+def _same_media(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether both runs are over one folder of media. Each lists it anew, and a row's id is its medium's name there."""
+    folders = [(at(one, "manifest.fingerprint.format"), text_at(one, "manifest.path")) for one in (run, other)]
+    return folders[0] == folders[1] and folders[0][0] == MEDIA
+
+
+def _answers(reader: RunReader, *, by_id: bool) -> tuple[Ints, Ints]:
+    """What pairs the rows (their keys, or hashes of ids that no other row has), and a hash of each row's text; an error
+    row's text is its error type."""
+    found, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for batch in reader.batches(("id", MANIFEST_FILE, MANIFEST_ROW, "text", "error_type")):
+        batch = batch.filter(batch.column("id").is_valid()) if by_id else batch
+        texts, errors = (_hashes(batch, name) for name in ("text", "error_type"))
+        found.append(_hashes(batch, "id") if by_id else row_keys(batch))
+        hashes.append(texts ^ (errors << 1))
+    keys, answers = np.concatenate(found), np.concatenate(hashes)
+    _, first, counts = np.unique(keys, return_index=True, return_counts=True)
+    return keys[first[counts == 1]], answers[first[counts == 1]]
+
+
+def _hashes(batch: pa.RecordBatch, name: str) -> Ints:
     import pandas as pd  # only for its vectorised hash of strings
 
-    keys, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for batch in reader.batches((MANIFEST_FILE, MANIFEST_ROW, "text", "error_type")):
-        texts, errors = (
-            pd.util.hash_array(batch.column(name).fill_null("").to_numpy(zero_copy_only=False))
-            for name in ("text", "error_type")
-        )
-        keys.append(row_keys(batch))
-        hashes.append((texts ^ (errors << np.uint64(1))).astype(np.int64))
-    return np.concatenate(keys), np.concatenate(hashes)
+    texts = batch.column(name).fill_null("").to_numpy(zero_copy_only=False)
+    hashes: Ints = pd.util.hash_array(texts).astype(np.int64)
+    return hashes

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.checkpoint.families import FAMILIES
+from pipeline.manifest.files import MEDIA
 from pipeline.planning.roofline import PATCHES_PER_TOKEN, find_gpu, named_shape
 
 _SECRET = re.compile(r"secret|password|passwd|api_?key|access_?key|credential|auth|private_?key|^token$|_token$", re.I)
@@ -197,6 +198,11 @@ def setting_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> l
     ]
 
 
+def counted(number: float, name: str) -> str:
+    """A number of things: `1 row`, `1,024 rows`."""
+    return f"{number:,.0f} {name}{'' if number == 1 else 's'}"
+
+
 def shown_source(source: str) -> str:
     """A source fit to be passed on: data: URLs cut short, passwords and signatures of URLs removed."""
     if source.startswith("data:"):
@@ -306,12 +312,17 @@ def _data(run: Mapping[str, Any]) -> str | None:
     path = text_at(run, "manifest.path") or text_at(run, "config.input.path")
     files, num_rows = items_at(run, "manifest.fingerprint.files"), number_at(run, "manifest.fingerprint.num_rows")
     size = sum(file[1] for file in files if isinstance(file, list) and len(file) > 1 and isinstance(file[1], int))
+    of_media = at(run, "manifest.fingerprint.format") == MEDIA  # then the files are listings of the folder
+    if num_rows is None:
+        rows = None
+    elif of_media:
+        rows = counted(num_rows, "file")
+    else:
+        rows = f"{counted(num_rows, 'row')} in {counted(len(files), 'file')}"
     return _joined(
         path and shown_source(path),
-        f"{num_rows:,.0f} rows in {len(files):,} file{'s' if len(files) != 1 else ''}"
-        if num_rows is not None
-        else None,
-        f"{size:,.0f} bytes" if size else None,
+        rows,
+        f"{size:,.0f} bytes" if size and not of_media else None,
     )
 
 

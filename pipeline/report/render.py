@@ -15,8 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.evaluation.interval import Estimate
 from pipeline.evaluation.paired import Comparison
+from pipeline.report.baseline import Baseline
 from pipeline.report.contents import Report
-from pipeline.report.facts import shown_source
+from pipeline.report.facts import counted, shown_source
 from pipeline.report.scores import Note
 
 _MAX_HTML_BYTES = 5_000_000
@@ -60,7 +61,9 @@ def _environment(*, autoescape: bool) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "agreement": shown_agreement,
         "base64": lambda data: base64.b64encode(data).decode(),
+        "counted": counted,
         "difference": shown_difference,
         "duration": shown_duration,
         "escaped": escaped,
@@ -130,6 +133,15 @@ def shown_difference(numbers: Comparison, maximum: float = 1.0) -> str:
     if numbers.low is None or numbers.high is None:
         return text
     return f"{text} ({scale * numbers.low:+.{digits}f} to {scale * numbers.high:+.{digits}f})"
+
+
+def shown_agreement(baseline: Baseline) -> str:
+    """How many rows both runs have, and on how many of them they agree."""
+    paired = "The manifests differ, and rows are paired by id. " if baseline.other_manifest else ""
+    if not baseline.num_shared:
+        return f"{paired}No row is in both runs."
+    shared = counted(baseline.num_shared, "shared row")
+    return f"{paired}The same answer, letter for letter: {baseline.num_same:,} of {shared}."
 
 
 def shown_p(value: float) -> str:

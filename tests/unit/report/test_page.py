@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from jobs.evaluate import print_scores
+from jobs.report import main as write_page
 from pipeline.errors import OutputError
 from pipeline.evaluation.comparison import compare_folders
 from pipeline.planning.roofline import SHAPES
@@ -193,7 +194,7 @@ def test_a_regression_is_reported_with_rows_that_show_it(tmp_path: Path) -> None
     text = " ".join(_Tags(render_html(report)).text.split())
     assert "Worse than the baseline: Exact match -35.0 points" in text
     assert "0 rows won, 14 lost, 26 tied" in text
-    assert "26 of 40 shared rows have the same answer" in text
+    assert "The same answer, letter for letter: 26 of 40 shared rows." in text
     lost = next(section.cards for section in report.sections if section.key == "lost")
     assert {(card.answer, card.baseline) for card in lost} == {("wrong", "right")}
     assert "won" not in {section.key for section in report.sections}
@@ -221,6 +222,77 @@ def test_two_runs_without_scores_are_compared_by_their_answers(tmp_path: Path) -
     assert compare_folders(str(one), str(other)) is None
     text = render_html(gather(str(one), baseline=str(other), options=_QUICK))
     assert "are the same text as the baseline" in text
+
+
+def _media_run(folder: Path, path: str, answers: dict[str, str], **throughput: float) -> str:
+    """A run over a folder of media: its rows are in the order of its own listing, and their ids are the names."""
+    listing = [[f"{folder}/__run/manifest.parquet", 3_309, len(answers)]]
+    fingerprint = {"format": "media", "num_rows": len(answers), "files": listing}
+    run = {**RUN, "manifest": {"path": path, "fingerprint": fingerprint}, "throughput": throughput}
+    rows = [result_row(number, id=name, text=text) for number, (name, text) in enumerate(answers.items())]
+    return str(write_run(folder, rows, run=run))
+
+
+def test_two_runs_over_one_folder_of_media_are_compared_by_the_media_s_names(tmp_path: Path) -> None:
+    one = _media_run(tmp_path / "one", "/photos", {"a.jpg": "A", "b.jpg": "B", "d.jpg": "D"}, rows_per_s=2.0)
+    other = _media_run(tmp_path / "other", "/photos", {"b.jpg": "B", "c.jpg": "C", "d.jpg": "?"}, rows_per_s=3.0)
+    report = gather(one, baseline=other, options=_QUICK)
+    page, markdown = render_html(report), render_markdown(report)
+    for text in (page, markdown):
+        assert "The same answer, letter for letter: 1 of 2 shared rows." in text and "manifests differ" not in text
+    assert "Baseline other, 3 rows" in markdown and "3 rows/s" in markdown
+
+
+def test_runs_of_other_manifests_are_compared_by_ids_that_one_row_has(tmp_path: Path) -> None:
+    other_manifest = {**RUN, "manifest": {"path": "other", "fingerprint": {"num_rows": 4, "files": []}}}
+    rows = [result_row(number, id=name, text=name) for number, name in enumerate(("a", "b", "twice", "twice"))]
+    one, other = write_run(tmp_path / "one", rows), write_run(tmp_path / "other", rows[::-1], run=other_manifest)
+    text = " ".join(_Tags(render_html(gather(str(one), baseline=str(other), options=_QUICK))).text.split())
+    assert "The manifests differ, and rows are paired by id. The same answer, letter for letter: 2 of 2" in text
+    strangers = write_run(tmp_path / "strangers", [result_row(0, id="x")], run=other_manifest)
+    assert "No row is in both runs." in render_markdown(gather(str(one), baseline=str(strangers), options=_QUICK))
+
+
+def test_markdown_names_the_baseline_and_the_settings_that_differ(tmp_path: Path) -> None:
+    warm = {**RUN, "config": {**RUN["config"], "sampling": {"temperature": 0.5, "max_tokens": 32, "seed": None}}}
+    one = write_run(tmp_path / "one", [result_row(number) for number in range(8)], run=warm)
+    other = write_run(tmp_path / "other", [result_row(number) for number in range(8)])
+    (line,) = [
+        line
+        for line in render_markdown(gather(str(one), baseline=str(other), options=_QUICK)).splitlines()
+        if line.startswith("Baseline ")
+    ]
+    assert line == (
+        "Baseline other, 8 rows: The same answer, letter for letter: 8 of 8 shared rows. 41.5 rows/s. "
+        r"Settings that differ: sampling.temperature was 0.0, is 0.5; sampling.max\_tokens was 64, is 32."
+    )
+    assert "Baseline" not in render_markdown(gather(str(one), options=_QUICK))
+
+
+def test_data_of_a_folder_of_media_is_its_media_not_their_listing(tmp_path: Path) -> None:
+    run = _media_run(tmp_path / "run", "/photos", {"a.jpg": "A", "b.jpg": "B"})
+    assert dict(gather(run, options=_QUICK).headline)["Data"] == "/photos, 2 files"
+
+
+def test_one_of_a_thing_is_not_written_as_several(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [result_row(0), error_row(1, "FetchTimeout", "fetch", "late")])
+    report = gather(str(folder), options=_QUICK)
+    text = " ".join(_Tags(render_html(report)).text.split())
+    assert "2 rows, 1 error among them (50.00 %)" in text and "1 answer, 1 error" in text
+    assert "1 error." in render_markdown(report)
+    for wrong in ("1 rows", "1 answers", "1 errors"):
+        assert f" {wrong}" not in text and f" {wrong}" not in render_markdown(report)
+
+
+def test_a_price_is_not_passed_over_in_silence_where_a_run_has_no_gpu_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_cpus = {**RUN, "placement": {"engine_actors": 1, "gpus_per_engine": 0.0}}
+    for name, run in (("cpu", on_cpus), ("gpu", RUN)):
+        folder = write_run(tmp_path / name, [result_row(0)], run=run)
+        assert write_page([str(folder), "--price-per-gpu-hour", "2", "--no-thumbnails"]) == 0
+        said = capsys.readouterr().err
+        assert ("--price-per-gpu-hour is not used" in said) == (name == "cpu")
 
 
 def test_markdown_fits_a_pull_request_and_escapes_what_it_shows(report: Report) -> None:
