@@ -49,6 +49,15 @@ class EvaluateConfig(CaptionConfig):
     run: EvaluateRunConfig = EvaluateRunConfig()
     evaluate: EvaluateSection = EvaluateSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_run_that_is_there_needs_no_paths(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Scoring reads the run folder alone, which stands for the required paths then."""
+        run = values.get("run")
+        path = run.get("path") if isinstance(run, Mapping) else None
+        needed = [name for name in ("input", "model", "output") if path and isinstance(values.get(name), Mapping)]
+        return {**values, **{name: {"path": path, **values[name]} for name in needed}}
+
     @model_validator(mode="after")
     def _canaries_can_be_compared(self) -> Self:
         settings, sampling = self.input.settings, self.sampling
@@ -59,6 +68,10 @@ class EvaluateConfig(CaptionConfig):
                 "set sampling.seed, or evaluate.canaries to 0"
             )
         return self
+
+    def keeper(self, name: str) -> str:
+        """The setting that asks for this column of the results."""
+        return self.evaluate.scoring.columns.get(name) or super().keeper(name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,6 +134,8 @@ def run_caption(config: CaptionConfig) -> int:
 def run_canaries(config: EvaluateConfig) -> dict[str, Any]:
     """Runs the first rows again, each alone, and compares: does an answer depend on the rows in its batch?"""
     limit = min(config.evaluate.canaries, config.input.limit or config.evaluate.canaries)
+    rows = "the first row again" if limit == 1 else f"the first {limit:,} rows again, each"
+    print(f"canaries: {rows} alone, to compare with the answers above")
     # A run of its own for each number: one that has ended takes no other limit.
     folder = RunFolder(config.output.path).file(f"canaries/{limit}")
     alone = config.model_copy(

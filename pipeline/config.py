@@ -357,3 +357,7 @@ class CaptionConfig(Section):
     output: OutputConfig
     resources: ResourcesConfig = ResourcesConfig()
     run: RunConfig = RunConfig()
+
+    def keeper(self, name: str) -> str:
+        """The setting that asks for this column of the results."""
+        return "input.keep"

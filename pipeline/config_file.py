@@ -184,7 +184,7 @@ def _report(paths: Sequence[str], overrides: Mapping[str, str], mistakes: Sequen
     places: dict[str, list[str]] = {}
     for name, mistake in mistakes:
         sources = [" + ".join(paths)] if paths else []
-        if any(key == name or key.startswith(f"{name}.") for key in overrides) or not paths:
+        if not paths or any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for key in overrides):
             sources = [*sources, "the command line"] if name.count(".") == 0 else ["the command line"]
         places.setdefault(" + ".join(sources), []).append(mistake)
     lines = []

@@ -34,7 +34,7 @@ def compare_canaries(batched: RunReader, alone: RunReader) -> dict[str, Any]:
     if differing:
         sentence += " Answers depend on the rows in a batch: expect differences between runs in rows as close as these."
     elif num_compared:
-        sentence += " This run's batching does not change answers."
+        sentence += " No difference was found in these rows."
     return {"num_rows": num_compared, "num_same": num_same, "differing": differing[:_MAX_SHOWN], "sentence": sentence}
 
 

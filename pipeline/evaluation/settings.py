@@ -71,11 +71,16 @@ class ScoringSettings(Section):
         return list(dict.fromkeys([*self.named_metrics, *others]))
 
     @property
-    def columns(self) -> list[str]:
-        """The user's columns that the result rows must have."""
-        named = [self.references, self.task_column, self.metric_column, self.choices, self.cluster]
-        named += [name for name in self.slices if name not in DERIVED_SLICES]
-        return list(dict.fromkeys(name for name in named if name))
+    def columns(self) -> dict[str, str]:
+        """The user's columns that the result rows must have, each with the setting that names it first."""
+        settings = ("references", "task_column", "metric_column", "choices", "cluster")
+        named = [(getattr(self, setting), setting) for setting in settings]
+        named += [(name, "slices") for name in self.slices if name not in DERIVED_SLICES]
+        found: dict[str, str] = {}
+        for name, setting in named:
+            if name:
+                found.setdefault(name, f"evaluate.{setting}")
+        return found
 
 
 class EvaluateSection(ScoringSettings):

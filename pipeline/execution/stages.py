@@ -24,7 +24,7 @@ from pipeline.engine import EngineOptions
 from pipeline.engine.adapter import check_adapter
 from pipeline.errors import ConfigError
 from pipeline.generate import GenerateOptions
-from pipeline.manifest.files import CsvDialect, Manifest, WorkUnit
+from pipeline.manifest.files import MEDIA, CsvDialect, Manifest, WorkUnit
 from pipeline.manifest.find import open_manifest
 from pipeline.manifest.row_set import RowNumbering, RowSet
 from pipeline.manifest.work import plan_work
@@ -81,12 +81,7 @@ def check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -
 
     Returns what `run.json` is to say of how the model is asked.
     """
-    missing = [name for name in config.input.keep.values() if name not in manifest.schema.names]
-    if missing and manifest.format != "media":  # a bare folder has no columns to keep, whatever the config says
-        raise ConfigError(
-            f"input.keep: the manifest has no column {', '.join(map(repr, missing))}; found: "
-            f"{', '.join(manifest.schema.names)}. Several are written as a list: [a, b]"
-        )
+    _check_kept(config, manifest)
     by, kept = config.output.partition_by, kept_schema(config, manifest)
     if by is not None and by not in kept.names:
         raise ConfigError(
@@ -120,6 +115,22 @@ def check_settings(config: CaptionConfig, manifest: Manifest, model_path: str) -
             published_sampling(local, family, thinks=tokenizer.thinks, revision=config.model.revision)
         ),
     }
+
+
+def _check_kept(config: CaptionConfig, manifest: Manifest) -> None:
+    """Raises ConfigError where the manifest lacks a column that is to be kept, by the setting that names it."""
+    missing: dict[str, list[str]] = {}
+    for name, theirs in config.input.keep.items():
+        if theirs not in manifest.schema.names:
+            missing.setdefault(config.keeper(name), []).append(theirs)
+    if manifest.format == MEDIA:
+        missing.pop("input.keep", None)  # a bare folder has no columns to keep, whatever the config says
+    if missing:
+        lacks = "; ".join(
+            f"{setting}: the manifest has no column {', '.join(map(repr, names))}" for setting, names in missing.items()
+        )
+        hint = ". Several are written as a list, [a, b], and none as []" if "input.keep" in missing else ""
+        raise ConfigError(f"{lacks}; found: {', '.join(manifest.schema.names)}{hint}")
 
 
 def build_stages(config: CaptionConfig, model_path: str, manifest: Manifest) -> Stages:

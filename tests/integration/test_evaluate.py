@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from jobs import caption
 from jobs.evaluate import EvaluateConfig, main
@@ -71,6 +72,51 @@ def test_a_partitioned_run_is_scored_and_reported_like_any_other(tmp_path: Path)
     assert tasks[0] == tasks[1] and set(tasks[0]) == {"colour", "count", "caption", "video"}
     page = (tmp_path / "run" / "_report.html").read_text()
     assert "90.0 %" in page and 'id="gallery-worst"' in page
+
+
+def test_a_run_is_scored_without_naming_what_only_a_new_run_reads(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", _rows(wrong=3))
+    assert main(["--run.path", str(folder), "--evaluate.thumbnails", "false"]) == 0
+    assert "90.0 %" in (folder / "_report.html").read_text()
+
+
+def test_a_new_run_needs_all_three_paths(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--evaluate.thumbnails", "false"]) == 2
+    said = capsys.readouterr().err
+    assert all(f"{section}.path: missing" in said for section in ("input", "model", "output"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "evaluate.references: the manifest has no column 'reference'; found: prompt, answer"),
+        (["--evaluate.references", "answr"], "evaluate.references: the manifest has no column 'answr'; found: "),
+        (
+            ["--evaluate.references", "answer", "--evaluate.cluster", "film", "--evaluate.slices", "[answer, kind]"],
+            "evaluate.cluster: the manifest has no column 'film'; evaluate.slices: the manifest has no column 'kind'; ",
+        ),
+        (
+            ["--evaluate.references", "answer", "--input.keep", "source"],
+            "input.keep: the manifest has no column 'source'; found: ",
+        ),
+    ],
+)
+def test_a_missing_column_is_named_with_the_setting_that_asks_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
+    (tmp_path / "questions.csv").write_text("prompt,answer\nWhat?,this\n")
+    paths = ["--input.path", str(tmp_path / "questions.csv"), "--output.path", str(tmp_path / "out")]
+    assert main(["--model.path", "demo", *paths, *words]) == 2
+    assert f"error: {expected}" in capsys.readouterr().err
+
+
+def test_a_folder_of_media_has_no_references_and_is_refused_before_anything_is_generated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
+    paths = ["--input.path", str(tmp_path), "--output.path", str(tmp_path.parent / "out"), "--input.keep", "source"]
+    assert main(["--model.path", "demo", *paths]) == 2
+    assert "error: evaluate.references: the manifest has no column 'reference'; " in capsys.readouterr().err
 
 
 def test_scoring_again_changes_nothing(tmp_path: Path) -> None:
@@ -138,7 +184,9 @@ def test_canary_rows_run_alone_and_are_compared(
     assert found["num_rows"] == 5 and found["num_same"] == (5 if alone == "right" else 4)
     assert [one["id"] for one in found["differing"]] == ([] if alone == "right" else ["row-0002"])
     said = f"{found['num_same']} of 5 rows gave the same answer alone"
-    assert said in capsys.readouterr().out
+    assert found["sentence"].endswith("No difference was found in these rows.") == (alone == "right")
+    out = capsys.readouterr().out
+    assert said in out and "canaries: the first 5 rows again, each alone" in out
     assert said in (tmp_path / "out" / "_report.html").read_text()
 
 

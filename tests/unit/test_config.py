@@ -52,6 +52,18 @@ def test_a_mistake_in_several_configs_names_them_all(tmp_path: Path) -> None:
         load_config(CaptionConfig, [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")], {})
 
 
+def test_a_mistake_inside_a_value_is_named_with_the_place_that_set_the_value(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("evaluate: {metrics: [rouge], tasks: {count: [vqa]}}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(EvaluateConfig, str(path), {**REQUIRED, "evaluate.metrics": "exact"})
+    found = str(caught.value).splitlines()
+    assert [line.partition("; known")[0] for line in found] == [
+        "the command line: evaluate.metrics.0: unknown metric exact",
+        f"{path}: evaluate.tasks.count.0: unknown metric vqa",
+    ]
+
+
 def test_all_mistakes_are_reported_at_once_with_full_names() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(

@@ -39,6 +39,12 @@ def test_a_manifest_s_column_text_is_kept_under_another_name(captions: Path) -> 
     assert opened.stages.preprocess.kept_from == {"caption_old": "text", "prompt": "prompt"}
 
 
+def test_kept_columns_that_the_manifest_lacks_are_named_with_how_to_keep_none(captions: Path) -> None:
+    with pytest.raises(ConfigError, match=r"input\.keep: the manifest has no column 'task', 'x'; .* none as \[\]"):
+        open_stages(config_of(captions, input__keep="[task, x]"))
+    open_stages(config_of(captions, input__keep="[]"))
+
+
 def test_a_column_in_the_name_of_a_folder_is_kept_asked_and_partitioned_by_like_any_other(tmp_path: Path) -> None:
     (tmp_path / "year=2024").mkdir()
     pq.write_table(pa.table({"image": ["a.jpg"]}), tmp_path / "year=2024" / "rows.parquet")
