@@ -154,8 +154,9 @@ def _count_engines(
         return count, [min(here, count) for here in engines], ()
     if pool is None or (pool.min_size == pool.max_size and not may_wait):
         wanted = pool.min_size if pool else 1
+        each = f"{gpus:g} GPU{'' if gpus == 1 else 's'}"
         raise ResourceError(
-            f"{wanted} engine actors with {gpus:g} GPUs each need {wanted * gpus:g} GPUs, an engine's on one node; the "
+            f"{wanted} engine actors with {each} each need {wanted * gpus:g} GPUs, an engine's on one node; the "
             f"cluster has {total:g}, its largest node {largest:g}, which is room for {fit}: lower "
             f'resources.engine_actors or resources.gpus_per_engine, or write "1,{wanted}" if the cluster will grow'
         )

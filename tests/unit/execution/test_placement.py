@@ -144,7 +144,7 @@ def test_actors_may_take_every_cpu_since_reads_reserve_none(
 
 
 def test_asking_for_more_gpus_than_there_are_says_so() -> None:
-    with pytest.raises(ResourceError, match=r"8 engine actors with 1 GPUs each need 8 GPUs, .* the cluster has 4"):
+    with pytest.raises(ResourceError, match=r"8 engine actors with 1 GPU each need 8 GPUs, .* the cluster has 4"):
         place(ResourcesConfig(engine_actors=8), one(64, 4))
 
 
