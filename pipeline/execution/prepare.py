@@ -38,7 +38,7 @@ from pipeline.manifest.work import Retries, plan_work
 from pipeline.preprocess.messages.columns import template_columns, unread_settings
 from pipeline.results.finished import FinishedRows, read_finished
 from pipeline.results.lease import Lease
-from pipeline.results.parts import reopen
+from pipeline.results.parts import reopen, restore_success
 from pipeline.results.reader import count_errors
 from pipeline.results.run_folder import RunFolder
 from pipeline.results.run_record import check_unchanged, identity, new_record, now
@@ -186,6 +186,8 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
     model_path = resolve_model(config.model.path)
     asked = identity(config, model_path)
     record = folder.read_run()
+    if record is not None and restore_success(folder, record):
+        print(f"{folder.path} had no _SUCCESS, but its part files hold every row: _SUCCESS has been written again")
     finished_before = folder.is_finished()
     if record is not None and finished_before and _listing_is_finished(config, folder, record, asked):
         return None

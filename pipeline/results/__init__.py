@@ -14,7 +14,8 @@ With `partition_by`, parts lie one folder deeper, as in task=count/part-00000.pa
 
 A row may be in several fragments, after a crash between publishing and bookkeeping or after a retry. It counts once:
 an answer wins over an error, then the latest attempt. The last steps are: parts, count, `_SUCCESS`, and only then are
-the fragments removed. A crash at any point leaves either fragments that hold every row, or `_SUCCESS`.
+the fragments removed. A crash at any point leaves either fragments that hold every row, or `_SUCCESS`; so parts
+without either have lost their `_SUCCESS`, and their rows are counted again.
 
 Knows result rows and files; not how a row is answered.
 """

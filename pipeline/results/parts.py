@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -78,12 +79,42 @@ def finalise(
     for path in folder.parts():
         if path not in written:
             folder.delete(path)
-    counted = sum(read_in_order(folder, lambda path: int(read_footer(folder, path).num_rows), folder.parts()))
+    counted = _count_rows(folder, folder.parts())
     if counted != numbering.num_rows:
         raise OutputError(f"{folder.path}: the parts hold {counted} rows, the manifest {numbering.num_rows}")
     folder.mark_finished()
     folder.delete_fragments()
     return len(written)
+
+
+def restore_success(folder: RunFolder, record: Mapping[str, Any]) -> bool:
+    """Write `_SUCCESS` again where it alone is missing, as after a sync that leaves out empty files; whether it did.
+    `record` is run.json. Raises OutputError where parts are missing too.
+
+    Fragments are removed only once the parts are complete, so a run that was stopped before has fragments. So has one
+    that was stopped in `reopen`; there run.json still says `finished`, and the parts hold all rows or fragments do.
+    """
+    parts = [] if folder.is_finished() else folder.parts()
+    was_finished, has_fragments = record.get("state") == "finished", bool(folder.fragments())
+    if not parts or (has_fragments and not was_finished):
+        return False
+    try:
+        counted, expected = _count_rows(folder, parts), record["manifest"].get("num_rows")
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"{folder.path} has part files but no _SUCCESS, and can't be read: {error}") from error
+    if counted == expected:
+        folder.mark_finished()
+        return True
+    if has_fragments:
+        return False
+    raise OutputError(
+        f"{folder.path} has part files but no _SUCCESS, and they hold {counted} rows, where run.json says {expected}: "
+        "put back the part files that are missing, or choose another output.path"
+    )
+
+
+def _count_rows(folder: RunFolder, parts: Sequence[str]) -> int:
+    return sum(read_in_order(folder, lambda path: int(read_footer(folder, path).num_rows), parts))
 
 
 def reopen(folder: RunFolder, numbering: RowNumbering) -> None:

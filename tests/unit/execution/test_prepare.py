@@ -15,7 +15,10 @@ from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, OutputError, TooManyErrors
 from pipeline.execution.prepare import CaptionJob, hold, prepare
 from pipeline.execution.progress import RunCounts
+from pipeline.execution.run import finish
+from pipeline.results.fragments import FragmentWriter
 from pipeline.results.run_folder import RunFolder
+from tests.unit.results.result_rows import outcomes
 
 
 def check(rows: int, failed: int, allowed: float | None, *, done_before: int = 0, at_end: bool = False) -> None:
@@ -74,6 +77,42 @@ def test_rows_that_make_their_own_prompts_are_not_said_to_be_unknown_to_the_chec
     with hold(folder := RunFolder(config.output.path)):
         job = prepare(config, folder)
     assert job is not None and any("trained on a few prompts" in note for note in job.notes) == is_noted
+
+
+def finished_run(tmp_path: Path, source: Path, **values: str) -> tuple[CaptionConfig, RunFolder]:
+    """A finished run over the source, in which every row is an error."""
+    settings = {"input.path": str(source), "model.path": "demo", "output.path": str(tmp_path / "out"), **values}
+    config, folder = load_config(CaptionConfig, None, settings), RunFolder(str(tmp_path / "out"))
+    folder.prepare()
+    job = prepare(config, folder)
+    assert job is not None
+    folder.write_run(job.record)
+    job.started = True
+    table = outcomes(*["MediaNotFound"] * job.numbering.num_rows)
+    files = pa.array([0] * table.num_rows, table.schema.field("manifest_file").type)
+    table = table.set_column(table.schema.get_field_index("manifest_file"), "manifest_file", files)
+    job.counts.add(table)
+    writer = FragmentWriter(folder, job.numbering, table.schema, 100, 60.0)
+    writer.add(table)
+    writer.flush()
+    finish(job)
+    return config, folder
+
+
+def test_a_finished_folder_that_lost_its_success_is_not_computed_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.table({"prompt": ["a?", "b?"]}), tmp_path / "rows.parquet")
+    config, folder = finished_run(tmp_path, tmp_path / "rows.parquet")
+    folder.mark_unfinished()
+    assert prepare(config, folder) is None
+    printed = capsys.readouterr().out
+    assert "had no _SUCCESS, but its part files hold every row" in printed and "is finished: 2 rows" in printed
+    assert folder.is_finished()
+    folder.mark_unfinished()
+    Path(folder.parts()[0]).unlink()
+    job = prepare(config, folder)
+    assert job is not None and len(job.finished.done) == 0, "nothing is left of it"
 
 
 def test_a_run_goes_on_in_the_dtype_that_its_first_engine_picked(tmp_path: Path) -> None:

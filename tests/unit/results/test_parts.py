@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -18,7 +19,8 @@ from pipeline.errors import OutputError
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.results import result_files
 from pipeline.results.finished import read_finished
-from pipeline.results.parts import finalise, reopen
+from pipeline.results.parts import finalise, reopen, restore_success
+from pipeline.results.run_folder import RunFolder
 from tests.unit.results.result_rows import SCHEMA, new_folder, rows, writer
 
 
@@ -115,6 +117,93 @@ def test_reopening_a_finished_folder_loses_no_row(tmp_path: Path) -> None:
     assert len(read_finished(folder, numbering).done) == 5
     finalise(folder, numbering, SCHEMA, rows_per_part=4)
     assert pa.concat_tables([pq.read_table(part) for part in folder.parts()]).equals(before)
+
+
+class _Killed(Exception):
+    pass
+
+
+def _two_runs(folder: RunFolder, numbering: RowNumbering) -> None:
+    """A run to its end, and another that adds a row to the finished folder."""
+    for num_rows, new, rows_per_part in ((5, range(5), 2), (6, [5], 3)):
+        total = RowNumbering([num_rows])
+        if folder.is_finished():
+            reopen(folder, total)
+        folder.write_run({"state": "running", "manifest": {"num_rows": num_rows}})
+        out = writer(folder, numbering, 2)
+        out.add(rows([(0, row) for row in new]))
+        out.flush()
+        finalise(folder, total, SCHEMA, rows_per_part=rows_per_part)
+        folder.write_run({"state": "finished", "manifest": {"num_rows": num_rows}})
+
+
+def _kill_before_change(folder: RunFolder, number: int) -> None:
+    left = iter(range(number))
+
+    def guard() -> None:
+        if next(left, None) is None:
+            raise _Killed
+
+    folder.guard = guard
+
+
+@pytest.mark.parametrize("loses_success", [False, True])
+def test_a_run_that_is_killed_before_any_of_its_changes_loses_no_row(tmp_path: Path, loses_success: bool) -> None:
+    """With `loses_success` a sync leaves `_SUCCESS` out besides."""
+    numbering, was_killed = RowNumbering([6]), True
+    for change in itertools.count(1):
+        (tmp_path / str(change)).mkdir()
+        folder = new_folder(tmp_path / str(change))
+        _kill_before_change(folder, change)
+        try:
+            _two_runs(folder, numbering)
+        except _Killed:
+            pass
+        else:
+            was_killed = False
+        folder.guard = lambda: None
+        record = folder.read_run()
+        assert record is not None
+        files = [*folder.fragments(), *folder.parts()]
+        published = {row for path in files for row in pq.read_table(path)["manifest_row"].to_pylist()}
+        if loses_success:
+            folder.mark_unfinished()
+        restore_success(folder, record)
+        total = RowNumbering([record["manifest"]["num_rows"]])
+        assert len(read_finished(folder, total).done) == len(published), f"change {change}"
+        if len(published) == total.num_rows:
+            if not folder.is_finished():
+                finalise(folder, total, SCHEMA, rows_per_part=4)
+            table = pa.concat_tables([pq.read_table(part) for part in folder.parts()])
+            assert table["manifest_row"].to_pylist() == list(range(total.num_rows)), f"change {change}"
+        if not was_killed:
+            break
+    assert change > 20
+
+
+def test_success_that_alone_is_lost_is_written_again(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([6])
+    _two_runs(folder, numbering)
+    record = folder.read_run() or {}
+    assert not restore_success(folder, record), "it is there"
+    folder.mark_unfinished()
+    assert restore_success(folder, record) and folder.is_finished()
+
+
+def test_parts_without_success_that_lack_rows_are_refused_and_left_alone(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([6])
+    _two_runs(folder, numbering)
+    folder.mark_unfinished()
+    first, second = map(Path, folder.parts())
+    first.unlink()
+    with pytest.raises(OutputError, match=r"no _SUCCESS, and they hold 3 rows, where .*run\.json says 6: put back"):
+        restore_success(folder, folder.read_run() or {})
+    second.write_bytes(b"half")
+    with pytest.raises(OutputError, match=r"no _SUCCESS, and can't be read"):
+        restore_success(folder, folder.read_run() or {})
+    assert folder.parts() == [str(second)] and not folder.is_finished()
+    second.unlink()
+    assert not restore_success(folder, folder.read_run() or {}), "all rows are run again"
 
 
 def test_parts_may_be_partitioned_by_a_column_and_reopened_without_loss(tmp_path: Path) -> None:
