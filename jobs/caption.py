@@ -19,7 +19,7 @@ from rich.console import Console
 from jobs.command_line import EXIT_INTERRUPTED, EXIT_NO_ANSWER, run_job
 from jobs.report import write_report
 from pipeline.config import CaptionConfig
-from pipeline.errors import JobError
+from pipeline.errors import JobError, counted
 from pipeline.evaluation.columns import answer_texts
 from pipeline.execution.cluster import job_output, stop_on_signals
 from pipeline.execution.prepare import CaptionJob, hold, prepare
@@ -58,8 +58,8 @@ def run(config: CaptionConfig) -> int:
                 finish(job)
             except KeyboardInterrupt:
                 job.close("interrupted")
-                done, total = job.counts.done, job.counts.total
-                console.print(f"stopped: {done:,} of {total:,} rows are done; the same command resumes")
+                done, total = job.counts.done, counted(job.counts.total, "row")
+                console.print(f"stopped with {done:,} of {total} done; the same command resumes")
                 return EXIT_INTERRUPTED
             except BaseException:
                 with contextlib.suppress(JobError, OSError):  # what ended the run may keep run.json from being written

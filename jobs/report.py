@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import JobError, OutputError
+from pipeline.errors import JobError, OutputError, counted
 from pipeline.report import ReportOptions, gather, render_html, render_markdown
 from pipeline.results.run_folder import REPORT_FILE, RunFolder
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"wrote {path}: {len(text.encode()):,} bytes, {report.rows.num_rows:,} rows")
+    print(f"wrote {path}: {len(text.encode()):,} bytes, {counted(report.rows.num_rows, 'row')}")
     return 0
 
 

@@ -216,6 +216,11 @@ def row_error_types(kind: type[RowError] = RowError) -> dict[str, type[RowError]
     return found
 
 
+def counted(number: float, noun: str) -> str:
+    """As in `1 row` and `2,000 rows`."""
+    return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
+
+
 def first_line(error: BaseException) -> str:
     """An error's message for use inside another: one line, and never empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -37,8 +37,9 @@ def score_folder(
     reader, scorer, records = RunReader(folder, storage_options), Scorer(settings), RunFolder(folder, storage_options)
     missing = [name for name in settings.columns if reader.columns and name not in reader.columns]
     if missing:
+        what, them = ("column", "it") if len(missing) == 1 else ("columns", "them")
         raise ConfigError(
-            f"{folder} kept no column {', '.join(missing)}: its run needs it in input.keep. "
+            f"{folder} has no {what} {', '.join(missing)}: its run needs {them} in input.keep. "
             f"Its columns: {', '.join(reader.columns)}"
         )
     columns = {*settings.columns, *DERIVED_SLICES, "media", "id", "text", "status", MANIFEST_FILE, MANIFEST_ROW}

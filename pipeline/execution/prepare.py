@@ -18,7 +18,7 @@ from pipeline.checkpoint.generation import greedy_note
 from pipeline.checkpoint.locate import resolve_model
 from pipeline.checkpoint.prompts import untrained_prompt
 from pipeline.config import CaptionConfig
-from pipeline.errors import JobError, TooManyErrors
+from pipeline.errors import JobError, TooManyErrors, counted
 from pipeline.execution.placement import Placement
 from pipeline.execution.progress import RunCounts, bottleneck
 from pipeline.execution.stages import (
@@ -31,7 +31,8 @@ from pipeline.execution.stages import (
     number_rows,
     open_input,
 )
-from pipeline.manifest.files import Manifest, WorkUnit
+from pipeline.execution.summary import error_line
+from pipeline.manifest.files import MEDIA, Manifest, WorkUnit
 from pipeline.manifest.find import recorded_manifest
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import Retries, plan_work
@@ -47,6 +48,7 @@ _ERRORS_JUDGED_FROM = 100
 """Rows of a run from which its error rows may stop it."""
 _HOPELESS_FRACTION, _HOPELESS_FROM = 0.95, 200
 """The same where the config says nothing: something concerns all rows then, and the rest would only cost money."""
+_SHOWN_ERROR_TYPES = 3
 
 
 @dataclass
@@ -116,19 +118,26 @@ class CaptionJob:
     def check_errors(self, *, at_end: bool = False) -> None:
         """Raise TooManyErrors when more rows failed than `run.max_error_fraction` allows."""
         counts, allowed, judged_from = self.counts, self.config.run.max_error_fraction, _ERRORS_JUDGED_FROM
+        limit = f"run.max_error_fraction {allowed}"
         if allowed is None:
             if at_end:  # the rows are done: their results are of more use than an error
                 return
             allowed, judged_from = _HOPELESS_FRACTION, _HOPELESS_FROM
+            limit = f"run.max_error_fraction (not set: {allowed})"
         if (at_end or counts.rows >= judged_from) and counts.failed > allowed * max(counts.done, 1):
-            kinds = "; ".join(
-                f"{count:,} {kind}" + (f", as row {example[0]}: {example[1]}" if example else "")
-                for kind, count in counts.errors.most_common(3)
-                for example in [counts.examples.get(kind)]
-            )
+            kinds = [
+                error_line(kind, count, counts.examples.get(kind)).plain
+                for kind, count in counts.errors.most_common(_SHOWN_ERROR_TYPES)
+            ]
+            if (left_out := len(counts.errors) - len(kinds)) > 0:
+                kinds.append(counted(left_out, "more error type"))
+            lines = "".join(f"  {line}\n" for line in kinds)
             raise TooManyErrors(
-                f"{counts.failed:,} of {counts.done:,} rows failed ({counts.failed / counts.done:.0%}), more than "
-                f"run.max_error_fraction {allowed:g} allows: {kinds}; finished rows are kept in the folder"
+                f"{counts.failed:,} of {counted(counts.done, 'row')} failed ({counts.failed / counts.done:.0%}), more "
+                f"than {limit} allows:\n{lines}"
+                f"{self.folder.file('errors.jsonl')} lists the failed rows; finished rows are kept. After mending the "
+                "cause, the same command resumes, and --retry-failed runs the failed rows again; "
+                "--run.max_error_fraction 1 resumes however many fail"
             )
 
     def close(self, state: str) -> None:
@@ -197,7 +206,7 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
     numbering = number_rows(manifest, config.input.limit)
     grown = record is not None and record["manifest"].get("num_rows") != numbering.num_rows
     if finished_before and not grown and not config.run.retry_failed:
-        _print_finished(folder, record or {}, numbering.num_rows)
+        _print_finished(config, folder, record or {}, numbering.num_rows)
         return None
     model_facts = check_settings(config, manifest, model_path)
     finished = read_finished(folder, numbering)
@@ -220,6 +229,9 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
     picked = None if config.model.dtype != "auto" else _picked_dtype(record or {})
     fresh["model"] |= {**model_facts, "dtype": picked}
     fresh["manifest"]["num_rows"] = numbering.num_rows
+    if manifest.format == MEDIA:
+        lists_anew = record is None or config.run.on_change == "new-rows"
+        fresh["manifest"]["listed"] = fresh["started"] if lists_anew else _listed(record or {})
     fresh["num_runs"] = (record or {}).get("num_runs", 0) + 1
     fresh["first_started"] = (record or fresh).get("first_started", fresh["started"])
     return CaptionJob(
@@ -261,9 +273,10 @@ def _notes(
     if note := greedy_note(model_facts["published_sampling"], asdict(config.sampling)):
         yield note
     if names := unread_settings(manifest.schema.names, message_options(config)):
+        listed = ", ".join(names)
         yield (
-            f"the manifest's columns {', '.join(names)} have the names of settings and are not read as such; "
-            f"input.settings [{', '.join(names)}] lets rows set them"
+            f"columns of the manifest that are named like settings are not read as such: {listed}; "
+            f"input.settings [{listed}] lets rows set them"
         )
 
 
@@ -281,11 +294,11 @@ def _listing_is_finished(
     num_rows = number_rows(manifest, source.limit).num_rows
     if num_rows != recorded.get("num_rows"):
         return False
-    _print_finished(folder, record, num_rows)
+    _print_finished(config, folder, record, num_rows)
     return True
 
 
-def _print_finished(folder: RunFolder, record: dict[str, Any], num_rows: int) -> None:
+def _print_finished(config: CaptionConfig, folder: RunFolder, record: dict[str, Any], num_rows: int) -> None:
     folder.delete_fragments()  # a crash between success and cleaning up may have left some
     if record.get("state") != "finished":  # it ended between its parts and its record
         errors = count_errors(folder)
@@ -294,4 +307,14 @@ def _print_finished(folder: RunFolder, record: dict[str, Any], num_rows: int) ->
         folder.write_run(record)
     failed = record["counts"]["failed"]
     hint = "; --retry-failed runs the error rows again" if failed else ""
-    print(f"{folder.path} is finished: {num_rows:,} rows, {failed:,} errors{hint}")
+    print(f"{folder.path} is finished: {counted(num_rows, 'row')}, {counted(failed, 'error')}{hint}")
+    if listed := _listed(record):
+        looks = "" if config.run.on_change == "new-rows" else "; --on-change=new-rows looks for new ones"
+        print(f"its rows are the images and videos listed at {listed}{looks}")
+
+
+def _listed(record: Mapping[str, Any]) -> str | None:
+    """When the rows of a folder of media were listed."""
+    if not record or record["manifest"]["fingerprint"]["format"] != MEDIA:
+        return None
+    return record["manifest"].get("listed") or record.get("first_started") or record.get("started")

@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from pipeline import storage
+from pipeline.errors import counted
 from pipeline.results.run_folder import RunFolder
 from pipeline.schema import Status
 
@@ -50,6 +51,9 @@ class RunCounts:
     """What is going on before the first row is done."""
     last_row: float | None = None
     _recent: deque[tuple[float, int, int]] = field(default_factory=deque)
+    """When each table of the last half minute came, its rows and output tokens."""
+    _before_recent: float | None = None
+    """When the table before them came."""
 
     def add(self, table: pa.Table) -> None:
         now = time.monotonic()
@@ -69,7 +73,7 @@ class RunCounts:
             self.examples.setdefault(error_type, (row_id, message))
         self._recent.append((now, table.num_rows, output))
         while now - self._recent[0][0] > _WINDOW_S:
-            self._recent.popleft()
+            self._before_recent = self._recent.popleft()[0]
 
     @property
     def done(self) -> int:
@@ -93,7 +97,9 @@ class RunCounts:
         """(rows/s, output tokens/s) of the last half minute."""
         if not self._recent:
             return 0.0, 0.0
-        seconds = max(time.monotonic() - max(self._recent[0][0], self.started), 1.0)
+        # The first table took its time too.
+        began = self._before_recent or self.rows_started or self.started
+        seconds = max(time.monotonic() - began, 1.0)
         return sum(rows for _, rows, _ in self._recent) / seconds, sum(n for _, _, n in self._recent) / seconds
 
     def pace(self) -> tuple[float, float]:
@@ -107,10 +113,10 @@ class RunCounts:
 
     def line(self) -> str:
         rows_s, tokens_s = self.recent_pace()
-        parts = [f"{self.done:,} of {self.total:,} rows"]
+        parts = [f"{self.done:,} of {counted(self.total, 'row')}"]
         if self.rows:
             parts += [rate_text(rows_s), f"{tokens_s:,.0f} tokens/s"]
-        parts.append(f"{self.failed:,} errors")
+        parts.append(counted(self.failed, "error"))
         if rows_s > 0 and self.done < self.total:
             parts.append(f"{duration_text((self.total - self.done) / rows_s)} left")
         elif not self.rows:
@@ -209,7 +215,7 @@ def bottleneck(stats: Sequence[Mapping[str, Any]]) -> str | None:
         more = max(1, math.ceil(actors * starved / max(1 - starved, 0.05)))
         return (
             f"preprocessing held the engine back for {starved:.0%} of the time: "
-            f"{more} more CPU actor{'s' if more > 1 else ''} (resources.preprocess_actors)"
+            f"{counted(more, 'more CPU actor')} (resources.preprocess_actors)"
         )
     return f"the engine was busy {1 - starved:.0%} of the time: more or faster engines would help, more CPU actors not"
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 from rich.console import Console
 
-from pipeline.errors import ClusterError, RestartNeeded
+from pipeline.errors import ClusterError, RestartNeeded, counted
 from pipeline.execution.actors import row_keys
 from pipeline.execution.cluster import live_nodes, local_path_notes, ray_cluster
 from pipeline.execution.dataset import Flow, run_dataset, with_ticks
@@ -77,7 +77,11 @@ def run_on_ray(job: CaptionJob, console: Console) -> None:
 
 def _read_stats(job: CaptionJob, supervision: Supervision) -> None:
     job.stats = supervision.stats()
-    if seconds_up := supervision.seconds_up():
+    _note_rows_started(job, supervision)
+
+
+def _note_rows_started(job: CaptionJob, supervision: Supervision) -> None:
+    if job.counts.rows_started is None and (seconds_up := supervision.seconds_up()):
         job.counts.rows_started = max(job.counts.started, time.monotonic() - seconds_up)
 
 
@@ -150,6 +154,7 @@ def _run_rows(
                 progress_log.note(job.counts)
                 error_log.flush(if_old=True)
                 profile.collect(if_old=True)
+                _note_rows_started(job, supervision)
                 if not job.knows_engine or (not job.counts.rows and table is None):
                     stats = supervision.stats()
                     job.counts.state = starting_text(stats)
@@ -158,7 +163,7 @@ def _run_rows(
                 progress.tick()
         writer.flush()
         if missing := job.numbering.num_rows - len(job.finished.done):
-            raise _restart(job, f"{missing:,} rows were lost")
+            raise _restart(job, f"{counted(missing, 'row')} lost")
     finally:
         # Whatever ended the run, such as expired credentials, must not be hidden by the same failure here.
         with contextlib.suppress(*([OSError] if sys.exc_info()[0] else [])):

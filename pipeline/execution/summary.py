@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.errors import InternalError
+from pipeline.errors import InternalError, counted
 from pipeline.execution.progress import RunCounts, duration_text, rate_text
 from pipeline.results.run_folder import RunFolder
 
@@ -26,12 +26,12 @@ def print_summary(
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("rows", f"{counts.done:,} of {counts.total:,} ({counts.failed:,} errors)")
+    table.add_row("rows", f"{counts.done:,} of {counts.total:,} ({counted(counts.failed, 'error')})")
     by_count = sorted(errors.items(), key=lambda item: -item[1])
     for kind, count in by_count[:_MAX_ERROR_TYPES]:
-        table.add_row("", _error_line(kind, count, counts.examples.get(kind)))
+        table.add_row("", error_line(kind, count, counts.examples.get(kind)))
     if (left_out := len(by_count) - _MAX_ERROR_TYPES) > 0:
-        table.add_row("", f"{left_out} more error types")
+        table.add_row("", counted(left_out, "more error type"))
     if by_count:
         kinds = by_count[0][0] if len(by_count) == 1 else f"{by_count[0][0]},..."
         again = f"the same command with --retry-failed, or --retry-failed={kinds}, runs failed rows again"
@@ -45,10 +45,11 @@ def print_summary(
         row_id, message = counts.examples[InternalError.__name__]
         console.print(f"{InternalError.__name__}, as row {row_id}: {message}", markup=False, highlight=False)
     if counts.total and counts.failed == counts.total:
-        console.print(f"EVERY ROW FAILED: none of the {counts.total:,} rows has an answer", style="bold red")
+        console.print(f"EVERY ROW FAILED: none of {counted(counts.total, 'row')} has an answer", style="bold red")
 
 
-def _error_line(kind: str, count: int, example: tuple[str, str] | None) -> Text:
+def error_line(kind: str, count: int, example: tuple[str, str] | None) -> Text:
+    """How many rows failed in one way, and the id and message of one of them."""
     return one_line(f"{count:,} {kind}" if example is None else f"{count:,} {kind}, as row {example[0]}: {example[1]}")
 
 
@@ -58,7 +59,7 @@ def pace_text(counts: RunCounts) -> str:
         return f"no rows in {duration_text(counts.elapsed)}"
     rows_s, tokens_s = counts.pace()
     started = f"{duration_text(counts.start_up)} to start, then " if counts.start_up >= 0.5 else ""
-    rows = f"{counts.rows:,} row{'s' if counts.rows > 1 else ''}"
+    rows = counted(counts.rows, "row")
     return f"{rows} in {duration_text(counts.elapsed)}: {started}{rate_text(rows_s)}, {tokens_s:,.0f} tokens/s"
 
 

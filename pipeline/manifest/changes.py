@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from pipeline.errors import counted
 from pipeline.manifest.files import Manifest, relative
 
 _MAX_DIFFERENCES = 20
@@ -24,12 +25,12 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     after = {name: (size, rows) for name, size, rows in new["files"]}
     for name, (size, rows) in before.items():
         if name not in after:
-            lines.append(f"{name} is gone ({rows:,} rows)")
+            lines.append(f"{name} is gone ({counted(rows, 'row')})")
         elif after[name][1] != rows:
-            lines.append(f"{name} had {rows:,} rows and has {after[name][1]:,}")
+            lines.append(f"{name} had {counted(rows, 'row')} and has {after[name][1]:,}")
         elif after[name][0] != size:
             lines.append(f"{name} had {size:,} bytes and has {after[name][0]:,}, with as many rows")
-    lines += [f"{name} is new ({rows:,} rows)" for name, (_, rows) in after.items() if name not in before]
+    lines += [f"{name} is new ({counted(rows, 'row')})" for name, (_, rows) in after.items() if name not in before]
     if len(lines) > _MAX_DIFFERENCES:
         lines[_MAX_DIFFERENCES:] = [f"and {len(lines) - _MAX_DIFFERENCES} more changes"]
     return lines

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.checkpoint.families import FAMILIES
+from pipeline.errors import counted
 from pipeline.manifest.files import MEDIA
 from pipeline.planning.roofline import PATCHES_PER_TOKEN, find_gpu, named_shape
 
@@ -196,11 +197,6 @@ def setting_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> l
         for name in dict.fromkeys([*other, *mine])
         if mine.get(name) != other.get(name) and not name.startswith(("output.", "evaluate.", "run."))
     ]
-
-
-def counted(number: float, name: str) -> str:
-    """A number of things: `1 row`, `1,024 rows`."""
-    return f"{number:,.0f} {name}{'' if number == 1 else 's'}"
 
 
 def shown_source(source: str) -> str:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.errors import counted
 from pipeline.evaluation.interval import Estimate
 from pipeline.evaluation.paired import Comparison
 from pipeline.report.baseline import Baseline
 from pipeline.report.contents import Report
-from pipeline.report.facts import counted, shown_source
+from pipeline.report.facts import shown_source
 from pipeline.report.scores import Note
 
 _MAX_HTML_BYTES = 5_000_000

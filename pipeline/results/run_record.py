@@ -97,9 +97,15 @@ def check_unchanged(
     appended = only_appended(old, new)
     rows = [] if allows_more and appended else difference(old, new)
     if settings or rows:
-        way_out = "choose another output.path, or go back to the old settings"
-        if rows and not settings and appended:
+        if settings:
+            way_out = f"choose another output.path, or go back to the old settings{' and files' if rows else ''}"
+        elif appended:
             way_out = "--on-change=new-rows includes the new files; or choose another output.path"
+        else:
+            way_out = (
+                "leave the old files as they were and put new rows into another file of the folder (input.path: the "
+                "folder; --on-change=new-rows), or choose another output.path"
+            )
         lines = "\n".join(f"  {line}" for line in [*settings, *rows])
         raise OutputError(f"{folder} holds a run with other settings or rows:\n{lines}\n{way_out}")
     return keep_file_numbers(manifest, old)

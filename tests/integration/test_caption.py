@@ -247,17 +247,17 @@ def test_a_finished_folder_is_left_alone_and_says_so_at_once(
     started = time.monotonic()
     assert caption(source, output) == 0
     assert time.monotonic() - started < 2
-    assert "is finished: 1 rows, 0 errors" in capsys.readouterr().out
+    assert "is finished: 1 row, 0 errors" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
     # Nor was the manifest opened: there is nothing in it any more, and its listing does not show that.
     size, times = source.stat().st_size, source.stat()
     source.write_text("\n" * size)
     os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert caption(source, output) == 0
-    assert "is finished: 1 rows" in capsys.readouterr().out
+    assert "is finished: 1 row" in capsys.readouterr().out
     os.utime(source)
     assert caption(source, output) == 2
-    assert "m.jsonl had 1 rows and has 0" in capsys.readouterr().err
+    assert "m.jsonl had 1 row and has 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("moment", ["_place", "finalise"])
@@ -274,7 +274,7 @@ def test_a_run_that_is_stopped_before_its_first_row_or_after_its_last_is_finishe
     with monkeypatch.context() as patch:
         patch.setattr(f"pipeline.execution.run.{moment}", stopped)
         assert caption(source, output) == 130
-    assert f"stopped: {done} of 1 rows are done; the same command resumes" in capfd.readouterr().out
+    assert f"stopped with {done} of 1 row done; the same command resumes" in capfd.readouterr().out
     assert not (output / "__run" / ".lease").exists() and not (output / "_SUCCESS").exists()
     if done:
         record = json.loads((output / "__run" / "run.json").read_text())
@@ -323,8 +323,8 @@ def test_too_many_errors_stop_the_job_and_keep_what_is_done(tmp_path: Path, caps
     source, output = jsonl(tmp_path / "m.jsonl", rows), tmp_path / "out"
     assert caption(source, output, "--run.max_error_fraction", "0.5") == 3
     message = capsys.readouterr().err
-    assert (
-        "3 of 4 rows failed (75%), more than run.max_error_fraction 0.5 allows: 3 MediaNotFound, as row 0:0" in message
+    assert "3 of 4 rows failed (75%), more than run.max_error_fraction 0.5 allows:\n  3 MediaNotFound, as row 0:0" in (
+        message
     )
     assert not (output / "_SUCCESS").exists()
     assert caption(source, output, "--run.max_error_fraction", "0.8") == 0

@@ -95,7 +95,7 @@ def test_the_demo_runs_as_a_job_with_its_logs_exit_code_and_metrics(head: RayHea
         time.sleep(1.0)
     printed = job.communicate(timeout=WAIT_S)[0]
     assert job.returncode == 0, printed
-    assert re.search(rf"rows +{num_rows} of {num_rows} \(1 errors\)", printed)
+    assert re.search(rf"rows +{num_rows} of {num_rows} \(1 error\)", printed)
     assert "1 ReservedTokenError" in printed
     assert "\x1b" not in printed, "no terminal, no colours"
     assert places(output) == list(range(num_rows))
@@ -143,7 +143,7 @@ def stop_and_go_on(head: RayHead, manifest: Path, held: str, released: threading
     job.wait()
     released.set()
     assert "was stopped; submit it again to resume" in printed
-    assert re.search(rf"stopped: \d+ of {num_rows} rows are done; the same command resumes", printed), printed
+    assert re.search(rf"stopped with \d+ of {num_rows} rows done; the same command resumes", printed), printed
     assert job.returncode == 2, "make's own, for our 130"
     before = json.loads((output / "__run" / "run.json").read_text())
     assert before["state"] == "interrupted" and 0 < before["counts"]["done"] < num_rows

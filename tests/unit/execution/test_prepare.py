@@ -21,19 +21,31 @@ from pipeline.results.run_folder import RunFolder
 from tests.unit.results.result_rows import outcomes
 
 
-def check(rows: int, failed: int, allowed: float | None, *, done_before: int = 0, at_end: bool = False) -> None:
+def check(
+    rows: int, failed: int, allowed: float | None, *, done_before: int = 0, at_end: bool = False, **others: int
+) -> None:
     examples = {"MediaNotFound": ("row 7", "no file a.jpg")}
-    counts = RunCounts(10_000, done_before, rows=rows, errors=Counter(MediaNotFound=failed), examples=examples)
+    errors = Counter(MediaNotFound=failed, **others)
+    counts = RunCounts(10_000, done_before, rows=rows, errors=errors, examples=examples)
     config = SimpleNamespace(run=SimpleNamespace(max_error_fraction=allowed))
-    CaptionJob.check_errors(SimpleNamespace(counts=counts, config=config), at_end=at_end)  # type: ignore[arg-type]
+    CaptionJob.check_errors(SimpleNamespace(counts=counts, config=config, folder=RunFolder("out")), at_end=at_end)  # type: ignore[arg-type]
 
 
 def test_without_a_setting_a_run_stops_where_nearly_all_of_its_first_rows_fail() -> None:
     check(199, 199, None)
     check(200, 190, None)
-    with pytest.raises(TooManyErrors, match=r"195 of 200 rows failed.*195 MediaNotFound, as row row 7: no file a\.jpg"):
+    with pytest.raises(TooManyErrors, match=r"195 of 200 rows failed.*not set: 0\.95\) allows"):
         check(200, 195, None)
     check(200, 200, None, done_before=5_000)  # most rows of the folder have answers
+
+
+def test_a_stop_lists_the_error_types_line_by_line_and_says_how_to_go_on() -> None:
+    with pytest.raises(TooManyErrors) as stop:
+        check(100, 50, 0.5, A=2, B=7, C=1, D=1)
+    first, *kinds, last = str(stop.value).splitlines()
+    assert first == "61 of 100 rows failed (61%), more than run.max_error_fraction 0.5 allows:"
+    assert kinds == ["  50 MediaNotFound, as row row 7: no file a.jpg", "  7 B", "  2 A", "  2 more error types"]
+    assert last.startswith("out/__run/errors.jsonl lists the failed rows") and "--run.max_error_fraction 1" in last
 
 
 def test_without_a_setting_a_run_that_reached_its_end_keeps_its_results() -> None:
@@ -113,6 +125,61 @@ def test_a_finished_folder_that_lost_its_success_is_not_computed_again(
     Path(folder.parts()[0]).unlink()
     job = prepare(config, folder)
     assert job is not None and len(job.finished.done) == 0, "nothing is left of it"
+
+
+def test_a_finished_folder_of_photos_says_which_list_it_uses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"1")
+    config, folder = finished_run(tmp_path, photos)
+    record = folder.read_run()
+    assert record is not None and record["manifest"]["listed"] == record["started"]
+    (photos / "b.jpg").write_bytes(b"2")
+    assert prepare(config, folder) is None
+    printed = capsys.readouterr().out
+    assert "is finished: 1 row, 1 error; --retry-failed" in printed
+    assert f"listed at {record['started']}; --on-change=new-rows looks for new ones" in printed
+    again = config.model_copy(update={"run": config.run.model_copy(update={"retry_failed": "MediaNotFound"})})
+    folder.write_run(record | {"manifest": record["manifest"] | {"listed": "that day"}})
+    retried = prepare(again, folder)
+    assert retried is not None and retried.record["manifest"]["listed"] == "that day", "the list is still that one"
+    anew = config.model_copy(update={"run": config.run.model_copy(update={"on_change": "new-rows"})})
+    job = prepare(anew, folder)
+    assert job is not None and job.numbering.num_rows == 2
+    assert job.record["manifest"]["listed"] == job.record["started"]
+
+
+def test_a_line_added_to_a_manifest_file_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
+    source = tmp_path / "rows"
+    source.mkdir()
+    (source / "list.csv").write_text("prompt\na?\nb?\n")
+    config, folder = finished_run(tmp_path, source / "list.csv", **{"run.on_change": "new-rows"})
+    (source / "list.csv").write_text("prompt\na?\nb?\nc?\n")
+    with pytest.raises(OutputError) as refusal:
+        prepare(config, folder)
+    assert "list.csv had 2 rows and has 3" in str(refusal.value)
+    assert "put new rows into another file of the folder" in str(refusal.value)
+    assert "settings" not in str(refusal.value).splitlines()[-1]
+    (source / "list.csv").write_text("prompt\na?\nb?\n")
+    (source / "more.csv").write_text("prompt\nc?\n")
+    whole = config.model_copy(update={"input": config.input.model_copy(update={"path": str(source)})})
+    job = prepare(whole, folder)
+    assert job is not None and job.numbering.num_rows == 3 and len(job.finished.done) == 2
+
+
+@pytest.mark.parametrize("columns", [["n"], ["n", "seed"]])
+def test_columns_that_are_named_like_settings_are_pointed_out(tmp_path: Path, columns: list[str]) -> None:
+    pq.write_table(pa.table({"prompt": ["a?"], **{name: [1] for name in columns}}), tmp_path / "rows.parquet")
+    values = {"input.path": str(tmp_path / "rows.parquet"), "model.path": "demo", "output.path": str(tmp_path / "out")}
+    folder = RunFolder(str(tmp_path / "out"))
+    folder.prepare()
+    job = prepare(load_config(CaptionConfig, None, values), folder)
+    names = ", ".join(columns)
+    assert job is not None and any(
+        f"named like settings are not read as such: {names}; input.settings [{names}]" in note for note in job.notes
+    )
 
 
 def test_a_run_goes_on_in_the_dtype_that_its_first_engine_picked(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.execution.progress import RunCounts, bottleneck, rate_text, starting_text
+from tests.unit.results.result_rows import outcomes
 
 
 def test_pace_runs_from_the_start_of_the_first_row_to_the_end_of_the_last() -> None:
@@ -15,6 +16,32 @@ def test_pace_runs_from_the_start_of_the_first_row_to_the_end_of_the_last() -> N
     counts.rows_started = None  # unknown: start-up counts
     assert counts.pace() == (5.0, 50.0)
     assert RunCounts(total=600, done_before=600).pace() == (0.0, 0.0)
+
+
+def test_the_time_left_counts_the_time_of_the_first_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    counts = RunCounts(total=3_000, done_before=0, started=960.0)
+    table = outcomes(*[None] * 100)
+    counts.rows_started = 970.0
+    counts.add(table)
+    assert counts.line().startswith("100 of 3,000 rows, 3.33 rows/s")
+    assert counts.line().endswith("14 min 30 s left")
+    clock[0] += 10.0
+    counts.add(table)
+    assert counts.recent_pace()[0] == 200 / 40
+    clock[0] += 25.0  # the first table is over half a minute old now
+    counts.add(table)
+    assert counts.recent_pace()[0] == 200 / 35
+    clock[0] += 300.0  # tables that take longer than the window
+    counts.add(table)
+    assert counts.recent_pace()[0] == 100 / 300
+
+
+def test_one_row_and_one_error_are_no_plurals() -> None:
+    counts = RunCounts(total=1, done_before=0)
+    counts.add(outcomes("MediaNotFound"))
+    assert counts.line().startswith("1 of 1 row, ") and counts.line().endswith(", 1 error")
 
 
 @pytest.mark.parametrize(
