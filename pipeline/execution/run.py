@@ -95,8 +95,13 @@ def finish(job: CaptionJob) -> None:
         result_schema(job.kept),
         rows_per_part=output.rows_per_part,
         partition_by=output.partition_by,
+        errors=ErrorLog(job.folder, _manifest_paths(job), is_final=True),
     )
     job.close("finished")
+
+
+def _manifest_paths(job: CaptionJob) -> list[str]:
+    return [file.path for file in job.manifest.files]
 
 
 def restart_command() -> None:
@@ -132,7 +137,7 @@ def _run_rows(
         profile_steps=config.run.profile_steps,
     )
     meter, progress_log, units = Meter(), ProgressLog(folder), OpenUnits(work)
-    error_log = ErrorLog(folder, [file.path for file in job.manifest.files])
+    error_log = ErrorLog(folder, _manifest_paths(job))
     profile = ProfileFolder(folder, supervision, config.run.profile_steps)
     tables = with_ticks(run_dataset(flow, job.manifest.spec, work, supervision.actor), seconds=1.0)
     try:

@@ -7,7 +7,7 @@
                     manifest.parquet     the listing, where the input is a folder of media
                     fragments/*.parquet  finished rows, each file published whole; removed once the parts are complete
                     progress.jsonl       counts over time
-                    errors.jsonl         the failed rows, one a line
+                    errors.jsonl         the failed rows, one a line; written anew with the parts
                     .lease               the run that writes at the moment
 
 With `partition_by`, parts lie one folder deeper, as in task=count/part-00000.parquet, without that column.

@@ -1,7 +1,8 @@
 """`errors.jsonl` in the run folder: a line of JSON for every failed row, with its row key.
 
 The results have the same errors; this file shows them while the job runs, to a person with `tail` or `jq`. A later run
-adds to the lines of an earlier one. The file is published whole, since buckets can't append, and has at most MAX_LINES.
+adds to the lines of an earlier one; when the parts are written, so is the file, with the rows that failed in the end.
+It is published whole, since buckets can't append, and has at most MAX_LINES.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ _COLUMNS = ["id", "attempts", "error_stage", "error_type", "error_message", MANI
 class ErrorLog:
     """Collects failed rows and publishes them now and then."""
 
-    def __init__(self, folder: RunFolder, manifest_files: Sequence[str]) -> None:
-        """`manifest_files` are the manifest's paths, by the numbers that rows carry."""
-        self._folder, self._files = folder, manifest_files
+    def __init__(self, folder: RunFolder, manifest_files: Sequence[str], *, is_final: bool = False) -> None:
+        """`manifest_files` are the manifest's paths, by the numbers that rows carry. With `is_final` the rows are those
+        of the parts, and their lines replace the file's."""
+        self._folder, self._files, self._is_final = folder, manifest_files, is_final
         self._path = folder.file("errors.jsonl")
-        self._has_new = False
+        self._has_new = is_final
         self._published = time.monotonic()
         self._lines: list[str] = []
+        if is_final:
+            return
         with contextlib.suppress(OSError):
             self._lines = storage.read_bytes(self._path, folder.storage_options).decode().splitlines()
 
@@ -42,7 +46,7 @@ class ErrorLog:
         failed = table.select(_COLUMNS).filter(pc.not_equal(table.column("status"), Status.OK.value)).slice(0, room)
         for row in failed.to_pylist():
             line = {
-                "time": round(time.time(), 1),
+                **({} if self._is_final else {"time": round(time.time(), 1)}),
                 "manifest_file": self._files[row[MANIFEST_FILE]],
                 "manifest_row": row[MANIFEST_ROW],
                 "id": row["id"],
@@ -61,4 +65,7 @@ class ErrorLog:
         if self._has_new and not (if_old and time.monotonic() - self._published < _PUBLISH_EVERY_S):
             self._has_new, self._published = False, time.monotonic()
             with contextlib.suppress(OSError):  # a full disk is reported where it costs rows
+                if not self._lines:
+                    storage.delete(self._path, self._folder.storage_options)
+                    return
                 storage.publish(self._path, ("\n".join(self._lines) + "\n").encode(), self._folder.storage_options)

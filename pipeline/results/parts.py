@@ -16,6 +16,7 @@ from pipeline import storage
 from pipeline.errors import ConfigError, OutputError
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.results import result_files
+from pipeline.results.error_log import ErrorLog
 from pipeline.results.fragments import read_range, write_fragment
 from pipeline.results.result_files import (
     PARTITION_KEY,
@@ -59,8 +60,11 @@ def finalise(
     *,
     rows_per_part: int,
     partition_by: str | None = None,
+    errors: ErrorLog | None = None,
 ) -> int:
     """Write the parts from the fragments, check their count, mark success, remove the fragments.
+
+    The failed rows among them are written to `errors`.
 
     Memory holds one part and a few of the fragments that overlap it. Returns the number of parts.
     Raises OutputError when a row is missing.
@@ -70,6 +74,8 @@ def finalise(
     sources = [(path, *span) for path, span in zip(paths, ranges, strict=True)]
     written: set[str] = set()
     for table in _tables_in_order(folder, sources, numbering, schema, rows_per_part):
+        if errors is not None:
+            errors.add(table)
         for subfolders, piece in _partitions(table, partition_by):
             # Every part has its own number, so that two values may share a folder, as null and Hive's word for it do.
             path = folder.part(*subfolders, f"part-{len(written):05d}.parquet")
@@ -82,6 +88,8 @@ def finalise(
     counted = _count_rows(folder, folder.parts())
     if counted != numbering.num_rows:
         raise OutputError(f"{folder.path}: the parts hold {counted} rows, the manifest {numbering.num_rows}")
+    if errors is not None:
+        errors.flush()
     folder.mark_finished()
     folder.delete_fragments()
     return len(written)

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from pipeline.manifest.row_set import RowNumbering
 from pipeline.results import error_log
 from pipeline.results.error_log import ErrorLog
+from pipeline.results.fragments import FragmentWriter
+from pipeline.results.parts import finalise, reopen
 from pipeline.results.run_folder import RunFolder
-from tests.unit.results.result_rows import outcomes
+from tests.unit.results.result_rows import new_folder, outcomes
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -32,6 +35,29 @@ def test_failed_rows_are_written_with_their_row_key_and_later_runs_add_theirs(tm
     ] * 2
     assert written[0]["message"] == "no file für 1"
     assert written[0]["type"] == "MediaNotFound" and written[0]["stage"] == "fetch" and written[0]["id"] == "row 1"
+
+
+def test_the_rows_that_failed_in_the_end_replace_the_log_when_the_parts_are_written(tmp_path: Path) -> None:
+    folder, numbering = new_folder(tmp_path), RowNumbering([0, 3])
+    log = ErrorLog(folder, ["a", "b"])
+    for attempt in (outcomes("MediaNotFound", None, "MediaNotFound"), outcomes("FetchError")):
+        out = FragmentWriter(folder, numbering, attempt.schema, 10, 60.0)
+        out.add(attempt)
+        out.flush()
+        log.add(attempt)
+    again = outcomes(None, None, None).slice(2)
+    out.add(again)
+    out.flush()
+    log.flush()
+    assert [line["type"] for line in lines(Path(folder.path))] == ["MediaNotFound", "MediaNotFound", "FetchError"]
+    finalise(folder, numbering, again.schema, rows_per_part=2, errors=ErrorLog(folder, ["a", "b"], is_final=True))
+    (line,) = lines(Path(folder.path))
+    assert (line["manifest_file"], line["manifest_row"], line["type"]) == ("b", 0, "FetchError")
+    reopen(folder, numbering)
+    out.add(outcomes(None))
+    out.flush()
+    finalise(folder, numbering, again.schema, rows_per_part=2, errors=ErrorLog(folder, ["a", "b"], is_final=True))
+    assert not Path(folder.file("errors.jsonl")).exists()
 
 
 def test_without_failed_rows_there_is_no_file(tmp_path: Path) -> None:
