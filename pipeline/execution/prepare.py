@@ -7,8 +7,9 @@ Knows config, manifest, checkpoint and run folder; nothing of Ray.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -49,6 +50,7 @@ _ERRORS_JUDGED_FROM = 100
 _HOPELESS_FRACTION, _HOPELESS_FROM = 0.95, 200
 """The same where the config says nothing: something concerns all rows then, and the rest would only cost money."""
 _SHOWN_ERROR_TYPES = 3
+_NOTE_EVERY_S = 60.0
 
 
 @dataclass
@@ -76,6 +78,7 @@ class CaptionJob:
     """Whether run.json says that this run is in progress: until then the folder is not tied to its settings."""
     knows_engine: bool = False
     """Whether an engine is ready and described."""
+    _noted: float = field(default_factory=time.monotonic)
 
     @property
     def stages(self) -> Stages:
@@ -98,8 +101,41 @@ class CaptionJob:
     def start(self, placement: Placement) -> None:
         """Write run.json with the state `running`."""
         self.record["placement"] = vars(placement)
+        self._measure()
         self.folder.write_run(self.record)
         self.started = True
+
+    def note_pace(self) -> None:
+        """Write into run.json, now and then, how far the run is: a run that is killed counts as far as this."""
+        if time.monotonic() - self._noted >= _NOTE_EVERY_S:
+            self._noted = time.monotonic()
+            self._measure()
+            with contextlib.suppress(JobError):  # a full disk is reported where it costs rows
+                self.folder.write_run(self.record)
+
+    def _measure(self) -> None:
+        """Put counts and times into the record: of this run, and of all runs in the folder together."""
+        counts, placement = self.counts, self.record["placement"]
+        rows_per_s, tokens_per_s = counts.pace()
+        of_both = {
+            "seconds": counts.elapsed,
+            "prompt_tokens": counts.prompt_tokens,
+            "visual_tokens": counts.visual_tokens,
+            "output_tokens": counts.output_tokens,
+        }
+        mine = {
+            "runs": 1,
+            "rows": counts.rows,
+            **of_both,
+            "row_seconds": counts.row_seconds,
+            "gpu_seconds": counts.elapsed * placement["engine_actors"] * placement["gpus_per_engine"],
+        }
+        before = self.last_record.get("totals", {})
+        self.record.update(
+            counts={"rows": counts.total, "done": counts.done, "failed": counts.failed, "this_run": counts.rows},
+            throughput={"rows_per_s": rows_per_s, "output_tokens_per_s": tokens_per_s, **of_both},
+            totals={name: before.get(name, 0) + value for name, value in mine.items()},
+        )
 
     def plan(self, placement: Placement) -> list[WorkUnit]:
         resources = self.config.resources
@@ -144,22 +180,12 @@ class CaptionJob:
         """Write run.json with what is known at the end of the run, however it ended."""
         if not self.started:
             return
-        counts = self.counts
-        rows_per_s, tokens_per_s = counts.pace()
+        self._measure()
         engines = [one for one in self.stats if one.get("kind") == "engine"]
         self.record.update(
             state=state,
             finished=now(),
-            counts={"rows": counts.total, "done": counts.done, "failed": counts.failed, "this_run": counts.rows},
-            errors=dict(count_errors(self.folder) if state == "finished" else counts.errors),
-            throughput={
-                "rows_per_s": rows_per_s,
-                "output_tokens_per_s": tokens_per_s,
-                "seconds": counts.elapsed,
-                "prompt_tokens": counts.prompt_tokens,
-                "visual_tokens": counts.visual_tokens,
-                "output_tokens": counts.output_tokens,
-            },
+            errors=dict(count_errors(self.folder) if state == "finished" else self.counts.errors),
             engine=next((one["describe"] for one in engines if "describe" in one), None),
             bottleneck=bottleneck(self.stats),
             stages=[

@@ -102,14 +102,19 @@ class RunCounts:
         seconds = max(time.monotonic() - began, 1.0)
         return sum(rows for _, rows, _ in self._recent) / seconds, sum(n for _, _, n in self._recent) / seconds
 
-    def pace(self) -> tuple[float, float]:
-        """(rows/s, output tokens/s) of the run, from the start of its first row to the end of its last: without
-        start-up, with filling and emptying the stages."""
+    @property
+    def row_seconds(self) -> float:
+        """Seconds from the start of the first row to the end of the last: without start-up, with filling and emptying
+        the stages."""
         if self.last_row is None:
+            return 0.0
+        return max(self.last_row - (self.started if self.rows_started is None else self.rows_started), 1e-9)
+
+    def pace(self) -> tuple[float, float]:
+        """(rows/s, output tokens/s) of the run over `row_seconds`."""
+        if not self.row_seconds:
             return 0.0, 0.0
-        began = self.started if self.rows_started is None else self.rows_started
-        seconds = max(self.last_row - began, 1e-9)
-        return self.rows / seconds, self.output_tokens / seconds
+        return self.rows / self.row_seconds, self.output_tokens / self.row_seconds
 
     def line(self) -> str:
         rows_s, tokens_s = self.recent_pace()

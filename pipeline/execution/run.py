@@ -157,6 +157,7 @@ def _run_rows(
                 writer.flush_if_old()
                 meter.progress(job.counts.done, job.counts.total)
                 progress_log.note(job.counts)
+                job.note_pace()
                 error_log.flush(if_old=True)
                 profile.collect(if_old=True)
                 _note_rows_started(job, supervision)

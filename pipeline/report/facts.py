@@ -37,13 +37,24 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast the run was, as far as it recorded that."""
+    """How fast a folder's runs were, and what they took, as far as they recorded that.
 
+    A folder that was resumed has several runs. Those of versions that kept no totals are left out, but for the last.
+    """
+
+    num_runs: float
+    """Runs that the figures are of."""
+    of_runs: float
+    """Runs that there were."""
     num_rows: float | None
-    """Rows of the last run alone, to which the speed belongs; a folder may have more, from runs before it."""
+    """Rows that they ran, those that ran again included."""
     rows_per_s: float | None
     output_tokens_per_s: float | None
     seconds: float | None
+    last_rows: float | None
+    """Rows of the last run alone."""
+    last_rows_per_s: float | None
+    last_seconds: float | None
     num_gpus: float
     gpu_name: str | None
     mfu: float | None
@@ -52,7 +63,17 @@ class Speed:
     gpu_hours: float | None
     cost: float | None
     stages: tuple[StageTime, ...]
+    """Of the last run, as is the bottleneck."""
     bottleneck: str | None
+
+    @property
+    def covered(self) -> str | None:
+        """Which runs the figures are of, where there was more than one."""
+        if self.of_runs <= 1:
+            return None
+        if self.num_runs >= self.of_runs:
+            return f"{self.of_runs:,.0f} runs"
+        return f"the last {'' if self.num_runs <= 1 else f'{self.num_runs:,.0f} '}of {self.of_runs:,.0f} runs"
 
 
 def at(values: Any, path: str) -> Any:
@@ -82,22 +103,41 @@ def items_at(values: Any, path: str) -> list[Any]:
 
 def speed(run: Mapping[str, Any], *, price_per_gpu_hour: float | None = None) -> Speed:
     """Speed, utilisation, MFU and cost."""
-    seconds = number_at(run, "throughput.seconds")
-    num_gpus = _num_gpus(run)
-    gpu_hours = num_gpus * seconds / 3600 if num_gpus and seconds else None
-    mfu, mfu_basis = _mfu(run, seconds, num_gpus)
+    num_gpus, last_rows = _num_gpus(run), number_at(run, "counts.this_run")
+    last_seconds, last_rows_per_s = (number_at(run, f"throughput.{name}") for name in ("seconds", "rows_per_s"))
+    num_runs = number_at(run, "totals.runs")
+    if num_runs:
+        part = "totals"
+        seconds, num_rows, gpu_seconds, row_seconds, tokens = (
+            number_at(run, f"totals.{name}")
+            for name in ("seconds", "rows", "gpu_seconds", "row_seconds", "output_tokens")
+        )
+        rows_per_s, tokens_per_s = (
+            count / row_seconds if count is not None and row_seconds else None for count in (num_rows, tokens)
+        )
+    else:
+        part, seconds, num_rows, rows_per_s = "throughput", last_seconds, last_rows, last_rows_per_s
+        tokens_per_s = number_at(run, "throughput.output_tokens_per_s")
+        gpu_seconds = num_gpus * (seconds or 0.0)
+    gpu_hours = gpu_seconds / 3600 if gpu_seconds else None
+    mfu, mfu_basis = _mfu(run, part, gpu_seconds)
     return Speed(
-        num_rows=number_at(run, "counts.this_run"),
-        rows_per_s=number_at(run, "throughput.rows_per_s"),
-        output_tokens_per_s=number_at(run, "throughput.output_tokens_per_s"),
+        num_runs=num_runs or 1,
+        of_runs=number_at(run, "num_runs") or 1,
+        num_rows=num_rows,
+        rows_per_s=rows_per_s,
+        output_tokens_per_s=tokens_per_s,
         seconds=seconds,
+        last_rows=last_rows,
+        last_rows_per_s=last_rows_per_s,
+        last_seconds=last_seconds,
         num_gpus=num_gpus,
         gpu_name=text_at(run, "engine.gpu"),
         mfu=mfu,
         mfu_basis=mfu_basis,
         gpu_hours=gpu_hours,
         cost=gpu_hours * price_per_gpu_hour if gpu_hours and price_per_gpu_hour else None,
-        stages=tuple(_stages(run, seconds)),
+        stages=tuple(_stages(run, last_seconds)),
         bottleneck=text_at(run, "bottleneck"),
     )
 
@@ -107,17 +147,18 @@ def _num_gpus(run: Mapping[str, Any]) -> float:
     return (engines or 0.0) * (each or 0.0)
 
 
-def _mfu(run: Mapping[str, Any], seconds: float | None, num_gpus: float) -> tuple[float | None, str | None]:
-    """Model FLOP utilisation and how it was computed: 2 FLOP a parameter and token, attention left out."""
+def _mfu(run: Mapping[str, Any], part: str, gpu_seconds: float | None) -> tuple[float | None, str | None]:
+    """Model FLOP utilisation and how it was computed: 2 FLOP a parameter and token, attention left out. `part` of the
+    record has the tokens."""
     gpu = find_gpu(text_at(run, "engine.gpu") or "")
     shape = named_shape(str(at(run, "model.path")))
-    prompt, output, visual = (number_at(run, f"throughput.{kind}_tokens") for kind in ("prompt", "output", "visual"))
-    if gpu is None or shape is None or not seconds or not num_gpus or prompt is None or output is None:
+    prompt, output, visual = (number_at(run, f"{part}.{kind}_tokens") for kind in ("prompt", "output", "visual"))
+    if gpu is None or shape is None or not gpu_seconds or prompt is None or output is None:
         return None, None
     vision = PATCHES_PER_TOKEN * shape.vision_body + shape.merger
     flops = 2 * (shape.body + shape.head) * (prompt + output) + 2 * vision * (visual or 0.0)
     basis = f"2 FLOP a parameter and token without attention, over {gpu.flops / 1e12:,.0f} TFLOP/s dense bfloat16 a GPU"
-    return flops / (gpu.flops * num_gpus * seconds), basis
+    return flops / (gpu.flops * gpu_seconds), basis
 
 
 def _stages(run: Mapping[str, Any], seconds: float | None) -> Iterator[StageTime]:

@@ -13,6 +13,7 @@ import pytest
 from pipeline.config import CaptionConfig
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, OutputError, TooManyErrors
+from pipeline.execution.placement import Placement
 from pipeline.execution.prepare import CaptionJob, hold, prepare
 from pipeline.execution.progress import RunCounts
 from pipeline.execution.run import finish
@@ -91,6 +92,10 @@ def test_rows_that_make_their_own_prompts_are_not_said_to_be_unknown_to_the_chec
     assert job is not None and any("trained on a few prompts" in note for note in job.notes) == is_noted
 
 
+_PLACEMENT = Placement(1, 1.0, 2, 1.0, 1.0, 1, (1, 1), (2, 2))
+"""Two engines with a GPU each."""
+
+
 def finished_run(tmp_path: Path, source: Path, **values: str) -> tuple[CaptionConfig, RunFolder]:
     """A finished run over the source, in which every row is an error."""
     settings = {"input.path": str(source), "model.path": "demo", "output.path": str(tmp_path / "out"), **values}
@@ -98,8 +103,7 @@ def finished_run(tmp_path: Path, source: Path, **values: str) -> tuple[CaptionCo
     folder.prepare()
     job = prepare(config, folder)
     assert job is not None
-    folder.write_run(job.record)
-    job.started = True
+    job.start(_PLACEMENT)
     table = outcomes(*["MediaNotFound"] * job.numbering.num_rows)
     files = pa.array([0] * table.num_rows, table.schema.field("manifest_file").type)
     table = table.set_column(table.schema.get_field_index("manifest_file"), "manifest_file", files)
@@ -125,6 +129,40 @@ def test_a_finished_folder_that_lost_its_success_is_not_computed_again(
     Path(folder.parts()[0]).unlink()
     job = prepare(config, folder)
     assert job is not None and len(job.finished.done) == 0, "nothing is left of it"
+
+
+def test_times_and_counts_of_all_runs_are_added_up_a_killed_one_s_as_far_as_it_noted_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    pq.write_table(pa.table({"prompt": ["a?"] * 9}), tmp_path / "rows.parquet")
+    values = {"input.path": str(tmp_path / "rows.parquet"), "model.path": "demo", "output.path": str(tmp_path / "out")}
+    config, folder = load_config(CaptionConfig, None, values), RunFolder(str(tmp_path / "out"))
+    folder.prepare()
+    table = outcomes(None, None, None)
+    table = table.set_column(table.schema.get_field_index("num_output_tokens"), "num_output_tokens", pa.array([5] * 3))
+    for ends in ("killed", "killed", "interrupted"):
+        job = prepare(config, folder)
+        assert job is not None
+        job.counts.started = job._noted = clock[0]
+        job.start(_PLACEMENT)
+        clock[0] += 90.0
+        job.counts.rows_started = clock[0] - 30.0
+        job.counts.add(table)
+        job.note_pace()
+        clock[0] += 10.0
+        job.counts.add(table)
+        job.note_pace()  # too soon after the last time
+        if ends != "killed":
+            job.close(ends)
+    record = folder.read_run()
+    assert record is not None
+    assert record["totals"] == {
+        "runs": 3, "rows": 3 + 3 + 6, "seconds": 90 + 90 + 100, "gpu_seconds": 2 * 280, "row_seconds": 30 + 30 + 40,
+        "prompt_tokens": 0, "visual_tokens": 0, "output_tokens": 15 + 15 + 30,
+    }  # fmt: skip
+    assert record["throughput"]["seconds"] == 100 and record["counts"]["this_run"] == 6
 
 
 def test_a_finished_folder_of_photos_says_which_list_it_uses(

@@ -100,6 +100,40 @@ def test_speed_cost_and_utilisation_are_computed_from_the_run(report: Report, pa
     assert page.count('class="line"') >= 2, "rows/s and tokens/s over time"
 
 
+def test_figures_of_a_resumed_run_are_of_all_its_runs_or_say_of_which(tmp_path: Path) -> None:
+    rows = [result_row(number) for number in range(60)]
+    totals = {
+        "runs": 3, "rows": 66, "seconds": 7200.0, "row_seconds": 6600.0, "gpu_seconds": 14400.0,
+        "output_tokens": 3_000_000, "prompt_tokens": 1, "visual_tokens": 0,
+    }  # fmt: skip
+    whole = {**RUN, "num_runs": 3, "totals": totals, "counts": {"rows": 60, "done": 60, "this_run": 6}}
+    whole["throughput"] = {**RUN["throughput"], "rows_per_s": 0.5, "seconds": 12.0}
+    options = ReportOptions(thumbnails=False, price_per_gpu_hour=2.0)
+
+    def shown(run: dict[str, Any]) -> tuple[str, str]:
+        report = gather(str(write_run(tmp_path / "run", rows, run=run)), options=options)
+        return " ".join(_Tags(render_html(report)).text.split()), render_markdown(report)
+
+    page, markdown = shown(whole)
+    assert "60 rows, no errors; 2 h 00 min with start-up (3 runs); the last run did 6 rows in 12.0 s." in page
+    assert "$8.00 at $2.0 a GPU-hour (3 runs)" in page and "4 (3 runs); 66,666.7 for a million rows" in page
+    assert "6 rows in 12.0 s, 0.5 rows/s without start-up" in page and "Stages of the last run" in page
+    assert "0.01 rows/s" in page, "66 rows in 6,600 s"
+    assert "4 GPU-hours ($8.00), in 3 runs." in markdown
+    page, markdown = shown({**whole, "totals": {**totals, "runs": 2}})
+    assert "4 (the last 2 of 3 runs); 60,606.1 for a million rows" in page
+    page, markdown = shown({**{name: value for name, value in whole.items() if name != "totals"}})
+    assert "(the last of 3 runs); 1,111.1 for a million rows" in page, "two GPUs for 12 s, and 6 rows"
+    assert "in the last of 3 runs." in markdown
+
+
+def test_one_row_and_one_error_are_no_plurals(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [error_row(0, "FetchTimeout", "fetch", "silent")])
+    report = gather(str(folder), options=_QUICK)
+    assert "1 row, 1 error." in render_markdown(report)
+    assert "1 row, 1 error (100.00 %)" in " ".join(_Tags(render_html(report)).text.split())
+
+
 def test_every_section_of_the_gallery_shows_the_rows_it_names(report: Report) -> None:
     sections = {section.key: section.cards for section in report.sections}
     assert set(sections) == {
