@@ -312,7 +312,7 @@ def test_one_of_a_thing_is_not_written_as_several(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [result_row(0), error_row(1, "FetchTimeout", "fetch", "late")])
     report = gather(str(folder), options=_QUICK)
     text = " ".join(_Tags(render_html(report)).text.split())
-    assert "2 rows, 1 error among them (50.00 %)" in text and "1 answer, 1 error" in text
+    assert "2 rows, 1 error (50.00 %)" in text and "1 answer, 1 error" in text
     assert "1 error." in render_markdown(report)
     for wrong in ("1 rows", "1 answers", "1 errors"):
         assert f" {wrong}" not in text and f" {wrong}" not in render_markdown(report)
