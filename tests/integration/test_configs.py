@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shlex
 import shutil
@@ -11,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -148,6 +150,29 @@ def yes_no_questions(folder: Path) -> Path:
     return manifest
 
 
+def run_filter_recipe(output: Path) -> dict[str, Any]:
+    """What the Python of configs/jobs/filter.yaml leaves in its variables, over the parts in a folder."""
+    recipe = [line.strip()[4:] for line in comment("configs/jobs/filter.yaml") if line.strip().startswith(">>> ")]
+    known: dict[str, Any] = {}
+    exec("\n".join(recipe).replace("out/filter", str(output)), known)
+    return known
+
+
+def test_an_answer_that_is_neither_yes_nor_no_has_no_probability_of_yes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part, answers in enumerate([[("Yes", 0.95), ("The", 0.05)], [("no", 0.97), ("No", 0.04), (None, None)]]):
+        rows = [
+            {"status": "ok" if text else "error", "text": text, "logprobs": [math.log(p)] if p else None}
+            for text, p in answers
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"part-{part}.parquet")
+    known = run_filter_recipe(tmp_path)
+    assert known["rows"]["p_yes"].tolist() == pytest.approx([0.95, math.nan, 0.03, 0.04, math.nan], nan_ok=True)
+    assert known["kept"]["text"].tolist() == ["Yes"]
+    assert capsys.readouterr().out == "1 answers are neither yes nor no\n"
+
+
 @pytest.mark.usefixtures("ray_with_two_cpus")
 class TestReadyMadeConfigs:
     """With the demo checkpoint, which talks nonsense about photographs: what is looked at is the rest of the job."""
@@ -156,9 +181,7 @@ class TestReadyMadeConfigs:
         source, output = yes_no_questions(tmp_path / "world"), tmp_path / "out"
         rows = run("configs/jobs/filter.yaml", source, output, **{"input.limit": 12, "input.keep": "reference"})
         assert {row["text"] for row in rows} == {"Yes", "No"}
-        recipe = [line.strip()[4:] for line in comment("configs/jobs/filter.yaml") if line.strip().startswith(">>> ")]
-        known: dict[str, Any] = {}
-        exec("\n".join(recipe).replace("out/filter", str(output)), known)
+        known = run_filter_recipe(output)
         found = known["rows"]
         assert ((found["p_yes"] >= 0) & (found["p_yes"] <= 1)).all()
         assert ((found["p_yes"] > 0.5) == (found["reference"] == "Yes.")).all()
