@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.locate import read_json
+from pipeline.checkpoint.locate import read_json, why_missing
 from pipeline.errors import CheckpointError
 
 _SETTING = "model.adapter"
@@ -29,8 +29,8 @@ def read_adapter_config(path: str, *, revision: str | None = None) -> dict[str, 
     config = read_json(path, "adapter_config.json", revision, setting=_SETTING)
     if config is None:
         raise CheckpointError(
-            f"can't find adapter_config.json in {path!r}: set {_SETTING} to a folder that PEFT has written, or to a "
-            "hub name that this machine can reach"
+            f"can't find adapter_config.json in {path!r}{why_missing(path)}; set {_SETTING} to a folder that PEFT has "
+            "written, or to a hub name that this machine can reach"
         )
     if Path(path).is_dir() and not Path(path, "adapter_model.safetensors").is_file():
         raise CheckpointError(f"{path!r} has an adapter_config.json but no adapter_model.safetensors")

@@ -5,17 +5,22 @@ Knows folders, hub names and `config.json`; not weights, tokenizers or pixels.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.families import FAMILIES
 from pipeline.checkpoint.families.family import Family
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, first_line
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "checkpoint"
 """What `model.path: demo` stands for: the checkpoint that pipeline/demo/training made, a standard Hugging Face one."""
+_hub_faults: list[str] = []
+"""Why this process could not reach the hub. It waits for it once; from then on only the cache is looked at."""
 
 
 def resolve_model(path: str) -> str:
@@ -45,7 +50,7 @@ def read_family(model_path: str, *, revision: str | None = None) -> Family:
                 f"{model_path!r} is an adapter: set model.path to {base}, and model.adapter to {model_path}"
             )
         raise CheckpointError(
-            f"can't find config.json in {model_path!r}: "
+            f"can't find config.json in {model_path!r}{why_missing(model_path)}; "
             "set model.path to a folder with a Qwen-VL checkpoint or to a hub name that this machine can reach"
         )
     family = FAMILIES.get(str(config.get("model_type")))
@@ -74,8 +79,11 @@ def find_file(model_path: str, name: str, *, revision: str | None = None, settin
     from huggingface_hub import errors, hf_hub_download  # a second of imports, for hub names only
 
     try:
-        return Path(hf_hub_download(model_path, name, revision=revision))
-    except errors.EntryNotFoundError:  # also when offline, if the cache has no such file
+        with _hub_log_silenced():
+            return Path(hf_hub_download(model_path, name, revision=revision, local_files_only=bool(_hub_faults)))
+    except errors.EntryNotFoundError as error:
+        if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+            _hub_faults.append(first_line(error.__cause__))
         return None
     except errors.GatedRepoError as error:
         raise CheckpointError(
@@ -87,6 +95,24 @@ def find_file(model_path: str, name: str, *, revision: str | None = None, settin
             f"the hub has no {model_path!r}{f' at revision {revision!r}' if revision else ''}: set {setting} to a "
             "folder or to a hub name, and HF_TOKEN if it is private"
         ) from error
+
+
+def why_missing(model_path: str) -> str:
+    """What to add to "can't find FILE in CHECKPOINT" where the hub was not asked, or did not answer."""
+    return "" if Path(model_path).is_dir() or not _hub_faults else f": the hub can't be reached ({_hub_faults[0]})"
+
+
+@contextlib.contextmanager
+def _hub_log_silenced() -> Iterator[None]:
+    """The client logs every retry; what came of them is said in our own error."""
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+
+    before = get_verbosity()
+    set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        set_verbosity(before)
 
 
 def read_json(
