@@ -10,8 +10,10 @@ one that starts Ghostscript.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
+import json
 import re
 import struct
 import warnings
@@ -54,7 +56,11 @@ _PILLOW_ERRORS = (
     AssertionError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 
-_HEIC_BRANDS = ("heic", "heix", "mif1", "hevc")
+_IMAGE_BRANDS = {
+    **dict.fromkeys(("heic", "heix", "mif1", "hevc"), "an HEIC image"),
+    **dict.fromkeys(("avif", "avis"), "an AVIF image"),
+}
+_SHOWN_CHARS = 8
 _DESCRIPTIONS = (
     ((b"<!doctype html", b"<html", b"<head", b"<body"), "HTML, likely an error page"),
     ((b"<?xml", b"<svg"), "SVG or XML"),
@@ -73,6 +79,11 @@ _BEGINNINGS = (
     (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"),
 )  # fmt: skip
 """(how images begin, their format)"""
+
+
+_FLOATS = "the image holds floating-point pixels, which have no defined range: convert it to 8 or 16 bits"
+_FLOAT_SAMPLES = 3
+"""TIFF's number for them in the tag SampleFormat."""
 
 
 class Encoded(Protocol):
@@ -122,9 +133,7 @@ class OpenImage:
             return pixels
 
     def _open(self) -> Image.Image:
-        data = self._data
-        file = io.BytesIO(data) if isinstance(data, bytes | memoryview) else cast(IO[bytes], data)
-        return Image.open(file, formats=FORMATS)
+        return Image.open(_file(self._data), formats=FORMATS)
 
     def _decode(self, min_side: int | None) -> npt.NDArray[np.uint8]:
         with _pillow_errors(self._data, self._image):
@@ -146,9 +155,7 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
     except Exception:  # whatever a broken EXIF block makes Pillow raise; browsers show such images as stored
         pass
     if image.mode == "F":
-        raise UnsupportedMedia(
-            "the image holds floating-point pixels, which have no defined range: convert it to 8 or 16 bits"
-        )
+        raise UnsupportedMedia(_FLOATS)
     if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
         return on_white(image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -158,6 +165,10 @@ def on_white(image: Image.Image) -> Image.Image:
     """An RGBA image laid on white, as RGB."""
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _file(data: Encoded) -> IO[bytes]:
+    return io.BytesIO(data) if isinstance(data, bytes | memoryview) else cast(IO[bytes], data)
 
 
 @contextlib.contextmanager
@@ -181,7 +192,7 @@ def _pillow_errors(data: Encoded, image: Image.Image | None = None) -> Iterator[
             raise DecompressionBomb(f"the image's metadata unpacks to more than is allowed: {message}") from error
         if _UNDECODABLE.search(message):
             message = (
-                f"the decoder refuses the data of this {_claimed_format(data) or 'image'}{_compression(image)} "
+                f"the decoder refuses the data of this {claimed_format(data) or 'image'}{_compression(image)} "
                 f"({message}): they are damaged or of a kind that it does not know; save it again, as PNG for example"
             )
         raise UnsupportedMedia(f"the image can't be decoded: {message}") from error
@@ -201,14 +212,40 @@ def _not_an_image(data: Encoded) -> MediaError:
     """The error for bytes that no allowed format claims, naming what they look like."""
     if not len(data):
         return TruncatedMedia("the medium has 0 bytes")
-    if kind := _claimed_format(data):
+    if kind := claimed_format(data):
+        if kind == "TIFF" and _has_float_samples(data):
+            return UnsupportedMedia(_FLOATS)
+        variant, way_out = "", ""
+        if kind == "TIFF":
+            variant = ", or a variant of TIFF that Pillow doesn't read"
+            way_out = ", or convert it to RGB of 8 or 16 bits"
         return UnsupportedMedia(
-            f"the file begins as a {kind} ({len(data):,} bytes), but what follows is none: it is damaged; get it again"
+            f"the file has a {kind} signature, but the rest can't be read ({len(data):,} bytes in all): it is damaged"
+            f"{variant}; get it again{way_out}"
+        )
+    if video := _claimed_video(data):
+        return UnsupportedMedia(
+            f"found a video ({video}, {len(data):,} bytes), expected an image: put it into the column of videos, or, "
+            "in a folder, give it the extension of its format"
         )
     return UnsupportedMedia(f"not an image that can be decoded: {looks_like(data)}; expected {', '.join(FORMATS)}")
 
 
-def _claimed_format(data: Encoded) -> str | None:
+def _has_float_samples(data: Encoded) -> bool:
+    """Whether a TIFF that Pillow does not open says that its samples are floating-point numbers."""
+    file = _file(data)
+    file.seek(0)
+    head = file.read(8)
+    with contextlib.suppress(*_PILLOW_ERRORS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head + file.read(8) if head[2:3] == b"+" else head)
+        file.seek(tags.next)
+        tags.load(file)
+        return _FLOAT_SAMPLES in tags[TiffImagePlugin.SAMPLEFORMAT]
+    return False
+
+
+def claimed_format(data: Encoded) -> str | None:
     """The format of an image by its first bytes, whatever the rest is."""
     head = bytes(data[:16])
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
@@ -216,12 +253,41 @@ def _claimed_format(data: Encoded) -> str | None:
     return next((kind for beginning, kind in _BEGINNINGS if head.startswith(beginning)), None)
 
 
+def _claimed_video(data: Encoded) -> str | None:
+    """What a video is by its first bytes."""
+    head = bytes(data[:16])
+    if head[4:8] == b"ftyp" and (brand := _brand(head)) not in _IMAGE_BRANDS:
+        return f"an MP4 file of brand {brand}"
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return "an AVI file"
+    return "a Matroska or WebM file" if head.startswith(b"\x1aE\xdf\xa3") else None
+
+
+def _brand(head: bytes) -> str:
+    return head[8:12].decode("latin-1").strip()
+
+
 def looks_like(data: Encoded) -> str:
     """A guess at what bytes are, for error messages."""
     head = bytes(data[:512])
+    found = _claimed_video(data) or _known(head) or _text_in(head) or f"a file beginning {head[:8].hex(' ')}"
+    return f"{found} ({len(data):,} bytes)"
+
+
+def _known(head: bytes) -> str | None:
+    if head[4:8] == b"ftyp":
+        brand = _brand(head)
+        return f"{_IMAGE_BRANDS[brand]} of brand {brand}" if brand in _IMAGE_BRANDS else None
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    found = next((description for beginnings, description in _DESCRIPTIONS if text.startswith(beginnings)), None)
-    if found is None and head[4:8] == b"ftyp":
-        brand = head[8:12].decode("latin-1")
-        found = f"an {'HEIC image' if brand in _HEIC_BRANDS else 'MP4 file'} of brand {brand}"
-    return f"{found or 'a file beginning ' + head[:8].hex(' ')} ({len(data):,} bytes)"
+    return next((description for beginnings, description in _DESCRIPTIONS if text.startswith(beginnings)), None)
+
+
+def _text_in(head: bytes) -> str | None:
+    """The beginning of a text file; None where it is not text."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # which may end within a character
+    except UnicodeDecodeError:
+        return None
+    if not all(char.isprintable() or char in "\t\r\n\f" for char in text):
+        return None
+    return f"a text file beginning {json.dumps(text[:_SHOWN_CHARS], ensure_ascii=False)}"

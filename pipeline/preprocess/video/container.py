@@ -22,7 +22,7 @@ from pipeline.errors import (
     UnsupportedMedia,
     first_line,
 )
-from pipeline.preprocess.image import Encoded, looks_like
+from pipeline.preprocess.image import Encoded, claimed_format, looks_like
 from pipeline.preprocess.limits import MediaOptions
 from pipeline.preprocess.size import check_source_size
 
@@ -128,8 +128,14 @@ def _translated(error: Exception, data: Encoded) -> MediaError:
         return TruncatedMedia(f"the MP4 file has no index (moov box) in its {size}: it ends too early")
     if isinstance(error, av.error.EOFError):
         return TruncatedMedia(f"the video ends too early ({size})")
+    if (kind := claimed_format(data)) not in (None, "GIF"):  # which may be a video
+        return UnsupportedMedia(
+            f"found an image ({kind}, {size}), expected a video: put it into the column of images, or, in a folder, "
+            "give it the extension of its format"
+        )
+    reason = (isinstance(error, av.error.FFmpegError) and error.strerror) or first_line(error)
     return UnsupportedMedia(
-        f"not a video that can be decoded: {looks_like(data)} ({first_line(error)}); expected one of {FORMATS}"
+        f"not a video that can be decoded: {looks_like(data)} ({reason}); expected one of {FORMATS}"
     )
 
 

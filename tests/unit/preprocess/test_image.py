@@ -16,7 +16,7 @@ from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 from pipeline.errors import AspectRatioError, DecompressionBomb, MediaError, TruncatedMedia, UnsupportedMedia
 from pipeline.preprocess.image import OpenImage
 from tests.options import media_options
-from tests.unit.preprocess.conftest import decode_image, encode_image, picture
+from tests.unit.preprocess.conftest import decode_image, encode_image, encode_video, picture
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "GIF", "ICO", "JPEG"])
@@ -244,7 +244,11 @@ def test_zero_bytes_are_said_to_be_zero_bytes() -> None:
         (b"%PDF-1.7\n", "PDF"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS"),
         (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00", "HEIC"),
+        (b"\x00\x00\x00\x18ftypavif\x00\x00\x00\x00", "AVIF image"),
         (b"\x89abcdefg", "89 61 62"),
+        (b"abc\x00defg", "a file beginning 61 62 63 00"),
+        (b"this is no picture\n" * 40, r'a text file beginning "this is " \(760 bytes\); expected JPEG'),
+        ("\ufeffgr\u00fcn\n".encode() + "\u00e4".encode() * 300, 'a text file beginning "gr\u00fcn'),
     ],
 )
 def test_what_is_no_image_is_named(data: bytes, said: str) -> None:
@@ -321,9 +325,52 @@ def png(
 
 def test_a_file_that_only_begins_as_a_png_is_called_damaged() -> None:
     with pytest.raises(
-        UnsupportedMedia, match=r"begins as a PNG \(80 bytes\), but what follows is none: it is damaged"
+        UnsupportedMedia, match=r"has a PNG signature, but the rest can't be read \(80 bytes in all\): it is damaged"
     ):
         decode_image(b"\x89PNG\r\n\x1a\n" + bytes(72))
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "named"),
+    [
+        ("mp4", "libx264", "an MP4 file of brand isom"),
+        ("matroska", "libx264", "a Matroska or WebM file"),
+        ("avi", "mpeg4", "an AVI file"),
+    ],
+)
+def test_a_video_among_the_images_is_pointed_to_the_column_of_videos(container: str, codec: str, named: str) -> None:
+    with pytest.raises(
+        UnsupportedMedia, match=rf"found a video \({named}, [\d,]+ bytes\), expected an image: .*column of videos"
+    ):
+        decode_image(encode_video(3, container=container, codec=codec))
+
+
+def tiff_tags(big: bool, samples: int, sample_format: int) -> bytes:
+    """A TIFF of 64-bit samples: its header and tags, in either form."""
+    entry = "<HHQQ" if big else "<HHII"
+    entries = [
+        (256, 3, 1, 4), (257, 3, 1, 4), (258, 3, 1, 64), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 8),
+        (277, 3, 1, samples), (339, 3, 1, sample_format),
+    ]  # fmt: skip
+    head = b"II+\0" + struct.pack("<HHQ", 8, 0, 16) if big else b"II*\0" + struct.pack("<I", 8)
+    count = struct.pack("<Q" if big else "<H", len(entries))
+    return head + count + b"".join(struct.pack(entry, *each) for each in entries) + bytes(600)
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_floating_point_pixels_that_pillow_has_no_mode_for_are_named_too(big: bool) -> None:
+    with pytest.raises(UnsupportedMedia, match="floating-point pixels, which have no defined range"):
+        decode_image(tiff_tags(big, samples=3, sample_format=3))
+
+
+@pytest.mark.parametrize(
+    "data", [tiff_tags(False, samples=3, sample_format=1), b"II*\0", b"II+\0", b"MM\0+" + bytes(40)]
+)
+def test_any_other_tiff_that_pillow_does_not_open_may_be_damaged_or_a_variant(data: bytes) -> None:
+    with pytest.raises(
+        UnsupportedMedia, match=r"it is damaged, or a variant of TIFF .* convert it to RGB of 8 or 16 bits"
+    ):
+        decode_image(data)
 
 
 def test_a_tiff_whose_data_the_decoder_refuses_says_what_it_is() -> None:

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 
 from pipeline.conversation import MediumSettings
 from pipeline.errors import (
@@ -308,6 +309,25 @@ def test_a_playlist_named_mp4_opens_no_other_file_or_host(data: bytes, tmp_path:
     hostile = data.replace(b"/SECRET", str(secret).encode()).replace(b"SECRET", str(secret).encode())
     with pytest.raises(UnsupportedMedia):
         shown(hostile)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "WEBP"])
+def test_an_image_among_the_videos_is_pointed_to_the_column_of_images(kind: str) -> None:
+    data = encode_image(Image.new("RGB", (40, 40)), kind)
+    with pytest.raises(UnsupportedMedia) as caught:
+        shown(data)
+    assert str(caught.value) == (
+        f"found an image ({kind}, {len(data):,} bytes), expected a video: put it into the column of images, or, in a "
+        "folder, give it the extension of its format"
+    )
+
+
+def test_what_is_no_video_is_named_with_ffmpeg_s_reason() -> None:
+    with pytest.raises(
+        UnsupportedMedia,
+        match=r'a text file beginning "this is " \(37 bytes\) \(Invalid data found [a-z ]+\); expected',
+    ):
+        shown(b"this is no video\n\nit is quite another")
 
 
 def test_an_mp4_that_refers_to_another_file_does_not_open_it(tmp_path: Path) -> None:
