@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 from pydantic_core import PydanticUndefined
 from rich.console import Console
 
-from pipeline.config import Section
+from pipeline.config import Section, written
 from pipeline.config_file import fields_of, load_config
 from pipeline.errors import ConfigError, JobError, RestartNeeded
 from pipeline.storage import StorageError
@@ -59,8 +59,10 @@ def run_job(
 
             print(f"{error}: it starts again now", file=sys.stderr)
             restart_command()
-        hint = "" if arguments else f"\n`{name} --help` lists every key; a first run: --config {_example_config(name)}"
-        print(f"error: {error}{hint}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
+        if not arguments:
+            example = f"--config {_example_config(name)}"
+            print(f"`qwen2-vl-batch {name} --help` lists every key; a first run: {example}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
@@ -122,7 +124,7 @@ def _example_config(name: str) -> str:
 
 def default_text(field: Any) -> str:
     value = field.default_factory() if field.default is PydanticUndefined else field.default
-    return "none" if value is None else repr(list(value) if isinstance(value, tuple) else value)
+    return written(list(value) if isinstance(value, tuple) else value)
 
 
 def kind_text(annotation: Any) -> str:
@@ -137,7 +139,7 @@ def kind_text(annotation: Any) -> str:
     if origin in (list, tuple):
         return f"list of {kind_text(arguments[0])}"
     if origin is dict:
-        return f"dict of {kind_text(arguments[-1])}"
+        return f"mapping to {kind_text(arguments[-1])}"
     return {
         "str": "text",
         "int": "integer",

@@ -24,6 +24,11 @@ from pipeline.errors import row_error_types
 from pipeline.schema import MANIFEST_COLUMNS, MEDIUM_SETTING_COLUMNS, ROW_COLUMNS, SAMPLING_COLUMNS
 
 
+def written(value: Any) -> str:
+    """A setting's value for people, with none, true and false as a config has them."""
+    return repr(value).lower() if value is None or isinstance(value, bool) else repr(value)
+
+
 class Section(BaseModel):
     """A part of the config: frozen, and closed to keys it does not know."""
 
@@ -58,10 +63,17 @@ class CsvConfig(Section):
 def _kept_columns(value: Any) -> Any:
     """The mapping that `input.keep` stands for: names in the results to the manifest's."""
     names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list):
+    if isinstance(value, dict):
         return value
+    if not isinstance(names, list):
+        raise ValueError(
+            f"found {written(value)}; allowed: a list of columns, or names in the results mapped to columns, as in "
+            "{caption_old: text}"
+        )
     if odd := [name for name in names if not isinstance(name, str)]:
-        raise ValueError(f"found {odd[0]!r}; allowed: names of columns as text, in quotes where they are numbers")
+        raise ValueError(
+            f"found {written(odd[0])}; allowed: names of columns as text, in quotes where they are numbers"
+        )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{', '.join(twice)} is named twice")
     return {name: name for name in names}

@@ -17,10 +17,21 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from pipeline.config import ENGINE_SECTIONS, Section
+from pipeline.config import ENGINE_SECTIONS, Section, written
 from pipeline.errors import ConfigError
 
 ConfigType = TypeVar("ConfigType", bound=Section)
+
+_ALLOWED = {
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a mapping, as in {name: value}",
+    "string": "text, in quotes",
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+}
+"""What to write instead of a value of a wrong type, by the first word of pydantic's name for the mistake."""
 
 
 def load_config(model: type[ConfigType], path: str | Sequence[str] | None, overrides: Mapping[str, str]) -> ConfigType:
@@ -43,6 +54,7 @@ def load_config(model: type[ConfigType], path: str | Sequence[str] | None, overr
             mistakes.append((name, _unknown_key(name, keys)))
             continue
         _set(values, name, _override_value(text, keys.get(name)))
+    _make_lists(values, model)
     try:
         config = model.model_validate(values)
     except ValidationError as error:
@@ -74,15 +86,16 @@ def _fields(section: type) -> Mapping[str, FieldInfo]:
 
 
 def _section_type(annotation: Any) -> type | None:
-    candidates = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    for candidate in candidates:
+    for candidate in _kinds(annotation):
         if isinstance(candidate, type) and issubclass(candidate, (Section, *ENGINE_SECTIONS)):
             return candidate
     return None
 
 
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union; of any other annotation itself."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -134,8 +147,7 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
 def _override_value(text: str, field: Any) -> Any:
     """A command-line value for this field: for lists and mappings YAML where it begins like YAML's lists, mappings or
     quoted texts, else one item as it stands; for every other field the text as it stands."""
-    annotation = field.annotation if field is not None else Any
-    kinds = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    kinds = _kinds(field.annotation) if field is not None else (Any,)
     if text in ("null", "none", "None") and type(None) in kinds:
         return None
     origins = {typing.get_origin(kind) or kind for kind in kinds}
@@ -150,6 +162,20 @@ def _override_value(text: str, field: Any) -> Any:
     return text
 
 
+def _make_lists(values: dict[str, Any], section: type) -> None:
+    """One item alone stands for the list of it, in a file as on the command line."""
+    for name, field in _fields(section).items():
+        value, inner = values.get(name), _section_type(field.annotation)
+        if inner and isinstance(value, dict):
+            _make_lists(value, inner)
+        elif isinstance(value, str | int | float) and _is_list(field.annotation):
+            values[name] = [value]
+
+
+def _is_list(annotation: Any) -> bool:
+    return not {typing.get_origin(kind) or kind for kind in _kinds(annotation)}.isdisjoint((list, tuple))
+
+
 def _mistake(detail: dict[str, Any], keys: Mapping[str, Any]) -> tuple[str, str]:
     """(full name, what is wrong with it)."""
     name = ".".join(str(part) for part in detail["loc"])
@@ -160,8 +186,15 @@ def _mistake(detail: dict[str, Any], keys: Mapping[str, Any]) -> tuple[str, str]
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return name, f"{name}: {message}"
-    allowed = message.removeprefix("Input should be ").removeprefix("a valid ")
-    return name, f"{name}: found {detail['input']!r}; allowed: {allowed}"
+    return name, f"{name}: found {written(detail['input'])}; allowed: {_allowed(name, detail['type'], message, keys)}"
+
+
+def _allowed(name: str, kind: str, message: str, keys: Mapping[str, Any]) -> str:
+    if below := next((key for key in keys if key.startswith(f"{name}.")), None):
+        return f"keys below `{name.rpartition('.')[2]}:`, such as `{below.removeprefix(f'{name}.')}`"
+    subject, _, fault = kind.partition("_")
+    words = message.removeprefix("Input should be ").removeprefix("a valid ")
+    return _ALLOWED.get(subject, words) if fault in ("type", "parsing", "from_float") else words
 
 
 def _describe(field: Any) -> str:

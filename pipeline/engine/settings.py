@@ -107,9 +107,10 @@ class SamplingParams:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}; allowed: 0 to max_tokens ({self.max_tokens})")
         if isinstance(self.stop_strings, str) or not all(self.stop_strings):
-            raise ValueError(f"stop_strings is {self.stop_strings!r}; allowed: a tuple of strings, none empty")
+            found = self.stop_strings if isinstance(self.stop_strings, str) else list(self.stop_strings)
+            raise ValueError(f"stop_strings is {found!r}; allowed: a list of texts, none of them empty")
         if any(token < 0 for token in self.stop_token_ids):
-            raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}; allowed: 0 or more")
+            raise ValueError(f"stop_token_ids is {list(self.stop_token_ids)!r}; allowed: 0 or more")
 
     @property
     def is_penalized(self) -> bool:

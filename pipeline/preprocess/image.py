@@ -285,7 +285,7 @@ def _known(head: bytes) -> str | None:
 def _text_in(head: bytes) -> str | None:
     """The beginning of a text file; None where it is not text."""
     try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # which may end within a character
+        text = codecs.getincrementaldecoder("utf-8")().decode(head).lstrip("\ufeff")  # head may end within a character
     except UnicodeDecodeError:
         return None
     if not all(char.isprintable() or char in "\t\r\n\f" for char in text):

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.checkpoint.adapter import resolve_adapter
 from pipeline.checkpoint.identity import model_changes, model_identity
-from pipeline.config import CaptionConfig
+from pipeline.config import CaptionConfig, written
 from pipeline.errors import CheckpointError, OutputError
 from pipeline.manifest.changes import difference, keep_file_numbers, only_appended
 from pipeline.manifest.files import Manifest
@@ -88,7 +88,7 @@ def check_unchanged(
     allows_more = config.run.on_change == "new-rows"
     if "input.limit" in names and _limit_grew(before["input.limit"], asked["input.limit"]):
         names.remove("input.limit")
-    settings = [f"{name}: was {before[name]!r}, is {asked.get(name)!r}" for name in names]
+    settings = [f"{name}: was {written(before[name])}, is {written(asked.get(name))}" for name in names]
     if not any(name.startswith("model.") for name in names):  # another model has other files anyway
         for files, path in _FILES.items():
             changes = model_changes(before.get(files, {}), asked.get(files, {}))

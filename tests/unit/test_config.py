@@ -98,7 +98,7 @@ def test_all_mistakes_are_reported_at_once_with_full_names() -> None:
         ("input: {format: xml}", "input.format: found 'xml'; allowed: 'auto', 'parquet', 'jsonl', 'csv' or 'media'"),
         ("sampling: {seed: -1}", "sampling.seed: found -1; allowed: greater than or equal to 0"),
         ("sampling: {max_tokens: 5, min_tokens: 9}", "sampling: min_tokens is 9; allowed: 0 to max_tokens (5)"),
-        ("sampling: {stop_strings: [a, '']}", "sampling: stop_strings is ('a', ''); allowed: a tuple of strings"),
+        ("sampling: {stop_strings: [a, '']}", "sampling: stop_strings is ['a', '']; allowed: a list of texts"),
     ],
 )
 def test_mistakes_in_the_engine_s_own_settings_are_reported_like_all_others(
@@ -130,6 +130,42 @@ def test_a_config_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"# caf\xe9\n")
     with pytest.raises(ConfigError, match=r"job\.yaml is not UTF-8 text"):
         load_config(CaptionConfig, str(path), REQUIRED)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "expected"),
+    [
+        ("output: out/my", "output: found 'out/my'; allowed: keys below `output:`, such as `path`"),
+        ("engine: [a]", "engine: found ['a']; allowed: keys below `engine:`, such as `kind`"),
+        ("input: {path: in, csv: x}", "input.csv: found 'x'; allowed: keys below `csv:`, such as `delimiter`"),
+        ("input: {keep: null}", "input.keep: found none; allowed: a list of columns, or names in the results mapped"),
+        ("input: {columns: null}", "input.columns: found none; allowed: a mapping, as in {name: value}"),
+        ("input: {allow: null}", "input.allow: found none; allowed: a list"),
+        ("sampling: {stop_strings: null}", "sampling.stop_strings: found none; allowed: a list"),
+        ("sampling: {stop_strings: 5}", "sampling.stop_strings.0: found 5; allowed: text, in quotes"),
+        ("model: {revision: yes}", "model.revision: found true; allowed: text, in quotes"),
+        ("input: {limit: many}", "input.limit: found 'many'; allowed: an integer"),
+        ("input: {limit: 1.5}", "input.limit: found 1.5; allowed: an integer"),
+        ("sampling: {temperature: hot}", "sampling.temperature: found 'hot'; allowed: a number"),
+        ("sampling: {logprobs: maybe}", "sampling.logprobs: found 'maybe'; allowed: true or false"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_told_in_words_of_yaml(tmp_path: Path, yaml: str, expected: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml)
+    with pytest.raises(ConfigError) as caught:
+        load_config(CaptionConfig, str(path), {})
+    assert expected in str(caught.value)
+
+
+def test_one_item_alone_is_a_list_of_one_in_a_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        'sampling: {stop_strings: "\\n", stop_token_ids: 7}\ninput: {settings: fps, allow: /data, keep: url}\n'
+    )
+    config = load_config(CaptionConfig, str(path), REQUIRED)
+    assert (config.sampling.stop_strings, config.sampling.stop_token_ids) == (("\n",), (7,))
+    assert (config.input.settings, config.input.allow, config.input.keep) == (["fps"], ["/data"], {"url": "url"})
 
 
 def test_every_config_key_that_the_code_names_exists() -> None:
@@ -305,6 +341,14 @@ def test_words_that_make_no_sense_are_refused(words: list[str]) -> None:
         parse_arguments(words)
 
 
+def test_a_command_without_words_says_how_to_get_help(capsys: pytest.CaptureFixture[str]) -> None:
+    from jobs.caption import main
+
+    assert main([]) == 2
+    hint = capsys.readouterr().err.splitlines()[-1]
+    assert hint == "`qwen2-vl-batch caption --help` lists every key; a first run: --config configs/caption.yaml"
+
+
 def test_help_names_every_key_with_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:
     from jobs.caption import main
 
@@ -313,3 +357,4 @@ def test_help_names_every_key_with_its_docstring(capsys: pytest.CaptureFixture[s
     for name, field in fields_of(CaptionConfig):
         assert f"--{name} (" in printed
         assert " ".join(field.description.split()) in printed
+    assert "--sampling.logprobs (true | false; default false)" in printed
