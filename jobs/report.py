@@ -53,6 +53,9 @@ def write_report(run: str, *, storage_options: storage.StorageOptions = None, **
 def write_text(path: str, text: str, storage_options: storage.StorageOptions = None) -> None:
     """Publishes a text file. Raises OutputError."""
     try:
+        if path.endswith("/") or (not storage.is_remote(path) and storage.is_dir(path)):
+            example = storage.join(path, "report.html")
+            raise OutputError(f"can't write {path}: it is a folder; name a file, such as {example}")
         storage.make_dir(storage.parent(path), storage_options)
         storage.publish(path, text.encode(), storage_options)
     except OSError as error:

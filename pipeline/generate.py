@@ -217,7 +217,7 @@ class GenerateStage:
 
     def __init__(self, options: GenerateOptions, wrap_step: WrapStep | None = None, report: Report = ignore) -> None:
         """Load the checkpoint and the engine. `report` takes texts on what is going on meanwhile."""
-        report("fetching the checkpoint")
+        report("opening the checkpoint")
         path = options.model_cache.local(options.engine.model_path, weights=True)
         self._tokenizer = ChatTokenizer(path, revision=options.engine.revision)
         adapter = options.engine.adapter and options.model_cache.local_adapter(options.engine.adapter)

@@ -149,7 +149,7 @@ def _load_processors(torchvision_folder: str | None) -> Processors:
         if torchvision_folder:
             sys.path.insert(0, torchvision_folder)
         elif importlib.util.find_spec("torchvision") is None:
-            raise ImportError("torchvision is not installed")
+            raise ImportError("torchvision is not installed; docs/performance.md tells how")
         define_missing_operators()
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 

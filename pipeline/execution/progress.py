@@ -125,7 +125,7 @@ class RunCounts:
         if rows_s > 0 and self.done < self.total:
             parts.append(f"{duration_text((self.total - self.done) / rows_s)} left")
         elif not self.rows:
-            parts.append(f"{self.state} ({duration_text(self.elapsed)})")
+            parts.append(f"{self.state} ({duration_text(self.elapsed)} since the start)")
         return ", ".join(parts)
 
 
@@ -189,7 +189,8 @@ class ProgressLog:
 def starting_text(stats: Sequence[Mapping[str, Any]]) -> str:
     """What the actors are doing before the first row is done, from their latest stats."""
     engines = [one for one in stats if one.get("kind") == "engine"]
-    loading = [str(one["loading"]) for one in engines if "loading" in one]
+    # An engine that has only been registered has no stats yet.
+    loading = [str(one.get("loading", "starting")) for one in engines if "loading" in one or one.keys() == {"kind"}]
     if loading:
         ready = f"{len(engines) - len(loading)} of {len(engines)} engines ready; " if len(engines) > 1 else ""
         return f"{ready}engine: {loading[0]}"

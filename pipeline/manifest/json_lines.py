@@ -40,7 +40,10 @@ def _parse(line: str, number: int) -> tuple[dict[str, Any] | None, str | None]:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as fault:
-        return None, f"line {number} is not JSON: {first_line(fault)}; found {_excerpt(line)}"
+        reason = first_line(fault)
+        if isinstance(fault, json.JSONDecodeError):  # whose own words count lines from this one
+            reason = f"{fault.msg} at column {min(fault.pos, len(line.rstrip())) + 1}"
+        return None, f"line {number} is not JSON: {reason}; found {_excerpt(line)}"
     if not isinstance(values, dict):
         return None, f"line {number} is a JSON {type(values).__name__}; expected an object: found {_excerpt(line)}"
     if any(not name.isascii() for name in values):

@@ -87,6 +87,10 @@ class RunFolder:
             values = json.loads(storage.read_bytes(path, self.storage_options))
         except FileNotFoundError:
             return None
+        except NotADirectoryError as error:
+            raise OutputError(
+                f"{self.path} is a file: choose a run folder, or as output.path a folder that may be new"
+            ) from error
         except (OSError, ValueError) as error:
             raise OutputError(f"can't read {path}: {error}") from error
         if not isinstance(values, dict):

@@ -62,7 +62,8 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
             return "but no C compiler is installed; install gcc or clang"
         return None
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return f"which needs an NVIDIA GPU and bfloat16 or float16, not {device} in {dtype_name}; use auto or sdpa"
+        others = "auto, simd or sdpa" if device.type == "cpu" and instruction_set(dtype) else "auto or sdpa"
+        return f"which needs an NVIDIA GPU and bfloat16 or float16, not {device} in {dtype_name}; use {others}"
     if name == "flash" and not flash_attn_installed():
         return f"but flash-attn is missing; install it with {INSTALL_FLASH}"
     if name == "torch" and not torch_varlen_available():

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from pipeline import storage
 from pipeline.errors import AccessDenied, ConfigError
 from pipeline.preprocess.fetch.uri import WEB_SCHEMES, bucket_of, local_path, normal_bucket_uri, scheme_of, shown
 
@@ -54,10 +55,10 @@ class AllowList:
             path = os.path.join(local_path(self._base) or ".", path)
         real = os.path.realpath(path)
         if not self._anything and not any(_is_below(real, folder) for folder in self._folders):
-            through = f" (through a symbolic link: {real})" if real != os.path.abspath(path) else ""
+            outside = "is" if real == os.path.abspath(path) else f"resolves to {shown(real)},"
             raise AccessDenied(
-                f"{shown(source)} is outside the folders that rows may read{through}: "
-                f"{', '.join(self._folders) or 'none'}; add its folder to input.allow"
+                f"{shown(source)} {outside} outside the folders that rows may read "
+                f"({', '.join(self._folders) or 'none'}); add {shown(os.path.dirname(real))} to input.allow"
             )
         return real
 
@@ -66,8 +67,8 @@ class AllowList:
         uri = normal_bucket_uri(source)
         if not self._anything and not any(_is_below(uri, bucket) for bucket in self._buckets):
             raise AccessDenied(
-                f"{shown(source)} is outside the buckets that rows may read: {', '.join(self._buckets) or 'none'}; "
-                "add its bucket or prefix to input.allow"
+                f"{shown(source)} is outside the buckets that rows may read ({', '.join(self._buckets) or 'none'}); "
+                f"add {shown(storage.parent(uri))} to input.allow"
             )
         return uri
 

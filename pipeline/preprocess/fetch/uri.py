@@ -26,6 +26,7 @@ _BASE64_OF = {
 }  # fmt: skip
 """Media types by how the base64 form of such a file begins."""
 _HEADER_WITHOUT_SCHEME = re.compile(r"[\w.+-]+/[\w.+-]+;base64,")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 _REPOSITORY_KINDS = ("datasets/", "spaces/", "buckets/")
 
 
@@ -95,6 +96,8 @@ def missing_hint(source: str) -> str:
     """What may be wrong with the name of a file or object that is not there, as the end of a message; often nothing."""
     if uri := storage.two_slashes(source):
         return f"; it is taken for a local file: a URI has two slashes, as in {shown(uri)}"
+    if _NUMBER.fullmatch(source):
+        return "; it is a number: write the path or URI of a medium"
     if "\\" in source:
         return "; the name has backslashes: folders are separated by /"
     if unicodedata.normalize("NFC", source) != source:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from pipeline.execution.progress import RunCounts, bottleneck, rate_text, starting_text
@@ -100,6 +102,7 @@ def test_a_rate_has_three_digits_whatever_its_size(rows_s: float, expected: str)
     [
         ([], "starting actors"),
         ([{"kind": "preprocess", "rows": 40}], "40 rows preprocessed; the engine starts"),
+        ([{"kind": "preprocess"}, {"kind": "engine"}], "engine: starting"),
         ([{"kind": "engine", "loading": "reading weights, tensor 3 of 5"}], "engine: reading weights, tensor 3 of 5"),
         (
             [{"kind": "engine", "decode_tokens": 0.0}, {"kind": "engine", "loading": "warming up"}],
@@ -113,4 +116,5 @@ def test_a_rate_has_three_digits_whatever_its_size(rows_s: float, expected: str)
 )
 def test_before_the_first_row_the_line_tells_what_is_going_on(stats: list[dict[str, object]], expected: str) -> None:
     assert starting_text(stats) == expected
-    assert expected in RunCounts(total=9, done_before=0, state=expected).line()
+    counts = RunCounts(total=9, done_before=0, state=expected, started=time.monotonic() - 17)
+    assert counts.line().endswith(f"{expected} (17 s since the start)")

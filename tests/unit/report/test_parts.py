@@ -208,5 +208,9 @@ def test_the_command_writes_a_page_prints_markdown_and_refuses_other_folders(
     assert "4 rows, no errors" in capsys.readouterr().out
     elsewhere = tmp_path / "new" / "page.html"
     assert main([str(folder), "--output", str(elsewhere), "--no-thumbnails"]) == 0 and elsewhere.exists()
+    for path in (f"{tmp_path}", f"{tmp_path}/", f"{tmp_path}/later/"):
+        assert main([str(folder), "--output", path, "--no-thumbnails"]) == 2
+        example = f"{path.rstrip('/')}/report.html"
+        assert capsys.readouterr().err == f"error: can't write {path}: it is a folder; name a file, such as {example}\n"
     assert main([str(tmp_path / "new")]) == 2
     assert "is not a run folder" in capsys.readouterr().err

@@ -28,6 +28,13 @@ def test_a_folder_whose_first_run_was_refused_early_may_be_used_again(tmp_path: 
     RunFolder(str(tmp_path)).prepare()
 
 
+def test_a_file_is_no_folder_of_a_run(tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    file.write_text("x")
+    with pytest.raises(OutputError, match=r"README\.md is a file: choose a run folder, or as output\.path a folder"):
+        RunFolder(str(file)).prepare()
+
+
 def test_a_run_of_an_earlier_version_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(OutputError, match=r"a run of an earlier version.*choose an empty or new folder"):

@@ -52,6 +52,8 @@ def test_a_cpu_tries_simd_where_it_has_the_instructions_and_a_compiler(monkeypat
         assert names(torch.bfloat16) == ["simd"] * with_bfloat16 + ["sdpa"]
         assert names(torch.float32) == ["simd"] * with_float32 + ["sdpa"]
         assert names(torch.float16) == ["sdpa"]
+        with pytest.raises(CheckpointError, match="use auto, simd or sdpa" if with_float32 else "use auto or sdpa"):
+            names(torch.float32, "flash")
     with pytest.raises(CheckpointError, match=r"engine.attention is 'simd', which needs a CPU with AVX2 for float32"):
         names(torch.float32, "simd")
     monkeypatch.setattr(library, "cpu_features", lambda: frozenset(["fma", "avx2"]))
