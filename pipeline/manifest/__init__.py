@@ -21,8 +21,9 @@ Folders such as `year=2024` give the rows below them a column.
 Columns per format:
 - Parquet keeps its types; files of a folder are unified (missing column: null; wider number wins).
 - JSONL keeps bool, int, float, string and flat lists of these, decided over all rows of all files, so that a column
-  has one type in every unit. Anything else (objects, nested or mixed values, `messages`) becomes a JSON string, with
-  strings left as they are.
+  has one type in every unit. Anything else (objects, nested or mixed values, integers beyond 2^53 among floats,
+  `messages`) becomes a JSON string, with strings left as they are.
 - CSV has strings only, exactly as they are written; an empty field is null.
 - A line that can't be read (not JSON, too many fields) is still a row: all null, the reason in `_manifest_error`.
+- A text with half a character (`\\ud800`) is null, and the reason is in its row's `_manifest_error`.
 """

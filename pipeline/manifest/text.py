@@ -9,7 +9,7 @@ import itertools
 import json
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
@@ -48,7 +48,15 @@ _NOT_TEXT = (
 _BOM = b"\xef\xbb\xbf"
 _JSON_ALWAYS = frozenset({"messages"})
 """Columns that are JSON text whatever their values are."""
-_SCALARS = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}
+_LARGEST_EXACT = 2**53
+"""Integers beyond it, of the kind `long`, can't all be held as floats."""
+_SCALARS = {
+    "bool": pa.bool_(),
+    "int": pa.int64(),
+    "long": pa.int64(),
+    "float": pa.float64(),
+    "str": pa.string(),
+}
 _TYPES = {
     **_SCALARS,
     **{f"list {name}": pa.list_(type) for name, type in _SCALARS.items()},
@@ -186,38 +194,60 @@ def _open_text(path: str, options: StorageOptions) -> Iterator[BinaryIO]:
 
 def _table(records: Sequence[Record], schema: pa.Schema, names: Sequence[str], unit: WorkUnit) -> pa.Table:
     columns: dict[str, pa.Array] = {}
+    errors = [record.error for record in records]
     for name in names:
         wanted = schema.field(name).type
         values = [None if record.values is None else record.values.get(name) for record in records]
+        if wanted.equals(pa.string()):
+            values = [value if value is None or isinstance(value, str) else json_text(value) for value in values]
         try:
-            if convert := _CONVERSIONS.get(wanted):
-                values = [None if value is None else convert(value) for value in values]
-            columns[name] = pa.array(values, type=wanted)
+            try:
+                columns[name] = pa.array(values, type=wanted)
+            except UnicodeEncodeError:
+                for number, reason in _half_characters(values, wanted):
+                    values[number] = None
+                    errors[number] = errors[number] or f"line {records[number].line}: the column {name} {reason}"
+                columns[name] = pa.array(values, type=wanted)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise ManifestError(
                 f"column {name} of {unit.path} held {wanted} when the job began and does not now "
                 f"({first_line(error)}): was the file changed in the meantime?"
             ) from error
-    columns[MANIFEST_ERROR] = pa.array([record.error for record in records], type=pa.string())
+    columns[MANIFEST_ERROR] = pa.array(errors, type=pa.string())
     return pa.table(columns)
 
 
-def as_text(value: Any) -> str:
-    """A value as text that can be stored: JSON of what is none, and `?` for half a character."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    # A lone surrogate (`\ud800`) is allowed in JSON but not in UTF-8.
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+def _half_characters(values: Sequence[Any], wanted: pa.DataType) -> Iterator[tuple[int, str]]:
+    """(number, reason) of each value that holds a lone surrogate (`\\ud800`), which JSON allows and UTF-8 does not."""
+    for number, value in enumerate(values):
+        try:
+            pa.array([value], type=wanted)
+        except UnicodeEncodeError as error:
+            yield number, f"holds {error.object[error.start]!r}, half of a character; write the whole character"
 
 
-_CONVERSIONS: Mapping[pa.DataType, Callable[[Any], Any]] = {pa.string(): as_text, pa.float64(): float}
+def as_text(name: str) -> str:
+    """A column's name as text that can be stored: `?` for half a character."""
+    return name if name.isascii() else name.encode("utf-8", "replace").decode("utf-8")
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON that can be stored: half a character stays an escape."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
 
 
 def _kind(value: Any) -> str:
     """The name in _TYPES of a value's type."""
     if isinstance(value, list):
-        kind = " ".join(["list", *{_kind(item) for item in value if item is not None}])
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        kind = "json"
+        kinds = {_kind(item) for item in value if item is not None}
+        kind = " ".join(["list", *(kinds - {"int"} if "long" in kinds else kinds)])
+    elif isinstance(value, int) and abs(value) > _LARGEST_EXACT:
+        kind = "long" if -(2**63) <= value < 2**63 else "json"
     else:
         kind = type(value).__name__
     return kind if kind in _TYPES else "json"
@@ -226,6 +256,8 @@ def _kind(value: Any) -> str:
 def _column_type(name: str, kinds: set[str]) -> pa.DataType:
     """One Arrow type for all values of a column; text where no other fits."""
     if name in _JSON_ALWAYS or not kinds <= _TYPES.keys():
+        return pa.string()
+    if {"long", "float"} <= kinds or {"list long", "list float"} <= kinds:
         return pa.string()
     try:
         found = functools.reduce(unify_types, [_TYPES[kind] for kind in kinds], pa.null())

@@ -120,9 +120,21 @@ def test_jsonl_files_of_a_folder_share_one_schema(tmp_path: Path, load: Callable
     assert [row["a"] for row in rows_of(found, rows_per_unit=130)] == [1.0] * 3 + [1.5] + [7.0] * 300
 
 
-def test_large_whole_numbers_among_fractions_become_fractions(tmp_path: Path, load: Callable[..., Manifest]) -> None:
-    found = load(write_jsonl(tmp_path / "m.jsonl", [{"t": 0.5}, {"t": 2**60 + 1}, {"t": None}]))
-    assert [row["t"] for row in rows_of(found)] == [0.5, 2.0**60, None]
+def test_numbers_keep_their_values_where_floats_can_not_hold_all_of_them(
+    tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    rows = [
+        {"t": 0.5, "l": [0.5], "exact": 2**53, "whole": 2**60 + 1, "wholes": [1, 2**60 + 1]},
+        {"t": 2**60 + 1, "l": [1, 2**53 + 1], "exact": 0.5, "whole": 1, "wholes": [2]},
+        {"t": None, "l": None, "exact": None, "whole": None, "wholes": None},
+    ]
+    found = load(write_jsonl(tmp_path / "m.jsonl", rows))
+    assert found.schema.types == [pa.string(), pa.string(), pa.float64(), pa.int64(), pa.list_(pa.int64())]
+    read = rows_of(found)
+    assert [row["t"] for row in read] == ["0.5", str(2**60 + 1), None]
+    assert [row["l"] for row in read] == ["[0.5]", f"[1, {2**53 + 1}]", None]
+    for name in ("exact", "whole", "wholes"):
+        assert [row[name] for row in read] == [row[name] for row in rows]
 
 
 def test_a_file_that_was_changed_since_the_plan_is_noticed(tmp_path: Path, load: Callable[..., Manifest]) -> None:
@@ -135,6 +147,22 @@ def test_a_file_that_was_changed_since_the_plan_is_noticed(tmp_path: Path, load:
 
 
 def test_lone_surrogates_in_json_do_not_end_the_job(tmp_path: Path, load: Callable[..., Manifest]) -> None:
-    assert rows_of(load(write(tmp_path / "m.jsonl", '{"prompt": "a\\ud800b"}\n')))[0]["prompt"] == "a?b"
+    lines = [
+        '{"prompt": "a", "images": ["a.png"], "extra": {"é": 1}}',
+        '{"prompt": "a\\ud800b", "images": ["b.png"]}',
+        '{"prompt": "c", "images": ["c.png", "\\ud83d"], "extra": {"k": "\\ud83dé"}}',
+        '{"prompt": "\\ud83d\\ude00", "images": null}',
+    ]
+    found = load(write(tmp_path / "m.jsonl", "\n".join(lines)))
+    fine, prompt, images, whole = rows_of(found)
+    assert fine == {"prompt": "a", "images": ["a.png"], "extra": '{"é": 1}', MANIFEST_ERROR: None}
+    assert prompt["prompt"] is None and prompt["images"] == ["b.png"]
+    assert prompt[MANIFEST_ERROR] == (
+        "line 2: the column prompt holds '\\ud800', half of a character; write the whole character"
+    )
+    assert images["images"] is None and "line 3: the column images holds '\\ud83d'" in images[MANIFEST_ERROR]
+    assert json.loads(images["extra"]) == {"k": "\ud83dé"} and images["prompt"] == "c"
+    assert whole["prompt"] == "😀" and whole[MANIFEST_ERROR] is None
+    assert {row[MANIFEST_ERROR] for row in rows_of(found, columns=["extra"])} == {None}
     found = load(write(tmp_path / "m.jsonl", b'{"id": 1, "\\ud800": 2}\n{"id": 3, "\xed\xa0\x80": 4, "\xc3\xa9": 5}\n'))
     assert [(row["id"], row["?"], row["é"]) for row in rows_of(found)] == [(1, 2, None), (3, 4, 5)]
