@@ -41,11 +41,15 @@ MANIFEST_ERROR = "_manifest_error"
 
 
 class UnitColumn(StrEnum):
-    """Columns that the reader adds to a unit's manifest rows; named so that no manifest's own are in the way."""
+    """Columns that the reader adds to a unit's manifest rows."""
 
     FILE = "__manifest_file"
     ROW = "__manifest_row"
     ATTEMPTS = "__attempts"
+
+
+READER_COLUMNS = frozenset({MANIFEST_ERROR, *UnitColumn})
+"""Names that no manifest's own column can have."""
 
 
 # Names that a manifest row may use; the config's `input.columns` maps other names to these.

@@ -102,7 +102,7 @@ class Manifest:
     """A name in `FORMATS`, or `MEDIA`."""
     files: tuple[ManifestFile, ...]
     schema: pa.Schema
-    """The columns as found, unified over the files, without `schema.MANIFEST_ERROR`."""
+    """The columns as found, unified over the files."""
     base: str
     """Folder or bucket prefix against which relative media paths resolve."""
     storage_options: StorageOptions = field(default=None, repr=False, compare=False)

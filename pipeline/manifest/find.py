@@ -16,7 +16,7 @@ from pipeline.manifest.files import MEDIA, CsvDialect, Manifest, ManifestFile, r
 from pipeline.manifest.formats import FORMATS, IMAGE_SUFFIXES, REFUSED_SUFFIXES, VIDEO_SUFFIXES, format_of
 from pipeline.manifest.listing import open_listing, supplement_listing, write_listing
 from pipeline.manifest.partitions import with_partitions
-from pipeline.schema import PART_FILE, RECORDS_FOLDER
+from pipeline.schema import PART_FILE, READER_COLUMNS, RECORDS_FOLDER
 from pipeline.storage import FileInfo, StorageOptions
 
 _MAX_NAMES = 12
@@ -54,7 +54,9 @@ def open_manifest(
         if found.kind != MEDIA:
             opened = FORMATS[found.kind].open(path, found.base, found.files, storage_options, csv or CsvDialect())
             if not found.beside_media or is_asked(opened.schema.names):
-                return with_partitions(replace(opened, notes=(*found.notes, *opened.notes)))
+                opened = with_partitions(replace(opened, notes=(*found.notes, *opened.notes)))
+                _refuse_reader_columns(opened)
+                return opened
             found = _find(path, MEDIA, storage_options, aside=opened.files)
             found = replace(found, notes=(*found.notes, _no_manifest(opened)))
         write_listing(path, found.base, found.files, found.notes, listing_path, listing_options)
@@ -204,6 +206,14 @@ def _has_media(found: Sequence[FileInfo]) -> bool:
     """Whether there are images or videos. Beside data files, a document says little."""
     names = (info.path for info in found if format_of(info.path) == MEDIA)
     return any(not storage.name(name).lower().endswith(REFUSED_SUFFIXES) for name in names)
+
+
+def _refuse_reader_columns(opened: Manifest) -> None:
+    names = [name for name in opened.schema.names if name in READER_COLUMNS]
+    if names:
+        raise ManifestError(
+            f"{opened.path} has columns whose names are reserved for the job's own: {', '.join(names)}; rename them"
+        )
 
 
 def _no_manifest(opened: Manifest) -> str:

@@ -148,7 +148,6 @@ class TextFormat(ManifestFormat):
             offsets.append(np.asarray(marks, dtype=np.int64))
         if unread and len(unread) == sum(file.num_rows > 0 for file in files):
             raise ManifestError(unread[0])
-        kinds.pop(MANIFEST_ERROR, None)
         schema = pa.schema([(name, _column_type(name, found)) for name, found in kinds.items()])
         return Manifest(path, self.name, tuple(files), schema, base, options, tuple(offsets), csv, tuple(unread))
 

@@ -15,7 +15,7 @@ from uuid import UUID
 from pipeline.conversation import MediumKind, MediumPart
 from pipeline.errors import ConfigError, ManifestError, MessageError
 from pipeline.preprocess.messages.values import as_text, from_json, plain, shown
-from pipeline.schema import CONTENT_COLUMNS, MANIFEST_COLUMNS, MANIFEST_ERROR, MEDIUM_SETTING_COLUMNS, SAMPLING_COLUMNS
+from pipeline.schema import CONTENT_COLUMNS, MANIFEST_COLUMNS, MEDIUM_SETTING_COLUMNS, SAMPLING_COLUMNS
 
 MEDIA_COLUMNS: Mapping[MediumKind, tuple[str, ...]] = {"image": ("image", "images"), "video": ("video", "videos")}
 
@@ -78,7 +78,7 @@ def needed_columns(schema_names: Sequence[str], options: MessageOptions) -> list
     """The manifest's columns that are read to make requests, in the manifest's order."""
     settings = {*MEDIUM_SETTING_COLUMNS, *SAMPLING_COLUMNS}
     names = [name for name in MANIFEST_COLUMNS if name not in settings or options.reads_setting(name)]
-    wanted = {options.column(name) for name in names} | {MANIFEST_ERROR}
+    wanted = {options.column(name) for name in names}
     if options.template is not None:
         wanted.update(template_columns(options.template))
     return [name for name in schema_names if name in wanted]

@@ -15,10 +15,12 @@ import pytest
 from pipeline.errors import ManifestError
 from pipeline.manifest.files import Manifest
 from pipeline.manifest.find import open_manifest, recorded_manifest
+from pipeline.schema import READER_COLUMNS
 from tests.unit.manifest.manifests import (
     cut,
     rows_of,
     write,
+    write_jsonl,
     write_parquet,
 )
 
@@ -119,6 +121,22 @@ def test_folders_named_as_hive_does_give_columns(format: str, tmp_path: Path, lo
 def test_a_column_in_the_files_wins_over_their_folder(tmp_path: Path, load: Callable[..., Manifest]) -> None:
     write_parquet(tmp_path / "d" / "year=2024" / "m.parquet", {"year": ["24"]})
     assert rows_of(load(tmp_path / "d")) == [{"year": "24"}]
+
+
+@pytest.mark.parametrize("name", sorted(READER_COLUMNS))
+def test_a_column_with_a_name_of_the_reader_s_own_is_refused(
+    name: str, tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    rows = [{"prompt": "a", "more": 1}, {"prompt": "b", name: 7}]
+    paths = [
+        write_parquet(tmp_path / "m.parquet", {"prompt": ["a"], name: [7]}),
+        write_jsonl(tmp_path / "m.jsonl", rows),
+        write(tmp_path / "m.csv", f"prompt,{name}\na,7\n"),
+        write_parquet(tmp_path / "d" / f"{name}=7" / "m.parquet", {"prompt": ["a"]}).parent.parent,
+    ]
+    for path in paths:
+        with pytest.raises(ManifestError, match=rf"{path} has columns whose names .*: {name}; rename them"):
+            load(path)
 
 
 def test_the_format_can_be_forced_on_a_file_of_another_name(tmp_path: Path, load: Callable[..., Manifest]) -> None:
