@@ -85,19 +85,23 @@ def report(job: CaptionJob, console: Console) -> None:
             console.print(message, markup=False)
     print_summary(console, job.counts, job.folder, job.record["errors"], job.record["bottleneck"])
     if "reference" in job.kept.names:
-        print_samples(console, _samples(job))
+        try:
+            print_samples(console, _samples(job))
+        except Exception as error:  # nor do samples that can't be shown
+            log.exception("the samples failed")
+            console.print(f"the sample of rows can't be shown: {type(error).__name__}: {error}", markup=False)
 
 
 def _samples(job: CaptionJob) -> list[dict[str, Any]]:
     """Some answered rows: one of each task, if the manifest has tasks."""
     columns = ["text", "status", "reference", *(["task"] if "task" in job.kept.names else [])]
-    rows: dict[Any, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     reader = RunReader(job.folder.path, job.folder.storage_options)
     for batch in itertools.islice(reader.first_batches(columns), _SAMPLE_ROWS):
         for row in readable_rows(batch):
             if row["status"] == Status.OK:
                 row["references"] = answer_texts(row["reference"])
-                rows.setdefault(row.get("task", len(rows)), row)
+                rows.setdefault(str(row.get("task", len(rows))), row)
     return list(rows.values())[:_SAMPLE_ROWS]
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import io
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pytest
 from rich.console import Console
 
+from jobs import caption
 from pipeline.execution.progress import RunCounts
 from pipeline.execution.summary import pace_text, print_samples, print_summary
 from pipeline.results.run_folder import RunFolder
+from tests.unit.report.runs import result_row, write_run
 from tests.unit.results.result_rows import outcomes
 
 
@@ -77,3 +82,37 @@ def test_a_right_answer_is_marked_right_among_several_references() -> None:
         if f" {text} " in line.split("|")[0]
     }
     assert marks == {"one of two": "✓", "other": "✗", "free": ""}
+
+
+def end_of_a_job(folder: Path, kept: pa.Schema) -> str:
+    job = SimpleNamespace(
+        config=SimpleNamespace(output=SimpleNamespace(report=False)),
+        counts=RunCounts(total=3, done_before=3),
+        folder=RunFolder(str(folder)),
+        record={"errors": {}, "bottleneck": None},
+        kept=kept,
+    )
+    console = Console(file=io.StringIO(), width=200)
+    caption.report(job, console)  # type: ignore[arg-type]
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_one_row_of_each_task_is_shown_also_where_tasks_are_lists(tmp_path: Path) -> None:
+    kept = pa.schema([("prompt", pa.string()), ("reference", pa.string()), ("task", pa.list_(pa.string()))])
+    tasks = [["x"], ["x"], ["y"], ["z"]] * 2  # of which the first part has half
+    rows = [result_row(number, task=task, text=f"caption {number}") for number, task in enumerate(tasks)]
+    text = end_of_a_job(write_run(tmp_path / "run", rows, kept=kept), kept)
+    assert "['x'] │ caption 0" in text and "['y'] │ caption 2" in text and "caption 1" not in text
+
+
+def test_samples_that_can_not_be_shown_do_not_end_a_complete_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise ValueError("no text")
+
+    monkeypatch.setattr(caption, "print_samples", fail)
+    kept = pa.schema([("prompt", pa.string()), ("reference", pa.string())])
+    text = end_of_a_job(write_run(tmp_path / "run", [result_row(0)], kept=kept), kept)
+    assert "3 of 3 (0 errors)" in text and "the sample of rows can't be shown: ValueError: no text" in text
