@@ -42,6 +42,7 @@ from pipeline.results.finished import FinishedRows, read_finished
 from pipeline.results.lease import Lease
 from pipeline.results.parts import reopen, restore_success
 from pipeline.results.reader import count_errors
+from pipeline.results.result_files import check_kept
 from pipeline.results.run_folder import RunFolder
 from pipeline.results.run_record import check_unchanged, identity, new_record, now
 
@@ -235,6 +236,8 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
         _print_finished(config, folder, record or {}, numbering.num_rows)
         return None
     model_facts = check_settings(config, manifest, model_path)
+    if config.run.on_change == "new-rows":
+        check_kept(folder, kept_schema(config, manifest))
     finished = read_finished(folder, numbering)
     retries = None
     if config.run.retry_failed:

@@ -15,7 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.errors import OutputError, first_line
 from pipeline.manifest.row_set import Indices, RowNumbering
+from pipeline.manifest.text import json_text
 from pipeline.results.run_folder import RunFolder
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW, Status
 
@@ -44,12 +46,39 @@ def by_bytes(table: pa.Table) -> Iterator[pa.Table]:
 
 
 def as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """These columns in these types. Columns that have theirs are left alone: casts of nested types are not all sound,
-    even to the type itself."""
-    columns = [(table.column(field.name), field.type) for field in schema]
-    return pa.table(
-        [column if column.type.equals(kind) else column.cast(kind) for column, kind in columns], schema=schema
-    )
+    """These columns in these types. Raises pa.ArrowException where one can't hold a value."""
+    return pa.table([_as_type(table.column(field.name), field.type) for field in schema], schema=schema)
+
+
+def _as_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """A column that has the type is left alone: casts of nested types are not all sound, even to the type itself."""
+    if column.type.equals(kind):
+        return column
+    if pa.types.is_list(column.type) and kind.equals(pa.string()):  # as manifests spell lists in a column of text
+        return pa.chunked_array([[None if value is None else json_text(value) for value in column.to_pylist()]], kind)
+    return column.cast(kind)
+
+
+def check_kept(folder: RunFolder, kept: pa.Schema) -> None:
+    """Raises OutputError where the folder's results have kept columns whose values these types can't hold."""
+
+    def check(path: str) -> None:
+        stored = schema_with_partition(read_footer(folder, path).schema.to_arrow_schema())
+        for field in kept:
+            old = stored.field(field.name).type if field.name in stored.names else field.type
+            if old.equals(field.type):
+                continue
+            try:
+                as_schema(read_table(folder, path, [field.name]), pa.schema([field]))
+            except pa.ArrowException as error:
+                raise OutputError(
+                    f"{folder.path} holds results whose column {field.name} is {old}; with the manifest's new files it "
+                    f"is {field.type}, which can't hold all their values ({first_line(error)}): write the new files "
+                    f"with {old}, or choose another output.path"
+                ) from error
+
+    for _ in read_in_order(folder, check, folder.result_files()):
+        pass
 
 
 def write_table(folder: RunFolder, path: str, table: pa.Table) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,9 +19,12 @@ from pipeline.execution.placement import Placement
 from pipeline.execution.prepare import CaptionJob, hold, prepare
 from pipeline.execution.progress import RunCounts
 from pipeline.execution.run import finish
-from pipeline.results.fragments import FragmentWriter
+from pipeline.results.fragments import FragmentWriter, write_fragment
+from pipeline.results.parts import finalise
 from pipeline.results.run_folder import RunFolder
+from pipeline.schema import result_schema
 from tests.unit.results.result_rows import outcomes
+from tests.unit.results.result_rows import rows as result_rows
 
 
 def check(
@@ -242,3 +247,77 @@ def test_a_run_goes_on_in_the_dtype_that_its_first_engine_picked(tmp_path: Path)
     other = load_config(CaptionConfig, None, {**values, "model.dtype": "float32"})
     with pytest.raises(OutputError, match=r"model\.dtype: was 'auto', is 'float32'"):
         prepare(other, folder)
+
+
+def finished_run(config: CaptionConfig, kept: Any) -> RunFolder:
+    """A finished folder of one row, whose kept column `k` has this value."""
+    folder = RunFolder(config.output.path)
+    with hold(folder):
+        job = prepare(config, folder)
+        assert job is not None
+        folder.write_run(job.record)
+        schema = result_schema(job.kept)
+        table = (
+            result_rows([(0, 0)]).drop_columns(["tag"]).append_column("k", pa.array([kept], job.kept.field("k").type))
+        )
+        write_fragment(folder, "1-0", table.select(schema.names), job.numbering)
+        finalise(folder, job.numbering, schema, rows_per_part=10)
+    return folder
+
+
+def widened(tmp_path: Path, suffix: str, first: Any, second: Any) -> tuple[CaptionConfig, RunFolder, Path]:
+    """A finished run over one file, beside which there is a second one now, whose column `k` has another kind."""
+    (tmp_path / "in").mkdir()
+    paths = [tmp_path / "in" / f"{name}{suffix}" for name in ("a", "b")]
+
+    def write(path: Path, value: Any) -> None:
+        if suffix == ".parquet":
+            pq.write_table(pa.table({"prompt": ["a?"], "k": [value]}), path)
+        else:
+            path.write_text(json.dumps({"prompt": "a?", "k": value}))
+
+    write(paths[0], first)
+    values = {"input.path": str(tmp_path / "in"), "input.keep": "[k]", "model.path": "demo"}
+    values |= {"output.path": str(tmp_path / "out")}
+    folder = finished_run(load_config(CaptionConfig, None, values), first)
+    write(paths[1], second)
+    return load_config(CaptionConfig, None, values | {"run.on_change": "new-rows"}), folder, paths[1]
+
+
+def test_new_files_whose_type_can_not_hold_the_results_are_refused_and_the_folder_stays_finished(
+    tmp_path: Path,
+) -> None:
+    config, folder, new_file = widened(tmp_path, ".parquet", 2**60 + 1, 0.5)
+    parts = [Path(part).read_bytes() for part in folder.parts()]
+    reason = r"column k is int64; with the manifest's new files it is double, which can't hold.*1152921504606846977"
+    for _ in range(2):
+        with pytest.raises(OutputError, match=reason), hold(folder):
+            prepare(config, folder)
+        assert folder.is_finished() and [Path(part).read_bytes() for part in folder.parts()] == parts
+    new_file.unlink()
+    with hold(folder):
+        assert prepare(config, folder) is None
+
+
+@pytest.mark.parametrize(
+    ("suffix", "first", "second", "found"),
+    [
+        (".jsonl", [1, 2], "none", "[1, 2]"),
+        (".jsonl", 2**60 + 1, 0.5, "1152921504606846977"),
+        (".jsonl", True, "none", "true"),
+        (".parquet", 2**53, 0.5, 2.0**53),
+    ],
+)
+def test_new_files_may_widen_the_type_of_a_kept_column(
+    suffix: str, first: Any, second: Any, found: Any, tmp_path: Path
+) -> None:
+    config, folder, _ = widened(tmp_path, suffix, first, second)
+    with hold(folder):
+        job = prepare(config, folder)
+        assert job is not None and not folder.is_finished()
+        schema = result_schema(job.kept)
+        new = pa.array([None], job.kept.field("k").type)
+        table = result_rows([(1, 0)]).drop_columns(["tag"]).append_column("k", new)
+        write_fragment(folder, "2-0", table.select(schema.names), job.numbering)
+        finalise(folder, job.numbering, schema, rows_per_part=10)
+    assert pq.read_table(folder.parts()[0]).column("k").to_pylist() == [found, None]

@@ -1,11 +1,13 @@
-"""Reading many files of a run folder."""
+"""Reading many files of a run folder, and results in another type than they were written in."""
 
 from __future__ import annotations
 
 import threading
 from pathlib import Path
 
-from pipeline.results.result_files import read_in_order
+import pyarrow as pa
+
+from pipeline.results.result_files import as_schema, read_in_order
 from tests.unit.results.result_rows import new_folder
 
 
@@ -26,3 +28,13 @@ def test_files_are_read_several_at_once_in_order_and_not_far_ahead(tmp_path: Pat
         most = max(most, len(begun) - taken)
     assert taken == 100
     assert most < 20
+
+
+def test_lists_in_a_column_that_became_text_are_json_as_in_a_manifest() -> None:
+    table = pa.table({"k": [[1, 2], None, []], "t": [["é", None], ['"'], None], "n": [1, None, 2**60 + 1]})
+    schema = pa.schema([(name, pa.string()) for name in table.column_names])
+    assert as_schema(table, schema).to_pydict() == {
+        "k": ["[1, 2]", None, "[]"],
+        "t": ['["é", null]', r'["\""]', None],
+        "n": ["1", None, "1152921504606846977"],
+    }
