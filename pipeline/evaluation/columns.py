@@ -32,7 +32,7 @@ def text_column(batch: pa.RecordBatch, name: str | None) -> pa.Array:
 
 def _as_texts(column: pa.Array, name: str) -> pa.Array:
     values = (readable(value, f"the column {name}") for value in column)
-    return pa.array([None if value is None else str(value) for value in values], pa.string())
+    return pa.array([None if value is None else plain_text(value) for value in values], pa.string())
 
 
 def answered_texts(batch: pa.RecordBatch) -> list[str | None]:
@@ -58,8 +58,8 @@ def answer_texts(value: Any) -> list[str]:
     is one answer (a box). Nulls are left out, and answers that are all empty are none.
     """
     items = as_list(value)
-    are_answers = [isinstance(item, str | Mapping) for item in items if item is not None]
-    if isinstance(value, str) and are_answers and not any(are_answers):
+    are_answers = [isinstance(item, str | bytes | Mapping) for item in items if item is not None]
+    if isinstance(value, str | bytes) and are_answers and not any(are_answers):
         items = [value]
     answers = (plain(item.get("answer", item) if isinstance(item, Mapping) else item) for item in items)
     texts = [plain_text(answer) for answer in answers if answer is not None]
@@ -76,7 +76,7 @@ def option_texts(value: Any) -> list[str]:
 
 def as_list(value: Any) -> list[Any]:
     """A list, or the list that a text holds in JSON or in Python (MMMU); another value alone; nothing for a null."""
-    value = plain(value)
+    value = _decoded(plain(value))
     if value is None:
         return []
     if not isinstance(value, str) or not value.strip().startswith("["):
@@ -93,6 +93,11 @@ def as_list(value: Any) -> list[Any]:
 
 def plain_text(value: Any) -> str:
     """A value as text, empty for null; a whole number has no point."""
-    value = plain(value)
+    value = _decoded(plain(value))
     text = as_text(value)
     return "" if value is None else str(value) if text is None else text
+
+
+def _decoded(value: Any) -> Any:
+    """The text in bytes, as old writers spell strings; any other value as it is."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value

@@ -28,6 +28,7 @@ from pipeline.evaluation.metrics.overlap import CorpusScore
 from pipeline.evaluation.metrics.registry import METRICS, Metric, corpus_score, counts_column, require
 from pipeline.evaluation.settings import ScoringSettings, known_metric
 from pipeline.evaluation.slices import OTHER, slice_order, slice_values
+from pipeline.preprocess.messages.values import is_empty, readable, shown
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW
 
 METRICS_VERSION = 2
@@ -168,8 +169,9 @@ class Scorer:
         tasks = text_column(batch, settings.task_column).to_pylist()
         metrics = [tuple(settings.tasks.get(task, settings.metrics)) for task in tasks]
         if settings.metric_column:
-            own = batch.column(settings.metric_column).to_pylist()
-            metrics = [_own_metrics(value) if value else names for value, names in zip(own, metrics, strict=True)]
+            column = settings.metric_column
+            own = [readable(value, f"the column {column}") for value in batch.column(column)]
+            metrics = [names if is_empty(one) else _own_metrics(one) for one, names in zip(own, metrics, strict=True)]
         metrics = [names if known else () for names, known in zip(metrics, references, strict=True)]
         return list(map(_Row, metrics, references, choices, texts))
 
@@ -263,9 +265,15 @@ def _group_numbers(groups: pa.Array, first: int) -> Ints:
     return np.fromiter(numbers, np.int64, len(texts))
 
 
-def _own_metrics(value: str | Sequence[str]) -> tuple[str, ...]:
+def _own_metrics(value: Any) -> tuple[str, ...]:
     """The metrics that a row's metric column names."""
-    names = [name.strip() for name in (value.split(",") if isinstance(value, str) else value)]
+    listed = value.split(",") if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise ConfigError(
+            f"evaluate.metric_column: a row holds {shown(value)}; expected names of metrics, as a list of texts or one "
+            "text with commas between them"
+        )
+    names = [name.strip() for name in listed]
     try:
         for name in names:
             _require_package(METRICS[known_metric(name)])

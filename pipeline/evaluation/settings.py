@@ -31,8 +31,9 @@ class ScoringSettings(Section):
     """Which columns hold what, and which metrics are computed."""
 
     references: str = "reference"
-    """Column with the right answer or answers: text, number, list of texts, or list of structs with `answer`. A list
-    may also be text, in JSON or as Python writes it; empty text, an empty list and null are no reference."""
+    """Column with the right answer or answers: text (also as UTF-8 bytes), number, list of texts, or list of structs
+    with `answer`. A list may also be text, in JSON or as Python writes it; empty text, an empty list and null are no
+    reference."""
     metrics: list[MetricName] = Field(default_factory=lambda: ["exact_match"])
     """Metrics of rows for which `tasks` and `metric_column` name none; a row's first metric is its score."""
     task_column: str | None = None

@@ -98,7 +98,7 @@ class CardMaker:
         return shorten(_message_text(value) if name == "messages" else str(value), _MAX_QUESTION) if value else None
 
     def _references(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        value = row[self._reference_column] if self._reference_column else None
+        value = row.get(self._reference_column) if self._reference_column else None
         texts = [shorten(text, _MAX_QUESTION) for text in dict.fromkeys(answer_texts(value))]
         more = len(texts) - _MAX_REFERENCES
         return (*texts[:_MAX_REFERENCES], f"and {more} more") if more > 0 else tuple(texts)

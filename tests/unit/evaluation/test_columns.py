@@ -22,6 +22,7 @@ def batch(column: pa.Array) -> pa.RecordBatch:
 def test_numbers_texts_and_structs_are_texts() -> None:
     assert text_column(batch(pa.array([1, None])), "x").to_pylist() == ["1", None]
     assert text_column(batch(pa.array(["a", None]).dictionary_encode()), "x").to_pylist() == ["a", None]
+    assert text_column(batch(pa.array([b"a", b"\xff"])), "x").to_pylist() == ["a", "\\xff"]
     assert text_column(batch(pa.array([{"a": 1}, None])), "x").to_pylist() == ["{'a': 1}", None]
     assert reference_lists(batch(pa.array([["a", None, "b"], None])), "x") == [["a", "b"], []]
 
@@ -48,6 +49,13 @@ def test_a_value_that_python_cannot_hold_ends_nothing() -> None:
         ("Three.", ["Three."]),
         ("[Three", ["[Three"]),
         ("[10, 20, 30, 40]", ["[10, 20, 30, 40]"]),
+        ("zwölf\nUhr".encode(), ["zwölf\nUhr"]),
+        ([b"Three.", None, b"x"], ["Three.", "x"]),
+        ([{"answer": b"Three."}], ["Three."]),
+        (b'["Three.", "x"]', ["Three.", "x"]),
+        (b"[10, 20, 30, 40]", ["[10, 20, 30, 40]"]),
+        (b"caf\xe9", ["caf\\xe9"]),
+        (b"", []),
         ('["10", 20]', ["10", "20"]),
         ("[null]", []),
         (3.0, ["3"]),
@@ -93,5 +101,6 @@ def test_whole_numbers_that_pandas_writes_beside_a_null_have_no_point() -> None:
 
 def test_options_may_be_text_and_a_missing_one_keeps_its_place() -> None:
     assert option_texts('["cat", "dog"]') == option_texts("['cat', 'dog']") == option_texts(["cat", "dog"])
+    assert option_texts(b'["cat", "dog"]') == option_texts([b"cat", b"dog"]) == ["cat", "dog"]
     assert option_texts("[1, 2.0]") == ["1", "2"]
     assert option_texts(["cat", None, "dog", None, float("nan")]) == ["cat", "", "dog"]

@@ -208,6 +208,28 @@ def test_an_unknown_metric_in_the_metric_column_is_refused_by_name() -> None:
         scorer.score(_batch(["x"], {"answer": pa.array(["x"]), "metric": pa.array(["exactmatch"])}))
 
 
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (pa.array([["exact_match", None]]), r"\['exact_match', None\]"),
+        (pa.array([0]), "0"),
+        (pa.array([b"exact_match"]), "11 bytes"),
+        (pa.array([{"name": "exact_match"}]), r"\{'name': 'exact_match'\}"),
+    ],
+)
+def test_a_metric_column_without_names_is_refused_with_what_it_holds(values: pa.Array, found: str) -> None:
+    scorer = Scorer(ScoringSettings(references="answer", metric_column="metric"))
+    with pytest.raises(ConfigError, match=rf"evaluate\.metric_column: a row holds {found}; expected names of metrics"):
+        scorer.score(_batch(["x"], {"answer": pa.array(["x"]), "metric": values}))
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), "", []])
+def test_a_row_whose_metric_column_is_empty_has_the_config_s_metrics(value: Any) -> None:
+    scorer = Scorer(ScoringSettings(references="answer", metrics=("exact_match",), metric_column="metric"))
+    batch = _batch(["x"], {"answer": pa.array(["x"]), "metric": pa.array([value])})
+    assert _scores(scorer, batch).column("score").to_pylist() == [1]
+
+
 @pytest.mark.parametrize("name", ["bleu", "chrf", "rouge_l", "anls"])
 def test_a_missing_package_is_an_error_that_names_the_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "find_spec", lambda package: None)

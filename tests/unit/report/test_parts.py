@@ -22,7 +22,7 @@ from pipeline.report.facts import headline, rates, settings_lines, shown_source,
 from pipeline.report.gallery import _message_text
 from pipeline.report.thumbnails import ThumbnailMaker
 from pipeline.results.reader import RunReader
-from tests.unit.report.runs import RUN, make_image, medium, result_row, write_run, write_video
+from tests.unit.report.runs import RUN, make_image, medium, result_row, write_run, write_scores, write_video
 
 
 def test_the_texts_of_a_chat_are_shown_and_what_is_no_chat_as_it_is() -> None:
@@ -79,6 +79,18 @@ def test_kept_columns_with_whole_files_are_not_loaded_for_the_page(tmp_path: Pat
     folder = write_run(tmp_path / "run", [row, row | {"manifest_row": 1}], kept=kept)
     shown = RunReader(str(folder)).fetch({0})[0]
     assert shown["prompt"] and not {"pictures", "picture"} & set(shown)
+
+
+def test_a_run_whose_references_are_bytes_is_scored_and_shown(tmp_path: Path) -> None:
+    kept = pa.schema([("prompt", pa.string()), ("reference", pa.binary()), ("task", pa.binary())])
+    rows = [result_row(number) for number in range(6)]
+    for row in rows:
+        row |= {name: row[name].encode() for name in ("reference", "task")}
+    folder = write_run(tmp_path / "run", rows, kept=kept)
+    metrics = write_scores(folder)
+    assert metrics["overall"]["exact_match"]["value"] == 1.0
+    assert {one["value"] for one in metrics["slices"]["task"]} == {"colour", "count", "caption", "video"}
+    assert main(["--no-thumbnails", str(folder)]) == 0
 
 
 _JSON = st.recursive(
