@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline import storage
@@ -46,7 +46,13 @@ class RunFolder:
         """Make the folder. Raises OutputError when it can't be written or holds something else."""
         try:
             self._is_new = not storage.exists(self.path, self.storage_options)
-            if not self._is_new and self.read_run() is None:
+            record = None if self._is_new else self.read_run()
+            if record is not None and not _says_what_was_run(record):
+                raise OutputError(
+                    f"{self.file('run.json')} does not say which manifest the folder's rows are of; put the run's own "
+                    "file back, or choose another output.path"
+                )
+            if not self._is_new and record is None:
                 found = storage.list_files(self.path, self.storage_options, recursive=False)
                 foreign = [storage.name(path) for path in (*(info.path for info in found), *self.fragments())]
                 if "run.json" in foreign:
@@ -152,3 +158,10 @@ class RunFolder:
         """Remove temporary files of runs that were killed while writing."""
         self.guard()
         storage.sweep(self.path)
+
+
+def _says_what_was_run(record: Mapping[str, Any]) -> bool:
+    """Whether run.json has what tells a later run if it sees the same rows."""
+    manifest = record.get("manifest")
+    fingerprint = manifest.get("fingerprint") if isinstance(manifest, dict) else None
+    return isinstance(fingerprint, dict) and {"format", "files"} <= fingerprint.keys()

@@ -41,6 +41,14 @@ def test_a_run_of_an_earlier_version_is_refused_by_name(tmp_path: Path) -> None:
         RunFolder(str(tmp_path)).prepare()
 
 
+@pytest.mark.parametrize("content", ["{}", '{"manifest": null}', '{"manifest": {"fingerprint": {"files": []}}}'])
+def test_a_run_json_that_names_no_manifest_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "__run").mkdir()
+    (tmp_path / "__run" / "run.json").write_text(content)
+    with pytest.raises(OutputError, match=r"__run/run\.json does not say which manifest.*put the run's own file back"):
+        RunFolder(str(tmp_path)).prepare()
+
+
 @pytest.mark.parametrize("existed", [True, False])
 def test_what_a_refused_run_made_is_removed_and_nothing_else(tmp_path: Path, existed: bool) -> None:
     path = tmp_path / "a" / "out"
