@@ -249,7 +249,7 @@ def test_a_run_goes_on_in_the_dtype_that_its_first_engine_picked(tmp_path: Path)
         prepare(other, folder)
 
 
-def finished_run(config: CaptionConfig, kept: Any) -> RunFolder:
+def finished_with(config: CaptionConfig, kept: Any) -> RunFolder:
     """A finished folder of one row, whose kept column `k` has this value."""
     folder = RunFolder(config.output.path)
     with hold(folder):
@@ -279,7 +279,7 @@ def widened(tmp_path: Path, suffix: str, first: Any, second: Any) -> tuple[Capti
     write(paths[0], first)
     values = {"input.path": str(tmp_path / "in"), "input.keep": "[k]", "model.path": "demo"}
     values |= {"output.path": str(tmp_path / "out")}
-    folder = finished_run(load_config(CaptionConfig, None, values), first)
+    folder = finished_with(load_config(CaptionConfig, None, values), first)
     write(paths[1], second)
     return load_config(CaptionConfig, None, values | {"run.on_change": "new-rows"}), folder, paths[1]
 
