@@ -38,7 +38,7 @@ def check(run: Path, at_least: float) -> tuple[list[str], dict[str, tuple[int, i
     rows = [row for part in sorted(run.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
     row_keys = [(row["manifest_file"], row["manifest_row"]) for row in rows]
     files = record["manifest"]["fingerprint"]["files"]
-    if row_keys != [(file, row) for file, (_, _, count) in enumerate(files) for row in range(count)]:
+    if row_keys != [(file, row) for file, (_, _, count, *_) in enumerate(files) for row in range(count)]:
         problems.append(f"{run} does not hold every manifest row once, in manifest order")
     scores: dict[str, tuple[int, int]] = {}
     for row in rows:

@@ -6,7 +6,7 @@ a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from pipeline.evaluation.metrics.cider import Cider
 from pipeline.evaluation.metrics.registry import METRICS, corpus_score, counts_column, require
 from pipeline.evaluation.paired import Comparison, compare, compare_corpora
 from pipeline.evaluation.scoring import METRICS_VERSION
+from pipeline.manifest.changes import same_rows
 from pipeline.results.reader import RunReader, row_keys
 from pipeline.schema import MANIFEST_FILE, MANIFEST_ROW
 
@@ -46,7 +47,7 @@ def compare_folders(
     for reader in (mine, theirs):
         if (reader.metrics or {}).get("version") != METRICS_VERSION:
             raise OutputError(f"{reader.path} was scored by another version: score it again, with --run.path")
-    by_id = not same_manifest(mine.run, theirs.run)
+    by_id = not same_manifest(mine, theirs)
     columns = ["id"] * by_id + [*_PLACE, "task", "cluster", "metric", "score", *METRICS, *map(counts_column, METRICS)]
     batches = [reader.score_batches(columns) for reader in (mine, theirs)]
 
@@ -60,10 +61,26 @@ def compare_folders(
     return {"run": storage.absolute(baseline), "paired_by": "id" if by_id else "place", **found}
 
 
-def same_manifest(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether both runs' row keys mean the same rows; assumed if a run has recorded no fingerprint."""
-    found = [(one.get("manifest") or {}).get("fingerprint") for one in (run, other)]
-    return found[0] == found[1] or None in found
+def same_manifest(run: RunReader, other: RunReader) -> bool:
+    """Whether both runs' row keys mean the same rows: by the manifests' fingerprints, and by the rows' ids where these
+    can't tell, since runs of older versions have recorded no digests."""
+    one, another = ((reader.run.get("manifest") or {}).get("fingerprint") for reader in (run, other))
+    same = same_rows(one, another) if one and another else None
+    if same is not None:
+        return same
+    (keys, ids), (other_keys, other_ids) = map(_ids, (run, other))
+    _, mine, theirs = np.intersect1d(keys, other_keys, return_indices=True)
+    return bool((ids[mine] == other_ids[theirs]).all())
+
+
+def _ids(reader: RunReader) -> tuple[Ints, Ints]:
+    """Row keys, and a hash of each row's id."""
+    keys, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for batch in reader.batches([*_PLACE, "id"]):
+        ids = batch.column("id").fill_null("").to_numpy(zero_copy_only=False)
+        keys.append(row_keys(batch))
+        hashes.append(pd.util.hash_array(ids).astype(np.int64))
+    return np.concatenate(keys), np.concatenate(hashes)
 
 
 def _references(reader: RunReader) -> str:

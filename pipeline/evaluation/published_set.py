@@ -26,6 +26,7 @@ from pipeline.config import InputConfig
 from pipeline.errors import ManifestError, MessageError
 from pipeline.evaluation.columns import plain_text
 from pipeline.evaluation.layout import Layout, manifest_row
+from pipeline.manifest.changes import same_rows
 from pipeline.manifest.files import Manifest, relative
 from pipeline.manifest.find import open_manifest
 from pipeline.manifest.formats import VIDEO_SUFFIXES, read_units
@@ -55,13 +56,16 @@ def prepare_manifest(
     options = source.storage_options
     dataset = open_manifest(source.path, format="parquet", storage_options=options, listing_path=target)
     dataset = _of_split(layout, dataset)
-    made_of = {"layout": layout.model_dump(mode="json"), "source": dataset.fingerprint(), "limit": source.limit}
+    made_of = {"layout": layout.model_dump(mode="json"), "limit": source.limit}
+    of_source = dataset.fingerprint()
     marker = storage.join(target, "_layout.json")
     try:
         found = json.loads(storage.read_bytes(marker, storage_options))
     except (FileNotFoundError, ValueError):
         found = None
-    if found is not None and {name: found.get(name) for name in made_of} != made_of:
+    if found is not None and (
+        {name: found.get(name) for name in made_of} != made_of or same_rows(found["source"], of_source) is False
+    ):
         raise ManifestError(
             f"{target} holds a manifest of another layout or source; delete it, or set evaluate.manifest_path"
         )
@@ -71,7 +75,7 @@ def prepare_manifest(
         rows = _manifest_rows(layout, dataset, chosen.rows, videos)
         schema = _schema(layout).with_metadata(notes_metadata(chosen.notes(layout)))
         _write(rows, schema, target, storage_options)
-        content = json.dumps(made_of | {"missing_videos": chosen.num_missing_videos}, indent=2)
+        content = json.dumps(made_of | {"source": of_source, "missing_videos": chosen.num_missing_videos}, indent=2)
         storage.publish(marker, content.encode(), storage_options)
     update: dict[str, Any] = {"path": target, "format": "parquet", "columns": {}, "keep": {}, "limit": None}
     return source.model_copy(update={**update, "allow": [*source.allow, dataset.base]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from pipeline.storage import FileInfo, StorageOptions
 
 MEDIA = "media"
 """The format of a folder of images and videos, which is listed into a Parquet file."""
+DIGEST_DIGITS = 16
 INDEX_STRIDE = 128
 """Text files: the byte offset of every row whose number is a multiple of this is kept."""
 
@@ -45,6 +46,8 @@ class ManifestFile:
     """Nanoseconds of the last change on disk, the etag in a bucket."""
     large_groups: tuple[int, ...] = ()
     """Parquet: where each row group begins and ends that is too large to be decoded from its start for every unit."""
+    digest: str | None = None
+    """Of its content: a text file's as a whole, a Parquet file's end. None where an earlier run recorded none."""
 
     def section(self, row: int) -> int:
         """How many of these beginnings and ends a row has behind it; odd for a row of a large row group."""
@@ -60,6 +63,10 @@ class WorkUnit:
     start: int
     stop: int
     """Row numbers [start, stop) in the file."""
+    size: int | None = None
+    """The file's, when the manifest was opened; None: unknown, and not compared with the file that is read."""
+    version: str | None = None
+    """As in ManifestFile; None: unknown, and not compared."""
     seek: tuple[int, int, int] = (0, 0, 1)
     """Text files: a row at or before `start`, the byte at which it begins, and the number of its line, from 1."""
     selected: Indices | None = None
@@ -126,23 +133,25 @@ class Manifest:
 
     def unit(self, file: int, start: int, stop: int) -> WorkUnit:
         """The unit of all rows [start, stop) of a file."""
-        path, section = self.files[file].path, self.files[file].section(start)
+        known = self.files[file]
+        section = known.section(start)
         shared = section if section % 2 else None
+        unit = WorkUnit(file, known.path, start, stop, known.size, known.version, shared=shared)
         if not self.offsets:
-            return WorkUnit(file, path, start, stop, shared=shared)
+            return unit
         mark = start // INDEX_STRIDE
         offset, line = self.offsets[file][mark].tolist()
-        return WorkUnit(file, path, start, stop, (mark * INDEX_STRIDE, offset, line), shared=shared)
+        return replace(unit, seek=(mark * INDEX_STRIDE, offset, line))
 
     def fingerprint(self) -> dict[str, Any]:
-        """Names, sizes and row counts: enough to tell whether a later run sees the same rows. Goes into JSON.
+        """Names, sizes, row counts and digests: enough to tell whether a later run sees the same rows. Goes into JSON.
 
         Times of change are left out on purpose: a copied or touched manifest is still the same manifest.
         """
         return {
             "format": self.format,
             "num_rows": self.num_rows,
-            "files": [[relative(file.path, self.base), file.size, file.num_rows] for file in self.files],
+            "files": [[relative(file.path, self.base), file.size, file.num_rows, file.digest] for file in self.files],
         }
 
 
@@ -226,8 +235,22 @@ def _is_binary(found: pa.DataType) -> bool:
     return bool(types.is_binary(found) or types.is_large_binary(found) or types.is_fixed_size_binary(found))
 
 
-def file_changed(unit: WorkUnit, num_rows: int) -> ManifestError:
+def check_same_file(unit: WorkUnit, found: FileInfo) -> None:
+    """Raises ManifestError where the file that is read is not the one that was there when the manifest was opened."""
+    if unit.size is None:
+        return
+    if found.size != unit.size:
+        raise _file_changed(unit, f"has {found.size:,} bytes now but had {unit.size:,}")
+    if None not in (found.version, unit.version) and found.version != unit.version:
+        raise _file_changed(unit, "has as many bytes, but another time of change or etag than")
+
+
+def too_few_rows(unit: WorkUnit, num_rows: int) -> ManifestError:
+    return _file_changed(unit, f"has {num_rows:,} rows now but had at least {unit.stop:,}")
+
+
+def _file_changed(unit: WorkUnit, how: str) -> ManifestError:
     return ManifestError(
-        f"{unit.path} has {num_rows} rows now but had at least {unit.stop} when the job began: "
-        "it was changed in the meantime; run the job again to see the difference"
+        f"{unit.path} {how} when the job began: it was changed in the meantime; run the job again, which goes on if "
+        "the rows are the same and shows the difference if not"
     )

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.errors import ManifestError, first_line
+from pipeline.manifest.changes import recorded_files
 from pipeline.manifest.files import MEDIA, CsvDialect, Manifest, ManifestFile, relative
 from pipeline.manifest.formats import FORMATS, IMAGE_SUFFIXES, REFUSED_SUFFIXES, VIDEO_SUFFIXES, format_of
 from pipeline.manifest.listing import open_listing, supplement_listing, write_listing
@@ -88,14 +89,14 @@ def recorded_manifest(
         found = _find(path, format, storage_options)
     except (OSError, ManifestError):
         return None  # open_manifest reports what is wrong
-    then = {name: (size, version) for (name, size, _), version in zip(fingerprint["files"], versions, strict=True)}
+    known = recorded_files(fingerprint)
+    then = {name: (file.size, version) for (name, file), version in zip(known.items(), versions, strict=True)}
     names = [relative(info.path, found.base) for info in found.files]
     now = {name: (info.size, info.version) for name, info in zip(names, found.files, strict=True)}
     if found.kind != fingerprint["format"] or now != then:
         return None
-    rows = {name: num_rows for name, _, num_rows in fingerprint["files"]}
     files = [
-        ManifestFile(info.path, rows[name], info.size, info.version)
+        ManifestFile(info.path, known[name].num_rows, info.size, info.version, digest=known[name].digest)
         for name, info in zip(names, found.files, strict=True)
     ]
     return Manifest(path, found.kind, tuple(files), pa.schema([]), found.base, storage_options)

@@ -71,7 +71,7 @@ def open_listing(path: str, listing_path: str, options: StorageOptions) -> Manif
     base, notes = "", tuple[str, ...]()
     for one in _listings(listing_path, options):
         info = storage.file_info(one, options)
-        footer = read_footer(info, options)
+        footer, digest = read_footer(info, options)
         metadata = footer.schema.to_arrow_schema().metadata or {}
         source = metadata.get(_SOURCE_KEY, b"").decode()
         if source.rstrip("/") != path.rstrip("/"):
@@ -81,7 +81,7 @@ def open_listing(path: str, listing_path: str, options: StorageOptions) -> Manif
                 f"{one} lists the media of {source}, but input.path is {path}: "
                 "choose another output.path, or set input.path back"
             )
-        files.append(ManifestFile(one, footer.num_rows, info.size, info.version))
+        files.append(ManifestFile(one, footer.num_rows, info.size, info.version, digest=digest))
         base, notes = metadata[_BASE_KEY].decode(), notes_of(metadata)
     return Manifest(path, MEDIA, tuple(files), LISTING_SCHEMA, base, options, notes=notes)
 

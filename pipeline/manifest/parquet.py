@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,15 +16,17 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import ManifestError, first_line
 from pipeline.manifest.files import (
+    DIGEST_DIGITS,
     CsvDialect,
     Manifest,
     ManifestFile,
     ManifestFormat,
     ManifestSpec,
     WorkUnit,
-    file_changed,
+    check_same_file,
     plain_type,
     refuse_repeated_names,
+    too_few_rows,
     unify_types,
 )
 from pipeline.schema import MANIFEST_ERROR
@@ -32,6 +35,9 @@ from pipeline.storage import FileInfo, StorageOptions
 _NOTES_KEY = b"manifest_notes"
 _FOOTER_THREADS_LOCAL = 8
 _FOOTER_THREADS_REMOTE = 32
+_TAIL_BYTES = 64 << 10
+"""Of the end of a file, read at once: most footers are shorter."""
+_MAGIC = b"PAR1"
 _BUFFER_WHOLE_BYTES = 128 << 20
 """Row groups up to this size are fetched in one go; larger ones are streamed."""
 _LARGE_GROUP_BYTES = 16 << 20
@@ -55,8 +61,10 @@ class ParquetFormat(ManifestFormat):
         types: dict[str, tuple[pa.DataType, str]] = {}
         last = pa.schema([])
         with ThreadPoolExecutor(threads) as pool:
-            for info, footer in zip(infos, pool.map(lambda info: read_footer(info, options), infos), strict=True):
-                files.append(ManifestFile(info.path, footer.num_rows, info.size, info.version, _large_groups(footer)))
+            footers = pool.map(lambda info: read_footer(info, options), infos)
+            for info, (footer, digest) in zip(infos, footers, strict=True):
+                large = _large_groups(footer)
+                files.append(ManifestFile(info.path, footer.num_rows, info.size, info.version, large, digest))
                 schema = footer.schema.to_arrow_schema()
                 notes |= dict.fromkeys(notes_of(schema.metadata))
                 if not schema.equals(last):  # nearly always all files agree, and there is nothing to merge
@@ -66,9 +74,9 @@ class ParquetFormat(ManifestFormat):
         return Manifest(path, self.name, tuple(files), schema, base, options, notes=tuple(notes))
 
     def read(self, spec: ManifestSpec, units: Sequence[WorkUnit], columns: Sequence[str]) -> Iterator[pa.Table]:
-        with _open_file(units[0].path, spec.storage_options) as file:
+        with _open_file(units[0], spec.storage_options) as file:
             if units[-1].stop > file.metadata.num_rows:
-                raise file_changed(units[-1], file.metadata.num_rows)
+                raise too_few_rows(units[-1], file.metadata.num_rows)
             held = set(file.schema_arrow.names)
             present = [name for name in columns if name in held]
             if not present:  # a batch of no columns does not know its length
@@ -90,13 +98,15 @@ def notes_of(metadata: Mapping[bytes, bytes] | None) -> tuple[str, ...]:
     return tuple(json.loads((metadata or {}).get(_NOTES_KEY, b"[]")))
 
 
-def read_footer(info: FileInfo, options: StorageOptions) -> pq.FileMetaData:
-    """The file's footer. Raises ManifestError where it is not a Parquet file, or has types unknown to Arrow."""
+def read_footer(info: FileInfo, options: StorageOptions) -> tuple[pq.FileMetaData, str]:
+    """The file's footer and a digest of its end, which is the footer and at least `_TAIL_BYTES`: the footer alone says
+    little of the rows' order. Raises ManifestError where it is not a Parquet file, or has types unknown to Arrow."""
     try:
-        if not storage.is_remote(info.path):
-            return pq.read_metadata(storage.local_path(info.path))
-        with storage.open_input(info.path, options) as file:
-            return pq.read_metadata(file)
+        tail = storage.read_tail(info, _TAIL_BYTES, options)
+        needed = int.from_bytes(tail[-8:-4], "little") + 8
+        if needed > len(tail) and tail.endswith(_MAGIC):
+            tail = storage.read_tail(info, needed, options)
+        return pq.read_metadata(pa.BufferReader(tail)), hashlib.sha256(tail).hexdigest()[:DIGEST_DIGITS]
     except pa.ArrowNotImplementedError as error:
         raise ManifestError(
             f"{info.path} has a column that Arrow can't read: {first_line(error)}; write it in another type"
@@ -173,13 +183,16 @@ def _pieces(
 
 
 @contextmanager
-def _open_file(path: str, options: StorageOptions) -> Iterator[pq.ParquetFile]:
+def _open_file(unit: WorkUnit, options: StorageOptions) -> Iterator[pq.ParquetFile]:
+    """The unit's file. Raises ManifestError where it is not the file that the unit was planned for."""
+    path = unit.path
     source: Any
     if storage.is_remote(path):
         source = storage.open_input(path, options, random_access=True)
     else:
         source = pa.OSFile(storage.local_path(path))
     try:
+        check_same_file(unit, storage.opened_info(source, path, options))
         footer = pq.read_metadata(source)
         source.seek(0)
         largest = max((footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)), default=0)

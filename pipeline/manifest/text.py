@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.errors import ManifestError, first_line
 from pipeline.manifest.files import (
+    DIGEST_DIGITS,
     INDEX_STRIDE,
     CsvDialect,
     Manifest,
@@ -26,7 +28,8 @@ from pipeline.manifest.files import (
     ManifestFormat,
     ManifestSpec,
     WorkUnit,
-    file_changed,
+    check_same_file,
+    too_few_rows,
     unify_types,
 )
 from pipeline.schema import MANIFEST_ERROR
@@ -125,7 +128,8 @@ class TextFormat(ManifestFormat):
         files, offsets, unread = [], [], []
         for info in infos:
             num_rows, num_read, marks = 0, 0, []
-            with _open_text(info.path, options) as file:
+            with _open_text(info.path, options) as text:
+                file = _Digested(text)
                 header = self.header(info.path, file, csv)
                 kinds |= {name: {"str"} for name in header}
                 for record in self.records(info.path, file, csv, (0, 1)):
@@ -138,13 +142,14 @@ class TextFormat(ManifestFormat):
                             found = kinds.setdefault(name, set())
                             if value is not None:
                                 found.add(_kind(value))
+                digest = file.digest
                 if num_read * 2 < num_rows and not header:
                     first = next(self.records(info.path, file, csv, (0, 1)))
                     if form := self.likely_form(next(Lines(file, first.offset))):
                         raise ManifestError(f"{info.path} is {form}: {first.error}")
                     if not num_read:
                         unread.append(f"no line of {info.path} is a row: {first.error}")
-            files.append(ManifestFile(info.path, num_rows, info.size, info.version))
+            files.append(ManifestFile(info.path, num_rows, info.size, info.version, digest=digest))
             offsets.append(np.asarray(marks, dtype=np.int64))
         if unread and len(unread) == sum(file.num_rows > 0 for file in files):
             raise ManifestError(unread[0])
@@ -153,7 +158,7 @@ class TextFormat(ManifestFormat):
 
     def read(self, spec: ManifestSpec, units: Sequence[WorkUnit], columns: Sequence[str]) -> Iterator[pa.Table]:
         path = units[0].path
-        with _open_text(path, spec.storage_options) as file:
+        with _open_text(path, spec.storage_options, units[0]) as file:
             records: Iterator[Record] = iter(())
             row = -1
             for unit in units:
@@ -166,13 +171,37 @@ class TextFormat(ManifestFormat):
                         found.append(record)
                     row += 1
                 if row < unit.stop:
-                    raise file_changed(unit, row)
+                    raise too_few_rows(unit, row)
                 yield _table(found, spec.schema, columns, unit)
 
 
+class _Digested(io.BufferedReader):
+    """A file, and a digest of the lines that have been read since it was last set to a place."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self._hash = hashlib.sha256()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._hash = hashlib.sha256()
+        return super().seek(offset, whence)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        line = super().readline(size)
+        self._hash.update(line)
+        return line
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()[:DIGEST_DIGITS]
+
+
 @contextmanager
-def _open_text(path: str, options: StorageOptions) -> Iterator[BinaryIO]:
+def _open_text(path: str, options: StorageOptions, unit: WorkUnit | None = None) -> Iterator[BinaryIO]:
+    """The file's text. Raises ManifestError where it is none, or is not the file that the unit was planned for."""
     with storage.open_input(path, options) as file:
+        if unit is not None:
+            check_same_file(unit, storage.opened_info(file, path, options))
         text: Any = file
         if path.lower().endswith(".gz") or file.read(2) == b"\x1f\x8b":  # also where the name does not say so
             file.seek(0)

@@ -42,7 +42,7 @@ def read_baseline(
     reader: RunReader, other: RunReader, keys: Mapping[int, int], *, price_per_gpu_hour: float | None
 ) -> Baseline:
     """Reads what the page shows of the other run. `keys` are those of its rows by this run's."""
-    by_id = not same_manifest(reader.run, other.run)
+    by_id = not same_manifest(reader, other)
     (own_keys, own_answers), (other_keys, other_answers) = (_answers(one, by_id=by_id) for one in (reader, other))
     _, mine, theirs = np.intersect1d(own_keys, other_keys, assume_unique=True, return_indices=True)
     numbers = other.find(set(keys.values()))

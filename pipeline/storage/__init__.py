@@ -34,13 +34,15 @@ from pipeline.storage.read import (
     is_dir,
     list_files,
     open_input,
+    opened_info,
     read_bytes,
+    read_tail,
 )
 from pipeline.storage.write import create, delete, delete_empty, make_dir, publish, publish_file, sweep
 
 __all__ = [
     "EXTRAS", "CredentialsRefused", "FileInfo", "StorageError", "StorageOptions", "absolute", "create", "delete",
     "delete_empty", "download", "escaped", "exists", "file_info", "file_system", "glob", "glob_base", "is_dir",
-    "is_glob", "is_remote", "join", "list_files", "local_path", "make_dir", "name", "open_input", "parent", "publish",
-    "publish_file", "read_bytes", "sweep", "two_slashes",
+    "is_glob", "is_remote", "join", "list_files", "local_path", "make_dir", "name", "open_input", "opened_info",
+    "parent", "publish", "publish_file", "read_bytes", "read_tail", "sweep", "two_slashes",
 ]  # fmt: skip

@@ -59,6 +59,18 @@ def read_bytes(path: str, storage_options: StorageOptions = None) -> bytes:
     return bytes(call(path, storage_options, lambda fs, key: fs.cat_file(key)))
 
 
+def read_tail(file: FileInfo, num_bytes: int, storage_options: StorageOptions = None) -> bytes:
+    """The last bytes of a file of a listing, in one request; all of a shorter file."""
+    start = max(0, file.size - num_bytes)
+    if is_remote(file.path):  # a bucket refuses to send a part of an empty file
+        return bytes(
+            call(file.path, storage_options, lambda fs, key: fs.cat_file(key, start=start) if file.size else b"")
+        )
+    with open(local_path(file.path), "rb") as opened:
+        opened.seek(start)
+        return opened.read()
+
+
 def open_input(path: str, storage_options: StorageOptions = None, *, random_access: bool = False) -> BinaryIO:
     """The file, open for reading and seekable; after a lost connection, reading goes on from the same byte.
 
@@ -79,6 +91,18 @@ def open_input(path: str, storage_options: StorageOptions = None, *, random_acce
         fetch = cache.fetcher
         cache.fetcher = lambda start, end: call(path, storage_options, lambda fs, key: fetch(start, end))
     return cast(BinaryIO, io.BufferedReader(file, buffer_size=8192 if random_access else 1 << 20))
+
+
+def opened_info(file: Any, path: str, storage_options: StorageOptions = None) -> FileInfo:
+    """Size and version of a file that is open: without a request where a bucket's client knows them from opening it."""
+    if not is_remote(path):
+        return _local_info(path, os.fstat(file.fileno()))
+
+    def details(fs: Any, key: str) -> Any:
+        known = getattr(file.raw, "details", None) or {}
+        return known if known.get("size") is not None else fs.info(key)
+
+    return _remote_info(path, call(path, storage_options, details))
 
 
 def download(file: FileInfo, local: str, storage_options: StorageOptions = None) -> None:

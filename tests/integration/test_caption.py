@@ -23,6 +23,8 @@ from jobs.caption import main
 from pipeline.demo import CHECKPOINT
 from pipeline.demo.check import check
 from pipeline.demo.manifest import write_demo_world
+from pipeline.execution.placement import Placement
+from pipeline.execution.prepare import CaptionJob
 from pipeline.schema import result_schema
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -314,8 +316,36 @@ def test_changed_settings_and_rows_are_refused_with_the_difference(
     jsonl(folder / "0.jsonl", [{"prompt": "New."}, {"prompt": "Newer."}])
     assert caption(folder, output) == 2
     assert "0.jsonl is new (2 rows)" in capsys.readouterr().err
+    jsonl(folder / "a.jsonl", [{"prompt": "Jello."}])
+    assert caption(folder, output, "--on-change=new-rows") == 2
+    assert "a.jsonl has other content, with as many bytes and rows" in capsys.readouterr().err
+    jsonl(folder / "a.jsonl", [{"prompt": "Hello."}])  # back again, at another time
     assert caption(folder, output, "--on-change=new-rows") == 0
     assert [(row["manifest_file"], row["manifest_row"]) for row in results(output)] == [(0, 0), (1, 0), (1, 1)]
+
+
+def test_a_manifest_replaced_while_the_job_runs_ends_it_and_the_old_one_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output, start = tmp_path / "m.parquet", tmp_path / "out", CaptionJob.start
+
+    def write(*prompts: str) -> None:
+        pq.write_table(pa.table({"prompt": prompts}), tmp_path / "new")
+        os.replace(tmp_path / "new", source)
+
+    def replaced(job: CaptionJob, placement: Placement) -> None:  # between opening the manifest and reading its rows
+        write("1", "2", "3")
+        start(job, placement)
+
+    write("a", "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptionJob, "start", replaced)
+        assert caption(source, output) == 2
+    assert "it was changed in the meantime; run the job again" in capsys.readouterr().err
+    assert not (output / "_SUCCESS").exists()
+    write("a", "b")
+    assert caption(source, output) == 0
+    assert [row["status"] for row in results(output)] == ["ok", "ok"]
 
 
 def test_too_many_errors_stop_the_job_and_keep_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

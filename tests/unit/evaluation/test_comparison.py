@@ -60,6 +60,33 @@ def test_runs_of_different_manifests_share_document_frequencies_too(tmp_path: Pa
     assert found["won"] == [[0, 20]] and found["won_baseline"] == [[0, 13]], "the same row in either run"
 
 
+def test_runs_are_paired_by_place_where_digests_or_ids_show_that_their_rows_are_the_same(tmp_path: Path) -> None:
+    def run(digest: str | None) -> dict[str, Any]:
+        files = [["m.jsonl", 9, 8, digest] if digest else ["m.jsonl", 9, 8]]
+        return {**RUN, "manifest": {"path": "m.jsonl", "fingerprint": {"num_rows": 8, "files": files}}}
+
+    rows = _captions(8)
+    rows[2]["id"] = None
+    shuffled = [{**row, "manifest_row": number} for number, row in enumerate(rows[::-1])]
+    renamed = [{**row, "id": f"other {row['id']}"} for row in rows]
+    cases = [
+        (shuffled, "one", "other", "id"),
+        (shuffled, None, "one", "id"),
+        (shuffled, None, None, "id"),
+        (rows, None, "one", "place"),
+        (rows, None, None, "place"),
+        (rows, "one", "other", "id"),
+        (renamed, "one", "one", "place"),
+    ]
+    for number, (theirs, digest, other_digest, paired_by) in enumerate(cases):
+        folders = [tmp_path / f"{number}{name}" for name in "ab"]
+        for folder, rows_of_it, recorded in zip(folders, (rows, theirs), (digest, other_digest), strict=True):
+            _scored(folder, rows_of_it, run(recorded), metrics=("exact_match",))
+        found = compare_folders(*map(str, folders))
+        assert found is not None and found["paired_by"] == paired_by, number
+        assert found["metrics"]["exact_match"]["verdict"] == "identical"
+
+
 def test_failed_rows_count_nothing_under_shared_document_frequencies(tmp_path: Path) -> None:
     rows = _captions(12)
     failed = [*rows[:11], {**error_row(11, "FetchTimeout", "fetch", "late"), "reference": rows[11]["reference"]}]

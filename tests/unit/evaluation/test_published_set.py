@@ -5,6 +5,7 @@ Splits, rows without answers, ids and videos are chosen before anything is gener
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,15 @@ def test_the_manifest_is_made_once_and_another_layout_is_refused(tmp_path: Path)
     assert prepare_manifest(layout, source, target) == made
     assert (tmp_path / "made" / "rows-00000.parquet").stat().st_mtime_ns == before
     assert pq.read_table(target).column("reference").to_pylist() == [["1"]]
+    marker = tmp_path / "made" / "_layout.json"
+    recorded = marker.read_text()
+    pq.write_table(pa.table({"q": ["b", "a"], "answer": ["1", None]}), source.path)
+    with pytest.raises(ManifestError, match="another layout or source"):
+        prepare_manifest(layout, source, target)
+    without_digests = json.loads(recorded)  # as earlier versions wrote it
+    without_digests["source"]["files"] = [file[:3] for file in without_digests["source"]["files"]]
+    marker.write_text(json.dumps(without_digests))
+    assert prepare_manifest(layout, source, target) == made
     with pytest.raises(ManifestError, match="another layout or source"):
         prepare_manifest(Layout(prompt="{q}!"), source, target)
 

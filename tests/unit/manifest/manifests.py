@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,15 @@ def write(path: Path, content: str | bytes) -> Path:
 
 def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
     return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_rows(path: Path, ids: list[str]) -> Path:
+    """A manifest of rows with these ids, in the format of its name; of one size for ids of one length."""
+    if path.suffix == ".parquet":
+        return write_parquet(path, {"id": ids}, compression="none", use_dictionary=False)
+    lines = ["id", *ids] if ".csv" in path.name else [json.dumps({"id": name}) for name in ids]
+    content = "".join(f"{line}\n" for line in lines).encode()
+    return write(path, gzip.compress(content, 0, mtime=0) if path.suffix == ".gz" else content)
 
 
 def make_media(folder: Path) -> Path:

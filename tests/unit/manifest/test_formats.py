@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from pipeline import storage
 from pipeline.config import InputConfig
 from pipeline.errors import ManifestError
+from pipeline.manifest.changes import difference, only_appended, same_rows
 from pipeline.manifest.files import MEDIA, Manifest, WorkUnit
 from pipeline.manifest.find import open_manifest
 from pipeline.manifest.formats import FORMATS, read_units
@@ -26,6 +28,7 @@ from tests.unit.manifest.manifests import (
     write,
     write_jsonl,
     write_parquet,
+    write_rows,
 )
 
 
@@ -86,6 +89,45 @@ def test_scattered_units_of_several_files_are_read_in_one_go(
     assert [table.num_rows for table in tables] == [unit.num_rows for unit in units]
     read = [name for table in tables for name in table["id"].to_pylist()]
     assert read == [f"{number}-{row}" for number, rows in wanted.items() for row in rows]
+
+
+@pytest.mark.parametrize("where", ["disk", "bucket"])
+@pytest.mark.parametrize("format", ["parquet", "jsonl", "csv", "csv.gz"])
+def test_a_file_that_was_replaced_since_the_manifest_was_opened_is_noticed(
+    format: str, where: str, tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    path = str(tmp_path / f"m.{format}") if where == "disk" else f"memory://{uuid.uuid4().hex}/m.{format}"
+
+    def replace_by(ids: list[str]) -> None:
+        storage.publish_file(write_rows(tmp_path / f"local.{format}", ids), path)
+
+    replace_by(["a", "b"])
+    found = load(path)
+    assert [row["id"] for row in rows_of(found)] == ["a", "b"]
+    for ids, reason in ((["b", "a"], "has as many bytes, but another"), (["z", "y", "x"], "bytes now but had")):
+        replace_by(ids)
+        with pytest.raises(ManifestError, match=rf"{reason}.* when the job began: it was changed in the meantime"):
+            rows_of(found)
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl", "csv", "jsonl.gz"])
+def test_other_content_of_the_same_size_is_another_manifest(
+    format: str, tmp_path: Path, load: Callable[..., Manifest]
+) -> None:
+    path, ids = tmp_path / f"m.{format}", [f"{number:05d}" for number in range(20_000)]
+    first = load(write_rows(path, ids)).fingerprint()
+    shuffled = load(write_rows(path, ids[::-1])).fingerprint()
+    name, size, num_rows, _ = first["files"][0]
+    assert shuffled["files"] != first["files"] and shuffled["files"][0][:3] == [name, size, num_rows]
+    assert difference(first, shuffled) == [f"m.{format} has other content, with as many bytes and rows"]
+    assert not only_appended(first, shuffled) and same_rows(first, shuffled) is False
+    write_rows(path, ids)
+    os.utime(path, ns=(0, 0))
+    again = load(path).fingerprint()
+    assert again == json.loads(json.dumps(first)) and difference(first, again) == []
+    assert only_appended(first, again) and same_rows(first, again)
+    old = {**first, "files": [[name, size, num_rows]]}  # as earlier versions wrote it
+    assert difference(old, shuffled) == [] and only_appended(old, shuffled) and same_rows(old, first) is None
 
 
 def test_secrets_in_the_storage_options_are_not_shown(tmp_path: Path, load: Callable[..., Manifest]) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
+from pipeline.errors import ManifestError
 from pipeline.manifest.find import open_manifest
 from pipeline.preprocess.fetch.source import Fetcher
 from pipeline.preprocess.limits import FetchOptions
-from tests.unit.manifest.manifests import rows_of
+from tests.unit.manifest.manifests import rows_of, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,43 @@ def test_s3_expired_and_refused_credentials_stop_at_once(bucket: tuple[Any, str,
         with pytest.raises(OSError, match=fault.code):
             storage.publish(f"{root}/file", b"x", options)
         assert len(server.requests) == 1
+
+
+def test_s3_a_parquet_manifest_is_opened_with_one_request_for_each_file(
+    bucket: tuple[Any, str, dict[str, Any]],
+) -> None:
+    server, root, options = bucket
+    for name, num_rows in (("a", 10), ("b", 10), ("long-footer", 3000)):
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"id": range(num_rows)}), sink, row_group_size=2)
+        storage.publish(f"{root}/{name}.parquet", sink.getvalue(), options)
+    server.requests.clear()
+    found = open_manifest(root, listing_path="memory://none/listing.parquet", storage_options=options)
+    assert found.num_rows == 3020
+    asked = [request for request in server.requests if ".parquet" in request]
+    assert [request.partition(" ")[0] for request in asked] == ["GET"] * 4, "the long footer takes a second one"
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_s3_an_object_replaced_after_the_manifest_was_opened_is_noticed_without_further_requests(
+    format: str, bucket: tuple[Any, str, dict[str, Any]], tmp_path: Path
+) -> None:
+    server, root, options = bucket
+    path = f"{root}/m.{format}"
+
+    def replace_by(ids: list[str]) -> None:
+        local = write_rows(tmp_path / f"m.{format}", ids)
+        storage.publish_file(local, path, options)
+
+    replace_by(["a", "b"])
+    for whole in (path, root):  # its version from a look at the object, or from a listing
+        found = open_manifest(whole, listing_path="memory://none/listing.parquet", storage_options=options)
+        server.requests.clear()
+        assert [row["id"] for row in rows_of(found)] == ["a", "b"]
+        assert sum(request.startswith("HEAD") for request in server.requests) == 1, "the client's own, at opening"
+    replace_by(["b", "a"])
+    with pytest.raises(ManifestError, match="was changed in the meantime"):
+        rows_of(found)
 
 
 def test_s3_keys_with_several_slashes_in_a_row_are_found(bucket: tuple[Any, str, dict[str, Any]]) -> None:
