@@ -62,16 +62,23 @@ class EvaluateConfig(CaptionConfig):
     def _canaries_can_be_compared(self) -> Self:
         settings, sampling = self.input.settings, self.sampling
         draws = sampling.temperature > 0 or "temperature" in settings
-        if self.evaluate.canaries and draws and sampling.seed is None and "seed" not in settings:
+        if (
+            self.run.path is None
+            and self.evaluate.canaries
+            and draws
+            and sampling.seed is None
+            and "seed" not in settings
+        ):
             raise ValueError(
-                "evaluate.canaries compares answers, and rows with a temperature draw other ones in each run; "
+                "evaluate.canaries compares answers, but answers drawn with a temperature differ from run to run; "
                 "set sampling.seed, or evaluate.canaries to 0"
             )
         return self
 
     def keeper(self, name: str) -> str:
         """The setting that asks for this column of the results."""
-        return self.evaluate.scoring.columns.get(name) or super().keeper(name)
+        is_renamed = self.input.keep.get(name, name) != name
+        return super().keeper(name) if is_renamed else self.evaluate.scoring.columns.get(name, super().keeper(name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

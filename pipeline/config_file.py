@@ -185,7 +185,7 @@ def _mistake(detail: dict[str, Any], keys: Mapping[str, Any]) -> tuple[str, str]
         return name, f"{name}: missing; {_describe(keys.get(name))}".rstrip("; ")
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
-        return name, f"{name}: {message}"
+        return name, f"{name}: {message}" if name else message
     return name, f"{name}: found {written(detail['input'])}; allowed: {_allowed(name, detail['type'], message, keys)}"
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
-from pipeline.storage import two_slashes
+from pipeline.storage import EXTRAS, two_slashes
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -21,7 +21,7 @@ def _names_a_place(path: str) -> str:
     scheme, slashes, place = path.partition("://")
     if not path.strip():
         raise ValueError("it is empty (an unset variable?); a path or URI is needed")
-    if slashes and scheme != "file" and (not place or place.startswith("/")):
+    if scheme in EXTRAS and slashes and (not place or place.startswith("/")):
         raise ValueError(f"{path} names no bucket (an unset variable?); a URI is like {scheme}://BUCKET/FOLDER")
     if uri := two_slashes(path):
         raise ValueError(f"{path} would be taken for a local file; a URI has two slashes: {uri}")

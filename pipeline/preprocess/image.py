@@ -56,10 +56,14 @@ _PILLOW_ERRORS = (
     AssertionError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 
-_IMAGE_BRANDS = {
-    **dict.fromkeys(("heic", "heix", "mif1", "hevc"), "an HEIC image"),
+_HEIC_BRANDS = ("heic", "heix", "heim", "heis", "hevc", "hevx", "hevm", "hevs", "mif1", "mif2", "msf1")
+_BRANDS = {
+    **dict.fromkeys(_HEIC_BRANDS, "an HEIC image"),
     **dict.fromkeys(("avif", "avis"), "an AVIF image"),
+    "crx": "a Canon CR3 raw image",
+    "M4A": "an M4A audio file",
 }
+"""What has the container of MP4 files, but is no video."""
 _SHOWN_CHARS = 8
 _DESCRIPTIONS = (
     ((b"<!doctype html", b"<html", b"<head", b"<body"), "HTML, likely an error page"),
@@ -220,8 +224,8 @@ def _not_an_image(data: Encoded) -> MediaError:
             variant = ", or a variant of TIFF that Pillow doesn't read"
             way_out = ", or convert it to RGB of 8 or 16 bits"
         return UnsupportedMedia(
-            f"the file has a {kind} signature, but the rest can't be read ({len(data):,} bytes in all): it is damaged"
-            f"{variant}; get it again{way_out}"
+            f"the file has the signature of {kind}, but the rest can't be read ({len(data):,} bytes in all): "
+            f"it is damaged{variant}; get it again{way_out}"
         )
     if video := _claimed_video(data):
         return UnsupportedMedia(
@@ -248,6 +252,8 @@ def _has_float_samples(data: Encoded) -> bool:
 def claimed_format(data: Encoded) -> str | None:
     """The format of an image by its first bytes, whatever the rest is."""
     head = bytes(data[:16])
+    if head[4:8] == b"ftyp" and _brand(head) in ("avif", "avis"):
+        return "AVIF"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
     return next((kind for beginning, kind in _BEGINNINGS if head.startswith(beginning)), None)
@@ -256,7 +262,7 @@ def claimed_format(data: Encoded) -> str | None:
 def _claimed_video(data: Encoded) -> str | None:
     """What a video is by its first bytes."""
     head = bytes(data[:16])
-    if head[4:8] == b"ftyp" and (brand := _brand(head)) not in _IMAGE_BRANDS:
+    if head[4:8] == b"ftyp" and (brand := _brand(head)) not in _BRANDS:
         return f"an MP4 file of brand {brand}"
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return "an AVI file"
@@ -277,7 +283,7 @@ def looks_like(data: Encoded) -> str:
 def _known(head: bytes) -> str | None:
     if head[4:8] == b"ftyp":
         brand = _brand(head)
-        return f"{_IMAGE_BRANDS[brand]} of brand {brand}" if brand in _IMAGE_BRANDS else None
+        return f"{_BRANDS[brand]} of brand {brand}" if brand in _BRANDS else None
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return next((description for beginnings, description in _DESCRIPTIONS if text.startswith(beginnings)), None)
 

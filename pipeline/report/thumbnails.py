@@ -52,10 +52,9 @@ class ThumbnailMaker:
         self._seconds_left = _MAX_SECONDS
         path = text_at(run, "manifest.path") or ""
         self._base = "" if storage.is_remote(path) else storage.local_path(path)
-        if storage.is_glob(self._base):
-            self._base = storage.glob_base(self._base)
-        elif not os.path.isdir(self._base):
-            self._base = os.path.dirname(self._base)
+        if not os.path.isdir(self._base):  # brackets are allowed in names
+            is_glob = storage.is_glob(self._base) and not os.path.exists(self._base)
+            self._base = storage.glob_base(self._base) if is_glob else os.path.dirname(self._base)
         self._files = [] if storage.is_remote(path) else items_at(run, "manifest.fingerprint.files")
         columns = at(run, "config.input.columns")
         self._columns = [at(columns, name) or name for names in MEDIA_COLUMNS.values() for name in names]

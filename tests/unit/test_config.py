@@ -125,6 +125,11 @@ def test_a_path_of_which_a_variable_was_unset_is_refused(path: str, expected: st
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize("path", ["hdfs:///user/captions", "memory:///captions", "file:///captions"])
+def test_file_systems_without_buckets_have_paths_of_three_slashes(path: str) -> None:
+    assert load_config(CaptionConfig, None, {**REQUIRED, "output.path": path}).output.path == path
+
+
 def test_a_config_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes(b"# caf\xe9\n")

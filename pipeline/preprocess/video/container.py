@@ -124,15 +124,15 @@ def _translated(error: Exception, data: Encoded) -> MediaError:
         return MediaMemoryError(f"the video's frames don't fit into memory ({size} encoded)")
     if not len(data):
         return TruncatedMedia("the medium has 0 bytes")
-    if bytes(data[4:8]) == b"ftyp" and not _has_box(data, b"moov"):
-        return TruncatedMedia(f"the MP4 file has no index (moov box) in its {size}: it ends too early")
-    if isinstance(error, av.error.EOFError):
-        return TruncatedMedia(f"the video ends too early ({size})")
     if (kind := claimed_format(data)) not in (None, "GIF"):  # which may be a video
         return UnsupportedMedia(
             f"found an image ({kind}, {size}), expected a video: put it into the column of images, or, in a folder, "
             "give it the extension of its format"
         )
+    if bytes(data[4:8]) == b"ftyp" and not _has_box(data, b"moov"):
+        return TruncatedMedia(f"the MP4 file has no index (moov box) in its {size}: it ends too early")
+    if isinstance(error, av.error.EOFError):
+        return TruncatedMedia(f"the video ends too early ({size})")
     reason = (isinstance(error, av.error.FFmpegError) and error.strerror) or first_line(error)
     return UnsupportedMedia(
         f"not a video that can be decoded: {looks_like(data)} ({reason}); expected one of {FORMATS}"

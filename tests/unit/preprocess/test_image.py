@@ -244,7 +244,11 @@ def test_zero_bytes_are_said_to_be_zero_bytes() -> None:
         (b"%PDF-1.7\n", "PDF"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS"),
         (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00", "HEIC"),
-        (b"\x00\x00\x00\x18ftypavif\x00\x00\x00\x00", "AVIF image"),
+        (b"\x00\x00\x00\x18ftypmsf1\x00\x00\x00\x00", "HEIC"),
+        (b"\x00\x00\x00\x18ftypcrx \x00\x00\x00\x00", "not an image .*: a Canon CR3 raw image"),
+        (b"\x00\x00\x00\x18ftypM4A \x00\x00\x00\x00", "not an image .*: an M4A audio file"),
+        (b"\x00\x00\x00\x18ftypisom\x00\x00\x00\x00", "found a video .*MP4 file of brand isom"),
+        (b"\x00\x00\x00\x18ftypavif\x00\x00\x00\x00", "the signature of AVIF, but the rest can't be read"),
         (b"\x89abcdefg", "89 61 62"),
         (b"abc\x00defg", "a file beginning 61 62 63 00"),
         (b"this is no picture\n" * 40, r'a text file beginning "this is " \(760 bytes\); expected JPEG'),
@@ -325,7 +329,8 @@ def png(
 
 def test_a_file_that_only_begins_as_a_png_is_called_damaged() -> None:
     with pytest.raises(
-        UnsupportedMedia, match=r"has a PNG signature, but the rest can't be read \(80 bytes in all\): it is damaged"
+        UnsupportedMedia,
+        match=r"has the signature of PNG, but the rest can't be read \(80 bytes in all\): it is damaged",
     ):
         decode_image(b"\x89PNG\r\n\x1a\n" + bytes(72))
 

@@ -189,6 +189,16 @@ def test_paths_of_a_manifest_of_many_folders_begin_where_the_run_s_did(tmp_path:
     assert shown.pictures
 
 
+def test_brackets_in_a_folder_s_name_are_no_pattern(tmp_path: Path) -> None:
+    (folder := tmp_path / "set [2024]").mkdir()
+    make_image(folder / "tall.png", 3)
+    for path in (folder, folder / "rows.parquet"):
+        (folder / "rows.parquet").touch()
+        with ThumbnailMaker({"manifest": {"path": str(path)}}) as maker:
+            (shown,) = maker.thumbnails(_row(medium("image", "tall.png")))
+        assert shown.pictures
+
+
 def test_embedded_images_are_read_from_the_manifest_by_row_key(tmp_path: Path) -> None:
     files = [Path(make_image(tmp_path / f"{number}.png", number)).read_bytes() for number in range(4)]
     column = [[{"bytes": data, "path": "0.png"}] for data in files]
