@@ -25,8 +25,8 @@ from pipeline.schema import MANIFEST_COLUMNS, MEDIUM_SETTING_COLUMNS, ROW_COLUMN
 
 
 def written(value: Any) -> str:
-    """A setting's value for people, with none, true and false as a config has them."""
-    return repr(value).lower() if value is None or isinstance(value, bool) else repr(value)
+    """A setting's value for people, with null, true and false as YAML has them."""
+    return "null" if value is None else repr(value).lower() if isinstance(value, bool) else repr(value)
 
 
 class Section(BaseModel):

@@ -127,7 +127,7 @@ def test_a_run_is_refused_with_another_adapter_or_a_changed_one(captions: Path, 
 
     check(asked)
     for before in (plain, older):
-        with pytest.raises(OutputError, match=r"model\.adapter: was none, is "):
+        with pytest.raises(OutputError, match=r"model\.adapter: was null, is "):
             check(before)
     (adapter / "adapter_model.safetensors").write_bytes(b"trained on")
     with pytest.raises(OutputError, match=r"lora: adapter_model\.safetensors: was 7 bytes"):
