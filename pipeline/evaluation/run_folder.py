@@ -38,9 +38,10 @@ def score_folder(
     missing = [name for name in settings.columns if reader.columns and name not in reader.columns]
     if missing:
         what, them = ("column", "it") if len(missing) == 1 else ("columns", "them")
+        asked = ", ".join(f"{name} ({settings.columns[name]})" for name in missing)
         raise ConfigError(
-            f"{folder} has no {what} {', '.join(missing)}: its run needs {them} in input.keep. "
-            f"Its columns: {', '.join(reader.columns)}"
+            f"{folder} has no {what} {asked}; its columns: {', '.join(reader.columns)}; correct the setting, or run "
+            f"again with {them} in input.keep"
         )
     columns = {*settings.columns, *DERIVED_SLICES, "media", "id", "text", "status", MANIFEST_FILE, MANIFEST_ROW}
     scorer.learn(reader.batches(columns))

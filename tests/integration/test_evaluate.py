@@ -143,7 +143,9 @@ def test_a_run_is_compared_with_its_baseline(tmp_path: Path, capsys: pytest.Capt
 def test_a_run_without_references_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run", _rows(), kept=pa.schema([("prompt", pa.string()), ("task", pa.string())]))
     assert _evaluate("--run.path", str(folder)) == 2
-    assert "has no column reference" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has no column reference (evaluate.references); its columns: " in said
+    assert "; correct the setting, or run again with it in input.keep" in said
 
 
 def test_unknown_metrics_are_found_before_anything_runs(
