@@ -405,6 +405,28 @@ def test_a_row_that_fits_no_memory_even_alone_is_one_error_row(
     assert tokens_of([done[0], done[1], done[4]]) == [expected[0], expected[1], expected[4]]
 
 
+def test_a_row_that_had_ended_when_its_batch_ran_out_of_memory_is_answered_anew(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reference(**options: Any) -> ReferenceEngine:
+        return ReferenceEngine(from_model(tiny_model), EngineOptions("tiny", **options), detokenize=spell)
+
+    requests = [row(i) for i in range(3)]
+    expected = reference(batch_size=1).generate(requests)
+    engine = reference(batch_size=3)
+    generate = engine._generate
+
+    def guarded(batch: Any) -> None:
+        if len(batch) > 1:
+            batch[0].output_ids.append(7)
+            batch[0].finish("stop", stop_reason="<7>", num_cut=3)
+            raise MemoryError
+        generate(batch)
+
+    monkeypatch.setattr(engine, "_generate", guarded)
+    assert engine.generate(requests) == expected
+
+
 def test_a_lone_row_that_runs_out_of_memory_now_and_then_is_answered(
     tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

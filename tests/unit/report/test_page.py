@@ -127,13 +127,6 @@ def test_figures_of_a_resumed_run_are_of_all_its_runs_or_say_of_which(tmp_path: 
     assert "in the last of 3 runs." in markdown
 
 
-def test_one_row_and_one_error_are_no_plurals(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", [error_row(0, "FetchTimeout", "fetch", "silent")])
-    report = gather(str(folder), options=_QUICK)
-    assert "1 row, 1 error." in render_markdown(report)
-    assert "1 row, 1 error (100.00 %)" in " ".join(_Tags(render_html(report)).text.split())
-
-
 def test_every_section_of_the_gallery_shows_the_rows_it_names(report: Report) -> None:
     sections = {section.key: section.cards for section in report.sections}
     assert set(sections) == {
@@ -313,7 +306,9 @@ def test_one_of_a_thing_is_not_written_as_several(tmp_path: Path) -> None:
     report = gather(str(folder), options=_QUICK)
     text = " ".join(_Tags(render_html(report)).text.split())
     assert "2 rows, 1 error (50.00 %)" in text and "1 answer, 1 error" in text
-    assert "1 error." in render_markdown(report)
+    alone = gather(str(write_run(tmp_path / "alone", [error_row(0, "FetchTimeout", "fetch", "late")])), options=_QUICK)
+    assert "1 row, 1 error." in render_markdown(alone)
+    assert "2 rows, 1 error." in render_markdown(report)
     for wrong in ("1 rows", "1 answers", "1 errors"):
         assert f" {wrong}" not in text and f" {wrong}" not in render_markdown(report)
 
