@@ -216,9 +216,9 @@ def row_error_types(kind: type[RowError] = RowError) -> dict[str, type[RowError]
     return found
 
 
-def counted(number: float, noun: str) -> str:
+def counted(number: float, noun: str, *, form: str = ",.0f") -> str:
     """As in `1 row` and `2,000 rows`."""
-    return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
+    return f"{number:{form}} {noun}{'' if number == 1 else 's'}"
 
 
 def first_line(error: BaseException) -> str:

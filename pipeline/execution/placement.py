@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.config import ResourcesConfig
 from pipeline.config_values import PoolSize
-from pipeline.errors import ResourceError
+from pipeline.errors import ResourceError, counted
 
 _FOR_ACTORS = 0.9
 """Share of a node's CPUs for actors whose size is chosen here."""
@@ -154,7 +154,7 @@ def _count_engines(
         return count, [min(here, count) for here in engines], ()
     if pool is None or (pool.min_size == pool.max_size and not may_wait):
         wanted = pool.min_size if pool else 1
-        each = f"{gpus:g} GPU{'' if gpus == 1 else 's'}"
+        each = counted(gpus, "GPU", form="g")
         raise ResourceError(
             f"{wanted} engine actors with {each} each need {wanted * gpus:g} GPUs, an engine's on one node; the "
             f"cluster has {total:g}, its largest node {largest:g}, which is room for {fit}: lower "

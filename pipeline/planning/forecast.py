@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from pipeline.errors import counted
 from pipeline.planning.roofline import Gpu, ModelShape, row_flops, row_seconds
 from pipeline.planning.sample import Range, Rows, Sample, ratio_of_sums
 
@@ -178,10 +179,10 @@ def _bottleneck(wanted: Range, num_cpus: float | None) -> str:
     """Which of two stages, side by side, is slower. `wanted`: cores of preprocessing that keep all engines busy."""
     value, low, high = (f"{max(1, math.ceil(cores)):,}" for cores in (wanted.value, wanted.low, wanted.high))
     if num_cpus is None:
-        cores = f"{value} core{'' if value == '1' else 's'}" + (f" ({low} to {high})" if low != high else "")
+        cores = counted(max(1, math.ceil(wanted.value)), "core") + (f" ({low} to {high})" if low != high else "")
         return f"the engine, as long as preprocessing has at least {cores}"
     if wanted.low > num_cpus:
-        return f"preprocessing: {num_cpus:g} core{'' if num_cpus == 1 else 's'}, {value} would keep the GPUs busy"
+        return f"preprocessing: {counted(num_cpus, 'core', form='g')}, {value} would keep the GPUs busy"
     if wanted.high <= num_cpus:
         return f"the engine: {high} of {num_cpus:g} cores are enough for preprocessing"
     return f"too near to tell: the engine needs {low} to {high} cores of preprocessing, there are {num_cpus:g}"

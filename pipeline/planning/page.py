@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.errors import counted
 from pipeline.planning.plan import Plan
 from pipeline.planning.sample import Range, Spread
 
@@ -19,7 +20,7 @@ def print_plan(console: Console, plan: Plan, *, currency: str = "$") -> None:
     rows = plan.rows
     looked = "every row looked at" if rows.is_exact else f"{rows.num_sampled:,} rows looked at; ranges are 95 %"
     console.print(
-        f"plan for {plan.input} on {plan.model}: {rows.num_rows:,} row{'' if rows.num_rows == 1 else 's'}; {looked} "
+        f"plan for {plan.input} on {plan.model}: {counted(rows.num_rows, 'row')}; {looked} "
         f"({_seconds(plan.looked_s)}, {_bytes(plan.bytes_read)} of media read)",
         markup=False,
     )
@@ -62,8 +63,8 @@ def _print_tokens(console: Console, plan: Plan) -> None:
     console.print(f"\nat most {plan.too_long_limit:,} tokens of prompt and answer fit ({plan.too_long_why})")
     print_histogram(console, "visual tokens", rows.visual_tokens)
     if plan.inexact_videos:
-        videos = "1 sampled video has" if plan.inexact_videos == 1 else f"{plan.inexact_videos:,} sampled videos have"
-        console.print(f"{videos} no index: their frames follow from their stated duration")
+        videos = counted(plan.inexact_videos, "sampled video")
+        console.print(f"{videos} without an index: frames follow from the stated duration")
 
 
 def print_histogram(console: Console, title: str, spread: Spread) -> None:

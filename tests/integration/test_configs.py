@@ -170,7 +170,7 @@ def test_an_answer_that_is_neither_yes_nor_no_has_no_probability_of_yes(
     known = run_filter_recipe(tmp_path)
     assert known["rows"]["p_yes"].tolist() == pytest.approx([0.95, math.nan, 0.03, 0.04, math.nan], nan_ok=True)
     assert known["kept"]["text"].tolist() == ["Yes"]
-    assert capsys.readouterr().out == "1 answers are neither yes nor no\n"
+    assert capsys.readouterr().out == "answers that are neither yes nor no: 1\n"
 
 
 @pytest.mark.usefixtures("ray_with_two_cpus")
