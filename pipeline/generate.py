@@ -35,6 +35,7 @@ from pipeline.engine import (
     parse_sampling,
 )
 from pipeline.engine.loading import Report, ignore
+from pipeline.engine.sequence import TEMPORAL_PATCH_SIZE
 from pipeline.errors import DeviceLost, EngineCrash, RowError, as_row_error, first_line
 from pipeline.preprocess.prompt import ChatTokenizer
 from pipeline.schema import ANSWER_FIELDS, Status, error_values, result_schema
@@ -344,7 +345,10 @@ def _media(row: dict[str, Any]) -> tuple[Medium, ...]:
     """The row's media. Their patches lie one after another, and the share of each follows from its kind and grid."""
     media: list[Medium] = []
     # A patch of a video has two frames, that of an image one.
-    shares = [math.prod(receipt["grid_thw"]) * (2 if receipt["kind"] == "video" else 1) for receipt in row["media"]]
+    shares = [
+        math.prod(receipt["grid_thw"]) * (TEMPORAL_PATCH_SIZE if receipt["kind"] == "video" else 1)
+        for receipt in row["media"]
+    ]
     ends = np.cumsum(shares) * (len(row["patches"]) // max(1, sum(shares)))
     pieces = np.split(row["patches"], ends)[:-1]
     for receipt, patches, seconds in zip(row["media"], pieces, row["seconds_per_step"], strict=True):

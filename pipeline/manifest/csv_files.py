@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from pipeline import storage
 from pipeline.errors import ManifestError
 from pipeline.manifest.files import CsvDialect, refuse_repeated_names
-from pipeline.manifest.text import Lines, Record, TextFormat, as_text
+from pipeline.manifest.text import Lines, Record, TextFormat, storable_name
 
 _MAX_FIELD_CHARS = 256 << 20  # a data: URL is one long field
 _EXCEL_DELIMITER = re.compile(r'"?sep=(.)"?\s*')
@@ -82,6 +82,6 @@ def _read_header(path: str, lines: Lines, dialect: CsvDialect) -> tuple[Sequence
         fields = next(csv.reader(itertools.chain([first], lines), **form))
     except csv.Error as error:
         raise ManifestError(f"the first line of {path} is not a CSV header: {error}") from error
-    names = [as_text(field).strip() or f"column_{number}" for number, field in enumerate(fields)]
+    names = [storable_name(field).strip() or f"column_{number}" for number, field in enumerate(fields)]
     refuse_repeated_names(names, path)
     return names, form

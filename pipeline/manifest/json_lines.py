@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import first_line
 from pipeline.manifest.files import CsvDialect
-from pipeline.manifest.text import Lines, Record, TextFormat, as_text
+from pipeline.manifest.text import Lines, Record, TextFormat, storable_name
 
 _EXCERPT_CHARS = 60
 
@@ -47,7 +47,7 @@ def _parse(line: str, number: int) -> tuple[dict[str, Any] | None, str | None]:
     if not isinstance(values, dict):
         return None, f"line {number} is a JSON {type(values).__name__}; expected an object: found {_excerpt(line)}"
     if any(not name.isascii() for name in values):
-        values = {as_text(name): value for name, value in values.items()}
+        values = {storable_name(name): value for name, value in values.items()}
     return values, None
 
 

@@ -254,7 +254,7 @@ def _half_characters(values: Sequence[Any], wanted: pa.DataType) -> Iterator[tup
             yield number, f"holds {error.object[error.start]!r}, half of a character; write the whole character"
 
 
-def as_text(name: str) -> str:
+def storable_name(name: str) -> str:
     """A column's name as text that can be stored: `?` for half a character."""
     return name if name.isascii() else name.encode("utf-8", "replace").decode("utf-8")
 
