@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.errors import PromptTooLong
+from pipeline.errors import PromptTooLong, counted
 from pipeline.planning.forecast import Engines, Times
 from pipeline.planning.sample import Range, Rows, Sample
 
@@ -20,7 +20,7 @@ class Advice:
     """A setting worth changing, and why."""
 
     setting: str
-    """As on the command line, `--section.key value`; empty where no setting helps."""
+    """As on the command line, `--section.key value`; empty where none helps, which a plan shows as a note."""
     why: str
 
 
@@ -40,7 +40,7 @@ def advise(
     `rows_per_unit`: the fewest rows that a preprocessing actor takes at once.
     """
     if fitted.gpus_per_engine > engines.gpus_per_engine:
-        gpus = f"{engines.gpus_per_engine:g} GPU{'' if engines.gpus_per_engine == 1 else 's'}"
+        gpus = counted(engines.gpus_per_engine, "GPU", form="g")
         setting = f"--resources.gpus_per_engine {fitted.gpus_per_engine:g}"
         yield Advice(setting, f"the weights and a cache don't fit into {gpus}")
     bad = {one.error_type: one for one in rows.bad}
@@ -62,7 +62,8 @@ def advise(
             why = "stops the job early where far more rows fail than this plan expects"
             yield Advice(f"--run.max_error_fraction {allowed:g}", why)
         else:
-            yield Advice("", f"{_percent(rows.num_bad, rows.num_rows)} of the rows will fail: mend them before the run")
+            share = _percent(rows.num_bad, rows.num_rows)
+            yield Advice("", f"{share} of the rows will fail: fix them before the run")
     if times is None:
         return
     if engines.gpus_per_engine:

@@ -162,6 +162,18 @@ def make_plan(config: PlanConfig) -> Plan:
     times, notes = _times_by_data_sheet(config, sample, rows, shape, gpu, engines, output_share)
     by_default = greedy_note(opened.model_facts["published_sampling"], asdict(config.sampling))
     for_advice = times[0] if gpu is not None and times else measured
+    advice = list(
+        advise(
+            sample,
+            rows,
+            for_advice,
+            engines,
+            fitted,
+            max_length=max_length,
+            rows_per_unit=config.resources.min_rows_per_unit,
+        )
+    )
+    no_setting_helps = [one.why for one in advice if not one.setting]
     return Plan(
         input=config.input.path,
         model=config.model.path + (f" with {config.model.adapter}" if config.model.adapter else ""),
@@ -178,18 +190,8 @@ def make_plan(config: PlanConfig) -> Plan:
             num_engines=engines.num_engines,
         ),
         times=(*([measured] if measured else []), *times),
-        advice=tuple(
-            advise(
-                sample,
-                rows,
-                for_advice,
-                engines,
-                fitted,
-                max_length=max_length,
-                rows_per_unit=config.resources.min_rows_per_unit,
-            )
-        ),
-        notes=(*opened.manifest.notes, *([by_default] if by_default else []), *notes),
+        advice=tuple(one for one in advice if one.setting),
+        notes=(*opened.manifest.notes, *([by_default] if by_default else []), *notes, *no_setting_helps),
     )
 
 
@@ -324,7 +326,7 @@ def _times_by_data_sheet(
     """(forecasts, notes): of the GPU named, or of several for comparison."""
     if shape is None:
         known = ", ".join(SHAPES)
-        return [], [f"no time by data sheet: the model's sizes are unknown; set --plan.shape to one of {known}"]
+        return [], [f"no forecast from data sheets: the model's sizes are unknown; set --plan.shape to one of {known}"]
     if not sample.answered:
         return [], ["no time: no sampled row can be answered"]
     notes = []
@@ -334,7 +336,7 @@ def _times_by_data_sheet(
             "the arithmetic leaves out, sets a GPU's pace"
         )
         if gpu is None:
-            none = "no time by data sheet: no GPU was named (--gpu) or found here, and"
+            none = "no forecast from data sheets: no GPU was named (--gpu) or found here, and"
             return [], [f"{none} {why}; --probe measures on this machine"]
         notes.append(f"{why}; --probe measures")
     chosen = [gpu]

@@ -196,6 +196,13 @@ def test_rows_that_do_not_fit_come_with_the_setting_that_helps(mixed: Path) -> N
     assert all(bad.error_type != "PromptTooLong" for bad in after.rows.bad)
 
 
+def test_where_no_setting_helps_a_note_says_what_to_do(tmp_path: Path) -> None:
+    manifest = write_rows(tmp_path, [{"image": "missing.png", "prompt": "?"}] * 2)
+    plan = plan_of(overrides_for(manifest))
+    assert plan.notes[-1] == "100% of the rows will fail: fix them before the run"
+    assert all(one.setting for one in plan.advice)
+
+
 def test_a_small_cache_limits_the_length_of_rows(mixed: Path) -> None:
     plan = plan_of(overrides_for(mixed, engine__cache_gb=0.001, model__device="cpu"))
     assert plan.too_long_why == "the key-value cache" and plan.too_long_limit < 1000
@@ -255,7 +262,7 @@ def test_a_published_model_is_compared_on_several_gpus_and_a_too_large_one_is_sh
     assert small.times == ()
     (why,) = [note for note in small.notes if "--probe" in note]
     assert why.startswith(
-        "no time by data sheet: no GPU was named (--gpu) or found here, and the model has 2.8 million"
+        "no forecast from data sheets: no GPU was named (--gpu) or found here, and the model has 2.8 million"
     )
     compared = plan_of({**given, "plan.shape": "7b"})
     names = ("H200", "H100", "A100", "L40S", "L4", "A10G")

@@ -153,11 +153,11 @@ def test_suggested_settings_are_those_that_would_help() -> None:
 
 
 @pytest.mark.parametrize("num_bad", [5, 9, 10])
-def test_where_most_rows_fail_no_cap_is_suggested_but_to_mend_them(num_bad: int) -> None:
+def test_where_most_rows_fail_no_cap_is_suggested_but_to_fix_them(num_bad: int) -> None:
     sample = whole([row(PHOTO)] * (10 - num_bad) + [BAD] * num_bad)
     rows = describe(sample)
     (advice,) = advise(sample, rows, None, Engines(1, 0), Engines(1, 0), max_length=32_768, rows_per_unit=8)
-    assert advice.setting == "" and advice.why == f"{10 * num_bad}% of the rows will fail: mend them before the run"
+    assert advice.setting == "" and advice.why == f"{10 * num_bad}% of the rows will fail: fix them before the run"
 
 
 def test_no_more_preprocessing_actors_are_suggested_than_the_rows_can_keep_busy() -> None:
