@@ -56,10 +56,14 @@ class Lease:
             with self._write_errors(), _one_at_a_time(self._path):
                 holder = self._read()
                 if holder is not None and self._is_alive(holder):
+                    age = _age(holder)
+                    renewal = "and is still renewing it"
+                    if abs(age) <= STALE_S:
+                        renewal = f"last renewed {max(0, age):.0f} s ago by its clock"
                     raise OutputError(
-                        f"another run is writing to {storage.parent(self._path)}: {_described(holder)}, last renewed "
-                        f"{max(0, _age(holder)):.0f} s ago by its clock; wait for it, stop it, or choose another "
-                        f"output.path (a dead run's lease ends after {STALE_S:.0f} s)"
+                        f"another run is writing to {storage.parent(self._path)}: {_described(holder)} holds the "
+                        f"lease, {renewal}; wait for it, stop it, or choose another output.path (a dead run's lease "
+                        f"ends after {STALE_S:.0f} s)"
                     )
                 if self._take(holder):
                     _held.add(self._token)
@@ -75,7 +79,7 @@ class Lease:
         except OSError as error:
             hint = ""
             if isinstance(error, FileNotFoundError) and storage.is_remote(self._path):
-                hint = "; make the bucket, or mend its name"
+                hint = "; make the bucket, or correct its name"
             raise OutputError(f"can't write {self._path} below output.path: {error}{hint}") from error
 
     def __exit__(self, *_: object) -> None:

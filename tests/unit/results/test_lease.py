@@ -42,7 +42,9 @@ def test_a_bucket_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
         raise FileNotFoundError("The specified bucket does not exist")
 
     monkeypatch.setattr(storage, "create", no_bucket)
-    assert_refused("memory://buckte/.lease", "below output.path: The specified bucket .*; make the bucket, or mend its")
+    assert_refused(
+        "memory://buckte/.lease", "below output.path: The specified bucket .*; make the bucket, or correct its"
+    )
 
 
 def test_only_one_run_holds_the_lease(tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_a_lease_counts_by_its_renewals_and_not_by_another_machine_s_clock(
     try:
         while not path.exists():
             time.sleep(0.01)
-        assert_refused(path, "process 1 on elsewhere")
+        assert_refused(path, "process 1 on elsewhere holds the lease, and is still renewing it; wait for it")
     finally:
         stop.set()
         renewer.join()
@@ -132,7 +134,7 @@ def test_a_live_process_of_another_user_holds_its_lease(tmp_path: Path, monkeypa
 def test_a_half_written_lease_counts_until_it_is_old(content: str, tmp_path: Path) -> None:
     path = tmp_path / ".lease"
     path.write_text(content)
-    assert_refused(path, r"process \? on \?, last renewed \d s ago")
+    assert_refused(path, r"process \? on \? holds the lease, last renewed \d s ago")
     old = time.time() - lease_module.STALE_S - 1
     os.utime(path, (old, old))
     assert_free(path)
