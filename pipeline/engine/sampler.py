@@ -28,7 +28,8 @@ MAX_BEST = 1024
 _BITS_OF_ONE = 0x3F800000
 
 _LEAST = 1e-6
-"""Of temperatures, shares of top-p and penalties: smaller ones choose as this one does, but would overflow float32."""
+"""Of temperatures, shares of top-p and penalties: smaller ones (and penalties above 1 / _LEAST) are taken as this,
+since they would overflow float32."""
 
 _LARGEST = 2**62
 """`top_k` may be any number; no vocabulary has so many tokens."""

@@ -172,8 +172,8 @@ class CaptionJob:
             raise TooManyErrors(
                 f"{counts.failed:,} of {counted(counts.done, 'row')} failed ({counts.failed / counts.done:.0%}), more "
                 f"than {limit} allows:\n{lines}"
-                f"{self.folder.file('errors.jsonl')} lists the failed rows; finished rows are kept. After mending the "
-                "cause, the same command resumes, and --retry-failed runs the failed rows again; "
+                f"{self.folder.file('errors.jsonl')} lists the failed rows; finished rows are kept. Once the cause is "
+                "fixed, the same command resumes, and --retry-failed runs the failed rows again; "
                 "--run.max_error_fraction 1 resumes however many fail"
             )
 

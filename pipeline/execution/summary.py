@@ -45,7 +45,7 @@ def print_summary(
         row_id, message = counts.examples[InternalError.__name__]
         console.print(f"{InternalError.__name__}, as row {row_id}: {message}", markup=False, highlight=False)
     if counts.total and counts.failed == counts.total:
-        console.print(f"EVERY ROW FAILED: none of {counted(counts.total, 'row')} has an answer", style="bold red")
+        console.print(f"EVERY ROW FAILED: 0 of {counted(counts.total, 'row')} answered", style="bold red")
 
 
 def error_line(kind: str, count: int, example: tuple[str, str] | None) -> Text:

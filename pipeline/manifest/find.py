@@ -213,7 +213,7 @@ def _refuse_reader_columns(opened: Manifest) -> None:
     names = [name for name in opened.schema.names if name in READER_COLUMNS]
     if names:
         raise ManifestError(
-            f"{opened.path} has columns whose names are reserved for the job's own: {', '.join(names)}; rename them"
+            f"{opened.path} has columns with names that the job reserves for itself: {', '.join(names)}; rename them"
         )
 
 

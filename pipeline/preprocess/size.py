@@ -230,7 +230,7 @@ def fit_row(media: Sequence[_Sized], max_visual_tokens: int | None) -> None:
     if max_visual_tokens is None:
         if total > _MOST_VISUAL_TOKENS:
             raise SettingError(
-                f"the row's {len(media)} media would take {total:,} visual tokens, more than any model reads; lower "
+                f"the row's media would take {total:,} visual tokens, more than any model reads; lower "
                 "min_pixels, max_pixels or the resized size, or set max_visual_tokens"
             )
         return

@@ -1,1 +1,1 @@
-"""Everything to measure on a GPU machine, prepared for one that has no network and is lent for minutes: docs/gpu.md"""
+"""Everything to measure on a GPU machine that has no network and is available only for minutes: docs/gpu.md"""

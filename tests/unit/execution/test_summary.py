@@ -47,7 +47,7 @@ def test_errors_of_earlier_runs_are_counted_too(tmp_path: Path) -> None:
 def test_a_run_without_any_answer_says_so_loudly(tmp_path: Path) -> None:
     counts = RunCounts(total=2, done_before=0)
     counts.add(outcomes("MediaNotFound", "MediaNotFound"))
-    assert "EVERY ROW FAILED: none of 2 rows has an answer" in summary(tmp_path, counts)
+    assert "EVERY ROW FAILED: 0 of 2 rows answered" in summary(tmp_path, counts)
     assert "EVERY ROW FAILED" not in summary(tmp_path, RunCounts(total=0, done_before=0))
 
 

@@ -163,7 +163,9 @@ def test_a_long_video_is_shrunk_by_the_total_pixel_cap() -> None:
 def test_a_size_that_no_model_reads_is_refused_before_it_takes_memory(settings: MediumSettings) -> None:
     options = media_options(max_pixels=2**90)
     medium = OpenMedium("image", photo(560, 560), settings, options)
-    with pytest.raises(SettingError, match=r"would take [\d,]+ visual tokens, more than any model reads; lower"):
+    with pytest.raises(
+        SettingError, match=r"^the row's media would take [\d,]+ visual tokens, more than any model reads; lower"
+    ):
         fit_row([medium], None)
     fit_row([medium], 300)
     assert medium.size.num_visual_tokens <= 300
