@@ -245,7 +245,7 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
         retries = finished.take_failed(config.run.retried_types)
         if finished_before and not grown and not len(retries.indices):
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in failed.most_common()) or "no errors"
-            folder.delete_fragments()
+            _close_finished(folder, record or {}, numbering.num_rows)
             print(f"{folder.path} is finished and has no such errors to run again: it has {kinds}")
             return None
     if finished_before:
@@ -328,18 +328,23 @@ def _listing_is_finished(
 
 
 def _print_finished(config: CaptionConfig, folder: RunFolder, record: dict[str, Any], num_rows: int) -> None:
-    folder.delete_fragments()  # a crash between success and cleaning up may have left some
-    if record.get("state") != "finished":  # it ended between its parts and its record
-        errors = count_errors(folder)
-        counts = {"rows": num_rows, "done": num_rows, "failed": errors.total()}
-        record.update(state="finished", errors=dict(errors), counts={**record.get("counts", {}), **counts})
-        folder.write_run(record)
+    _close_finished(folder, record, num_rows)
     failed = record["counts"]["failed"]
     hint = "; --retry-failed runs the error rows again" if failed else ""
     print(f"{folder.path} is finished: {counted(num_rows, 'row')}, {counted(failed, 'error')}{hint}")
     if listed := _listed(record):
         looks = "" if config.run.on_change == "new-rows" else "; --on-change=new-rows looks for new ones"
         print(f"its rows are the images and videos listed at {listed}{looks}")
+
+
+def _close_finished(folder: RunFolder, record: dict[str, Any], num_rows: int) -> None:
+    """Do what a run that was killed after it had written `_SUCCESS` left undone."""
+    if record.get("state") != "finished":
+        errors = count_errors(folder)
+        counts = {"rows": num_rows, "done": num_rows, "failed": errors.total()}
+        record.update(state="finished", errors=dict(errors), counts={**record.get("counts", {}), **counts})
+        folder.write_run(record)
+    folder.delete_fragments()
 
 
 def _listed(record: Mapping[str, Any]) -> str | None:

@@ -136,6 +136,24 @@ def test_a_finished_folder_that_lost_its_success_is_not_computed_again(
     assert job is not None and len(job.finished.done) == 0, "nothing is left of it"
 
 
+@pytest.mark.parametrize("retry_failed", [None, "MediaTimeout"])
+@pytest.mark.parametrize("counts", [{}, {"counts": {"rows": 2, "done": 0, "failed": 0}}])
+def test_the_record_of_a_run_that_was_killed_right_after_its_success_is_completed_also_with_nothing_to_retry(
+    tmp_path: Path, counts: dict[str, Any], retry_failed: str | None
+) -> None:
+    pq.write_table(pa.table({"prompt": ["a?", "b?"]}), tmp_path / "rows.parquet")
+    config, folder = finished_run(tmp_path, tmp_path / "rows.parquet")
+    record = folder.read_run() or {}
+    folder.write_run({**{name: record[name] for name in record if name != "counts"}, "state": "running", **counts})
+    Path(folder.file("fragments")).mkdir()
+    again = config.model_copy(update={"run": config.run.model_copy(update={"retry_failed": retry_failed})})
+    assert prepare(again, folder) is None
+    found = folder.read_run() or {}
+    assert (found["state"], found["errors"]) == ("finished", {"MediaNotFound": 2})
+    assert found["counts"] == {"rows": 2, "done": 2, "failed": 2}
+    assert not Path(folder.file("fragments")).exists()
+
+
 def test_times_and_counts_of_all_runs_are_added_up_a_killed_one_s_as_far_as_it_noted_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
