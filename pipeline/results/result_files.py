@@ -54,7 +54,8 @@ def _as_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     """A column that has the type is left alone: casts of nested types are not all sound, even to the type itself."""
     if column.type.equals(kind):
         return column
-    if pa.types.is_list(column.type) and kind.equals(pa.string()):  # as manifests spell lists in a column of text
+    is_json = pa.types.is_list(column.type) or pa.types.is_floating(column.type)
+    if is_json and kind.equals(pa.string()):  # as manifests spell lists and floats in a column of text
         return pa.chunked_array([[None if value is None else json_text(value) for value in column.to_pylist()]], kind)
     return column.cast(kind)
 

@@ -323,6 +323,7 @@ def test_new_files_whose_type_can_not_hold_the_results_are_refused_and_the_folde
         (".jsonl", [1, 2], "none", "[1, 2]"),
         (".jsonl", 2**60 + 1, 0.5, "1152921504606846977"),
         (".jsonl", True, "none", "true"),
+        (".jsonl", 1.0, "none", "1.0"),
         (".parquet", 2**53, 0.5, 2.0**53),
     ],
 )

@@ -30,11 +30,21 @@ def test_files_are_read_several_at_once_in_order_and_not_far_ahead(tmp_path: Pat
     assert most < 20
 
 
-def test_lists_in_a_column_that_became_text_are_json_as_in_a_manifest() -> None:
-    table = pa.table({"k": [[1, 2], None, []], "t": [["é", None], ['"'], None], "n": [1, None, 2**60 + 1]})
+def test_lists_and_numbers_in_a_column_that_became_text_are_json_as_in_a_manifest() -> None:
+    table = pa.table(
+        {
+            "k": [[1, 2], None, []],
+            "t": [["é", None], ['"'], None],
+            "n": [1, None, 2**60 + 1],
+            "f": [1.0, None, 2.5],
+            "g": [1e16, float("nan"), float("-inf")],
+        }
+    )
     schema = pa.schema([(name, pa.string()) for name in table.column_names])
     assert as_schema(table, schema).to_pydict() == {
         "k": ["[1, 2]", None, "[]"],
         "t": ['["é", null]', r'["\""]', None],
         "n": ["1", None, "1152921504606846977"],
+        "f": ["1.0", None, "2.5"],
+        "g": ["1e+16", "NaN", "-Infinity"],
     }
