@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline import storage
 from pipeline.checkpoint.adapter import other_base, read_adapter_config, resolve_adapter
 from pipeline.checkpoint.generation import greedy_note
 from pipeline.checkpoint.locate import resolve_model
@@ -33,8 +34,10 @@ from pipeline.execution.stages import (
     open_input,
 )
 from pipeline.execution.summary import error_line
+from pipeline.manifest.changes import recorded_files
 from pipeline.manifest.files import MEDIA, Manifest, WorkUnit
 from pipeline.manifest.find import recorded_manifest
+from pipeline.manifest.listing import listings
 from pipeline.manifest.row_set import RowNumbering
 from pipeline.manifest.work import Retries, plan_work
 from pipeline.preprocess.messages.columns import template_columns, unread_settings
@@ -209,6 +212,7 @@ def hold(folder: RunFolder) -> Iterator[None]:
                 yield
             except JobError:
                 with contextlib.suppress(JobError, OSError):  # what ended the run may also be in the way of this
+                    _discard_supplements(folder, folder.read_run())
                     folder.discard_unused()
                 raise
     except JobError:
@@ -227,6 +231,7 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
     finished_before = folder.is_finished()
     if record is not None and finished_before and _listing_is_finished(config, folder, record, asked):
         return None
+    _discard_supplements(folder, record)
     manifest = open_input(config, folder)
     if record is not None:
         manifest = check_unchanged(record, config, asked, manifest, folder=folder.path)
@@ -280,6 +285,17 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
             *_notes(config, manifest, local, model_facts),
         ),
     )
+
+
+def _discard_supplements(folder: RunFolder, record: Mapping[str, Any] | None) -> None:
+    """Remove listings of media that came later which run.json does not name: their run was refused or killed before
+    its first row."""
+    recorded = recorded_files(record["manifest"]["fingerprint"]) if record else {}
+    names = {storage.name(name) for name in recorded}
+    _, *supplements = listings(folder.file("manifest.parquet"), folder.storage_options)
+    for path in reversed(supplements):
+        if storage.name(path) not in names:
+            folder.delete(path)
 
 
 def _picked_dtype(record: Mapping[str, Any]) -> str | None:

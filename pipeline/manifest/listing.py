@@ -69,7 +69,7 @@ def open_listing(path: str, listing_path: str, options: StorageOptions) -> Manif
     """The listing and its supplements as a manifest; None where the path is now a data file, not a folder of media."""
     files: list[ManifestFile] = []
     base, notes = "", tuple[str, ...]()
-    for one in _listings(listing_path, options):
+    for one in listings(listing_path, options):
         info = storage.file_info(one, options)
         footer, digest = read_footer(info, options)
         metadata = footer.schema.to_arrow_schema().metadata or {}
@@ -104,7 +104,8 @@ def supplement_listing(
     return found
 
 
-def _listings(listing_path: str, options: StorageOptions) -> Iterator[str]:
+def listings(listing_path: str, options: StorageOptions) -> Iterator[str]:
+    """Paths of the listing and its supplements, in order."""
     yield listing_path
     supplements = (_supplement(listing_path, number) for number in itertools.count(1))
     yield from itertools.takewhile(lambda path: storage.exists(path, options), supplements)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.execution.placement import Placement
 from pipeline.execution.prepare import CaptionJob, hold, prepare
 from pipeline.execution.progress import RunCounts
 from pipeline.execution.run import finish
+from pipeline.execution.stages import open_input
 from pipeline.results.fragments import FragmentWriter, write_fragment
 from pipeline.results.parts import finalise
 from pipeline.results.run_folder import RunFolder
@@ -210,6 +212,34 @@ def test_a_finished_folder_of_photos_says_which_list_it_uses(
     job = prepare(anew, folder)
     assert job is not None and job.numbering.num_rows == 2
     assert job.record["manifest"]["listed"] == job.record["started"]
+
+
+def test_a_refused_or_killed_run_that_listed_new_photos_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"1")
+    config, folder = finished_run(tmp_path, photos)
+    files = sorted(path for path in Path(folder.path).rglob("*") if path.is_file())
+    (photos / "b.jpg").write_bytes(b"2")
+    anew = config.model_copy(update={"run": config.run.model_copy(update={"on_change": "new-rows"})})
+    other = anew.model_copy(update={"sampling": replace(config.sampling, max_tokens=9)})
+    with pytest.raises(OutputError, match="max_tokens"), hold(folder):
+        prepare(other, folder)
+    assert sorted(path for path in Path(folder.path).rglob("*") if path.is_file()) == files
+    open_input(anew, folder)  # and is killed
+    assert Path(folder.file("manifest-001.parquet")).exists()
+    with hold(folder):
+        assert prepare(config, folder) is None
+    open_input(anew, folder)
+    (photos / "b.jpg").rename(photos / "c.jpg")
+    with hold(folder):
+        job = prepare(anew, folder)
+        assert job is not None and [file.num_rows for file in job.manifest.files] == [1, 1]
+        assert pq.read_table(job.manifest.files[1].path).column("image").to_pylist() == ["c.jpg"]
+        job.start(_PLACEMENT)
+    with hold(folder):
+        resumed = prepare(config, folder)
+    assert resumed is not None and resumed.manifest.files == job.manifest.files
 
 
 def test_a_line_added_to_a_manifest_file_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
