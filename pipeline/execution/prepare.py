@@ -291,10 +291,9 @@ def _discard_supplements(folder: RunFolder, record: Mapping[str, Any] | None) ->
     """Remove listings of media that came later which run.json does not name: their run was refused or killed before
     its first row."""
     recorded = recorded_files(record["manifest"]["fingerprint"]) if record else {}
-    names = {storage.name(name) for name in recorded}
     _, *supplements = listings(folder.file("manifest.parquet"), folder.storage_options)
     for path in reversed(supplements):
-        if storage.name(path) not in names:
+        if storage.name(path) not in recorded:
             folder.delete(path)
 
 

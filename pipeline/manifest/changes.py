@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from pipeline import storage
 from pipeline.errors import counted
-from pipeline.manifest.files import Manifest, relative
+from pipeline.manifest.files import MEDIA, Manifest
 
 _MAX_DIFFERENCES = 20
 
@@ -24,7 +25,8 @@ class RecordedFile(NamedTuple):
 
 def recorded_files(fingerprint: Mapping[str, Any]) -> dict[str, RecordedFile]:
     """By name, in order."""
-    return {name: RecordedFile(*facts) for name, *facts in fingerprint["files"]}
+    is_listed = fingerprint.get("format") == MEDIA  # runs of older versions have recorded the listings' whole paths
+    return {storage.name(name) if is_listed else name: RecordedFile(*facts) for name, *facts in fingerprint["files"]}
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -79,8 +81,8 @@ def keep_file_numbers(manifest: Manifest, old: Mapping[str, Any]) -> Manifest:
 
     File numbers are part of a row's identity, so a new file must not move the old ones.
     """
-    numbers = {name: number for number, (name, *_) in enumerate(old["files"])}
-    names = [relative(file.path, manifest.base) for file in manifest.files]
+    numbers = {name: number for number, name in enumerate(recorded_files(old))}
+    names = manifest.names
     order = sorted(range(len(names)), key=lambda number: (numbers.get(names[number], math.inf), number))
     return replace(
         manifest,

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline import storage
 from pipeline.errors import ManifestError
 from pipeline.manifest.row_set import Indices
 from pipeline.storage import FileInfo, StorageOptions
@@ -127,6 +128,13 @@ class Manifest:
         return sum(file.num_rows for file in self.files)
 
     @property
+    def names(self) -> list[str]:
+        """What fingerprints call the files: their paths below the base; a listing, which lies in the run folder and
+        moves with it, goes by its own name alone."""
+        is_listed = self.format == MEDIA
+        return [storage.name(file.path) if is_listed else relative(file.path, self.base) for file in self.files]
+
+    @property
     def spec(self) -> ManifestSpec:
         """What `read_units` needs, to be sent to readers in place of the whole manifest."""
         return ManifestSpec(self.format, self.schema, self.storage_options, self.csv, self.base, self.partitions)
@@ -151,7 +159,9 @@ class Manifest:
         return {
             "format": self.format,
             "num_rows": self.num_rows,
-            "files": [[relative(file.path, self.base), file.size, file.num_rows, file.digest] for file in self.files],
+            "files": [
+                [name, file.size, file.num_rows, file.digest] for name, file in zip(self.names, self.files, strict=True)
+            ],
         }
 
 

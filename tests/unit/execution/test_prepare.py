@@ -242,6 +242,30 @@ def test_a_refused_or_killed_run_that_listed_new_photos_leaves_the_folder_as_it_
     assert resumed is not None and resumed.manifest.files == job.manifest.files
 
 
+@pytest.mark.parametrize("names", ["as now", "whole paths, as older versions recorded them"])
+def test_a_run_folder_over_photos_may_be_moved(tmp_path: Path, names: str) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"1")
+    config, folder = finished_run(tmp_path, photos)
+    (photos / "b.jpg").write_bytes(b"2")
+    anew = {"run": config.run.model_copy(update={"on_change": "new-rows"})}
+    job = prepare(config.model_copy(update=anew), folder)
+    assert job is not None
+    job.start(_PLACEMENT)
+    record = folder.read_run() or {}
+    files = record["manifest"]["fingerprint"]["files"]
+    assert [name for name, *_ in files] == ["manifest.parquet", "manifest-001.parquet"]
+    if names != "as now":
+        record["manifest"]["fingerprint"]["files"] = [[folder.file(name), *facts] for name, *facts in files]
+        folder.write_run(record)
+    moved = Path(folder.path).rename(tmp_path / "moved")
+    (photos / "c.jpg").write_bytes(b"3")
+    for updates, num_rows in (({}, 2), (anew, 3)):
+        job = prepare(config.model_copy(update=updates), RunFolder(str(moved)))
+        assert job is not None and len(job.finished.done) == 1 and job.numbering.num_rows == num_rows
+
+
 def test_a_line_added_to_a_manifest_file_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
     source = tmp_path / "rows"
     source.mkdir()
