@@ -86,7 +86,8 @@ def _note_rows_started(job: CaptionJob, supervision: Supervision) -> None:
 
 
 def finish(job: CaptionJob) -> None:
-    """Merge the fragments into part files, every row once, and write `_SUCCESS` and run.json. Raises JobError."""
+    """Merge the fragments into part files, every row once, write `_SUCCESS` and run.json, and then remove the
+    fragments. Raises JobError."""
     job.check_errors(at_end=True)
     output = job.config.output
     finalise(
@@ -98,6 +99,7 @@ def finish(job: CaptionJob) -> None:
         errors=ErrorLog(job.folder, _manifest_paths(job), is_final=True),
     )
     job.close("finished")
+    job.folder.delete_fragments()
 
 
 def _manifest_paths(job: CaptionJob) -> list[str]:

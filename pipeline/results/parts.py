@@ -62,7 +62,8 @@ def finalise(
     partition_by: str | None = None,
     errors: ErrorLog | None = None,
 ) -> int:
-    """Write the parts from the fragments, check their count, mark success, remove the fragments.
+    """Write the parts from the fragments, check their count, mark success. The fragments stay: they are removed once
+    run.json says `finished` too.
 
     The failed rows among them are written to `errors`.
 
@@ -91,7 +92,6 @@ def finalise(
     if errors is not None:
         errors.flush()
     folder.mark_finished()
-    folder.delete_fragments()
     return len(written)
 
 
@@ -99,8 +99,9 @@ def restore_success(folder: RunFolder, record: Mapping[str, Any]) -> bool:
     """Write `_SUCCESS` again where it alone is missing, as after a sync that leaves out empty files; whether it did.
     `record` is run.json. Raises OutputError where parts are missing too.
 
-    Fragments are removed only once the parts are complete, so a run that was stopped before has fragments. So has one
-    that was stopped in `reopen`; there run.json still says `finished`, and the parts hold all rows or fragments do.
+    Fragments are removed only once the parts are complete and run.json says `finished`, so a run that was stopped
+    before has them all. One that was stopped while they were removed, or in `reopen`, has some or all; there run.json
+    says `finished`, and the parts hold all rows or the fragments do.
     """
     parts = [] if folder.is_finished() else folder.parts()
     was_finished, has_fragments = record.get("state") == "finished", bool(folder.fragments())

@@ -115,8 +115,9 @@ def finished_run(tmp_path: Path, source: Path, **values: str) -> tuple[CaptionCo
     files = pa.array([0] * table.num_rows, table.schema.field("manifest_file").type)
     table = table.set_column(table.schema.get_field_index("manifest_file"), "manifest_file", files)
     job.counts.add(table)
-    writer = FragmentWriter(folder, job.numbering, table.schema, 100, 60.0)
-    writer.add(table)
+    writer = FragmentWriter(folder, job.numbering, table.schema, 1, 60.0)
+    for row in range(table.num_rows):
+        writer.add(table.slice(row, 1))
     writer.flush()
     finish(job)
     return config, folder
@@ -127,6 +128,7 @@ def test_a_finished_folder_that_lost_its_success_is_not_computed_again(
 ) -> None:
     pq.write_table(pa.table({"prompt": ["a?", "b?"]}), tmp_path / "rows.parquet")
     config, folder = finished_run(tmp_path, tmp_path / "rows.parquet")
+    assert not Path(folder.file("fragments")).exists()
     folder.mark_unfinished()
     assert prepare(config, folder) is None
     printed = capsys.readouterr().out
@@ -136,6 +138,26 @@ def test_a_finished_folder_that_lost_its_success_is_not_computed_again(
     Path(folder.parts()[0]).unlink()
     job = prepare(config, folder)
     assert job is not None and len(job.finished.done) == 0, "nothing is left of it"
+
+
+def test_success_that_is_lost_after_a_kill_in_the_middle_of_removing_fragments_costs_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(folder: RunFolder) -> None:
+        folder.delete(folder.fragments()[0])
+        raise InterruptedError
+
+    pq.write_table(pa.table({"prompt": ["a?", "b?", "c?"]}), tmp_path / "rows.parquet")
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(RunFolder, "delete_fragments", killed)
+        finished_run(tmp_path, tmp_path / "rows.parquet")
+    folder = RunFolder(str(tmp_path / "out"))
+    assert len(folder.fragments()) == 2 and folder.is_finished()
+    folder.mark_unfinished()
+    values = {"input.path": str(tmp_path / "rows.parquet"), "model.path": "demo", "output.path": folder.path}
+    assert prepare(load_config(CaptionConfig, None, values), folder) is None
+    assert "is finished: 3 rows" in capsys.readouterr().out
+    assert folder.is_finished() and folder.fragments() == []
 
 
 @pytest.mark.parametrize("retry_failed", [None, "MediaTimeout"])
