@@ -134,6 +134,7 @@ def test_one_manifest_may_mix_every_kind_of_row_good_and_bad(tmp_path: Path, pho
     told = [json.loads(line) for line in (output / "__run" / "errors.jsonl").read_text().splitlines()]
     assert {line["id"]: (line["stage"], line["type"]) for line in told} == errors
     assert all(rows[line["manifest_row"]]["id"] == line["id"] for line in told)
+    assert all("time" not in line for line in told), "the lines are those of the parts, in place of the run's own"
     assert {line["manifest_file"] for line in told} == {str(tmp_path / "rows.jsonl")}
     assert "nowhere.png" in next(line["message"] for line in told if line["id"] == "missing")
     assert record["engine"]["device"].startswith("cpu")
@@ -286,6 +287,28 @@ def test_a_run_that_is_stopped_before_its_first_row_or_after_its_last_is_finishe
     assert caption(source, output) == 0
     assert [row["status"] for row in results(output)] == ["ok"]
     assert json.loads((output / "__run" / "run.json").read_text())["counts"]["this_run"] == 1 - done
+
+
+def test_what_a_killed_run_did_is_in_the_totals_of_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def killed(*args: Any) -> None:  # nothing that a run does at its end is done
+        raise Killed
+
+    source, output = jsonl(tmp_path / "m.jsonl", [{"prompt": "Hello."}, {"prompt": "Bye."}]), tmp_path / "out"
+    monkeypatch.setattr("pipeline.execution.prepare._NOTE_EVERY_S", 0.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("jobs.caption.finish", killed)
+        patch.setattr(CaptionJob, "close", lambda job, state: None)
+        caption(source, output)
+    record = json.loads((output / "__run" / "run.json").read_text())
+    assert (record["state"], record["totals"]["runs"], record["totals"]["rows"]) == ("running", 1, 2)
+    assert caption(source, output) == 0
+    record = json.loads((output / "__run" / "run.json").read_text())
+    assert (record["state"], record["totals"]["runs"], record["totals"]["rows"]) == ("finished", 2, 2)
 
 
 def test_another_model_at_the_same_path_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
