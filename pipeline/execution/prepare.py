@@ -259,15 +259,11 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
         # The hub's files have been downloaded by now.
         asked = identity(config, model_path)
     local = model_cache(config).local(model_path, weights=False)
-    fresh = new_record(config, asked, manifest)
     picked = None if config.model.dtype != "auto" else _picked_dtype(record or {})
+    fresh = new_record(config, asked, manifest)
     fresh["model"] |= {**model_facts, "dtype": picked}
     fresh["manifest"]["num_rows"] = numbering.num_rows
-    if manifest.format == MEDIA:
-        lists_anew = record is None or config.run.on_change == "new-rows"
-        fresh["manifest"]["listed"] = fresh["started"] if lists_anew else _listed(record or {})
-    fresh["num_runs"] = (record or {}).get("num_runs", 0) + 1
-    fresh["first_started"] = (record or fresh).get("first_started", fresh["started"])
+    _carry_on(fresh, record, config, manifest)
     return CaptionJob(
         config,
         model_path,
@@ -285,6 +281,18 @@ def prepare(config: CaptionConfig, folder: RunFolder) -> CaptionJob | None:
             *_notes(config, manifest, local, model_facts),
         ),
     )
+
+
+def _carry_on(
+    fresh: dict[str, Any], record: Mapping[str, Any] | None, config: CaptionConfig, manifest: Manifest
+) -> None:
+    """Add to a run's record what it continues of the folder's record: how many runs there were, and since when."""
+    before: Mapping[str, Any] = record or {}
+    if manifest.format == MEDIA:
+        lists_anew = record is None or config.run.on_change == "new-rows"
+        fresh["manifest"]["listed"] = fresh["started"] if lists_anew else _listed(before)
+    fresh["num_runs"] = before.get("num_runs", 0) + 1
+    fresh["first_started"] = before.get("first_started", fresh["started"])
 
 
 def _discard_supplements(folder: RunFolder, record: Mapping[str, Any] | None) -> None:

@@ -67,14 +67,7 @@ def advise(
     if times is None:
         return
     if engines.gpus_per_engine:
-        cores = times.cores_per_engine * engines.num_engines
-        most = max(1, math.ceil(rows.num_rows / rows_per_unit))
-        enough, plenty = (min(most, max(1, math.ceil(count))) for count in (cores.value, cores.high))
-        if engines.num_cpus is None or enough > engines.num_cpus:
-            why = ", so that no GPU waits" if enough < most else "; more would find no rows to work on"
-            yield Advice(f"--resources.preprocess_actors {enough}", f"one core each{why}")
-        elif 2 * plenty < engines.num_cpus:
-            yield Advice(f"--resources.preprocess_actors {plenty}", "one core each; more would wait for the engines")
+        yield from _of_actors(rows, times, engines, rows_per_unit)
     video_s = sum(row.video_core_s for row in sample.answered)
     all_s = sum(row.core_s for row in sample.answered)
     if video_s > all_s / 2 and times.cores_per_engine.value > _MANY_CORES:
@@ -87,6 +80,18 @@ def advise(
             "the pixels save about half of it"
         )
         yield Advice("--media.max_pixels N", why)
+
+
+def _of_actors(rows: Rows, times: Times, engines: Engines, rows_per_unit: int) -> Iterator[Advice]:
+    """How many preprocessing actors keep the engines busy, and have rows to work on."""
+    cores = times.cores_per_engine * engines.num_engines
+    most = max(1, math.ceil(rows.num_rows / rows_per_unit))
+    enough, plenty = (min(most, max(1, math.ceil(count))) for count in (cores.value, cores.high))
+    if engines.num_cpus is None or enough > engines.num_cpus:
+        why = ", so that no GPU waits" if enough < most else "; more would find no rows to work on"
+        yield Advice(f"--resources.preprocess_actors {enough}", f"one core each{why}")
+    elif 2 * plenty < engines.num_cpus:
+        yield Advice(f"--resources.preprocess_actors {plenty}", "one core each; more would wait for the engines")
 
 
 def _percent(count: Range, num_rows: int) -> str:
