@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
+from ray._private import auto_init_hook
 from rich.console import Console
 
 from pipeline import storage
@@ -212,6 +213,9 @@ def ray_cluster(resources: ResourcesConfig, say: Callable[[str], None]) -> Itera
         yield
     finally:
         if started_here:
+            # A thread of Ray Data may outlive its dataset, and Ray connects by itself whatever calls it: that was seen
+            # to end the process without a word, and to leave the command that starts again settings of another Ray.
+            auto_init_hook.enable_auto_connect = False
             with _signals.held(), ThreadPoolExecutor(1, thread_name_prefix="leave") as pool:
                 leaving = pool.submit(ray.shutdown)
                 # Ray's core puts SIGTERM back to what the system does, seconds before the last process has ended.

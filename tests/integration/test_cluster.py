@@ -68,3 +68,23 @@ def test_ray_s_client_is_refused_with_the_way_that_works(monkeypatch: pytest.Mon
             ray_cluster(resources, print),
         ):
             pass
+
+
+def test_a_thread_that_outlives_the_job_does_not_connect_to_ray_again() -> None:
+    """As the executor of a dataset that broke when a node was lost."""
+    code = """
+import os, ray, threading
+from pipeline.config import ResourcesConfig
+from pipeline.execution.cluster import ray_cluster
+
+with ray_cluster(ResourcesConfig(address="local", num_cpus=1), print):
+    environment = dict(os.environ)
+late = threading.Thread(target=ray.put, args=("a table",))
+late.start()
+late.join()
+assert not ray.is_initialized()
+assert os.environ == environment, "it goes to the command that starts again"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Ray has not been started yet" in done.stderr, "the thread's own error"
