@@ -86,7 +86,7 @@ def test_a_lost_node_costs_no_row(tmp_path: Path, cluster: Any, fits: bool) -> N
     }
     command = [sys.executable, "-m", "tests.faults.slow_job"]
     command += [word for key, value in words.items() for word in (f"--{key}", value)]
-    job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560)
     assert job.returncode == 0, job.stdout + job.stderr + (output / "__run" / "log.txt").read_text()
     loss.join(30)
     rows = pq.read_table(output / "part-00000.parquet").to_pylist()
