@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import os
 import re
 import signal
@@ -27,7 +28,7 @@ from rich.console import Console
 
 from pipeline import storage
 from pipeline.config import CaptionConfig, ResourcesConfig
-from pipeline.errors import ResourceError, first_line
+from pipeline.errors import OutputError, ResourceError, first_line
 from pipeline.execution.address import init_options
 from pipeline.execution.placement import Node
 from pipeline.results.run_folder import RunFolder
@@ -75,7 +76,7 @@ def _output_to(log_path: str) -> Iterator[Console]:
     kept = (os.dup(1), os.dup(2))
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     width = None if os.isatty(kept[0]) else 110
-    screen = os.fdopen(os.dup(kept[0]), "w", encoding="utf-8", errors="replace")
+    screen = _Screen(os.fdopen(os.dup(kept[0]), "wb"), encoding="utf-8", errors="replace")
     console = Console(file=screen, highlight=False, width=width)
     try:
         os.dup2(log, 1)
@@ -83,13 +84,28 @@ def _output_to(log_path: str) -> Iterator[Console]:
         with _memory_warnings(log_path, console):
             yield console
     finally:
+        # A log on a full disk, or a screen that is gone, must not keep what comes after in the log.
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        screen.close()
+            with contextlib.suppress(OSError):
+                stream.flush()
+        with contextlib.suppress(OSError, OutputError):
+            screen.close()
         for number, copy in enumerate(kept, start=1):
             os.dup2(copy, number)
             os.close(copy)
         os.close(log)
+
+
+class _Screen(io.TextIOWrapper):
+    """The real output; where it takes no more, that ends the job with a reason, which rich alone would not give."""
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise OutputError(
+                f"the job's own lines can't be written any more ({error.strerror}); the same command resumes"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from pipeline.config import ResourcesConfig
-from pipeline.errors import ResourceError
+from pipeline.errors import OutputError, ResourceError
 from pipeline.execution import cluster
 from pipeline.execution.cluster import job_output, ray_cluster, stop_on_signals
 from pipeline.results.run_folder import RunFolder
@@ -79,6 +79,37 @@ def test_workers_that_ray_kills_for_memory_are_said_on_the_screen(
             time.sleep(0.1)
     screen = " ".join(capfd.readouterr().out.split())
     assert screen.count("a node runs low on memory (2.09GB used / 23.54GB)") == 1
+
+
+def test_a_screen_that_is_gone_ends_the_job_with_a_reason_that_is_not_left_in_the_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As with `| head`, or standard output on a disk that is full."""
+    folder, kept, full = RunFolder(str(tmp_path)), os.dup(1), os.open("/dev/full", os.O_WRONLY)
+    folder.prepare()
+    os.dup2(full, 1)
+    try:
+        with pytest.raises(OutputError, match="No space left"), job_output(folder, verbose=False) as console:
+            console.print("12 of 480 rows")
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(full)
+    print("what is said afterwards", file=sys.__stderr__, flush=True)
+    assert "afterwards" in capfd.readouterr().err
+
+
+def test_a_log_on_a_full_disk_does_not_keep_what_comes_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(str(tmp_path))
+    folder.prepare()
+    Path(folder.file("log.txt")).symlink_to("/dev/full")
+    monkeypatch.setattr(sys, "stdout", os.fdopen(1, "w", closefd=False))
+    with job_output(folder, verbose=False):
+        print("a worker's own line")
+    print("what is said afterwards", file=sys.__stderr__, flush=True)
+    assert "afterwards" in capfd.readouterr().err
 
 
 def test_a_ray_that_starts_too_late_is_started_once_more_and_the_machine_is_called_busy(fake: FakeRay) -> None:
