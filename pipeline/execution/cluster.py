@@ -217,6 +217,8 @@ def ray_cluster(resources: ResourcesConfig, say: Callable[[str], None]) -> Itera
                 say(f"Ray did not start{_busy()}: {first_line(error)}; starting it once more")
                 ray.shutdown()
                 ray.init(**options)
+        except SystemExit:  # from the handler of SIGTERM that ray.init installs before anything else
+            raise KeyboardInterrupt from None
         except Exception as error:  # Ray raises plain Exception where its daemons start too late
             hint = _JOINING_HINT if isinstance(error, ConnectionError) else ""
             if "AF_UNIX path length" in str(error):

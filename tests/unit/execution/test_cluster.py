@@ -143,6 +143,17 @@ def test_a_cluster_that_cannot_be_joined_is_not_asked_twice(
     assert fake.calls == ["init"]
 
 
+def test_sigterm_while_ray_starts_interrupts_like_any_other(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "init", init)
+    stop_on_signals()
+    with pytest.raises(KeyboardInterrupt), ray_cluster(ResourcesConfig(), print):
+        raise AssertionError("never")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_further_signals_do_not_break_off_the_clean_up(fake: FakeRay, number: int) -> None:
     fake.during_shutdown = [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
