@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -42,6 +43,12 @@ _SHOW_EVERY_S = 60.0
 _KILLED_FOR_MEMORY = re.compile(
     r"killed due to the node running low on memory.*?was ([\d.]+ ?GB used / [\d.]+ ?GB) limit"
 )
+_LAST_WORDS = """
+read -r told && exit
+echo "the job's process has ended without a word; the same command resumes. How $1 ends:" >&2
+tail -n 3 "$1" | cut -c 1-600 >&2
+"""
+"""A shell's commands: its input ends with the job's process, or has a line before that."""
 _JOINING_HINT = (
     "; if the cluster uses tokens, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; "
     "resources.address local starts a private local Ray; __run/log.txt in the run folder has Ray's own lines"
@@ -55,18 +62,32 @@ def job_output(folder: RunFolder, *, verbose: bool) -> Iterator[Console]:
     if verbose:
         yield Console(highlight=False)
     elif not storage.is_remote(folder.path):
-        with _output_to(storage.local_path(folder.file("log.txt"))) as console:
+        log_path = storage.local_path(folder.file("log.txt"))
+        with _last_words(log_path), _output_to(log_path) as console:
             yield console
     else:
         log_path = os.path.join(tempfile.mkdtemp(prefix="qwen2-vl-batch-"), "log.txt")
         try:
-            with _output_to(log_path) as console:
+            with _last_words(log_path), _output_to(log_path) as console:
                 yield console
         finally:
             try:
                 storage.publish_file(log_path, folder.file("log.txt"), folder.storage_options)
             except OSError as error:  # the log is not worth failing the job for
                 print(f"{folder.file('log.txt')} is not up to date: {error}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _last_words(log_path: str) -> Iterator[None]:
+    """Shows on standard error how the log ends where this process is ended from outside or by Ray's core, which ends it
+    when the cluster's head is gone: otherwise nobody would learn why, or that."""
+    command = ["sh", "-c", _LAST_WORDS, "sh", log_path]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as waiting:  # Ctrl-C is not for it
+        try:
+            yield
+        finally:
+            waiting.communicate(b"the job speaks for itself\n")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from pipeline.errors import OutputError, ResourceError
 from pipeline.execution import cluster
 from pipeline.execution.cluster import job_output, ray_cluster, stop_on_signals
 from pipeline.results.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class FakeRay:
@@ -79,6 +82,29 @@ def test_workers_that_ray_kills_for_memory_are_said_on_the_screen(
             time.sleep(0.1)
     screen = " ".join(capfd.readouterr().out.split())
     assert screen.count("a node runs low on memory (2.09GB used / 23.54GB)") == 1
+
+
+@pytest.mark.parametrize("end", ["os._exit(1)", "os.kill(os.getpid(), signal.SIGKILL)", "pass"])
+def test_a_process_that_ray_s_core_ends_leaves_its_last_words_on_the_screen(tmp_path: Path, end: str) -> None:
+    code = f"""
+import os, signal, sys
+from pipeline.execution.cluster import job_output
+from pipeline.results.run_folder import RunFolder
+
+folder = RunFolder(sys.argv[1])
+folder.prepare()
+with job_output(folder, verbose=False):
+    os.write(2, b"Failed to connect to GCS. The program will terminate.\\n")
+    {end}
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if end == "pass":
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode != 0
+        assert "ended without a word; the same command resumes. How" in done.stderr
+        assert "log.txt ends:\nFailed to connect to GCS. The program will terminate.\n" in done.stderr
 
 
 def test_a_screen_that_is_gone_ends_the_job_with_a_reason_that_is_not_left_in_the_log(
