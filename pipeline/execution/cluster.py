@@ -19,12 +19,13 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 from ray._private import auto_init_hook
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from rich.console import Console
 
 from pipeline import storage
@@ -38,6 +39,7 @@ _CLEAN_UP_S = 60.0
 """Seconds after a signal in which further ones are ignored."""
 _HANDLERS_EVERY_S = 0.002
 """Seconds between two restorations of the signals' handlers while Ray ends."""
+_TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 _LOOK_EVERY_S = 5.0
 _SHOW_EVERY_S = 60.0
 _KILLED_FOR_MEMORY = re.compile(
@@ -227,6 +229,7 @@ def ray_cluster(resources: ResourcesConfig, say: Callable[[str], None]) -> Itera
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
     started_here = not ray.is_initialized()
     if started_here:
+        tokens_before = {name: os.environ.get(name) for name in _TOKEN_VARIABLES}
         options = init_options(resources, say)
         named = options.get("address")
         try:
@@ -263,6 +266,19 @@ def ray_cluster(resources: ResourcesConfig, say: Callable[[str], None]) -> Itera
                     time.sleep(_HANDLERS_EVERY_S)
                 stop_on_signals(again=True)
                 leaving.result()
+            _restore(tokens_before)
+
+
+def _restore(tokens: Mapping[str, str | None]) -> None:
+    """A Ray that starts here turns tokens on for the process: a job that then joins a cluster without them would be
+    refused by it."""
+    for name, value in tokens.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    Config.initialize("")  # Ray reads the environment again for this alone
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _busy() -> str:

@@ -78,7 +78,8 @@ from pipeline.config import ResourcesConfig
 from pipeline.execution.cluster import ray_cluster
 
 with ray_cluster(ResourcesConfig(address="local", num_cpus=1), print):
-    environment = dict(os.environ)
+    pass
+environment = dict(os.environ)
 late = threading.Thread(target=ray.put, args=("a table",))
 late.start()
 late.join()
@@ -88,3 +89,37 @@ assert os.environ == environment, "it goes to the command that starts again"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Ray has not been started yet" in done.stderr, "the thread's own error"
+
+
+@pytest.mark.slow
+def test_a_process_that_had_a_ray_of_its_own_joins_a_cluster_without_tokens() -> None:
+    """As two jobs in one notebook."""
+    head = """
+import ray, sys
+context = ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100_000_000)
+print(context.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+    code = """
+import ray, sys
+from pipeline.config import ResourcesConfig
+from pipeline.execution.cluster import ray_cluster
+
+class Actor:
+    def answer(self): return 7
+
+for resources in ({"address": "local", "num_cpus": 1}, {"address": sys.argv[1]}):
+    with ray_cluster(ResourcesConfig(**resources), print):
+        actor = ray.remote(Actor).remote()
+        assert ray.get(actor.answer.remote()) == 7
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    started = subprocess.Popen([sys.executable, "-c", head], env={**clean, "RAY_AUTH_MODE": "disabled"}, **pipes)
+    try:
+        assert started.stdout is not None
+        command = [sys.executable, "-c", code, started.stdout.readline().strip()]
+        done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=300)
+    finally:
+        started.communicate()
+    assert done.returncode == 0, done.stderr
