@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 
+from tests.ray_start import started
+
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a busy machine is no failure
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "60")  # a busy machine is no failure
 # gcsfs would ask Google over gRPC what kind of bucket it has, which no emulator answers.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
@@ -39,4 +42,5 @@ def ray_with_two_cpus() -> None:
     import ray
 
     if not ray.is_initialized():
-        ray.init("local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+        init = functools.partial(ray.init, "local", num_cpus=2, include_dashboard=False)
+        started(lambda: init(configure_logging=False, log_to_driver=False))

@@ -226,7 +226,7 @@ def ray_cluster(resources: ResourcesConfig, say: Callable[[str], None]) -> Itera
     # Ray hides the GPUs from actors that ask for none, which is what we want; this silences its warning about it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # On a busy machine Ray's own 30 seconds for its first daemon were not enough.
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "90")
     started_here = not ray.is_initialized()
     if started_here:
         tokens_before = {name: os.environ.get(name) for name in _TOKEN_VARIABLES}

@@ -51,7 +51,10 @@ pytestmark = [pytest.mark.timeout(7200)]
 
 HEAD = """
 import ray, sys
-context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+from tests.ray_start import started
+
+init = lambda: ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+context = started(init)
 print(context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 """
@@ -84,7 +87,7 @@ def kind_of(seed: int) -> str:
 def slow_server(photos: Path) -> Iterator[str]:
     """`/slow` answers after a while, `/hang` never does."""
     picture = (photos / "rocket.jpg").read_bytes()
-    with late_pictures(picture, lambda path: time.sleep(20.0 if "hang" in path else 0.3)) as url:
+    with late_pictures(picture, lambda path: time.sleep(60.0 if "hang" in path else 0.3)) as url:
         yield url
 
 
@@ -200,7 +203,7 @@ def start(kind: str, manifest: Path, output: Path, head: Head) -> Driver:
         "input.keep": "prompt",
         "input.allow_missing_media": "true",
         "input.allow_private_hosts": "true",
-        "input.fetch_timeout_s": "1.5",
+        "input.fetch_timeout_s": "6",
         "input.fetch_retries": "0",
         "output.path": str(output),
         "output.report": "false",

@@ -18,13 +18,14 @@ import pytest
 from jobs.caption import main
 from pipeline.demo.manifest import write_demo_world
 from pipeline.execution.cluster import live_nodes
+from tests.ray_start import started
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK_HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
-    "health_check_timeout_ms": 2000,
-    "health_check_failure_threshold": 4,
+    "health_check_timeout_ms": 10000,
+    "health_check_failure_threshold": 6,
 }
 
 
@@ -36,7 +37,7 @@ def cluster() -> Iterator[Any]:
 
     ray.shutdown()  # the Ray that other tests share: a process joins one cluster only
     head = {"num_cpus": 2, "include_dashboard": False, "_system_config": QUICK_HEALTH_CHECKS}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = started(lambda: Cluster(initialize_head=True, head_node_args=head))
     # Joined before there are other nodes: on one machine the driver could end up on any of them.
     ray.init(address=cluster.address, configure_logging=False, log_to_driver=False)
     yield cluster

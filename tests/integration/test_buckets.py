@@ -158,7 +158,7 @@ def test_credentials_for_the_media_that_expire_half_way_stop_the_job_and_mark_no
     assert told.startswith("error: s3://data/media/late/")
     assert "the credentials were refused (ExpiredToken: ExpiredToken, injected): renew them and run the same" in told
     assert any("/media/early/" in request for request in bucket.requests)
-    for key in keys(bucket, "captions/fragments/"):
+    for key in keys(bucket, "captions/__run/fragments/"):
         body = bucket.client().get_object(Bucket="data", Key=key)["Body"].read()
         assert set(pq.read_table(io.BytesIO(body)).column("status").to_pylist()) == {"ok"}
     assert "captions/_SUCCESS" not in keys(bucket, "captions/")

@@ -241,15 +241,14 @@ def test_failed_rows_are_run_again_when_asked_and_the_others_left_alone(
 
 
 def test_a_finished_folder_is_left_alone_and_says_so_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, output = jsonl(tmp_path / "m.jsonl", [{"prompt": "Hello."}]), tmp_path / "out"
     assert caption(source, output) == 0
     before = {path.name: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     capsys.readouterr()
-    started = time.monotonic()
+    monkeypatch.setattr("jobs.caption.run_on_ray", None)
     assert caption(source, output) == 0
-    assert time.monotonic() - started < 2
     assert "is finished: 1 row, 0 errors" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
     # Nor was the manifest opened: there is nothing in it any more, and its listing does not show that.
@@ -462,7 +461,7 @@ def test_a_stopped_run_leaves_a_folder_that_the_next_one_finishes(tmp_path: Path
     while not list((output / "__run" / "fragments").glob("*.parquet")) and time.monotonic() < deadline:
         assert process.poll() is None, process.stdout and process.stdout.read()
         time.sleep(0.05)
-    impatient = [signal.SIGTERM] * 100  # also while Ray ends, whose core resets this signal's handler
+    impatient = [signal.SIGINT] * 100  # not SIGTERM, whose handler Ray's core takes away for some ms while it ends
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, *impatient):  # a scheduler and a user
         process.send_signal(number)  # does nothing once the process has ended
         time.sleep(0.3 if process.poll() is None else 0)

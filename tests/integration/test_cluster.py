@@ -15,6 +15,7 @@ import pytest
 from pipeline.config import ResourcesConfig
 from pipeline.errors import ResourceError
 from pipeline.execution.cluster import ray_cluster
+from tests.ray_start import started
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +44,7 @@ def running() -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 7, "num_gpus": 0, "object_store_memory": 100_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = started(lambda: Cluster(initialize_head=True, head_node_args=head))
     yield cluster.address
     cluster.shutdown()
 
@@ -86,7 +87,7 @@ late.join()
 assert not ray.is_initialized()
 assert os.environ == environment, "it goes to the command that starts again"
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "Ray has not been started yet" in done.stderr, "the thread's own error"
 
@@ -96,7 +97,8 @@ def test_a_process_that_had_a_ray_of_its_own_joins_a_cluster_without_tokens() ->
     """As two jobs in one notebook."""
     head = """
 import ray, sys
-context = ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100_000_000)
+from tests.ray_start import started
+context = started(lambda: ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=100_000_000))
 print(context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 """
@@ -115,11 +117,13 @@ for resources in ({"address": "local", "num_cpus": 1}, {"address": sys.argv[1]})
 """
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    started = subprocess.Popen([sys.executable, "-c", head], env={**clean, "RAY_AUTH_MODE": "disabled"}, **pipes)
+    started_head = subprocess.Popen(
+        [sys.executable, "-c", head], cwd=ROOT, env={**clean, "RAY_AUTH_MODE": "disabled"}, **pipes
+    )
     try:
-        assert started.stdout is not None
-        command = [sys.executable, "-c", code, started.stdout.readline().strip()]
+        assert started_head.stdout is not None
+        command = [sys.executable, "-c", code, started_head.stdout.readline().strip()]
         done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=300)
     finally:
-        started.communicate()
+        started_head.communicate()
     assert done.returncode == 0, done.stderr

@@ -293,16 +293,16 @@ def test_a_header_that_keeps_its_parser_busy_is_abandoned(demo_world: Path, monk
     def read_header(*arguments: Any) -> MediumHeader:
         if not stuck:
             stuck.append(True)
-            time.sleep(20)
+            time.sleep(200)  # in a daemon thread
         return real(*arguments)
 
     monkeypatch.setattr(survey_module, "read_header", read_header)
     monkeypatch.setattr(survey_module, "_GRACE_S", 0.1)
     stages, (table, *_) = stages_and_tables(overrides_for(demo_world, prompt__template="?"))
     started = time.monotonic()
-    rows = Survey(stages.preprocess, max_context=4096, threads=1, header_timeout_s=1.0).rows(table)
+    rows = Survey(stages.preprocess, max_context=4096, threads=1, header_timeout_s=5.0).rows(table)
     assert [type(row.error).__name__ for row in rows if row.error] == ["MediaTimeout"]
-    assert time.monotonic() - started < 18
+    assert time.monotonic() - started < 150
 
 
 def test_rows_not_begun_in_time_are_left_out(demo_world: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.execution.telemetry import METRICS, PREFIX, Definition, Meter
 from pipeline.schema import result_schema
+from tests.ray_start import started
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "configs" / "cluster" / "grafana.json"
@@ -81,13 +82,15 @@ def endpoint() -> Iterator[str]:
     import ray
 
     ray.shutdown()
-    ray.init(
-        "local",
-        num_cpus=1,
-        include_dashboard=False,
-        configure_logging=False,
-        log_to_driver=False,
-        _system_config={"metrics_report_interval_ms": 1000},
+    started(
+        lambda: ray.init(
+            "local",
+            num_cpus=1,
+            include_dashboard=False,
+            configure_logging=False,
+            log_to_driver=False,
+            _system_config={"metrics_report_interval_ms": 1000},
+        )
     )
     node = ray.nodes()[0]
     yield f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

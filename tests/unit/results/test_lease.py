@@ -202,8 +202,11 @@ def test_renewing_notices_another_holder(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(lease_module, "RENEW_S", 0.02)
     path = tmp_path / ".lease"
     with Lease(str(path)) as lease:
-        storage.publish(str(path), json.dumps({"token": "other", "renewed": time.time()}).encode())
-        time.sleep(0.3)
+        with lease._lock:  # else a renewal that is under way may follow
+            storage.publish(str(path), json.dumps({"token": "other", "renewed": time.time()}).encode())
+        deadline = time.monotonic() + 60
+        while not lease._lost_to and time.monotonic() < deadline:
+            time.sleep(0.02)
         assert json.loads(path.read_text())["token"] == "other"
         with pytest.raises(OutputError, match="taken over"):
             lease.check()

@@ -166,13 +166,13 @@ def test_several_rows_at_once_give_what_each_row_gives(make_worker: Make) -> Non
 
 @pytest.mark.parametrize("word", [b"HANG", b"SPIN", b"STALL"])
 def test_a_hang_is_killed_at_its_deadline_and_the_rest_of_the_row_is_seen(make_worker: Make, word: bytes) -> None:
-    worker = make_worker(media_options(timeout_s=1.0))
+    worker = make_worker(media_options(timeout_s=4.0))
     see_media(worker, [image()])  # the start of the process is not measured
     begun = time.monotonic()
     before, hung, after = see_media(worker, [image(seed=1), faulty(word), image(seed=2)])
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 60
     assert isinstance(hung, MediaTimeout)
-    assert str(hung) == f"decoding took longer than 1 s and was stopped (media.timeout_s) (image of {len(word)} bytes)"
+    assert str(hung) == f"decoding took longer than 4 s and was stopped (media.timeout_s) (image of {len(word)} bytes)"
     assert np.array_equal(seen(before).patches, see_medium(*image(seed=1)[:3], media_options(), source="").patches)
     assert np.array_equal(seen(after).patches, see_medium(*image(seed=2)[:3], media_options(), source="").patches)
 
@@ -258,7 +258,7 @@ def test_thumbnails_are_small_upright_jpegs(worker: MediaWorker) -> None:
 
 
 def test_a_thumbnail_that_cannot_be_made_is_a_typed_error_and_the_next_is_made(make_worker: Make) -> None:
-    worker = make_worker(media_options(timeout_s=1.0, max_bytes=10_000))
+    worker = make_worker(media_options(timeout_s=4.0, max_bytes=10_000))
     for data, error in ((b"HANG", MediaTimeout), (b"CRASH", DecoderCrash), (b"%PDF", UnsupportedMedia)):
         with pytest.raises(error):
             worker.thumbnails("image", data, max_side=64)
