@@ -256,7 +256,7 @@ def ray_cluster(resources: ResourcesConfig, say: Callable[[str], None]) -> Itera
     finally:
         if started_here:
             # A thread of Ray Data may outlive its dataset, and Ray connects by itself whatever calls it: that was seen
-            # to end the process without a word, and to leave the command that starts again settings of another Ray.
+            # to leave the command that starts again a token mode that its cluster refuses.
             auto_init_hook.enable_auto_connect = False
             with _signals.held(), ThreadPoolExecutor(1, thread_name_prefix="leave") as pool:
                 leaving = pool.submit(ray.shutdown)
@@ -266,7 +266,7 @@ def ray_cluster(resources: ResourcesConfig, say: Callable[[str], None]) -> Itera
                     time.sleep(_HANDLERS_EVERY_S)
                 stop_on_signals(again=True)
                 leaving.result()
-            _restore(tokens_before)
+                _restore(tokens_before)
 
 
 def _restore(tokens: Mapping[str, str | None]) -> None:

@@ -191,12 +191,14 @@ def test_further_signals_do_not_break_off_the_clean_up(fake: FakeRay, number: in
     os.kill(os.getpid(), signal.SIGINT)  # nor what comes after it
 
 
-def test_a_first_signal_while_ray_ends_interrupts_afterwards(fake: FakeRay) -> None:
+def test_a_first_signal_while_ray_ends_interrupts_afterwards(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     fake.during_shutdown = [signal.SIGINT, signal.SIGINT]
     stop_on_signals()
     with pytest.raises(KeyboardInterrupt), ray_cluster(ResourcesConfig(), print):
-        pass
+        os.environ["RAY_AUTH_MODE"] = "token"  # as a Ray does that starts here
     assert fake.calls[-1] == "is down"
+    assert os.environ["RAY_AUTH_MODE"] == "disabled", "taken back before the interruption"
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
